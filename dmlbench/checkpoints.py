@@ -1,0 +1,228 @@
+"""checkpoints.json: what each registered model is (never what was measured), and its files.
+
+One JSON file at the repository root is the source; the wheel carries it. Every record is validated
+and unknown keys are refused. Files are safetensors; size and sha256 are checked before they are read.
+"""
+
+import hashlib
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dmlbench.errors import DataError, UsageError
+from dmlbench.registry import suggest
+
+SCHEMA_VERSION = 1
+PACKAGE = Path(__file__).resolve().parent
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Defense(_Record):
+    """Which defence trained the model, and its parameters; name "none" for none."""
+
+    name: str
+    params: dict[str, Any] = {}
+
+
+class Train(_Record):
+    """How it was trained, as far as known, and the command that does it again."""
+
+    loss: str
+    eps: str | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    iterations: int | None = None
+    seed: int | None = None
+    command: str | None = None
+
+
+class Arch(_Record):
+    """The network: a name of :data:`dmlbench.models.ARCHITECTURES` (or ``timm:``/``torchvision:``) and its arguments."""
+
+    builder: str
+    kwargs: dict[str, Any] = {}
+    embed_dim: int
+    n_params: int | None = None
+
+
+class File(_Record):
+    """One weights file: ``path`` inside the package's ``weights`` folder, or addresses in order.
+
+    ``manual`` says how to get a file that cannot be fetched by a program.
+    """
+
+    path: str | None = None
+    url: str | None = None
+    mirrors: tuple[str, ...] = ()
+    manual: str | None = None
+    sha256: str | None = None
+    bytes: int | None = None
+    format: Literal["safetensors", "torch", "lightning"] = "safetensors"
+
+
+class Input(_Record):
+    """The image the network sees: side length and channels, and how to get there from a file."""
+
+    size: int
+    channels: int
+    resize: int | None = None
+    crop: int | None = None
+    interpolation: str = "bilinear"
+
+
+class Normalize(_Record):
+    """Mean and std per channel, applied inside the model after the perturbation."""
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+class Embedding(_Record):
+    """The embedding space."""
+
+    normalized: bool = True
+    metric: Literal["euclidean", "cosine"] = "euclidean"
+
+
+class DatasetRef(_Record):
+    """What it was trained on."""
+
+    name: str
+    split: str = "train"
+
+
+class Paper(_Record):
+    """Where the defence was published."""
+
+    title: str
+    url: str | None = None
+    venue: str | None = None
+    year: int | None = None
+    bibtex: str | None = None
+
+
+class Claim(_Record):
+    """A number somebody else reports for this model; never mixed with measured ones."""
+
+    protocol: str
+    metric: str
+    value: float
+    source: str
+
+
+class Probe(_Record):
+    """A fixed input and what the model must give for it: catches wrong preprocessing in a second.
+
+    The input is :func:`dmlbench.models.probe_images`; ``embedding`` holds the first values of its
+    first embedding.
+    """
+
+    inputs_sha256: str
+    embedding: tuple[float, ...]
+    atol: float = 1e-4
+    recall_at_1: float | None = None
+
+
+class Checkpoint(_Record):
+    """One registered model."""
+
+    title: str
+    status: Literal["active", "superseded", "retracted"] = "active"
+    superseded_by: str | None = None
+    reason: str | None = None
+    defense: Defense
+    train: Train
+    arch: Arch
+    files: tuple[File, ...] = ()
+    input: Input
+    normalize: Normalize = Normalize()
+    embedding: Embedding = Embedding()
+    dataset: DatasetRef
+    extra_training_data: str | None = None
+    license: str
+    paper: Paper | None = None
+    claims: tuple[Claim, ...] = ()
+    probe: Probe | None = None
+
+
+class CheckpointFile(_Record):
+    """The whole of checkpoints.json."""
+
+    schema_version: Literal[1]
+    checkpoints: dict[str, Checkpoint] = Field(default_factory=dict)
+
+
+def packaged(name: str) -> Path:
+    """A file or folder that lies at the repository root and inside the wheel (one source, copied by
+    the build): the wheel's copy if this is an installed package, else the repository's."""
+    inside = PACKAGE / "_root" / name
+    return inside if inside.exists() else PACKAGE.parent / name
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem of a pydantic error as one line: where, what."""
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+
+
+@lru_cache
+def _read(path: Path, stamp: float) -> CheckpointFile:
+    try:
+        return CheckpointFile.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise DataError(f"{path}: {first_problem(error)}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def checkpoints() -> dict[str, Checkpoint]:
+    """Every registered model by id (``DMLBENCH_CHECKPOINTS`` names another file than the packaged one)."""
+    named = os.environ.get("DMLBENCH_CHECKPOINTS")
+    path = Path(named) if named else packaged("checkpoints.json")
+    return _read(path, path.stat().st_mtime if path.exists() else 0.0).checkpoints
+
+
+def checkpoint(name: str) -> Checkpoint:
+    """One registered model, or an error with a suggestion."""
+    known = checkpoints()
+    if name not in known:
+        raise UsageError(f"unknown model {name!r}{suggest(name, known)}")
+    return known[name]
+
+
+def sha256_of(path: Path) -> str:
+    """The file's sha256, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def verified(path: Path, file: File) -> Path:
+    """``path`` if it is the file that the registry names; else a clear error."""
+    if not path.is_file():
+        raise DataError(f"weights file {path} does not exist")
+    if file.bytes is not None and path.stat().st_size != file.bytes:
+        raise DataError(
+            f"weights file {path} has {path.stat().st_size} bytes where the registry says {file.bytes}: truncated?"
+        )
+    if file.sha256 is not None and (found := sha256_of(path)) != file.sha256:
+        raise DataError(f"weights file {path} has sha256 {found[:12]}… where the registry says {file.sha256[:12]}…")
+    return path
+
+
+def weights_path(name: str, entry: Checkpoint) -> Path:
+    """Where the weights of a registered model lie on this machine, verified."""
+    for file in entry.files:
+        if file.path is not None:
+            return verified(PACKAGE / "weights" / file.path, file)
+    how = next((f.manual for f in entry.files if f.manual), "no file is registered")
+    raise DataError(f"model {name!r} has no file that can be loaded: {how}")

@@ -1,0 +1,93 @@
+"""The command ``dmlbench``: one file per verb, read only when the verb is used.
+
+A verb's file holds a click command of the same name. Commands parse, call and print; the only
+mathematics here is in what they call. Errors: one line on stderr and the exit code of the error
+(``--debug`` shows the traceback).
+"""
+
+import importlib
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from dmlbench.errors import DmlbenchError
+from dmlbench.registry import suggest
+from dmlbench.version import __version__
+
+INTERRUPTED = 130
+
+VERBS = {
+    "evaluate": "score a model: benign metrics, every attack part, ERS",
+    "train": "train a model from a recipe",
+    "models": "list, show and inspect models",
+    "datasets": "list, show, prepare and verify data sets",
+    "attacks": "list and show attacks",
+    "protocols": "list and show protocols",
+}
+"""Verb to its one-line help; the command is ``dmlbench.cli.<verb>:<verb>``."""
+
+
+class LazyGroup(click.Group):
+    """Lists every verb at once, imports only the one that is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"dmlbench.cli.{cmd_name}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and args[0] not in VERBS:
+            raise click.UsageError(f"unknown command {args[0]!r}{suggest(args[0], VERBS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dmlbench")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """How robust is an embedding model?
+
+    Example: dmlbench evaluate --model digits-smallcnn-triplet-hm-lga-ics
+    """
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"Error: {message}", err=True)
+    raise SystemExit(code)
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command and exit; the entry point of the console script."""
+    arguments = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in arguments
+    if debug:  # accepted anywhere on the line
+        arguments = ["--debug", *[a for a in arguments if a != "--debug"]]
+    try:
+        code = cli.main(args=arguments, standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        raise SystemExit(stop.exit_code) from None
+    except click.ClickException as error:
+        if debug:
+            raise
+        _fail(error.format_message().replace("\n", " "), error.exit_code if error.exit_code != 1 else 2)
+    except DmlbenchError as error:
+        if debug:
+            raise
+        _fail(" ".join(str(error).split("\n")), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        raise SystemExit(141) from None
+    raise SystemExit(code if isinstance(code, int) else 0)

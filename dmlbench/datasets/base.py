@@ -1,0 +1,166 @@
+"""The record every data set becomes: images, labels, which rows are queries and which the gallery."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dmlbench.errors import DataError
+
+
+@runtime_checkable
+class Images(Protocol):
+    """Images by row: float32 in [0, 1], decoded when asked for."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: np.ndarray) -> Float[Tensor, "b c h w"]: ...
+
+    def content(self) -> bytes:
+        """A digest of every pixel (or of what they are made from), for the data set's hash."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayImages:
+    """Images held in memory as integers: pixel = value / ``top``, inverted where ``invert``."""
+
+    array: np.ndarray
+    """(N, C, H, W) uint8"""
+    top: float = 255.0
+    invert: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        _, c, h, w = self.array.shape
+        return (c, h, w)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, rows: np.ndarray) -> Tensor:
+        images = torch.from_numpy(self.array[rows]).float() / self.top
+        return 1.0 - images if self.invert else images
+
+    def content(self) -> bytes:
+        return hashlib.sha256(np.ascontiguousarray(self.array).tobytes()).digest()
+
+
+@dataclass(frozen=True, eq=False)
+class TensorImages:
+    """Images held in memory as a float tensor (N, C, H, W) in [0, 1]: a user's own."""
+
+    tensor: Tensor
+
+    def __post_init__(self) -> None:
+        t = self.tensor
+        if t.dim() != 4 or not t.is_floating_point():
+            raise DataError(f"images must be a float tensor (N, C, H, W), not {t.dtype} {tuple(t.shape)}")
+        if not bool(torch.isfinite(t).all()) or float(t.min()) < 0 or float(t.max()) > 1:
+            raise DataError("images must lie in [0, 1]; mean and std belong to the model, not the data")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        _, c, h, w = self.tensor.shape
+        return (c, h, w)
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __getitem__(self, rows: np.ndarray) -> Tensor:
+        return self.tensor[torch.from_numpy(np.asarray(rows))].float()
+
+    def content(self) -> bytes:
+        return hashlib.sha256(self.tensor.float().contiguous().numpy().tobytes()).digest()
+
+
+@dataclass(frozen=True, eq=False)
+class RetrievalDataset:
+    """One split of a retrieval data set.
+
+    Attributes:
+        name: its id, e.g. "digits".
+        split: "train" or "test".
+        images: rows of images.
+        labels: (N,) int64, the class of each row.
+        query, gallery: rows (Q,) and (G,) of the images that ask and of those that are searched; by
+            default every row is both, and a query's own entry is left out of its ranking.
+        licence, source: where the images come from and on what terms.
+        class_names: optional, by label.
+    """
+
+    name: str
+    split: str
+    images: Images
+    labels: np.ndarray
+    query: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    gallery: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    licence: str = "unknown"
+    source: str = ""
+    class_names: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", np.asarray(self.labels, dtype=np.int64))
+        n = len(self.images)
+        if n == 0:
+            raise DataError(f"data set {self.name!r} has no images")
+        if self.labels.shape != (n,):
+            raise DataError(f"data set {self.name!r}: {n} images but labels of shape {self.labels.shape}")
+        for which in ("query", "gallery"):
+            rows = np.asarray(getattr(self, which), dtype=np.int64)
+            rows = np.arange(n) if rows.size == 0 else rows
+            if rows.min() < 0 or rows.max() >= n or len(np.unique(rows)) != len(rows):
+                raise DataError(f"data set {self.name!r}: {which} rows must be distinct and below {n}")
+            object.__setattr__(self, which, rows)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @cached_property
+    def own_entry(self) -> np.ndarray:
+        """(Q,) each query's own position in the gallery, -1 where it is not there."""
+        position = np.full(len(self), -1, dtype=np.int64)
+        position[self.gallery] = np.arange(len(self.gallery))
+        return position[self.query]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of pixels, labels, query and gallery rows: what a result was measured on."""
+        digest = hashlib.sha256(self.images.content())
+        for rows in (self.labels, self.query, self.gallery):
+            digest.update(np.ascontiguousarray(rows, dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+
+def data_root() -> Path | None:
+    """Where data sets that are not inside a package lie: ``DMLBENCH_DATA``, else ``../shared/data``
+    beside the working directory when it exists, else none."""
+    named = os.environ.get("DMLBENCH_DATA")
+    if named:
+        return Path(named)
+    beside = Path("../shared/data")
+    return beside if beside.is_dir() else None
+
+
+def need(name: str, *parts: str) -> Path:
+    """The first of ``parts`` that exists under the data root, or a clear error."""
+    root = data_root()
+    if root is None:
+        raise DataError(f"data set {name!r} needs files: set DMLBENCH_DATA to the folder that holds {parts[0]}")
+    for part in parts:
+        if (root / part).exists():
+            return root / part
+    raise DataError(f"data set {name!r} needs {parts[0]}, which is not under {root} (DMLBENCH_DATA)")

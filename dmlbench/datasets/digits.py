@@ -1,0 +1,26 @@
+"""scikit-learn's digits: 1,797 real 8x8 grey images, inside scikit-learn, no download.
+
+Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
+Repository, 1998 (CC BY 4.0). Pixels are 0 to 16. Train on classes 0-4, test on the unseen 5-9.
+"""
+
+import numpy as np
+
+from dmlbench.datasets.base import ArrayImages, RetrievalDataset
+
+
+def digits(split: str) -> RetrievalDataset:
+    """The split's classes: 901 training images of 0-4, 896 test images of 5-9."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    rows = np.flatnonzero(labels < 5 if split == "train" else labels >= 5)
+    return RetrievalDataset(
+        name="digits",
+        split=split,
+        images=ArrayImages(images[rows].reshape(-1, 1, 8, 8).astype(np.uint8), top=16.0),
+        labels=labels[rows],
+        licence="CC-BY-4.0",
+        source="https://doi.org/10.24432/C50P49",
+        class_names=[str(c) for c in range(10)],
+    )

@@ -1,0 +1,165 @@
+"""From pixels to embeddings, and how far two embeddings are apart.
+
+:class:`Embedder` takes images in [0, 1] and gives embeddings; mean and std are applied inside, so an
+attack works on pixels. :class:`Distance` is one of the field's three spaces: ``N`` (L2-normalised,
+Euclidean; the default), ``C`` (L2-normalised, 1 - cosine), ``E`` (not normalised, Euclidean).
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dmlbench.errors import DataError
+from dmlbench.registry import Registry
+
+_TINY = 1e-12
+
+
+class _Euclidean(torch.autograd.Function):
+    """Euclidean distances of every a to every b: one product forward, one backward.
+
+    The gradient at distance zero is zero, as for any norm's smallest subgradient.
+    """
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor, b_square: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+        if b_square is None:
+            b_square = b.square().sum(1)
+        d = torch.addmm(b_square[None, :], a, b.t(), alpha=-2.0)  # (n, m)
+        d = d.add_(a.square().sum(1, keepdim=True)).clamp_min_(0.0).sqrt_()
+        ctx.save_for_backward(a, b, d)
+        return d
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        a, b, d = ctx.saved_tensors
+        w = torch.where(d > _TINY, grad / d.clamp_min(_TINY), 0.0)  # (n, m)
+        to_a = w.sum(1, keepdim=True) * a - w @ b if ctx.needs_input_grad[0] else None
+        to_b = w.sum(0)[:, None] * b - w.t() @ a if ctx.needs_input_grad[1] else None
+        return to_a, to_b, None
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A distance between embeddings, smaller is more similar.
+
+    Attributes:
+        space: the field's letter, ``N``, ``C`` or ``E``.
+        metric: "euclidean" or "cosine" (that is, 1 - cosine).
+        normalized: whether embeddings are scaled to unit length first.
+    """
+
+    space: str
+    metric: str
+    normalized: bool
+
+    def finish(self, raw: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+        """The embeddings of this space from a network's output."""
+        return F.normalize(raw, dim=1) if self.normalized else raw
+
+    def pairwise(
+        self, a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], b_square: Float[Tensor, " m"] | None = None
+    ) -> Float[Tensor, "n m"]:
+        """Distances of every a to every b. ``b_square``, the squared lengths of b, saves a pass."""
+        if self.metric == "cosine":
+            return 1.0 - a @ b.t()
+        return _Euclidean.apply(a, b, b_square)  # type: ignore[no-any-return]
+
+    def paired(self, a: Float[Tensor, "*n d"], b: Float[Tensor, "*#n d"]) -> Float[Tensor, "*n"]:
+        """Distances of a[i] to b[i], over any leading shape, without the rounding of a product."""
+        if self.metric == "cosine":
+            return 1.0 - (a * b).sum(-1)
+        square = (a - b).square().sum(-1)
+        return torch.where(square > 0, square.clamp_min(1e-30).sqrt(), 0.0)
+
+
+DISTANCES: Registry[Distance] = Registry(
+    "embedding space",
+    {
+        "N": Distance("N", "euclidean", True),
+        "C": Distance("C", "cosine", True),
+        "E": Distance("E", "euclidean", False),
+    },
+)
+
+
+class Embedder(nn.Module):
+    """A network with its preprocessing: images (b, C, H, W) in [0, 1] to embeddings (b, d) float32.
+
+    Args:
+        network: any module from normalised images (b, C, H, W) to (b, d).
+        input_shape: (C, H, W) of the images it is fed.
+        mean, std: per channel, applied here so that perturbations live on pixels in [0, 1].
+        distance: the embedding space.
+        name: what results call it.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        input_shape: tuple[int, int, int],
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        distance: Distance = DISTANCES["N"],
+        name: str = "custom",
+    ) -> None:
+        super().__init__()
+        channels = input_shape[0]
+        self.network = network
+        self.input_shape = input_shape
+        self.distance = distance
+        self.name = name
+        self.identity = mean is None and std is None
+        self.register_buffer("mean", torch.tensor(mean or [0.0] * channels).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std or [1.0] * channels).view(1, -1, 1, 1))
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+        x = images if self.identity else (images - self.mean) / self.std
+        raw = self.network(x)
+        if not isinstance(raw, Tensor) or raw.dim() != 2:
+            what = f"shape {tuple(raw.shape)}" if isinstance(raw, Tensor) else f"a {type(raw).__name__}"
+            raise DataError(f"model {self.name!r} gave {what}, where embeddings (batch, d) are expected")
+        return self.distance.finish(raw.float())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self.mean.device
+
+    def frozen(self, device: torch.device | str | None = None) -> "Embedder":
+        """A copy made for attacking: eval mode, no parameter gradients, batch norms folded into the
+        convolutions and channels_last where that changes nothing but float rounding."""
+        twin = copy.deepcopy(self).eval().requires_grad_(False)
+        if device is not None:
+            twin = twin.to(device)
+        twin.network = _folded(twin.network, self.input_shape, twin.device)
+        if self.input_shape[0] > 1:
+            twin = twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return twin
+
+
+def _folded(network: nn.Module, shape: tuple[int, int, int], device: torch.device) -> nn.Module:
+    """``network`` with batch norms folded, or ``network`` itself where that cannot be done safely."""
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()):
+        return network
+    from torch.fx.experimental.optimization import fuse
+
+    try:
+        fused = fuse(network).requires_grad_(False)
+        probe = torch.linspace(0, 1, 2 * shape[0] * shape[1] * shape[2], device=device).view(2, *shape)
+        with torch.no_grad():
+            before, after = network(probe), fused(probe)
+        return fused if torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())) else network
+    except Exception:  # tracing refuses many kinds of module for many reasons; the unfolded network is right too
+        return network

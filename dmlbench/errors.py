@@ -1,0 +1,27 @@
+"""What can go wrong for a user, in the user's words; each kind has its exit code.
+
+The command line prints the message of a :class:`DmlbenchError` as one line and exits with its
+``exit_code``. Anything else that escapes is a defect of dmlbench.
+"""
+
+
+class DmlbenchError(Exception):
+    """Base of every error that a user can mend. ``exit_code`` is what the command exits with."""
+
+    exit_code = 2
+
+
+class UsageError(DmlbenchError):
+    """The request itself is wrong: an unknown name, an option out of range. Exit code 2."""
+
+
+class NotComparable(DmlbenchError):
+    """Two results cannot be set side by side (other protocol, data set, queries). Exit code 3."""
+
+    exit_code = 3
+
+
+class DataError(DmlbenchError):
+    """Something the request needs is missing, corrupt, or not what it claims. Exit code 4."""
+
+    exit_code = 4

@@ -1,0 +1,258 @@
+"""What an evaluation gives: records, per-query arrays, and how they are kept on disk.
+
+A run folder holds ``evaluation.json`` (an :class:`Evaluation`), ``per_query.npz`` (arrays over
+queries), ``adversarial_sample.npz`` (a few adversarial images, losslessly) and ``manifest.json``
+(sizes and sha256 of the others). Files are written under a temporary name and renamed.
+"""
+
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+
+from dmlbench.checkpoints import first_problem, sha256_of
+from dmlbench.errors import DataError
+
+SCHEMA = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Flag(_Record):
+    """A doubt about the result: a short ``flag`` and a sentence."""
+
+    flag: str
+    message: str
+
+
+class ModelInfo(_Record):
+    """Which model was measured."""
+
+    id: str
+    weights_sha256: str | None = None
+    arch: str | None = None
+    loss: str | None = None
+    defense: str | None = None
+    space: str
+    embed_dim: int
+
+
+class DatasetInfo(_Record):
+    """On which images."""
+
+    name: str
+    split: str
+    sha256: str
+    n_queries: int
+    """queries measured"""
+    n_queries_full: int
+    """queries the data set has; more than n_queries in a run with --limit"""
+    n_gallery: int
+    n_classes: int
+    n_without_positive: int = 0
+    """measured queries that have no other image of their class in the gallery: left out of recall parts"""
+
+
+class ProtocolInfo(_Record):
+    """By which rules; ``sha256`` is the hash of the protocol's content."""
+
+    name: str
+    version: str
+    sha256: str
+    seed: int
+
+
+class Environment(_Record):
+    """With which software and machine."""
+
+    dmlbench: str
+    torch: str
+    numpy: str
+    python: str
+    device: str
+    device_name: str
+    gradient_precision: str = "float32"
+    argv: tuple[str, ...] = ()
+
+
+class Measurement(_Record):
+    """One part of a score.
+
+    ``value`` is the raw mean over queries (percent where it is a share or a rank), ``score`` its
+    rescaling to 0 (worst) to 100 (best), ``interval`` the 95 % interval of ``score``.
+    """
+
+    component: str
+    attack: str
+    optimizer: str
+    readout: str
+    better: Literal["higher", "lower"]
+    value: float | None
+    score: float | None
+    interval: tuple[float, float] | None = None
+    n: int
+    seconds: float = 0.0
+
+
+class Evaluation(_Record):
+    """The result of ``evaluate``. ``arrays`` holds what each query gave, by name, (Q,) or (Q, ...)."""
+
+    schema_version: Literal[1] = 1
+    model: ModelInfo
+    dataset: DatasetInfo
+    protocol: ProtocolInfo
+    environment: Environment
+    partial: tuple[str, ...] = ()
+    """why this is not a full result, e.g. ("--limit 64",); empty for a full one"""
+    benign: dict[str, float]
+    """clean metrics by name: recall_at_1, ..., map, map_at_r, nmi, ami; percent"""
+    measurements: tuple[Measurement, ...]
+    ers: float | None = None
+    ers_interval: tuple[float, float] | None = None
+    extras: dict[str, Any] = {}
+    """what a protocol of another kind adds, e.g. the curve over eps of ``strict``"""
+    warnings: tuple[Flag, ...] = ()
+    date: str
+    seconds: float
+
+    _arrays: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)
+    _sample: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Per-query outcomes; see ``per_query.npz``."""
+        return self._arrays
+
+    @property
+    def sample(self) -> dict[str, np.ndarray]:
+        """Adversarial images of a fixed sample of queries; see ``adversarial_sample.npz``."""
+        return self._sample
+
+    def part(self, component: str) -> Measurement:
+        """The measurement of one component."""
+        for m in self.measurements:
+            if m.component == component:
+                return m
+        raise KeyError(component)
+
+    def with_arrays(
+        self, arrays: Mapping[str, np.ndarray], sample: Mapping[str, np.ndarray] | None = None
+    ) -> "Evaluation":
+        """The same record with its arrays attached."""
+        self._arrays.update(arrays)
+        self._sample.update(sample or {})
+        return self
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, flush it to disk, then rename it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """A compressed npz with the same bytes for the same arrays, whenever it is made."""
+    import zipfile
+
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as bundle:
+        for name in sorted(arrays):
+            member = io.BytesIO()
+            np.lib.format.write_array(member, np.ascontiguousarray(arrays[name]), allow_pickle=False)
+            info = zipfile.ZipInfo(f"{name.replace('/', '|')}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            bundle.writestr(info, member.getvalue(), compress_type=zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Arrays of an npz file; nothing is unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return {name.replace("|", "/"): data[name] for name in data.files}
+    except Exception as error:  # zipfile, zlib, numpy and OS errors alike mean: not readable
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON as dmlbench writes it: indented, UTF-8, LF, no NaN."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the run folder and prove that it can be written, before any work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise DataError(f"--out {folder} cannot be written: {error.strerror or error}") from None
+
+
+def save(evaluation: Evaluation, folder: Path) -> Path:
+    """Write the run folder; a partial result never overwrites a full one."""
+    prepare_folder(folder)
+    if evaluation.partial and (folder / "evaluation.json").exists() and not load(folder, arrays=False).partial:
+        raise DataError(
+            f"{folder} holds a full result; a partial one ({', '.join(evaluation.partial)}) does not replace it"
+        )
+    files = {
+        "per_query.npz": npz_bytes(evaluation.arrays),
+        "evaluation.json": json_bytes(evaluation.model_dump(mode="json")),
+    }
+    if evaluation.sample:
+        files["adversarial_sample.npz"] = npz_bytes(evaluation.sample)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    for name, content in files.items():
+        write_whole(folder / name, content)
+    manifest = {
+        name: {"bytes": len(content), "sha256": sha256_of(folder / name)} for name, content in sorted(files.items())
+    }
+    write_whole(folder / "manifest.json", json_bytes({"schema_version": SCHEMA, "files": manifest}))
+    return folder
+
+
+def load(folder: Path, arrays: bool = True) -> Evaluation:
+    """Read a run folder, every file checked against the manifest.
+
+    Raises:
+        DataError: a file is missing, changed since it was written, or not what the schema says.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+        evaluation = Evaluation.model_validate_json((folder / "evaluation.json").read_bytes())
+    except ValidationError as error:
+        raise DataError(f"{folder}/evaluation.json: {first_problem(error)}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder} is not a readable run folder: {error}") from None
+    for name, stated in files.items():
+        path = folder / Path(name).name
+        if not path.is_file() or sha256_of(path) != stated.get("sha256"):
+            raise DataError(f"{path} is missing or differs from the manifest")
+    if arrays:
+        evaluation.with_arrays(read_npz(folder / "per_query.npz"))
+        if "adversarial_sample.npz" in files:
+            evaluation.with_arrays({}, read_npz(folder / "adversarial_sample.npz"))
+    return evaluation
+
+
+def finite(value: float) -> float | None:
+    """The number, or None where it is not one: results hold no NaN."""
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,162 @@
+"""The threat model: how far, in which norm, and for how long an adversary may go.
+
+``Threat`` is the record; a :class:`Ball` holds what one norm means: ``project`` (also into [0, 1]),
+``ascent`` (the steepest unit step), ``sample`` (a random start) and ``size`` (how far an image has
+moved). Every function takes a batch and treats each image alone. Lengths are on the [0, 1] scale of
+pixels, and may be written as fractions ("8/255").
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmlbench.errors import UsageError
+from dmlbench.registry import Registry
+from dmlbench.rng import Rng
+
+TOLERANCE = 1e-5
+"""How far outside the ball float rounding may put an image, relative to max(1, eps)."""
+
+
+def length(text: str | float | int, name: str = "eps") -> float:
+    """A length on the [0, 1] scale from a number or a fraction: ``length("8/255")`` = 0.03137."""
+    try:
+        value = float(Fraction(text)) if isinstance(text, str) else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise UsageError(f"{name} {text!r} is not a number or a fraction such as 8/255") from None
+    if not math.isfinite(value) or value < 0:
+        raise UsageError(f"{name} {text!r} must be zero or more")
+    return value
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What the adversary is allowed.
+
+    Attributes:
+        norm: "linf" or "l2" (a name of :data:`BALLS`).
+        eps: radius of the ball around the clean image, as a number or a fraction, [0, 1] scale
+            (for "l2" the length of the whole perturbation, which may exceed 1).
+        step: step length of iterative optimizers, as ``eps``.
+        steps: number of iterations.
+        start: "clean" (the image itself) or "random" (uniform in the ball).
+        restarts: independent runs, of which each image keeps its best.
+        queries: forward passes that a black-box optimizer may spend.
+    """
+
+    norm: str = "linf"
+    eps: str | float | int = "8/255"
+    step: str | float | int = "3/255"
+    steps: int = 32
+    start: str = "clean"
+    restarts: int = 1
+    queries: int = 1000
+
+    def __post_init__(self) -> None:
+        BALLS[self.norm]
+        if self.norm == "linf" and self.radius > 1:
+            raise UsageError(f"eps {self.eps!r} is outside [0, 1], the range of pixels")
+        length(self.step, "step")
+        if self.steps < 0 or self.restarts < 1 or self.queries < 1:
+            raise UsageError("steps must be 0 or more, restarts and queries 1 or more")
+        if self.start not in ("clean", "random"):
+            raise UsageError(f"start {self.start!r} must be 'clean' or 'random'")
+
+    @property
+    def radius(self) -> float:
+        """``eps`` as a number."""
+        return length(self.eps)
+
+    @property
+    def stride(self) -> float:
+        """``step`` as a number."""
+        return length(self.step, "step")
+
+    @property
+    def ball(self) -> "Ball":
+        """The geometry of this threat's norm."""
+        return BALLS[self.norm]
+
+    def but(self, **changes: Any) -> "Threat":
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain fields, as a result records them."""
+        return asdict(self)
+
+    def project(self, images: Tensor, clean: Tensor) -> Tensor:
+        """The nearest images inside both the ball around ``clean`` and [0, 1]."""
+        return self.ball.project(images, clean, self.radius)
+
+    def sample(self, clean: Tensor, rng: Rng) -> Tensor:
+        """Random images of the ball around ``clean``, clipped to [0, 1]."""
+        return self.project(clean + self.ball.sample(clean, self.radius, rng), clean)
+
+    def begin(self, clean: Tensor, rng: Rng) -> Tensor:
+        """Where a search starts, by ``start``."""
+        return self.sample(clean, rng) if self.start == "random" else clean.clone()
+
+    def contains(self, images: Tensor, clean: Tensor) -> Tensor:
+        """(b,) bool: is each image inside the ball and [0, 1], but for float rounding?"""
+        flat = images.flatten(1)
+        near = self.ball.size(images - clean) <= self.radius + TOLERANCE * max(1.0, self.radius)
+        return near & (flat.amin(1) >= -TOLERANCE) & (flat.amax(1) <= 1 + TOLERANCE)
+
+
+@dataclass(frozen=True)
+class Ball:
+    """One norm: its functions take batches of any trailing shape."""
+
+    project: Callable[[Tensor, Tensor, float], Tensor]
+    ascent: Callable[[Tensor], Tensor]
+    sample: Callable[[Tensor, float, Rng], Tensor]
+    size: Callable[[Tensor], Tensor]
+
+
+def _each(values: Tensor, like: Tensor) -> Tensor:
+    """(b,) shaped to broadcast against ``like`` (b, ...)."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _linf_project(images: Tensor, clean: Tensor, eps: float) -> Tensor:
+    return torch.clamp(torch.minimum(torch.maximum(images, clean - eps), clean + eps), 0.0, 1.0)
+
+
+def _linf_sample(clean: Tensor, eps: float, rng: Rng) -> Tensor:
+    return (rng.uniform(*clean.shape[1:]) * 2.0 - 1.0) * eps
+
+
+def _l2_size(delta: Tensor) -> Tensor:
+    return delta.flatten(1).norm(dim=1)
+
+
+def _l2_ascent(gradient: Tensor) -> Tensor:
+    return gradient / _each(_l2_size(gradient), gradient).clamp_min(1e-30)
+
+
+def _l2_project(images: Tensor, clean: Tensor, eps: float) -> Tensor:
+    # Clipping to [0, 1] can only bring an image nearer to a clean one that is inside [0, 1].
+    delta = images - clean
+    shrink = (eps / _l2_size(delta).clamp_min(1e-30)).clamp(max=1.0)
+    return torch.clamp(clean + delta * _each(shrink, delta), 0.0, 1.0)
+
+
+def _l2_sample(clean: Tensor, eps: float, rng: Rng) -> Tensor:
+    direction = _l2_ascent(rng.normal(*clean.shape[1:]))
+    size = clean[0].numel()
+    return direction * _each(rng.uniform() ** (1.0 / size), clean) * eps
+
+
+BALLS: Registry[Ball] = Registry(
+    "norm",
+    {
+        "linf": Ball(_linf_project, torch.sign, _linf_sample, lambda delta: delta.flatten(1).abs().amax(1)),
+        "l2": Ball(_l2_project, _l2_ascent, _l2_sample, _l2_size),
+    },
+)

@@ -1,0 +1,29 @@
+"""Copies what lies at the repository root and belongs in the wheel, so that there is one source of it."""
+
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT_DATA = ("checkpoints.json", "leaderboard")
+
+
+class BuildWithRootData(build_py):
+    """``build_py`` that also puts :data:`ROOT_DATA` into ``dmlbench/_root``."""
+
+    def run(self) -> None:
+        super().run()
+        here = Path(__file__).resolve().parent
+        target = Path(self.build_lib) / "dmlbench" / "_root"
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for name in ROOT_DATA:
+            source = here / name
+            if source.is_dir():
+                shutil.copytree(source, target / name)
+            elif source.exists():
+                shutil.copy2(source, target / name)
+
+
+setup(cmdclass={"build_py": BuildWithRootData})

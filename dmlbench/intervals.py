@@ -1,0 +1,82 @@
+"""How sure a mean over queries is: a bootstrap that resamples whole classes.
+
+Queries of one class rise and fall together, so the class, not the query, is what is drawn again. A
+plain percentile bootstrap over few classes is too narrow: the spread of G resampled means is short
+by (G-1)/G in variance, and its percentiles are those of a normal variable where G-1 degrees of
+freedom are all there are. Both are put right by one factor, :func:`widening`; it is 1.58 for the
+five test classes of digits and 1.02 for the hundred of CUB.
+
+Sources: A. C. Cameron, J. B. Gelbach and D. L. Miller, "Bootstrap-based improvements for inference
+with clustered errors", 2008 (why few clusters mislead); T. C. Hesterberg, "What teachers should know
+about the bootstrap", 2015 (percentiles stretched by the t quantile, the factor used here).
+"""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Float, Integer, Num
+
+DRAWS = 2000
+LEVEL = 0.95
+_CELLS = 1 << 22
+"""draws x classes that are held at once: 32 MiB of weights"""
+
+
+@lru_cache
+def widening(groups: int, level: float = LEVEL) -> float:
+    """By what a percentile interval over ``groups`` resampled classes is stretched about its estimate:
+    ``t(groups-1) / z * sqrt(groups / (groups-1))``. At least two groups."""
+    from scipy import stats
+
+    tail = 0.5 + level / 2
+    return float(stats.t.ppf(tail, groups - 1) / stats.norm.ppf(tail) * math.sqrt(groups / (groups - 1)))
+
+
+def cluster_bootstrap(
+    values: Num[np.ndarray, "q k"],
+    clusters: Integer[np.ndarray, " q"],
+    seed: int = 0,
+    draws: int = DRAWS,
+    level: float = LEVEL,
+) -> Float[np.ndarray, "k 2"]:
+    """Intervals for the k column means, from resampling classes with replacement.
+
+    Args:
+        values: what each query gave, in k columns; NaN where a query does not count in a column.
+        clusters: the class of each query. Columns share the same resamples.
+        seed: the intervals are a function of the values and the seed alone.
+        draws: resamples.
+        level: the share of intervals that hold the true mean.
+
+    Returns:
+        Lower and upper ends; NaN in a column of which fewer than two classes have a value, since one
+        class says nothing about how classes differ.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    counts = ~np.isnan(x)
+    _, group = np.unique(clusters, return_inverse=True)
+    groups = int(group.max()) + 1 if len(group) else 0
+    k = x.shape[1]
+    total = np.zeros((groups, k))
+    number = np.zeros((groups, k))
+    np.add.at(total, group, np.where(counts, x, 0.0))
+    np.add.at(number, group, counts.astype(np.float64))
+    present = (number > 0).sum(0)  # (k,)
+    if groups < 2:
+        return np.full((k, 2), np.nan)
+    rng = np.random.default_rng(seed)
+    share = np.full(groups, 1.0 / groups)
+    means = np.empty((draws, k))
+    step = max(1, _CELLS // groups)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        estimate = total.sum(0) / number.sum(0)
+        for start in range(0, draws, step):
+            weights = rng.multinomial(groups, share, size=min(step, draws - start)).astype(np.float64)
+            means[start : start + len(weights)] = (weights @ total) / (weights @ number)
+    ends = np.full((k, 2), np.nan)
+    for column in np.flatnonzero(present > 1):
+        drawn = means[np.isfinite(means[:, column]), column]
+        tails = np.quantile(drawn, [0.5 - level / 2, 0.5 + level / 2])
+        ends[column] = estimate[column] + (tails - estimate[column]) * widening(int(present[column]), level)
+    return ends

@@ -12,10 +12,11 @@ about the bootstrap", 2015 (percentiles stretched by the t quantile, the factor 
 """
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float, Integer, Num
+from jaxtyping import Integer, Num
 
 DRAWS = 2000
 LEVEL = 0.95
@@ -33,14 +34,28 @@ def widening(groups: int, level: float = LEVEL) -> float:
     return float(stats.t.ppf(tail, groups - 1) / stats.norm.ppf(tail) * math.sqrt(groups / (groups - 1)))
 
 
+@dataclass(frozen=True)
+class Intervals:
+    """Lower and upper ends; None where fewer than two classes have a value, since one class says nothing
+    about how classes differ.
+
+    Attributes:
+        columns: one for the mean over queries of each column.
+        mean: one for the mean of the column means, which is what ERS is to its parts.
+    """
+
+    columns: tuple[tuple[float, float] | None, ...]
+    mean: tuple[float, float] | None
+
+
 def cluster_bootstrap(
     values: Num[np.ndarray, "q k"],
     clusters: Integer[np.ndarray, " q"],
     seed: int = 0,
     draws: int = DRAWS,
     level: float = LEVEL,
-) -> Float[np.ndarray, "k 2"]:
-    """Intervals for the k column means, from resampling classes with replacement.
+) -> Intervals:
+    """Intervals for the k column means and for their mean, from resampling classes with replacement.
 
     Args:
         values: what each query gave, in k columns; NaN where a query does not count in a column.
@@ -48,35 +63,38 @@ def cluster_bootstrap(
         seed: the intervals are a function of the values and the seed alone.
         draws: resamples.
         level: the share of intervals that hold the true mean.
-
-    Returns:
-        Lower and upper ends; NaN in a column of which fewer than two classes have a value, since one
-        class says nothing about how classes differ.
     """
     x = np.asarray(values, dtype=np.float64)
     counts = ~np.isnan(x)
     _, group = np.unique(clusters, return_inverse=True)
     groups = int(group.max()) + 1 if len(group) else 0
     k = x.shape[1]
+    if groups < 2 or k == 0:
+        return Intervals((None,) * k, None)
     total = np.zeros((groups, k))
     number = np.zeros((groups, k))
     np.add.at(total, group, np.where(counts, x, 0.0))
     np.add.at(number, group, counts.astype(np.float64))
     present = (number > 0).sum(0)  # (k,)
-    if groups < 2:
-        return np.full((k, 2), np.nan)
     rng = np.random.default_rng(seed)
     share = np.full(groups, 1.0 / groups)
     means = np.empty((draws, k))
     step = max(1, _CELLS // groups)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):  # 0/0 where no class of a resample has a value
         estimate = total.sum(0) / number.sum(0)
         for start in range(0, draws, step):
             weights = rng.multinomial(groups, share, size=min(step, draws - start)).astype(np.float64)
             means[start : start + len(weights)] = (weights @ total) / (weights @ number)
-    ends = np.full((k, 2), np.nan)
-    for column in np.flatnonzero(present > 1):
-        drawn = means[np.isfinite(means[:, column]), column]
-        tails = np.quantile(drawn, [0.5 - level / 2, 0.5 + level / 2])
-        ends[column] = estimate[column] + (tails - estimate[column]) * widening(int(present[column]), level)
-    return ends
+    return Intervals(
+        tuple(_ends(means[:, i], estimate[i], int(present[i]), level) for i in range(k)),
+        _ends(means.mean(1), estimate.mean(), int(present.min()), level),
+    )
+
+
+def _ends(drawn: np.ndarray, estimate: float, groups: int, level: float) -> tuple[float, float] | None:
+    """Percentiles of the resampled means, stretched about the estimate."""
+    if groups < 2:
+        return None
+    low, high = np.quantile(drawn[np.isfinite(drawn)], [0.5 - level / 2, 0.5 + level / 2])
+    stretch = widening(groups, level)
+    return float(estimate + (low - estimate) * stretch), float(estimate + (high - estimate) * stretch)

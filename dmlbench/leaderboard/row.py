@@ -1,0 +1,287 @@
+"""One row of the board: its columns, typed and versioned, and how it is made from an evaluation.
+
+The order of :class:`Row`'s fields is the order of the CSV's columns. Shares and ranks are percent, 0
+to 100; an empty cell is a missing number, never zero. Text that a spreadsheet would execute or a
+browser would read as HTML is refused, so a cell can be shown anywhere.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from dmlbench.checkpoints import Checkpoint, checkpoints
+from dmlbench.results import Evaluation
+
+SCHEMA = 1
+
+PARTS = {
+    "CA+": "ca_plus",
+    "CA-": "ca_minus",
+    "QA+": "qa_plus",
+    "QA-": "qa_minus",
+    "TMA": "tma",
+    "ES:D": "es_d",
+    "ES:R": "es_r",
+    "LTM": "ltm",
+    "GTM": "gtm",
+    "GTT": "gtt",
+}
+"""The ten parts of ERS and what their columns begin with: ``<part>_raw`` and ``<part>_score``."""
+
+STATUSES = {
+    "claimed": "stated by a paper or a README; nobody has measured it with this benchmark",
+    "reproduced": "measured with this benchmark by the submitter; files, invariants and samples were checked",
+    "verified": "measured again, in full, by somebody else, and it agreed",
+    "disputed": "measured again, and it did not agree",
+    "stale": "measured by a protocol that has been superseded",
+    "retracted": "withdrawn",
+}
+"""What stands behind a row, in words."""
+
+RANKED = ("reproduced", "verified")
+"""The statuses that a rank is given to: measured, current and undisputed."""
+
+
+def plain_text(value: str) -> str:
+    """``value`` if no spreadsheet would execute it and no browser would read it as HTML."""
+    if value[:1] in "=+-@" and value:
+        raise ValueError(f"starts with {value[0]!r}, which a spreadsheet would execute")
+    if re.search(r"[\x00-\x1f\x7f\u2028\u2029\u202a-\u202e\u2066-\u2069]", value):
+        raise ValueError("holds a control character")
+    if re.search(r"[<>]", value):
+        raise ValueError("holds '<' or '>', which a browser would read as HTML")
+    if value != value.strip():
+        raise ValueError("begins or ends with white space")
+    return value
+
+
+def web_address(value: str) -> str:
+    """``value`` if it is a plain https address."""
+    if not re.fullmatch(r"https://[A-Za-z0-9.-]+(:[0-9]+)?(/[^\s\"'<>\\]*)?", value):
+        raise ValueError("is not a plain https:// address")
+    return value
+
+
+Text = Annotated[str, Field(max_length=300), AfterValidator(plain_text)]
+Url = Annotated[str, Field(max_length=500), AfterValidator(web_address)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Count = Annotated[int, Field(ge=0)]
+Status = Literal["claimed", "reproduced", "verified", "disputed", "stale", "retracted"]
+
+
+class Row(BaseModel):
+    """One model under one protocol on one data set."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    schema_version: Annotated[Literal[1], BeforeValidator(lambda v: int(v) if str(v).isdigit() else v)] = 1
+    protocol: Text
+    protocol_version: Text | None = None
+    protocol_sha256: Sha256 | None = None
+    """empty for a claimed row: nobody knows by which code it was measured"""
+    model: Text
+    weights_sha256: Sha256 | None = None
+    dataset: Text
+    split: Text | None = None
+    dataset_sha256: Sha256 | None = None
+    arch: Text | None = None
+    loss: Text | None = None
+    defense: Text | None = None
+    paper: Text | None = None
+    paper_url: Url | None = None
+    license: Text | None = None
+    source: Text | None = None
+    """where a claimed number was read"""
+    submission: Text | None = None
+    """the folder under leaderboard/submissions that the row was made from"""
+    recall_at_1: Percent | None = None
+    recall_at_2: Percent | None = None
+    map: Percent | None = None
+    map_at_r: Percent | None = None
+    nmi: Percent | None = None
+    ami: Annotated[float, Field(ge=-100, le=100)] | None = None
+    ca_plus_raw: Percent | None = None
+    ca_plus_score: float | None = None
+    ca_minus_raw: Percent | None = None
+    ca_minus_score: float | None = None
+    qa_plus_raw: Percent | None = None
+    qa_plus_score: float | None = None
+    qa_minus_raw: Percent | None = None
+    qa_minus_score: float | None = None
+    tma_raw: Annotated[float, Field(ge=-1.0001, le=1.0001)] | None = None
+    tma_score: float | None = None
+    es_d_raw: Annotated[float, Field(ge=0)] | None = None
+    es_d_score: float | None = None
+    es_r_raw: Percent | None = None
+    es_r_score: float | None = None
+    ltm_raw: Percent | None = None
+    ltm_score: float | None = None
+    gtm_raw: Percent | None = None
+    gtm_score: float | None = None
+    gtt_raw: Percent | None = None
+    gtt_score: float | None = None
+    ers: float | None = None
+    ers_lo: float | None = None
+    ers_hi: float | None = None
+    worst_part: Text | None = None
+    worst_case_recall_at_1: Percent | None = None
+    worst_case_recall_at_1_lo: float | None = None
+    worst_case_recall_at_1_hi: float | None = None
+    clustering_nmi: Percent | None = None
+    clustering_nmi_attacked: Percent | None = None
+    clustering_ami: float | None = None
+    clustering_ami_attacked: float | None = None
+    claimed_ers: float | None = None
+    claim_gap: float | None = None
+    """measured minus claimed ERS: below zero where the claim was too high"""
+    status: Status
+    flags: Text | None = None
+    """short names of the doubts about the result, separated by spaces"""
+    partial: Text | None = None
+    """why this is not a full result; such a row has no rank and replaces no full one"""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    tie_group: Annotated[int, Field(ge=1)] | None = None
+    n_queries: Count | None = None
+    n_gallery: Count | None = None
+    seed: Count | None = None
+    eps: Annotated[float, Field(ge=0)] | None = None
+    device: Text | None = None
+    torch: Text | None = None
+    dmlbench: Text | None = None
+    date: Text | None = None
+    seconds: Annotated[float, Field(ge=0)] | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What a board holds once: the model, the data set's split and the protocol."""
+        return (self.protocol, f"{self.dataset}/{self.split or 'test'}", self.model)
+
+    @property
+    def headline(self) -> float | None:
+        """What rows are ranked by: ERS, or worst-case R@1 under a protocol without one."""
+        return self.ers if self.ers is not None else self.worst_case_recall_at_1
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The interval of :attr:`headline`."""
+        ends = (
+            (self.ers_lo, self.ers_hi)
+            if self.ers is not None
+            else (self.worst_case_recall_at_1_lo, self.worst_case_recall_at_1_hi)
+        )
+        return None if ends[0] is None or ends[1] is None else (ends[0], ends[1])
+
+
+COLUMNS: tuple[str, ...] = tuple(Row.model_fields)
+"""Every column, in the order of the CSV."""
+
+
+def _neat(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _eps(evaluation: Evaluation) -> float | None:
+    """The protocol's radius on the [0, 1] scale, where the protocol is a packaged one."""
+    try:
+        from dmlbench.protocol import load_protocol, protocol_names  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    from dmlbench.threat import length
+
+    if evaluation.protocol.name not in protocol_names():
+        return None
+    eps = load_protocol(evaluation.protocol.name).threat.get("eps")
+    return None if eps is None else length(eps)
+
+
+def from_evaluation(
+    evaluation: Evaluation,
+    *,
+    status: Status = "reproduced",
+    card: Checkpoint | None = None,
+    submission: str | None = None,
+    claimed_ers: float | None = None,
+) -> Row:
+    """The row of an evaluation.
+
+    Args:
+        status: what stands behind it.
+        card: what the model is; by default the registry's record of that id, if there is one.
+        submission: the folder it came from.
+        claimed_ers: what somebody else states; by default the card's claim for this protocol.
+    """
+    e = evaluation
+    card = card or checkpoints().get(e.model.id)
+    columns: dict[str, Any] = {}
+    for m in e.measurements:
+        if m.component in PARTS:
+            columns[f"{PARTS[m.component]}_raw"] = _neat(m.value, 6)
+            columns[f"{PARTS[m.component]}_score"] = _neat(m.score)
+    for name in ("recall_at_1", "recall_at_2", "map", "map_at_r", "nmi", "ami"):
+        columns[name] = _neat(e.benign.get(name))
+    scored = [(m.score, m.component) for m in e.measurements if m.score is not None]
+    if card is not None:
+        columns |= {"arch": card.arch.builder, "loss": card.train.loss, "defense": card.defense.name}
+        columns["license"] = card.license
+        if card.paper is not None:
+            columns |= {"paper": card.paper.title, "paper_url": card.paper.url}
+        if claimed_ers is None:
+            stated = [c.value for c in card.claims if c.metric == "ers" and c.protocol == e.protocol.name]
+            claimed_ers = stated[0] if stated else None
+    else:
+        columns |= {"arch": e.model.arch, "loss": e.model.loss, "defense": e.model.defense}
+    columns |= _extra_columns(e)
+    return Row(
+        **columns,
+        protocol=e.protocol.name,
+        protocol_version=e.protocol.version,
+        protocol_sha256=e.protocol.sha256,
+        model=e.model.id,
+        weights_sha256=e.model.weights_sha256,
+        dataset=e.dataset.name,
+        split=e.dataset.split,
+        dataset_sha256=e.dataset.sha256,
+        submission=submission,
+        ers=_neat(e.ers),
+        ers_lo=_neat(e.ers_interval[0]) if e.ers_interval else None,
+        ers_hi=_neat(e.ers_interval[1]) if e.ers_interval else None,
+        worst_part=min(scored)[1] if scored else None,
+        claimed_ers=claimed_ers,
+        claim_gap=None if claimed_ers is None or e.ers is None else _neat(e.ers - claimed_ers),
+        status=status,
+        flags=" ".join(sorted({f.flag for f in e.warnings})) or None,
+        partial="; ".join(p.lstrip("-") for p in e.partial) or None,
+        n_queries=e.dataset.n_queries,
+        n_gallery=e.dataset.n_gallery,
+        seed=e.protocol.seed,
+        eps=_neat(_eps(e), 6),
+        device=e.environment.device,
+        torch=e.environment.torch,
+        dmlbench=e.environment.dmlbench,
+        date=e.date,
+        seconds=_neat(e.seconds, 1),
+    )
+
+
+EXTRA_COLUMNS = (
+    "worst_case_recall_at_1",
+    "clustering_nmi",
+    "clustering_nmi_attacked",
+    "clustering_ami",
+    "clustering_ami_attacked",
+)
+"""Columns filled from :attr:`Evaluation.extras` under the same name, each optionally with ``<name>_interval``."""
+
+
+def _extra_columns(e: Evaluation) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in EXTRA_COLUMNS:
+        value = e.extras.get(name)
+        if isinstance(value, int | float):
+            found[name] = _neat(float(value))
+        ends = e.extras.get(f"{name}_interval")
+        if ends is not None and f"{name}_lo" in COLUMNS:
+            found[f"{name}_lo"], found[f"{name}_hi"] = (_neat(float(v)) for v in ends)
+    return found

@@ -1,8 +1,25 @@
 """dmlbench: how robust is an embedding model? The robustness benchmark for deep metric learning."""
 
-from dmlbench.datasets import RetrievalDataset, load_dataset
-from dmlbench.embedding import Distance, Embedder
+from dmlbench.attacks import ATTACKS
+from dmlbench.datasets import RetrievalDataset, TensorImages, load_dataset
+from dmlbench.embedding import DISTANCES, Embedder
+from dmlbench.evaluate import evaluate
 from dmlbench.models import load_model
+from dmlbench.protocol import Protocol, load_protocol
+from dmlbench.results import Evaluation
 from dmlbench.version import __version__
 
-__all__ = ["Distance", "Embedder", "RetrievalDataset", "__version__", "load_dataset", "load_model"]
+__all__ = [
+    "ATTACKS",
+    "DISTANCES",
+    "Embedder",
+    "Evaluation",
+    "Protocol",
+    "RetrievalDataset",
+    "TensorImages",
+    "__version__",
+    "evaluate",
+    "load_dataset",
+    "load_model",
+    "load_protocol",
+]

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dmlbench.checkpoints import Checkpoint
 from dmlbench.errors import DataError
 from dmlbench.registry import Registry
 
@@ -120,6 +121,9 @@ class Embedder(nn.Module):
         self.input_shape = input_shape
         self.distance = distance
         self.name = name
+        self.card: Checkpoint | None = None
+        """the registry's record of this model, where it has one"""
+        self.weights_sha256: str | None = None
         self.identity = mean is None and std is None
         self.register_buffer("mean", torch.tensor(mean or [0.0] * channels).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std or [1.0] * channels).view(1, -1, 1, 1))

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dmlbench.checkpoints import Checkpoint, checkpoint, weights_path
+from dmlbench.checkpoints import Checkpoint, checkpoint, sha256_of, weights_path
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.registry import Registry
@@ -173,6 +173,7 @@ def load_model(model: str | Path | nn.Module, **kwargs: Any) -> Embedder:
     path = weights_path(name, entry)
     fill(embedder.network, read_weights(path), f"weights file {path}")
     embedder.eval()
+    embedder.card, embedder.weights_sha256 = entry, sha256_of(path)
     check_probe(embedder, entry, name)
     return embedder
 

@@ -1,0 +1,153 @@
+"""What is read from embeddings: read-outs after an attack, retrieval and clustering metrics.
+
+Read-outs are per image, (embeddings, Scene) to (B,), and end in the :data:`READOUTS` table; benign
+retrieval metrics are per query too and reduced at the edge. Shares and ranks are percent. A query
+without another image of its class in the gallery has no recall: its outcome is NaN, and means leave
+it out. Ties count against the model: a positive must be strictly nearer than every negative.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from dmlbench.registry import Registry
+from dmlbench.scene import Scene
+
+RECALL_AT = (1, 2, 4, 8)
+BLOCK = 256
+"""Queries ranked at a time; ranks need (BLOCK, N) distances."""
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What is read off each attacked embedding (a protocol's component says which end is robust)."""
+
+    read: Callable[[Tensor, Scene], Tensor]
+    unit: str
+
+
+def _margin_right(d: Tensor, scene: Scene, k: int = 1) -> Tensor:
+    """(B,) 100 where a positive is among the k nearest, else 0, NaN without positives; d is (B, N)."""
+    best = d.masked_fill(~scene.same, torch.inf).amin(1, keepdim=True)  # (B, 1)
+    ahead = ((d <= best) & scene.other).sum(1)
+    return torch.where(scene.has_positive, (ahead < k).float() * 100.0, torch.nan)
+
+
+def recall_at_1(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """R@1: is the nearest entry (own left out) of the image's class? Percent."""
+    return _margin_right(scene.distances(e), scene)
+
+
+def candidate_rank(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """CA: normalised rank of the candidate in its queries' lists, 100 * mean over X of [d(q,c~) > d(q,X)]."""
+    d = scene.distance.paired(e[:, None, :], scene.targets)  # (B, K)
+    return 100.0 * (d[:, :, None] > scene.target_distances).float().mean((1, 2))
+
+
+def rank_in_query(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """QA: normalised rank of the candidates in the query's list, 0-based position / N, percent."""
+    d = scene.distances(e)  # (B, N)
+    c = d.gather(1, scene.chosen)  # (B, K)
+    return 100.0 * (c[:, :, None] > d[:, None, :]).float().mean((1, 2))
+
+
+def target_cosine(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """TMA: cosine between the attacked embedding and its target, -1 to 1."""
+    return F.cosine_similarity(e, scene.targets[:, 0], dim=1)
+
+
+def embedding_shift(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """ES:D: Euclidean length of the shift, 0 to 2 on the unit sphere.
+
+    Where embeddings are not normalised (space E) the unit is the root mean square length of the gallery,
+    so that the same scale fits; this is our reading, the papers define the score on the sphere.
+    """
+    return (e - scene.clean).norm(dim=1) / scene.gallery.scale
+
+
+def kept_in_top_4(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """GTT: is the target, the clean top-1, still among the 4 nearest (own entry left out)? Percent."""
+    d = scene.ranked(e)  # (B, N)
+    c = d.gather(1, scene.chosen[:, :1])  # (B, 1)
+    ahead = (d <= c).sum(1) - 1
+    return (ahead < 4).float() * 100.0
+
+
+READOUTS: Registry[Readout] = Registry(
+    "read-out",
+    {
+        "recall_at_1": Readout(recall_at_1, "percent"),
+        "candidate_rank": Readout(candidate_rank, "percent"),
+        "rank_in_query": Readout(rank_in_query, "percent"),
+        "target_cosine": Readout(target_cosine, "cosine"),
+        "embedding_shift": Readout(embedding_shift, "distance"),
+        "kept_in_top_4": Readout(kept_in_top_4, "percent"),
+    },
+)
+
+
+def retrieval(scene: Scene, ks: Sequence[int] = RECALL_AT) -> dict[str, np.ndarray]:
+    """Clean retrieval metrics of every query of ``scene``, percent, (B,) each, NaN without positives.
+
+    ``recall_at_k``; ``map``: average precision over the whole ranking; ``map_at_r`` (Musgrave, Belongie
+    and Lim, "A Metric Learning Reality Check", 2020): over the first R, R the number of positives.
+    """
+    parts = [_retrieval_block(scene[a : a + BLOCK], ks) for a in range(0, len(scene), BLOCK)]
+    return {name: torch.cat([p[name] for p in parts]).cpu().numpy() for name in parts[0]}
+
+
+def _retrieval_block(scene: Scene, ks: Sequence[int]) -> dict[str, Tensor]:
+    d = scene.ranked(scene.clean)  # (b, N)
+    out = {f"recall_at_{k}": _margin_right(d, scene, k) for k in ks}
+    order = d.sort(dim=1, stable=True).indices
+    right = scene.same.gather(1, order).float()  # (b, N), by rank
+    hits = right.cumsum(1)
+    position = torch.arange(1, d.shape[1] + 1, device=d.device)
+    precision = hits / position * right
+    positives = right.sum(1)
+    average = precision.sum(1) / positives
+    at_r = (precision * (position <= positives[:, None])).sum(1) / positives
+    out["map"], out["map_at_r"] = 100.0 * average, 100.0 * at_r  # 0/0 is NaN where there are no positives
+    return out
+
+
+def mean(values: np.ndarray) -> float:
+    """Mean over queries in float64, those without an outcome (NaN) left out; NaN if none has one."""
+    kept = values[~np.isnan(values)]
+    return float(kept.mean(dtype=np.float64)) if len(kept) else float("nan")
+
+
+def kmeans(embeddings: np.ndarray, k: int, seed: int, iterations: int = 40) -> np.ndarray:
+    """(N,) the cluster of each embedding by k-means (faiss), deterministic for a seed."""
+    import faiss
+
+    points = np.ascontiguousarray(embeddings, dtype=np.float32)
+    means = faiss.Kmeans(
+        points.shape[1], k, niter=iterations, seed=seed + 1, min_points_per_centroid=1, max_points_per_centroid=1 << 30
+    )
+    means.train(points)
+    return np.asarray(means.index.search(points, 1)[1][:, 0])
+
+
+def clustering(embeddings: np.ndarray, labels: np.ndarray, seeds: Sequence[int]) -> dict[str, float]:
+    """NMI (arithmetic mean) and AMI of k-means with as many clusters as classes, percent, mean over seeds.
+
+    AMI is corrected for chance; NMI of many small clusters is far above 0 for random ones.
+    """
+    from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+
+    k = len(np.unique(labels))
+    found = {"nmi": [], "ami": []}  # type: dict[str, list[float]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # scikit-learn takes integer labels for a regression target
+        for seed in seeds:
+            assigned = kmeans(embeddings, k, seed)
+            found["nmi"].append(float(normalized_mutual_info_score(labels, assigned)))
+            found["ami"].append(float(adjusted_mutual_info_score(labels, assigned)))
+    return {name: 100.0 * float(np.mean(values)) for name, values in found.items()}

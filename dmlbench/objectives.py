@@ -1,0 +1,117 @@
+"""What the adversary wants: (embeddings, Scene) to a loss per image, which it minimises.
+
+Type of an entry: :data:`Objective`. Definitions: Zhou, Niu, Wang, Zhang and Hua, "Adversarial Ranking
+Attack and Defense" (ECCV 2020, arXiv 2002.11293) for CA and QA; Zhou and Patel, "Enhancing Adversarial
+Robustness for Deep Metric Learning" (CVPR 2022, arXiv 2203.01439) and arXiv 2106.03614 for the rest.
+The roles are the papers': in CA the perturbed image is a candidate and its targets are queries, in QA
+it is a query and its targets are candidates. ``B`` images, ``K`` targets, ``N`` gallery entries.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from dmlbench.registry import Registry
+from dmlbench.scene import Scene
+
+Objective = Callable[[Tensor, Scene], Tensor]
+
+
+def raise_candidate(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """CA+: move the candidate to the head of its queries' lists. Mean over X of relu(d(q,c~) - d(q,X))."""
+    d = scene.distance.paired(e[:, None, :], scene.targets)  # (B, K)
+    return F.relu(d[:, :, None] - scene.target_distances).mean((1, 2))
+
+
+def lower_candidate(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """CA-: move the candidate down its queries' lists. Mean over X of relu(d(q,X) - d(q,c~))."""
+    d = scene.distance.paired(e[:, None, :], scene.targets)  # (B, K)
+    return F.relu(scene.target_distances - d[:, :, None]).mean((1, 2))
+
+
+def raise_in_query(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """QA+: bring the candidates to the head of the query's list. Mean over X of relu(d(q~,c) - d(q~,X))."""
+    d = scene.distances(e)  # (B, N)
+    c = d.gather(1, scene.chosen)  # (B, K)
+    return F.relu(c[:, :, None] - d[:, None, :]).mean((1, 2))
+
+
+def lower_in_query(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """QA- and GTT: push the candidates down the query's list. Mean over X of relu(d(q~,X) - d(q~,c))."""
+    d = scene.distances(e)  # (B, N)
+    c = d.gather(1, scene.chosen)  # (B, K)
+    return F.relu(d[:, None, :] - c[:, :, None]).mean((1, 2))
+
+
+def match(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """TMA, targeted mismatch: look like the target. 1 - cos(f(x~), t)."""
+    return 1.0 - F.cosine_similarity(e, scene.targets[:, 0], dim=1)
+
+
+def shift(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """ES: move the embedding away from its clean place. Minus the Euclidean shift.
+
+    At the clean image the gradient is zero, so the papers move the reference by 1e-7 there. Here an
+    image whose shift is within float rounding counts as being at the clean one: it gets the gradient
+    that the papers mean, the same in every dimension, whatever the rounding.
+    """
+    moved = e - scene.clean
+    size = moved.norm(dim=1)  # (B,)
+    push = e.sum(1) / e.shape[1] ** 0.5
+    stuck = size.detach() <= 1e-5 * scene.gallery.scale
+    return torch.where(stuck, push - push.detach(), -size)
+
+
+def approach(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """GTM: come near the target, the nearest entry of another class. d(f(x~), u)."""
+    return scene.distance.paired(e, scene.targets[:, 0])
+
+
+def _extreme_gap(e: Tensor, scene: Scene, positives: Tensor) -> Tensor:
+    """relu(farthest entry of another class - nearest of ``positives``); 0 where either is missing.
+
+    The two entries are found without a graph; the gradient is that of their two distances.
+    """
+    with torch.no_grad():
+        d = scene.distances(e)  # (B, N)
+        far = d.masked_fill(~scene.other, -torch.inf).argmax(1)
+        near = d.masked_fill(~positives, torch.inf).argmin(1)
+    gap = scene.distance.paired(e, scene.gallery.embeddings[far]) - scene.distance.paired(
+        e, scene.gallery.embeddings[near]
+    )
+    return F.relu(gap) * (positives.any(1) & scene.other.any(1))
+
+
+def spread(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """LTM: bring all other classes nearer than the nearest positive (the image's own entry left out).
+
+    relu(max over other-class X of d - min over same-class X of d).
+    """
+    return _extreme_gap(e, scene, scene.same)
+
+
+def spread_published(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """LTM as behind the published numbers: the image's own clean entry counts as a positive.
+
+    It is usually the nearest one, so the attack only moves away from itself and is easier to survive.
+    """
+    return _extreme_gap(e, scene, scene.kin)
+
+
+OBJECTIVES: Registry[Objective] = Registry(
+    "objective",
+    {
+        "raise_candidate": raise_candidate,
+        "lower_candidate": lower_candidate,
+        "raise_in_query": raise_in_query,
+        "lower_in_query": lower_in_query,
+        "match": match,
+        "shift": shift,
+        "approach": approach,
+        "spread": spread,
+        "spread_published": spread_published,
+    },
+)

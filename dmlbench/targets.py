@@ -1,0 +1,83 @@
+"""Whom an attack aims at: (embeddings, Scene, k, Rng) to gallery rows per image, (B, k).
+
+Type of an entry: :data:`Targets`. ``embeddings`` are the clean ones that the ranking is made from.
+Targets are chosen once, before the search, from streams that belong to the image, so they do not
+depend on batch size or on which other attacks run.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dmlbench.errors import UsageError
+from dmlbench.registry import Registry
+from dmlbench.rng import Rng
+from dmlbench.scene import Scene
+
+Targets = Callable[[Scene, int, Rng], Tensor]
+
+TOP_SHARE = 0.01
+"""How much of the gallery counts as the head of a list in CA- and QA-."""
+
+
+def anywhere(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B k"]:
+    """Uniform over the whole gallery (CA+, QA+, TMA), with replacement."""
+    return rng.integers(len(scene.gallery), k)
+
+
+def top_percent(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B k"]:
+    """Uniform over the nearest 1 % of the gallery, the image's own entry left out (CA-, QA-), all different.
+
+    The top 1 % is the first int(0.01 N) entries.
+
+    Raises:
+        UsageError: the gallery has fewer than 100 entries, or fewer than ``k`` in its top 1 %.
+    """
+    n = len(scene.gallery)
+    head = int(TOP_SHARE * n)
+    if head < 1:
+        raise UsageError(f"a gallery of {n} entries has no top 1 %: CA- and QA- need at least 100")
+    if head < k:
+        raise UsageError(f"the top 1 % of a gallery of {n} entries holds {head}, fewer than the {k} targets asked for")
+    nearest = scene.ranked(scene.clean).topk(head, largest=False).indices  # (B, head)
+    pick = rng.uniform(head).argsort(1)[:, :k]  # (B, k)
+    return nearest.gather(1, pick)
+
+
+def nearest(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B k"]:
+    """The k nearest entries of any class, the image's own left out (GTT)."""
+    return scene.ranked(scene.clean).topk(k, largest=False).indices
+
+
+def nearest_other(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B k"]:
+    """The k nearest entries of another class (GTM)."""
+    d = scene.distances(scene.clean).masked_fill(~scene.other, torch.inf)
+    return d.topk(k, largest=False).indices
+
+
+def nearest_other_published(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B k"]:
+    """GTM's target as behind the published numbers: an arbitrary entry, easier to survive.
+
+    The position of the nearest entry of another class is taken inside the list of such entries (in
+    gallery order) and then used as a row of the whole gallery. "Another class" is another than that of
+    the nearest entry, which is not always the image's.
+    """
+    ranked = scene.ranked(scene.clean)  # (B, N)
+    shown = scene.gallery.labels[ranked.argmin(1)]  # (B,)
+    other = scene.gallery.labels[None, :] != shown[:, None]  # (B, N)
+    closest = ranked.masked_fill(~other, torch.inf).argmin(1, keepdim=True)  # (B, 1)
+    return other.long().cumsum(1).gather(1, closest) - 1
+
+
+TARGETS: Registry[Targets] = Registry(
+    "target rule",
+    {
+        "anywhere": anywhere,
+        "top_percent": top_percent,
+        "nearest": nearest,
+        "nearest_other": nearest_other,
+        "nearest_other_published": nearest_other_published,
+    },
+)

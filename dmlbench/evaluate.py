@@ -365,8 +365,7 @@ def scores(
     table = np.stack(
         [c.rescale(arrays[f"{c.name}/value"].astype(np.float64)) for c in components], axis=1
     )  # (Q, parts)
-    filled = np.where(np.isnan(table), np.nanmean(table, axis=0, keepdims=True), table) if len(table) else table
-    ends = cluster_bootstrap(np.column_stack([table, filled.mean(1)]), arrays["label"])  # the last column is ERS
+    intervals = cluster_bootstrap(table, arrays["label"])
     measured = []
     for i, c in enumerate(components):
         raw = arrays[f"{c.name}/value"]
@@ -380,7 +379,7 @@ def scores(
                 better=c.better,
                 value=value,
                 score=None if value is None else c.rescale(value),
-                interval=pair(ends[i]),
+                interval=intervals.columns[i],
                 n=int((~np.isnan(raw)).sum()),
                 seconds=seconds.get(c.name, 0.0),
             )
@@ -388,12 +387,7 @@ def scores(
     parts = [m.score for m in measured]
     if not complete or any(p is None for p in parts):
         return tuple(measured), None, None
-    return tuple(measured), float(np.mean([p for p in parts if p is not None])), pair(ends[-1])
-
-
-def pair(ends: np.ndarray) -> tuple[float, float] | None:
-    """An interval as a record holds it; None where there is none."""
-    return (float(ends[0]), float(ends[1])) if np.isfinite(ends).all() else None
+    return tuple(measured), float(np.mean([p for p in parts if p is not None])), intervals.mean
 
 
 def as_embedder(module: torch.nn.Module) -> Embedder:

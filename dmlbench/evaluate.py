@@ -358,6 +358,35 @@ def evaluate(
     ).with_arrays(arrays, sample)
 
 
+def plan_of(
+    embedder: Embedder,
+    dataset: RetrievalDataset,
+    protocol: Protocol,
+    *,
+    attacks: Sequence[str] | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+) -> list[dict[str, object]]:
+    """The searches that ``evaluate`` would run, without running them: one row each."""
+    resolve_device(device)
+    queries = min(limit or len(dataset.query), len(dataset.query))
+    components = [protocol.component(name) for name in attacks] if attacks else list(protocol.components)
+    return [
+        {
+            "id": search.name,
+            "attack": search.attack,
+            "optimizer": search.optimizer,
+            "eps": str(search.threat.eps),
+            "queries": queries,
+            "gallery": len(dataset.gallery),
+            "steps": search.threat.steps,
+            "gradients": queries * search.threat.steps * search.threat.restarts,
+        }
+        for search in searches(protocol, components)
+    ]
+
+
 def scores(
     components: Sequence[Component], arrays: dict[str, np.ndarray], seconds: dict[str, float], *, complete: bool
 ) -> tuple[tuple[Measurement, ...], float | None, tuple[float, float] | None]:

@@ -1,0 +1,172 @@
+"""``dmlbench evaluate``: from a model to a scored table, a run folder and a leaderboard row."""
+
+import sys
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from dmlbench.cli.output import console, json_option, print_json, progress
+from dmlbench.results import Evaluation, prepare_folder, save
+
+BENIGN = {
+    "recall_at_1": "R@1",
+    "recall_at_2": "R@2",
+    "recall_at_4": "R@4",
+    "recall_at_8": "R@8",
+    "map": "mAP",
+    "map_at_r": "MAP@R",
+    "nmi": "NMI",
+    "ami": "AMI",
+}
+ARROW = {"higher": "↑", "lower": "↓"}
+EPILOG = "Example: dmlbench evaluate --model digits-smallcnn-triplet-hm-lga-ics --out runs/digits --csv mine.csv"
+
+
+def _names(text: str | None) -> list[str] | None:
+    """``"CA+,QA-"`` as a list; the minus signs of the papers (− and –) count as hyphens."""
+    if text is None:
+        return None
+    plain = text.replace("−", "-").replace("–", "-")
+    return [name.strip() for name in plain.split(",") if name.strip()]
+
+
+def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
+    if value == "auto":
+        return None
+    if not value.isdigit() or int(value) < 1:
+        raise click.BadParameter(f"{value!r} is not 'auto' or a positive number")
+    return int(value)
+
+
+@click.command(epilog=EPILOG)
+@click.option("--model", required=True, help="A registered model's id (see `dmlbench models list`).")
+@click.option("--dataset", help="A data set's id; by default the one that the model was trained on.")
+@click.option("--split", default="test", type=click.Choice(["test", "train"]), show_default=True)
+@click.option("--protocol", help="A protocol's name or TOML file; by default the data set's.")
+@click.option("--attacks", help="Only these parts, e.g. CA+,QA-; leaves ERS empty.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:n.")
+@click.option(
+    "--batch-size", default="auto", show_default=True, callback=_batch_size, help="Queries attacked at a time."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Only this many queries; marks the result partial.")
+@click.option("--seed", type=int, help="Another seed than the protocol's; marks the result partial.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write the run folder here.")
+@click.option("--csv", type=click.Path(path_type=Path, dir_okay=False), help="Add or replace this model's row there.")
+@click.option("--plan", is_flag=True, help="Print the work and do nothing.")
+@json_option
+def evaluate(
+    model: str,
+    dataset: str | None,
+    split: str,
+    protocol: str | None,
+    attacks: str | None,
+    device: str,
+    batch_size: int | None,
+    limit: int | None,
+    seed: int | None,
+    out: Path | None,
+    csv: Path | None,
+    plan: bool,
+    as_json: bool,
+) -> None:
+    """Score a model: benign metrics, every attack part, ERS with its interval."""
+    import dmlbench
+    from dmlbench.datasets import load_dataset
+    from dmlbench.evaluate import default_dataset, default_protocol, plan_of
+
+    embedder = dmlbench.load_model(model)
+    images = load_dataset(dataset or default_dataset(embedder), split)
+    rules = dmlbench.load_protocol(protocol or default_protocol(images))
+    wanted = _names(attacks)
+    if plan:
+        work = plan_of(embedder, images, rules, attacks=wanted, limit=limit, device=device, batch_size=batch_size)
+        _print_plan(work, as_json)
+        return
+    if out:
+        prepare_folder(out)
+    if csv:
+        prepare_folder(csv.parent)
+    with progress() as bars:
+        evaluation = dmlbench.evaluate(
+            embedder,
+            images,
+            rules,
+            attacks=wanted,
+            limit=limit,
+            device=device,
+            batch_size=batch_size,
+            seed=seed,
+            progress=bars,
+            argv=["dmlbench", *sys.argv[1:]],
+        )
+    if out:
+        save(evaluation, out)
+    if csv:
+        from dmlbench.leaderboard import add_row
+
+        add_row(evaluation, csv)
+    if as_json:
+        print_json(evaluation.model_dump(mode="json"))
+    else:
+        _print_evaluation(evaluation)
+        if out:
+            click.echo(f"run folder: {out}", err=True)
+
+
+def _print_plan(work: list[dict[str, object]], as_json: bool) -> None:
+    if as_json:
+        print_json(work)
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in work[0]:
+        table.add_column(column, justify="left" if column == "id" else "right")
+    for row in work:
+        table.add_row(*(str(value) for value in row.values()))
+    console().print(table)
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f"{ends[0]:.1f} – {ends[1]:.1f}"
+
+
+def _print_evaluation(e: Evaluation) -> None:
+    out = console()
+    d = e.dataset
+    out.print(
+        f"[bold]{e.model.id}[/bold] on {d.name} ({d.split}): {d.n_queries} queries, {d.n_gallery} gallery images, "
+        f"{d.n_classes} classes; protocol {e.protocol.name} v{e.protocol.version} ({e.protocol.sha256[:8]})"
+    )
+    benign = Table(box=None, pad_edge=False, title="benign, %", title_justify="left")
+    shown = [name for name in BENIGN if name in e.benign]
+    for name in shown:
+        benign.add_column(BENIGN[name], justify="right")
+    benign.add_row(*(f"{e.benign[name]:.1f}" for name in shown))
+    out.print(benign)
+
+    parts = Table(box=None, pad_edge=False, title="under attack", title_justify="left")
+    parts.add_column("part")
+    for column in ("raw", "better", "score", "95 % interval", "queries", "seconds"):
+        parts.add_column(column, justify="right")
+    for m in e.measurements:
+        parts.add_row(
+            m.component,
+            "–"
+            if m.value is None
+            else f"{m.value:.3f}"
+            if m.readout in ("target_cosine", "embedding_shift")
+            else f"{m.value:.1f}",
+            ARROW[m.better],
+            "–" if m.score is None else f"{m.score:.1f}",
+            _interval(m.interval),
+            str(m.n),
+            f"{m.seconds:.1f}",
+        )
+    out.print(parts)
+    if e.ers is not None:
+        partial = f"  (partial: {', '.join(e.partial)})" if e.partial else ""
+        out.print(f"[bold]ERS {e.ers:.1f}[/bold]  95 % interval {_interval(e.ers_interval)}{partial}")
+    else:
+        out.print(f"ERS –  (partial: {', '.join(e.partial) or 'a part has no value'})")
+    for warning in e.warnings:
+        out.print(f"[yellow]warning[/yellow] {warning.flag}: {warning.message}")

@@ -1,25 +1,53 @@
-"""The data sets, by id: :func:`load_dataset` and the :data:`DATASETS` table."""
+"""The data sets, by id: :func:`load_dataset` and the :data:`DATASETS` table.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+A user's own pictures need no entry: ``folder:PATH`` and ``csv:PATH`` are read wherever an id is.
+"""
 
-from dmlbench.datasets.base import ArrayImages, Images, RetrievalDataset, TensorImages, data_root
-from dmlbench.datasets.digits import digits
-from dmlbench.datasets.mnist import mnist
-from dmlbench.datasets.omniglot import omniglot_small
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from dmlbench.datasets import cars as _cars
+from dmlbench.datasets import cifar as _cifar
+from dmlbench.datasets import cub as _cub
+from dmlbench.datasets import digits as _digits
+from dmlbench.datasets import inshop as _inshop
+from dmlbench.datasets import mnist as _mnist
+from dmlbench.datasets import omniglot as _omniglot
+from dmlbench.datasets import sop as _sop
+from dmlbench.datasets.base import (
+    ArrayImages,
+    Counts,
+    Images,
+    RetrievalDataset,
+    TensorImages,
+    data_root,
+    require_counts,
+)
+from dmlbench.datasets.cache import CachedImages, Progress, fitted
+from dmlbench.datasets.folder import class_folder
+from dmlbench.datasets.pictures import Files
+from dmlbench.datasets.table import table
 from dmlbench.errors import UsageError
+from dmlbench.preprocess import Preprocess
 from dmlbench.registry import Registry
 
 __all__ = [
     "DATASETS",
+    "OWN",
     "ArrayImages",
+    "CachedImages",
     "DatasetEntry",
     "Images",
     "RetrievalDataset",
     "TensorImages",
     "data_root",
+    "dataset_entry",
+    "decode",
     "load_dataset",
 ]
+
+Loader = Callable[[str, Preprocess], RetrievalDataset]
+"""From a split and how its pictures are prepared; a data set of one size ignores the latter."""
 
 
 @dataclass(frozen=True)
@@ -27,37 +55,166 @@ class DatasetEntry:
     """One data set that ``load_dataset`` knows.
 
     Attributes:
-        load: split ("train" or "test") to the data set.
+        load: (split, preprocess) to the data set, its counts and files not yet looked at.
         title: one line about it.
         protocol: the protocol that ``evaluate`` uses when none is named.
         packaged: True where no file beside the installed packages is needed.
+        shape: (C, H, W) that the field feeds a network.
+        counts: by split, what a whole data set holds; empty where nobody knows.
+        licence: on what terms the pictures come.
     """
 
-    load: Callable[[str], RetrievalDataset]
+    load: Loader
     title: str
     protocol: str
     packaged: bool = False
+    shape: tuple[int, int, int] = (3, 224, 224)
+    counts: Mapping[str, Counts] = field(default_factory=dict)
+    licence: str = "unknown"
 
 
-def load_dataset(name: str, split: str = "test") -> RetrievalDataset:
-    """A data set by id, e.g. ``load_dataset("digits")``.
+def _held(load: Callable[[str], RetrievalDataset]) -> Loader:
+    """A loader of a data set that is held in memory at its one size."""
+    return lambda split, preprocess: load(split)
+
+
+def dataset_entry(name: str) -> DatasetEntry:
+    """The entry of an id, or of ``folder:PATH`` or ``csv:PATH``; an unknown id gets a suggestion."""
+    kind, colon, path = name.partition(":")
+    if not colon:
+        return DATASETS[name]
+    read = OWN[kind]
+    if not path:
+        raise UsageError(f"{name!r} needs a path after the colon")
+    return DatasetEntry(lambda split, preprocess: read(path, split, preprocess), f"pictures of {path}", "ers-224")
+
+
+def load_dataset(name: str, split: str = "test", preprocess: Preprocess | None = None) -> RetrievalDataset:
+    """A data set by id, e.g. ``load_dataset("digits")``, or ``folder:PATH`` or ``csv:PATH``.
+
+    Args:
+        name: which.
+        split: "train" or "test".
+        preprocess: how pictures are made ready for a network (``embedder.preprocess``); by default as
+            the field does for this data set. Data sets held in memory are scaled to its size, not cut.
 
     Raises:
         UsageError: no such data set or split.
-        DataError: its files are missing or broken.
+        DataError: its files are missing, broken or not the published ones.
     """
     if split not in ("train", "test"):
         raise UsageError(f"split {split!r} must be 'train' or 'test'")
-    return DATASETS[name].load(split)
+    entry = dataset_entry(name)
+    preprocess = preprocess or Preprocess.standard(entry.shape)
+    dataset = entry.load(split, preprocess)
+    if split in entry.counts:
+        require_counts(dataset, entry.counts[split])
+    if isinstance(dataset.images, CachedImages) and isinstance(dataset.images.source, Files):
+        dataset.images.source.require(dataset.name)
+    return fitted(dataset, preprocess)
+
+
+def decode(dataset: RetrievalDataset, progress: Progress | None = None) -> None:
+    """Decode a data set's images into the cache now, if they are files; later uses find them there.
+
+    Raises:
+        DataError: an image is broken (which, and why), or the disk is full.
+    """
+    if isinstance(dataset.images, CachedImages):
+        dataset.images.decode(progress)
+
+
+OWN: Registry[Callable[[str, str, Preprocess], RetrievalDataset]] = Registry(
+    "kind of data set", {"folder": class_folder, "csv": table}
+)
+"""A user's own pictures: what stands before the colon, and (path, split, preprocess) to the data set."""
 
 
 DATASETS: Registry[DatasetEntry] = Registry(
     "data set",
     {
-        "digits": DatasetEntry(digits, "scikit-learn digits, 8x8 grey, test on unseen classes 5-9", "ers-digits", True),
-        "omniglot-small": DatasetEntry(
-            omniglot_small, "Omniglot small, 28x28 grey, test on unseen alphabets", "ers-28"
+        "digits": DatasetEntry(
+            _held(_digits.digits),
+            "scikit-learn digits, 8x8 grey, test on unseen classes 5-9",
+            "ers-digits",
+            packaged=True,
+            shape=(1, 8, 8),
+            counts=_digits.COUNTS,
+            licence="CC-BY-4.0",
         ),
-        "mnist": DatasetEntry(mnist, "MNIST, 28x28 grey, ten classes seen in training", "ers-28"),
+        "omniglot-small": DatasetEntry(
+            _held(_omniglot.omniglot_small),
+            "Omniglot small, 28x28 grey, test on unseen alphabets",
+            "ers-28",
+            shape=(1, 28, 28),
+            counts=_omniglot.SMALL_COUNTS,
+            licence="MIT",
+        ),
+        "omniglot": DatasetEntry(
+            _held(_omniglot.omniglot),
+            "Omniglot, 28x28 grey, background characters against evaluation characters",
+            "ers-28",
+            shape=(1, 28, 28),
+            counts=_omniglot.COUNTS,
+            licence="MIT",
+        ),
+        "mnist": DatasetEntry(
+            _held(_mnist.mnist),
+            "MNIST, 28x28 grey, ten classes seen in training",
+            "ers-28",
+            shape=(1, 28, 28),
+            counts=_mnist.COUNTS,
+            licence="CC-BY-SA-3.0",
+        ),
+        "fashion-mnist": DatasetEntry(
+            _held(_mnist.fashion_mnist),
+            "Fashion-MNIST, 28x28 grey, ten classes seen in training",
+            "ers-28",
+            shape=(1, 28, 28),
+            counts=_mnist.COUNTS,
+            licence="MIT",
+        ),
+        "cifar10": DatasetEntry(
+            _held(lambda split: _cifar.cifar("cifar10", split)),
+            "CIFAR-10, 32x32, ten classes seen in training",
+            "ers-224",
+            shape=(3, 32, 32),
+            counts=_cifar.COUNTS["cifar10"],
+        ),
+        "cifar100": DatasetEntry(
+            _held(lambda split: _cifar.cifar("cifar100", split)),
+            "CIFAR-100, 32x32, a hundred classes seen in training",
+            "ers-224",
+            shape=(3, 32, 32),
+            counts=_cifar.COUNTS["cifar100"],
+        ),
+        "cub": DatasetEntry(
+            _cub.cub,
+            "CUB-200-2011 birds, test on unseen classes 101-200",
+            "ers-224",
+            counts=_cub.COUNTS,
+            licence="non-commercial research",
+        ),
+        "cars": DatasetEntry(
+            _cars.cars,
+            "Cars-196, test on unseen classes 99-196",
+            "ers-224",
+            counts=_cars.COUNTS,
+            licence="non-commercial research",
+        ),
+        "sop": DatasetEntry(
+            _sop.sop,
+            "Stanford Online Products, test on 11,316 unseen products",
+            "ers-224",
+            counts=_sop.COUNTS,
+            licence="non-commercial research",
+        ),
+        "inshop": DatasetEntry(
+            _inshop.inshop,
+            "In-Shop Clothes, queries and gallery apart, test on 3,985 unseen items",
+            "ers-224",
+            counts=_inshop.COUNTS,
+            licence="non-commercial research",
+        ),
     },
 )

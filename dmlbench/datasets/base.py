@@ -145,22 +145,72 @@ class RetrievalDataset:
         return digest.hexdigest()
 
 
-def data_root() -> Path | None:
-    """Where data sets that are not inside a package lie: ``DMLBENCH_DATA``, else ``../shared/data``
-    beside the working directory when it exists, else none."""
+@dataclass(frozen=True)
+class Counts:
+    """How many images and classes a split has when it is whole."""
+
+    images: int
+    classes: int
+    queries: int | None = None
+    """where queries and gallery are different images"""
+
+    def __str__(self) -> str:
+        queries = "" if self.queries is None else f", {self.queries:,} of them queries"
+        return f"{self.images:,} images of {self.classes:,} classes{queries}"
+
+
+def counts_of(dataset: RetrievalDataset) -> Counts:
+    """What a data set holds."""
+    apart = len(np.intersect1d(dataset.query, dataset.gallery)) == 0
+    return Counts(len(dataset), len(np.unique(dataset.labels)), len(dataset.query) if apart else None)
+
+
+def require_counts(dataset: RetrievalDataset, expected: Counts) -> None:
+    """Refuse a data set that does not have the images and classes that the field's split has.
+
+    Raises:
+        DataError: both counts are named.
+    """
+    if (found := counts_of(dataset)) != expected:
+        raise DataError(
+            f"data set {dataset.name!r}, {dataset.split} split: found {found} where {expected} are expected: "
+            "files are missing, or not the published ones"
+        )
+
+
+def numbered(labels: Sequence[object]) -> tuple[np.ndarray, list[str]]:
+    """Labels of any kind as 0, 1, ... without gaps, in sorted order, and the name that each number stands for."""
+    names, numbers = np.unique(np.asarray(labels), return_inverse=True)
+    return numbers.astype(np.int64).reshape(-1), [str(name) for name in names]
+
+
+def user_folder() -> Path:
+    """The user's own folder for data and caches: ``~/.cache/dmlbench`` (``XDG_CACHE_HOME`` is honoured)."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "dmlbench"
+
+
+def data_roots() -> list[Path]:
+    """Where data sets that are not inside a package are looked for, in this order: the folder that
+    ``DMLBENCH_DATA`` names; where it names none, ``~/.cache/dmlbench/data``, then ``../shared/data``
+    beside the working directory. ``dmlbench datasets prepare`` puts them into the first."""
     named = os.environ.get("DMLBENCH_DATA")
-    if named:
-        return Path(named)
-    beside = Path("../shared/data")
-    return beside if beside.is_dir() else None
+    return [Path(named)] if named else [user_folder() / "data", Path("../shared/data")]
+
+
+def data_root() -> Path | None:
+    """The first of :func:`data_roots` that exists."""
+    return next((root for root in data_roots() if root.is_dir()), None)
 
 
 def need(name: str, *parts: str) -> Path:
-    """The first of ``parts`` that exists under the data root, or a clear error."""
-    root = data_root()
-    if root is None:
-        raise DataError(f"data set {name!r} needs files: set DMLBENCH_DATA to the folder that holds {parts[0]}")
-    for part in parts:
-        if (root / part).exists():
-            return root / part
-    raise DataError(f"data set {name!r} needs {parts[0]}, which is not under {root} (DMLBENCH_DATA)")
+    """The first of ``parts`` that exists under a data root, or a clear error."""
+    for root in data_roots():
+        for part in parts:
+            if (root / part).exists():
+                return root / part
+    where = " or ".join(str(root) for root in data_roots())
+    raise DataError(
+        f"data set {name!r} needs {parts[0]}, which is not under {where}: "
+        f"'dmlbench datasets prepare {name}' gets it or says how, and DMLBENCH_DATA names another folder"
+    )

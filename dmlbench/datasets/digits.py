@@ -6,7 +6,9 @@ Repository, 1998 (CC BY 4.0). Pixels are 0 to 16. Train on classes 0-4, test on 
 
 import numpy as np
 
-from dmlbench.datasets.base import ArrayImages, RetrievalDataset
+from dmlbench.datasets.base import ArrayImages, Counts, RetrievalDataset
+
+COUNTS = {"train": Counts(901, 5), "test": Counts(896, 5)}
 
 
 def digits(split: str) -> RetrievalDataset:

@@ -1,0 +1,190 @@
+"""Pictures decoded and resized once: a uint8 array on disk, memory-mapped, shared by every attack and process.
+
+The cache lies under ``DMLBENCH_CACHE``, else ``~/.cache/dmlbench`` (``XDG_CACHE_HOME`` is honoured), and
+may be deleted at any time. An array is keyed by the sha256 of every source file and by the
+preprocessing; what the files hold is asked again whenever a size or a time on disk has changed. One
+process decodes while others that want the same array wait for it; a file appears under its name
+only when it is whole.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, features
+from torch import Tensor
+
+from dmlbench.datasets.base import ArrayImages, RetrievalDataset, user_folder
+from dmlbench.datasets.pictures import Arrays, Source, Undecodable, workers
+from dmlbench.errors import DataError
+from dmlbench.preprocess import Preprocess
+
+REVISION = 1
+"""Raised whenever decoding or preprocessing changes what comes out."""
+
+Progress = Callable[[int, int], None]
+"""Called with (images done, images in all)."""
+
+
+def cache_folder() -> Path:
+    """Where decoded images are kept."""
+    named = os.environ.get("DMLBENCH_CACHE")
+    return Path(named) if named else user_folder()
+
+
+@dataclass(frozen=True, eq=False)
+class CachedImages:
+    """Images of a source after preprocessing, decoded on first use and memory-mapped from then on."""
+
+    source: Source
+    preprocess: Preprocess
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.preprocess.shape
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self._pixels[rows])).float() / 255.0
+
+    def content(self) -> bytes:
+        return hashlib.sha256(self._digests.tobytes() + self.source.crops() + self._preprocessing).digest()
+
+    def decode(self, progress: Progress | None = None) -> None:
+        """Make the cache now, if it is not there; ``progress`` hears of every image.
+
+        Raises:
+            DataError: an image cannot be decoded, or the disk has no room.
+        """
+        path = self.path
+        if not _whole(path, self._expected):
+            with _alone(path):
+                if not _whole(path, self._expected):  # another process may have made it meanwhile
+                    self._build(path, progress or (lambda done, total: None))
+
+    @cached_property
+    def path(self) -> Path:
+        """The file of this array."""
+        key = hashlib.sha256(self.content() + self._decoder).hexdigest()
+        return cache_folder() / "images" / f"{key[:32]}.npy"
+
+    @property
+    def _preprocessing(self) -> bytes:
+        return json.dumps({"revision": REVISION, **self.preprocess.describe()}, sort_keys=True).encode()
+
+    @property
+    def _decoder(self) -> bytes:
+        return f"Pillow {Image.__version__}, jpeg {features.version('jpg')}".encode()
+
+    @property
+    def _expected(self) -> tuple[int, int, int, int]:
+        return (len(self), *self.shape)
+
+    @cached_property
+    def _digests(self) -> np.ndarray:
+        """(N, 32) of the source, remembered on disk for as long as no file's size or time changes."""
+        remembered = cache_folder() / "digests" / f"{self.source.state().hex()[:32]}.npy"
+        if isinstance(self.source, Arrays):
+            return self.source.digests()
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            found = np.load(remembered)
+            if found.shape == (len(self), 32) and found.dtype == np.uint8:
+                return found
+        digests = self.source.digests()
+        _folder(remembered.parent)
+        part = remembered.with_name(f".{remembered.name}.{os.getpid()}.part")
+        with part.open("wb") as stream:
+            np.save(stream, digests)
+        part.replace(remembered)
+        return digests
+
+    @cached_property
+    def _pixels(self) -> np.ndarray:
+        """(N, C, H, W) uint8, memory-mapped."""
+        self.decode()
+        return np.load(self.path, mmap_mode="r")
+
+    def _build(self, path: Path, progress: Progress) -> None:
+        needed, free = int(np.prod(self._expected)), shutil.disk_usage(path.parent).free
+        if needed > free:
+            raise DataError(
+                f"decoded images need {needed / 1e9:.1f} GB under {path.parent}, where {free / 1e9:.1f} GB are free "
+                "(DMLBENCH_CACHE names another folder)"
+            )
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            pixels = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=self._expected)
+            with ThreadPoolExecutor(workers()) as pool:
+                for done, (row, image) in enumerate(pool.map(self._one, range(len(self))), 1):
+                    pixels[row] = image
+                    progress(done, len(self))
+            pixels.flush()
+            del pixels
+            part.replace(path)
+        except Undecodable as error:
+            raise DataError(
+                f"an image cannot be decoded: {error} ('dmlbench datasets verify' lists all such images)"
+            ) from None
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _one(self, row: int) -> tuple[int, np.ndarray]:
+        picture = self.source.picture(row)
+        try:
+            return row, self.preprocess(picture)
+        except ValueError as error:
+            raise Undecodable(f"image {row}: {error}") from None
+
+
+def fitted(dataset: RetrievalDataset, preprocess: Preprocess) -> RetrievalDataset:
+    """A data set held in memory, its images scaled (not cut) to the size and channels of ``preprocess``."""
+    if dataset.images.shape == preprocess.shape or not isinstance(dataset.images, ArrayImages):
+        return dataset
+    whole = replace(preprocess, resize=None, shorter=None)
+    return replace(dataset, images=CachedImages(Arrays(dataset.images), whole))
+
+
+def _whole(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether the file is an array of that shape, all of it on disk."""
+    try:
+        found = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return found.shape == shape and found.dtype == np.uint8
+
+
+def _folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"the cache folder {folder} cannot be made: {error.strerror} (DMLBENCH_CACHE names another)"
+        ) from None
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Only one process at a time is inside, for one path; the lock goes with its process.
+
+    Where the system has no such locks two processes may both decode; each still writes its own file.
+    """
+    _folder(path.parent)
+    with path.with_suffix(".lock").open("wb") as lock:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed while it wrote
+                left.unlink(missing_ok=True)
+        yield

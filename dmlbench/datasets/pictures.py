@@ -1,0 +1,197 @@
+"""Where pictures come from before they are decoded: files on disk, or small arrays in memory.
+
+A :class:`Source` gives pictures by row and the sha256 of what each is made from. A picture that cannot
+be decoded raises :class:`Undecodable` with the reason; which images of a data set are broken is told by
+``dmlbench datasets verify``.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dmlbench.datasets.base import ArrayImages
+from dmlbench.errors import DataError
+
+
+def shown(path: Path | str) -> str:
+    """A path as printable text: bytes that are not UTF-8 are written as ``\\xNN``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+class Undecodable(Exception):
+    """One picture that cannot be decoded; the message says which and why."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Pictures by row."""
+
+    def __len__(self) -> int: ...
+
+    def picture(self, row: int) -> Image.Image:
+        """The decoded picture of a row; raises :class:`Undecodable`."""
+        ...
+
+    def state(self) -> bytes:
+        """A digest that changes whenever the content may have changed, made without reading all of it."""
+        ...
+
+    def digests(self) -> np.ndarray:
+        """(N, 32) uint8: the sha256 of what each picture is made from."""
+        ...
+
+    def crops(self) -> bytes:
+        """What else decides the pixels of a row beside its content."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """Image files under one folder.
+
+    Attributes:
+        root: the folder.
+        paths: (N,) each image's path below it.
+        boxes: (N, 4) left, top, right, bottom in pixels of the stored picture, or None; a row of NaN is the whole picture.
+        upright: turn pictures as their EXIF orientation says. The field's public code does not, so its data sets do not.
+    """
+
+    root: Path
+    paths: Sequence[str]
+    boxes: np.ndarray | None = None
+    upright: bool = False
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, row: int) -> Path:
+        """The file of a row."""
+        return self.root / self.paths[row]
+
+    def missing(self) -> list[int]:
+        """Rows whose file does not exist."""
+        return [row for row in range(len(self)) if not self.path(row).is_file()]
+
+    def require(self, name: str) -> "Files":
+        """The same files, if all exist.
+
+        Raises:
+            DataError: some do not; how many, and the first.
+        """
+        if lost := self.missing():
+            raise DataError(
+                f"data set {name!r}: {len(lost):,} of {len(self):,} image files are missing under {shown(self.root)}, "
+                f"the first is {shown(self.paths[lost[0]])}"
+            )
+        return self
+
+    def picture(self, row: int) -> Image.Image:
+        path = self.path(row)
+        try:
+            picture = decoded(path.read_bytes())
+            if self.upright:
+                picture = ImageOps.exif_transpose(picture)
+            return picture if self.boxes is None else boxed(picture, self.boxes[row])
+        except Exception as error:  # Pillow's decoders raise many kinds; each means that this file is no usable picture
+            raise Undecodable(f"{shown(path)}: {reason(error)}") from None
+
+    def state(self) -> bytes:
+        digest = hashlib.sha256(os.fsencode(self.root.resolve()))
+        try:
+            for relative in self.paths:
+                at = (self.root / relative).stat()
+                digest.update(os.fsencode(relative) + b"\0")
+                digest.update(f"{at.st_size} {at.st_mtime_ns} {at.st_ctime_ns}\n".encode())
+        except OSError as error:
+            raise DataError(f"image file {shown(error.filename)} cannot be read: {error.strerror}") from None
+        return digest.digest()
+
+    def digests(self) -> np.ndarray:
+        def one(row: int) -> bytes:
+            try:
+                return hashlib.sha256(self.path(row).read_bytes()).digest()
+            except OSError as error:
+                raise DataError(f"image file {shown(self.path(row))} cannot be read: {error.strerror}") from None
+
+        with ThreadPoolExecutor(workers()) as pool:
+            return np.frombuffer(b"".join(pool.map(one, range(len(self)))), np.uint8).reshape(-1, 32)
+
+    def crops(self) -> bytes:
+        boxes = b"" if self.boxes is None else np.ascontiguousarray(self.boxes, dtype="<f8").tobytes()
+        return (b"upright" if self.upright else b"as stored") + boxes
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """Pictures of a data set that is held in memory, for a network that wants another size."""
+
+    images: ArrayImages
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def picture(self, row: int) -> Image.Image:
+        values = self.images.array[row].astype(np.float32) * (255.0 / self.images.top)
+        pixels = (255.0 - values if self.images.invert else values).round().astype(np.uint8)  # (C, H, W)
+        return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+    @cached_property
+    def _digest(self) -> bytes:
+        return self.images.content()
+
+    def state(self) -> bytes:
+        return self._digest
+
+    def digests(self) -> np.ndarray:
+        return np.frombuffer(self._digest, np.uint8).reshape(1, 32)
+
+    def crops(self) -> bytes:
+        return f"top {self.images.top} invert {self.images.invert}".encode()
+
+
+def workers() -> int:
+    """How many threads decode at once: Pillow gives up the interpreter lock while it works."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+def decoded(content: bytes) -> Image.Image:
+    """The picture in a file's bytes, read to its end, so that a truncated file is found here."""
+    picture = Image.open(io.BytesIO(content))
+    picture.load()
+    return picture
+
+
+def boxed(picture: Image.Image, box: np.ndarray) -> Image.Image:
+    """The part of a picture inside ``box`` (4,): left, top, right, bottom in pixels; NaN for all of it.
+
+    Raises:
+        ValueError: the box is empty or not inside the picture.
+    """
+    if bool(np.isnan(box).any()):
+        return picture
+    left, top, right, bottom = (int(v) for v in box)
+    if not (0 <= left < right <= picture.width and 0 <= top < bottom <= picture.height):
+        raise ValueError(
+            f"box ({left}, {top}, {right}, {bottom}) is not inside the picture of {picture.width}x{picture.height}"
+        )
+    return picture.crop((left, top, right, bottom))
+
+
+def reason(error: Exception) -> str:
+    """Why a picture cannot be decoded, in a few words."""
+    if isinstance(error, FileNotFoundError):
+        return "file is missing"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,101 @@
+"""``csv:PATH``: one's own pictures, listed in a CSV in the convention of open-metric-learning.
+
+Columns ``label`` and ``path`` (relative to the CSV's folder, or absolute), ``split`` (``train``, or
+``validation``, for which ``test`` is also read), ``is_query`` and ``is_gallery`` (for the validation rows), and
+optionally ``x_1, x_2, y_1, y_2``: left, right, top and bottom of a box in pixels, empty for the whole picture.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dmlbench.datasets.base import RetrievalDataset, numbered
+from dmlbench.datasets.cache import CachedImages
+from dmlbench.datasets.pictures import Files, shown
+from dmlbench.errors import DataError, UsageError
+from dmlbench.preprocess import Preprocess
+
+_SPLITS = {"train": ("train",), "test": ("validation", "test", "val")}
+_TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "": False}
+_BOX = ("x_1", "y_1", "x_2", "y_2")
+
+
+def table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
+    """The rows of the split; a class is a distinct value of ``label``.
+
+    Raises:
+        UsageError: PATH is no file.
+        DataError: a column, a value or a picture is missing or cannot be understood; the row is named.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UsageError(f"csv:{path} is not a file")
+    try:
+        rows = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8", encoding_errors="surrogateescape")
+    except (ValueError, OSError) as error:
+        raise DataError(f"{shown(file)} is not a readable CSV: {error}") from None
+    wanted = ["label", "path", "split"] + (["is_query", "is_gallery"] if split == "test" else [])
+    if lacking := [c for c in wanted if c not in rows.columns]:
+        raise DataError(f"{shown(file)} has no column {', '.join(lacking)}; it has {', '.join(map(str, rows.columns))}")
+    known = {s for group in _SPLITS.values() for s in group}
+    strange = rows.index[~rows["split"].isin(known)]
+    if len(strange):
+        raise DataError(
+            f"{shown(file)}, line {strange[0] + 2}: split {rows['split'][strange[0]]!r} is not train or validation"
+        )
+    rows = rows[rows["split"].isin(_SPLITS[split])]
+    if rows.empty:
+        raise DataError(f"{shown(file)} has no row of the {split} split")
+    for column in ("label", "path"):
+        if len(empty := rows.index[rows[column] == ""]):
+            raise DataError(f"{shown(file)}, line {empty[0] + 2}: {column} is empty")
+    labels, names = numbered(list(rows["label"]))
+    root = file.resolve().parent
+    paths = [os.path.normpath(p) for p in rows["path"]]
+    query = np.empty(0, dtype=np.int64)
+    gallery = np.empty(0, dtype=np.int64)
+    if split == "test":
+        query, gallery = (np.flatnonzero(_truth(rows, c, file)) for c in ("is_query", "is_gallery"))
+        if not len(query) or not len(gallery):
+            raise DataError(f"{shown(file)} marks no {'gallery' if len(query) else 'query'} row in the test split")
+    return RetrievalDataset(
+        name=f"csv:{shown(file)}",
+        split=split,
+        images=CachedImages(Files(root, paths, boxes=_boxes(rows, file), upright=True), preprocess),
+        labels=labels,
+        query=query,
+        gallery=gallery,
+        source=shown(file.resolve()),
+        class_names=names,
+    )
+
+
+def _truth(rows: pd.DataFrame, column: str, file: Path) -> np.ndarray:
+    """(N,) bool of a yes-or-no column."""
+    words = rows[column].str.strip().str.lower()
+    if len(strange := rows.index[~words.isin(list(_TRUTH))]):
+        raise DataError(
+            f"{shown(file)}, line {strange[0] + 2}: {column} {rows[column][strange[0]]!r} is not true or false"
+        )
+    return np.array([_TRUTH[w] for w in words], dtype=bool)
+
+
+def _boxes(rows: pd.DataFrame, file: Path) -> np.ndarray | None:
+    """(N, 4) left, top, right, bottom; None where the CSV has no boxes."""
+    given = [c for c in _BOX if c in rows.columns]
+    if not given:
+        return None
+    if len(given) < 4:
+        raise DataError(f"{shown(file)} has {', '.join(given)} but not all of x_1, x_2, y_1, y_2")
+    numbers = np.full((len(rows), 4), np.nan)
+    for column, name in enumerate(_BOX):
+        for at, (index, text) in enumerate(zip(rows.index, rows[name], strict=True)):
+            if text.strip().lower() in ("", "nan", "none"):
+                continue
+            try:
+                numbers[at, column] = float(text)
+            except ValueError:
+                raise DataError(f"{shown(file)}, line {index + 2}: {name} {text!r} is not a number") from None
+    return numbers

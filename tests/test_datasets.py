@@ -1,0 +1,326 @@
+"""Every data set in its real layout, whole and broken."""
+
+import gzip
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import shared
+from PIL import Image
+from trees import cars_tree, class_tree, cub_from_lists, cub_tree, idx_file, inshop_tree, picture, sop_tree
+
+from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
+from dmlbench.datasets.base import Counts, counts_of, data_roots
+from dmlbench.errors import DataError, UsageError
+from dmlbench.preprocess import Preprocess
+
+SMALL = Preprocess(size=(14, 14), resize=(16, 16))
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The shared real data, found before a test points DMLBENCH_DATA elsewhere."""
+    return shared()
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty data root, and a cache of the test's own."""
+    monkeypatch.setenv("DMLBENCH_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("DMLBENCH_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def unchecked(name: str, split: str) -> RetrievalDataset:
+    """The data set as its files are, whatever their number."""
+    return DATASETS[name].load(split, SMALL)
+
+
+def by_hand(path: Path) -> torch.Tensor:
+    with Image.open(path) as stored:
+        pixels = np.asarray(stored.convert("RGB").resize((16, 16), Image.Resampling.BILINEAR))[1:15, 1:15]
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+
+
+def test_cub(root: Path) -> None:
+    base = cub_tree(root, {1: 2, 100: 1, 101: 3, 200: 2})
+    test = unchecked("cub", "test")
+    assert test.labels.tolist() == [0, 0, 0, 99, 99] and test.class_names[99] == "200.Bird_200"
+    assert unchecked("cub", "train").labels.tolist() == [0, 0, 99]
+    torch.testing.assert_close(test.images[np.array([3])][0], by_hand(base / "images/200.Bird_200/Bird_200_0000.jpg"))
+    with pytest.raises(DataError, match=r"found 5 images of 2 classes where 5,924 images of 100 classes are expected"):
+        load_dataset("cub")
+
+
+def test_cub_of_the_real_lists(real: Path, root: Path) -> None:
+    base = cub_from_lists(root, real / "CUB_200_2011")
+    train, test = load_dataset("cub", "train", SMALL), load_dataset("cub", "test", SMALL)
+    assert counts_of(train) == Counts(5864, 100) and counts_of(test) == Counts(5924, 100)
+    assert test.class_names[0].startswith("101.") and test.class_names[-1] == "200.Common_Yellowthroat"
+    next((base / "images" / "101.White_Pelican").iterdir()).unlink()
+    with pytest.raises(DataError, match=r"1 of 5,924 image files are missing .* 101.White_Pelican/"):
+        load_dataset("cub")
+
+
+def test_cub_lists_that_are_broken(root: Path) -> None:
+    base = cub_tree(root, {1: 1, 150: 1})
+    lists = {name: (base / name).read_text() for name in ("images.txt", "image_class_labels.txt")}
+    for name, content, said in (
+        ("images.txt", None, "images.txt cannot be read"),
+        ("images.txt", "1\n", "line 1: 2 values expected, found 1"),
+        ("image_class_labels.txt", "1 1\n", "has no class for image 2"),
+        ("image_class_labels.txt", "1 one\n", "'one' is not a whole number"),
+        ("images.txt", "", "names no image of the test split"),
+    ):
+        (base / name).unlink()
+        if content is not None:
+            (base / name).write_text(content)
+        with pytest.raises(DataError, match=said):
+            unchecked("cub", "test")
+        (base / name).write_text(lists[name])
+
+
+def test_cars(root: Path) -> None:
+    base = cars_tree(root, [1, 98, 99, 196])
+    train, test = unchecked("cars", "train"), unchecked("cars", "test")
+    assert train.labels.tolist() == [0, 0, 97, 97] and test.labels.tolist() == [0, 0, 97, 97]
+    assert (test.class_names[0], test.class_names[97]) == ("Car 99", "Car 196")
+    torch.testing.assert_close(test.images[np.array([2])][0], by_hand(base / "car_ims/001960.jpg"))
+    with pytest.raises(DataError, match="where 8,131 images of 98 classes are expected"):
+        load_dataset("cars")
+    (base / "cars_annos.mat").write_bytes(b"not a mat file")
+    with pytest.raises(DataError, match="not the combined annotations"):
+        unchecked("cars", "test")
+
+
+def test_sop(root: Path) -> None:
+    base = sop_tree(root)
+    test = unchecked("sop", "test")
+    assert test.labels.tolist() == [0, 0, 1, 1, 2, 2] and test.class_names == ["4", "5", "6"]
+    torch.testing.assert_close(test.images[np.array([1])][0], by_hand(base / "chair_final/8_1.JPG"))
+    with pytest.raises(DataError, match="60,502 images of 11,316 classes"):
+        load_dataset("sop")
+    (base / "Ebay_test.txt").unlink()
+    with pytest.raises(DataError, match=r"Ebay_test.txt cannot be read: No such file"):
+        unchecked("sop", "test")
+
+
+def test_inshop_has_queries_and_gallery_apart(root: Path) -> None:
+    base = inshop_tree(root)
+    test = unchecked("inshop", "test")
+    assert test.query.tolist() == [0, 1, 2, 3] and test.gallery.tolist() == [4, 5]
+    assert test.labels.tolist() == [0, 0, 1, 1, 0, 1] and test.class_names == ["id_00000002", "id_00000007"]
+    assert (test.own_entry == -1).all()
+    train = unchecked("inshop", "train")
+    assert len(train) == len(train.query) == len(train.gallery) == 3
+    with pytest.raises(DataError, match="26,830 images of 3,985 classes, 14,218 of them queries"):
+        load_dataset("inshop")
+    listing = base / "Eval" / "list_eval_partition.txt"
+    listing.write_text(listing.read_text().replace(" gallery", " galery"))
+    with pytest.raises(DataError, match="'galery' is not train, query or gallery"):
+        unchecked("inshop", "test")
+
+
+def test_mnist_is_torchvisions(data: Path) -> None:
+    from torchvision.datasets import MNIST
+
+    ours, theirs = load_dataset("mnist"), MNIST(str(data), train=False)
+    assert (ours.labels == theirs.targets.numpy()).all()
+    torch.testing.assert_close(ours.images[np.arange(50)][:, 0], theirs.data[:50].float() / 255)
+
+
+def test_idx_files_packed_and_broken(root: Path) -> None:
+    folder = root / "FashionMNIST" / "raw"
+    images = np.random.default_rng(0).integers(0, 256, (12, 28, 28))
+    path = idx_file(folder / "t10k-images-idx3-ubyte", images)
+    idx_file(folder / "t10k-labels-idx1-ubyte", np.arange(12) % 10)
+    with gzip.open(f"{path}.gz", "wb") as packed:
+        packed.write(path.read_bytes())
+    content = path.read_bytes()
+    path.unlink()
+    got = unchecked("fashion-mnist", "test")
+    assert len(got) == 12 and got.class_names[9] == "boot"
+    torch.testing.assert_close(got.images[np.arange(12)][:, 0], torch.from_numpy(images).float() / 255)
+    with pytest.raises(DataError, match="found 12 images of 10 classes where 10,000"):
+        load_dataset("fashion-mnist")
+    path.write_bytes(content[:-1])
+    with pytest.raises(DataError, match="not a whole IDX file"):
+        unchecked("fashion-mnist", "test")
+    path.unlink()
+    Path(f"{path}.gz").write_bytes(Path(f"{path}.gz").read_bytes()[:-30])
+    with pytest.raises(DataError, match="cannot be read"):
+        unchecked("fashion-mnist", "test")
+
+
+def test_omniglot_full_reads_both_archives(real: Path, root: Path) -> None:
+    source = real / "omniglot" / "images_background_small1.zip"
+    (root / "omniglot").mkdir()
+    (root / "omniglot" / "images_evaluation.zip").write_bytes(source.read_bytes())
+    got = unchecked("omniglot", "test")
+    assert (len(got), len(got.class_names)) == (136 * 20, 136) and got.class_names[0] == "Balinese/character01"
+    with pytest.raises(DataError, match="where 13,180 images of 659 classes"):
+        load_dataset("omniglot")
+    with pytest.raises(DataError, match=r"images_background\.zip"):
+        unchecked("omniglot", "train")
+
+
+def test_omniglot_small_is_whole(data: Path) -> None:
+    assert counts_of(load_dataset("omniglot-small", "train")) == Counts(2720, 136)
+    assert counts_of(load_dataset("omniglot-small", "test")) == Counts(2120, 106)
+
+
+def test_cifar_binary_and_pickles_agree(root: Path) -> None:
+    rng = np.random.default_rng(3)
+    pixels, labels, coarse = rng.integers(0, 256, (6, 3072)), np.array([3, 1, 4, 1, 5, 9]), np.zeros(6, int)
+    binary, pickled = root / "cifar-100-binary", root / "cifar-100-python"
+    binary.mkdir()
+    records = np.column_stack([coarse, labels, pixels]).astype(np.uint8)
+    (binary / "test.bin").write_bytes(records.tobytes())
+    (binary / "fine_label_names.txt").write_text("apple\naquarium_fish\n")
+    one = unchecked("cifar100", "test")
+    assert one.labels.tolist() == labels.tolist() and list(one.class_names) == ["apple", "aquarium_fish"]
+    (binary / "test.bin").write_bytes(records.tobytes()[:-5])
+    with pytest.raises(DataError, match="truncated"):
+        unchecked("cifar100", "test")
+    binary.rename(root / "elsewhere")
+    pickled.mkdir()
+    batch = {b"data": pixels.astype(np.uint8), b"fine_labels": labels.tolist(), b"filenames": [b"a.png"]}
+    (pickled / "test").write_bytes(pickle.dumps(batch, protocol=2))
+    two = unchecked("cifar100", "test")
+    assert two.sha256 == one.sha256
+    assert (one.images[np.array([2])][0].numpy() * 255 == pixels[2].reshape(3, 32, 32)).all()
+
+
+class _Harmful:
+    def __reduce__(self):  # type: ignore[no-untyped-def]
+        return (Path.touch, (Path("harm-was-done"),))
+
+
+def test_cifar_pickles_run_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    (root / "cifar-10-batches-py").mkdir()
+    for content in (pickle.dumps({b"data": _Harmful()}), b"not a pickle", pickle.dumps([1])):
+        (root / "cifar-10-batches-py" / "test_batch").write_bytes(content)
+        with pytest.raises(DataError, match="not a CIFAR batch"):
+            unchecked("cifar10", "test")
+    assert not (root / "harm-was-done").exists()
+
+
+def test_a_folder_of_class_folders(tmp_path: Path, root: Path) -> None:
+    tree = class_tree(tmp_path / "mine", classes=3, each=2)
+    picture(tree / "class1" / "deeper" / "x.JPG", seed=9)
+    (tree / "class1" / "notes.txt").write_text("not a picture")
+    (tree / ".hidden").mkdir()
+    got = load_dataset(f"folder:{tree}", preprocess=SMALL)
+    assert got.labels.tolist() == [0, 0, 1, 1, 1, 2, 2] and got.class_names == ["class0", "class1", "class2"]
+    torch.testing.assert_close(got.images[np.array([0])][0], by_hand(tree / "class0" / "000.png"))
+    with pytest.raises(UsageError, match="no folder 'train'"):
+        load_dataset(f"folder:{tree}", "train")
+    with pytest.raises(UsageError, match="is not a folder"):
+        load_dataset(f"folder:{tree}/nowhere")
+    with pytest.raises(DataError, match="no pictures in class folders"):
+        load_dataset(f"folder:{tree / 'class0'}")
+
+
+def test_a_folder_with_splits(tmp_path: Path, root: Path) -> None:
+    tree = class_tree(tmp_path / "mine", parts=("train", "val"))
+    assert (
+        len(load_dataset(f"folder:{tree}", "train", SMALL)) == len(load_dataset(f"folder:{tree}", "test", SMALL)) == 12
+    )
+    apart = class_tree(tmp_path / "apart", parts=("query", "gallery"), each=2)
+    got = load_dataset(f"folder:{apart}", preprocess=SMALL)
+    assert (len(got), len(got.query), len(got.gallery)) == (12, 6, 6)
+    assert not set(got.query) & set(got.gallery)
+    with pytest.raises(UsageError, match="nothing for the train split"):
+        load_dataset(f"folder:{apart}", "train")
+
+
+def test_names_that_are_not_utf8(tmp_path: Path, root: Path) -> None:
+    tree = class_tree(tmp_path / "mine", classes=2, each=2)
+    odd = picture(tmp_path / "plain.png").rename(os.fsdecode(bytes(tree) + b"/class1/caf\xe9.png"))
+    got = load_dataset(f"folder:{tree}", preprocess=SMALL)
+    assert got.images[np.arange(5)].shape == (5, 3, 14, 14)
+    odd.write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"caf\\xe9.png: not an image"):
+        load_dataset(f"folder:{tree}", preprocess=SMALL).images[np.arange(5)]
+
+
+def csv(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_csv_with_boxes(tmp_path: Path, root: Path) -> None:
+    for i in range(5):
+        picture(tmp_path / "images" / f"{i}.png", seed=i)
+    file = csv(
+        tmp_path / "df.csv",
+        "label,path,split,is_query,is_gallery,x_1,x_2,y_1,y_2",
+        "10,images/0.png,train,,,,,,",
+        "30,images/1.png,validation,True,False,5,25,2,22",
+        "30,images/2.png,validation,False,True,,,,",
+        "70,images/3.png,validation,True,True,,,,",
+        "70,images/4.png,validation,True,True,,,,",
+    )
+    got = load_dataset(f"csv:{file}", preprocess=SMALL)
+    assert got.labels.tolist() == [0, 0, 1, 1] and got.class_names == ["30", "70"]
+    assert got.query.tolist() == [0, 2, 3] and got.gallery.tolist() == [1, 2, 3]
+    with Image.open(tmp_path / "images" / "1.png") as whole:
+        whole.crop((5, 2, 25, 22)).save(tmp_path / "part.png")
+    torch.testing.assert_close(got.images[np.array([0])][0], by_hand(tmp_path / "part.png"))
+    assert len(load_dataset(f"csv:{file}", "train", SMALL)) == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["label,path,split"], "no column is_query, is_gallery"),
+        (["label,path,split,is_query,is_gallery", "1,0.png,dev,1,1"], "line 2: split 'dev'"),
+        (["label,path,split,is_query,is_gallery", "1,0.png,train,,"], "no row of the test split"),
+        (["label,path,split,is_query,is_gallery", "1,,test,1,1"], "line 2: path is empty"),
+        (["label,path,split,is_query,is_gallery", "1,0.png,test,maybe,1"], "line 2: is_query 'maybe'"),
+        (["label,path,split,is_query,is_gallery", "1,0.png,test,1,0"], "marks no gallery row"),
+        (["label,path,split,is_query,is_gallery", "1,9.png,test,1,1"], "1 of 1 image files are missing"),
+        (["label,path,split,is_query,is_gallery,x_1", "1,0.png,test,1,1,3"], "not all of x_1"),
+        (
+            ["label,path,split,is_query,is_gallery,x_1,x_2,y_1,y_2", "1,0.png,test,1,1,a,2,1,2"],
+            "x_1 'a' is not a number",
+        ),
+        (["label,path,split,is_query,is_gallery,x_1,x_2,y_1,y_2", "1,0.png,test,1,1,0,99,0,9"], r"box \(0, 0, 99, 9\)"),
+    ],
+)
+def test_a_csv_that_is_wrong(lines: list[str], said: str, tmp_path: Path, root: Path) -> None:
+    picture(tmp_path / "0.png")
+    file = csv(tmp_path / "df.csv", *lines)
+    with pytest.raises(DataError, match=said):
+        load_dataset(f"csv:{file}", preprocess=SMALL).images[np.array([0])]
+
+
+def test_pictures_in_memory_fit_a_larger_network(data: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = load_dataset("digits", preprocess=Preprocess.standard((3, 16, 16)))
+    assert digits.images.shape == (3, 16, 16)
+    plain = load_dataset("digits")
+    assert plain.images.shape == (1, 8, 8) and len(plain) == len(digits)
+    grey = (plain.images[np.array([5])][0, 0] * 255).round().to(torch.uint8).numpy()
+    expected = np.asarray(Image.fromarray(grey).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR))
+    assert ((digits.images[np.array([5])][0] * 255).round().permute(1, 2, 0).numpy() == expected).all()
+
+
+def test_where_data_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("DMLBENCH_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert data_roots() == [tmp_path / "dmlbench" / "data", Path("../shared/data")]
+    monkeypatch.setenv("DMLBENCH_DATA", "/a/b")
+    assert data_roots() == [Path("/a/b")]
+
+
+def test_unknown_names() -> None:
+    for name, said in (("cbu", "did you mean 'cub'"), ("foldr:/x", "did you mean 'folder'"), ("csv:", "needs a path")):
+        with pytest.raises(UsageError, match=said):
+            load_dataset(name)
+    with pytest.raises(UsageError, match="must be 'train' or 'test'"):
+        load_dataset("digits", "val")

@@ -73,7 +73,7 @@ class Distance:
             return 1.0 - a @ b.t()
         return _Euclidean.apply(a, b, b_square)  # type: ignore[no-any-return]
 
-    def paired(self, a: Float[Tensor, "*n d"], b: Float[Tensor, "*#n d"]) -> Float[Tensor, "*n"]:
+    def paired(self, a: Float[Tensor, "*#n d"], b: Float[Tensor, "*#n d"]) -> Float[Tensor, "*n"]:
         """Distances of a[i] to b[i], over any leading shape, without the rounding of a product."""
         if self.metric == "cosine":
             return 1.0 - (a * b).sum(-1)

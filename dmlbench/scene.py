@@ -116,7 +116,7 @@ class Scene:
 
     @cached_property
     def target_distances(self) -> Float[Tensor, "B K N"]:
-        """From each target to every gallery entry."""
+        """From each target to every gallery entry; exactly 0 to itself, which a product would round."""
         b, k, d = self.targets.shape
         flat = self.distance.pairwise(self.targets.reshape(b * k, d), self.gallery.embeddings, self.gallery.square)
-        return flat.view(b, k, -1)
+        return flat.view(b, k, -1).scatter(2, self.chosen[:, :, None], 0.0)

@@ -1,0 +1,126 @@
+"""Each objective against a plain loop, in every embedding space, and its gradient against differences."""
+
+import numpy as np
+import pytest
+import torch
+from plain import average, distance, relu, to_all
+
+from dmlbench.embedding import DISTANCES
+from dmlbench.objectives import OBJECTIVES
+from dmlbench.rng import Rng
+from dmlbench.scene import Gallery, Scene
+
+N, D, B = 14, 5, 6
+
+
+def scene_of(space: str, k: int = 2, seed: int = 0) -> tuple[Scene, torch.Tensor]:
+    """A hand-sized scene (images 0 to 5 of 14, four classes) and moved embeddings of its images."""
+    rng = Rng(seed, torch.arange(N))
+    d = DISTANCES[space]
+    everyone = d.finish(rng.normal(D))
+    labels = torch.arange(N) % 4
+    moved = d.finish(everyone[:B] + 0.5 * rng.normal(D)[:B])
+    chosen = rng.integers(N, k)[:B]
+    return Scene(d, Gallery(everyone, labels), everyone[:B], labels[:B], torch.arange(B), chosen), moved
+
+
+def ca(sign: int):
+    def loss(s: str, i: int, e, X, y, chosen):
+        out = []
+        for q in chosen:
+            c = distance(s, X[q], e)
+            out += [relu(sign * (c - x)) for x in to_all(s, X[q], X)]
+        return average(out)
+
+    return loss
+
+
+def qa(sign: int):
+    def loss(s: str, i: int, e, X, y, chosen):
+        d = to_all(s, e, X)
+        return average([relu(sign * (d[c] - x)) for c in chosen for x in d])
+
+    return loss
+
+
+def ltm(own_counts: bool):
+    def loss(s: str, i: int, e, X, y, chosen):
+        d = to_all(s, e, X)
+        far = max(d[j] for j in range(N) if y[j] != y[i])
+        near = min(d[j] for j in range(N) if y[j] == y[i] and (own_counts or j != i))
+        return relu(far - near)
+
+    return loss
+
+
+PLAIN = {
+    "raise_candidate": ca(1),
+    "lower_candidate": ca(-1),
+    "raise_in_query": qa(1),
+    "lower_in_query": qa(-1),
+    "match": lambda s, i, e, X, y, c: 1 - np.dot(e, X[c[0]]) / np.linalg.norm(e) / np.linalg.norm(X[c[0]]),
+    "shift": lambda s, i, e, X, y, c: -float(np.linalg.norm(e - X[i])),
+    "approach": lambda s, i, e, X, y, c: distance(s, e, X[c[0]]),
+    "spread": ltm(False),
+    "spread_published": ltm(True),
+}
+
+
+@pytest.mark.parametrize("space", list(DISTANCES))
+@pytest.mark.parametrize("name", list(PLAIN))
+def test_value_is_that_of_the_plain_loop(name: str, space: str) -> None:
+    scene, moved = scene_of(space)
+    found = OBJECTIVES[name](moved, scene)
+    X, y = scene.gallery.embeddings.double().numpy(), scene.gallery.labels.tolist()
+    expected = [PLAIN[name](space, i, moved[i].double().numpy(), X, y, scene.chosen[i].tolist()) for i in range(B)]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("space", list(DISTANCES))
+@pytest.mark.parametrize("name", list(PLAIN))
+def test_gradient_is_that_of_differences(name: str, space: str) -> None:
+    scene, moved = scene_of(space, seed=1)
+    e = moved.clone().requires_grad_(True)
+    (found,) = torch.autograd.grad(OBJECTIVES[name](e, scene).sum(), e)
+    X, y = scene.gallery.embeddings.double().numpy(), scene.gallery.labels.tolist()
+    h = 1e-5
+    for i in range(B):
+        at, chosen = moved[i].double().numpy(), scene.chosen[i].tolist()
+        slope = [
+            (PLAIN[name](space, i, at + h * u, X, y, chosen) - PLAIN[name](space, i, at - h * u, X, y, chosen))
+            / (2 * h)
+            for u in np.eye(D)
+        ]
+        np.testing.assert_allclose(found[i].numpy(), slope, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", list(PLAIN))
+def test_an_image_has_the_same_loss_in_any_batch(name: str) -> None:
+    scene, moved = scene_of("N")
+    whole = OBJECTIVES[name](moved, scene)
+    for i in range(B):
+        torch.testing.assert_close(OBJECTIVES[name](moved[i : i + 1], scene[i : i + 1])[0], whole[i])
+
+
+def test_shift_leaves_the_clean_image() -> None:
+    scene, _ = scene_of("N")
+    jitter = scene.clean + 1e-8 * torch.sign(torch.arange(D) - 2.0)
+    for start in (scene.clean, jitter):
+        e = start.clone().requires_grad_(True)
+        loss = OBJECTIVES["shift"](e, scene)
+        (g,) = torch.autograd.grad(loss.sum(), e)
+        torch.testing.assert_close(loss.detach(), torch.zeros(B), atol=1e-6, rtol=0)
+        torch.testing.assert_close(g, torch.full_like(g, D**-0.5))
+
+
+def test_a_lonely_image_has_no_ltm_loss() -> None:
+    scene, moved = scene_of("N")
+    alone = scene.gallery.labels.clone()
+    alone[0] = 99
+    lonely = Scene(
+        scene.distance, Gallery(scene.gallery.embeddings, alone), scene.clean, alone[:B], scene.row, scene.chosen
+    )
+    e = moved.clone().requires_grad_(True)
+    loss = OBJECTIVES["spread"](e, lonely)
+    (g,) = torch.autograd.grad(loss.sum(), e)
+    assert float(loss[0].detach()) == 0 and float(g[0].abs().sum()) == 0 and float(g[1:].abs().sum()) > 0

@@ -1,0 +1,69 @@
+"""Each target rule against a plain loop, and that targets belong to images."""
+
+import pytest
+import torch
+from plain import order, to_all
+from test_objectives import scene_of
+
+from dmlbench.embedding import DISTANCES
+from dmlbench.errors import UsageError
+from dmlbench.rng import Rng
+from dmlbench.scene import Gallery, Scene
+from dmlbench.targets import TARGETS
+
+
+def big_scene(space: str, n: int = 230) -> Scene:
+    rng = Rng(3, torch.arange(n))
+    d = DISTANCES[space]
+    x = d.finish(rng.normal(4))
+    y = torch.arange(n) % 7
+    return Scene(d, Gallery(x, y), x[:40], y[:40], torch.arange(40), torch.zeros(40, 0, dtype=torch.long))
+
+
+@pytest.mark.parametrize("space", list(DISTANCES))
+def test_rules_against_plain_loops(space: str) -> None:
+    scene = big_scene(space)
+    X, y = scene.gallery.embeddings.double().numpy(), scene.gallery.labels.tolist()
+    rng = Rng(0, scene.row)
+    near = TARGETS["nearest"](scene, 3, rng)
+    other = TARGETS["nearest_other"](scene, 2, rng)
+    top = TARGETS["top_percent"](scene, 2, rng)
+    for i in range(len(scene)):
+        ranking = order(to_all(space, X[i], X), leave_out=i)
+        assert near[i].tolist() == ranking[:3]
+        assert other[i].tolist() == [j for j in ranking if y[j] != y[i]][:2]
+        assert set(top[i].tolist()) == set(ranking[:2]), "int(0.01 * 230) = 2"
+
+
+def test_published_gtm_target_against_its_description() -> None:
+    scene = big_scene("N")
+    X, y = scene.gallery.embeddings.double().numpy(), scene.gallery.labels.tolist()
+    found = TARGETS["nearest_other_published"](scene, 1, Rng(0, scene.row))[:, 0].tolist()
+    for i in range(len(scene)):
+        ranking = [*order(to_all("N", X[i], X), leave_out=i), i]
+        rank = {row: r for r, row in enumerate(ranking)}
+        kept = [rank[j] for j in range(len(y)) if y[j] != y[ranking[0]]]
+        assert found[i] == kept.index(min(kept))
+
+
+def test_random_targets_cover_the_gallery_evenly() -> None:
+    scene = big_scene("N")
+    found = TARGETS["anywhere"](scene, 500, Rng(1, scene.row))
+    counts = torch.bincount(found.flatten(), minlength=230).float()
+    assert counts.min() > 0.6 * counts.mean() and counts.max() < 1.4 * counts.mean()
+
+
+@pytest.mark.parametrize("name", list(TARGETS))
+def test_targets_belong_to_the_image_not_the_batch(name: str) -> None:
+    scene = big_scene("N")
+    whole = TARGETS[name](scene, 1, Rng(7, scene.row))
+    for a, b in ((0, 1), (5, 12), (39, 40)):
+        assert torch.equal(TARGETS[name](scene[a:b], 1, Rng(7, scene.row[a:b])), whole[a:b])
+
+
+def test_a_small_gallery_has_no_top_percent() -> None:
+    scene, _ = scene_of("N")
+    with pytest.raises(UsageError, match="at least 100"):
+        TARGETS["top_percent"](scene, 1, Rng(0, scene.row))
+    with pytest.raises(UsageError, match="fewer than the 5"):
+        TARGETS["top_percent"](big_scene("N"), 5, Rng(0, torch.arange(40)))

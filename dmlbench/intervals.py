@@ -86,13 +86,13 @@ def cluster_bootstrap(
             weights = rng.multinomial(groups, share, size=min(step, draws - start)).astype(np.float64)
             means[start : start + len(weights)] = (weights @ total) / (weights @ number)
     return Intervals(
-        tuple(_ends(means[:, i], estimate[i], int(present[i]), level) for i in range(k)),
-        _ends(means.mean(1), estimate.mean(), int(present.min()), level),
+        tuple(stretched(means[:, i], estimate[i], int(present[i]), level) for i in range(k)),
+        stretched(means.mean(1), estimate.mean(), int(present.min()), level),
     )
 
 
-def _ends(drawn: np.ndarray, estimate: float, groups: int, level: float) -> tuple[float, float] | None:
-    """Percentiles of the resampled means, stretched about the estimate."""
+def stretched(drawn: np.ndarray, estimate: float, groups: int, level: float) -> tuple[float, float] | None:
+    """Percentiles of ``drawn`` resamples, stretched about the estimate; None for fewer than two groups."""
     if groups < 2:
         return None
     low, high = np.quantile(drawn[np.isfinite(drawn)], [0.5 - level / 2, 0.5 + level / 2])

@@ -1,0 +1,177 @@
+"""Two evaluations to paired differences: the same queries, one against the other, by class.
+
+Both models answered the same queries, so what is resampled is the difference of each query's two
+outcomes, whole classes at a time (:mod:`dmlbench.intervals`). ERS is the mean of its parts' scores and
+so is its difference. NMI is not a mean over queries: its interval comes from the clusters that each
+query fell into, recomputed on every resample of classes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Integer
+from scipy import sparse
+
+from dmlbench.errors import DataError, NotComparable
+from dmlbench.intervals import DRAWS, LEVEL, cluster_bootstrap, stretched
+from dmlbench.results import Evaluation
+
+Ends = tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One metric of both: larger is better, points on the 0-100 scale.
+
+    ``base`` and ``candidate`` are means over the queries that both measured; None where one has no value.
+    """
+
+    metric: str
+    is_part: bool
+    base: float | None
+    candidate: float | None
+    interval: Ends
+
+
+def common(base: Evaluation, candidate: Evaluation) -> tuple[np.ndarray, np.ndarray]:
+    """Positions, in each one's arrays, of the queries that both measured, in one order.
+
+    Raises:
+        NotComparable: the sets are neither equal nor one inside the other, or a query's class differs.
+        DataError: a run has no per-query arrays or they do not fit together.
+    """
+    rows = []
+    for e, name in ((base, "the base"), (candidate, "the candidate")):
+        if "query" not in e.arrays or "label" not in e.arrays:
+            raise DataError(f"{name} has no per-query arrays 'query' and 'label'")
+        query = e.arrays["query"]
+        if query.ndim != 1 or len(np.unique(query)) != len(query) or len(query) == 0:
+            raise DataError(f"{name}: per-query array 'query' must hold distinct rows")
+        for key, values in e.arrays.items():
+            if len(values) != len(query):
+                raise DataError(f"{name}: per-query array {key!r} has {len(values)} rows for {len(query)} queries")
+        rows.append(query)
+    both, i, j = np.intersect1d(rows[0], rows[1], return_indices=True)
+    if len(both) < min(len(rows[0]), len(rows[1])):
+        raise NotComparable(
+            f"the runs measured other queries: {len(rows[0])} and {len(rows[1])}, of which {len(both)} are the same"
+        )
+    if not np.array_equal(base.arrays["label"][i], candidate.arrays["label"][j]):
+        raise NotComparable("the runs give the same queries other classes")
+    return i, j
+
+
+def pair(
+    base: Evaluation,
+    candidate: Evaluation,
+    rescale: Mapping[str, Callable[[np.ndarray], np.ndarray]],
+    seed: int = 0,
+    draws: int = DRAWS,
+) -> list[Paired]:
+    """Every metric that the base has, ERS first.
+
+    Args:
+        rescale: by component, raw outcomes to scores of 0 (worst) to 100 (best).
+    """
+    i, j = common(base, candidate)
+    label = base.arrays["label"][i]
+    parts = [m.component for m in base.measurements if f"{m.component}/value" in base.arrays]
+    benign = [k.removeprefix("benign/") for k in base.arrays if k.startswith("benign/") and k != CLUSTERS]
+
+    def columns(e: Evaluation, at: np.ndarray) -> Float[np.ndarray, "q k"]:
+        missing = np.full(len(at), np.nan)
+        taken = [
+            rescale[c](e.arrays[f"{c}/value"][at].astype(np.float64)) if f"{c}/value" in e.arrays else missing
+            for c in parts
+        ]
+        taken += [e.arrays[f"benign/{b}"][at].astype(np.float64) if f"benign/{b}" in e.arrays else missing for b in benign]
+        return np.stack(taken, axis=1) if taken else np.empty((len(at), 0))
+
+    first, second = columns(base, i), columns(candidate, j)
+    p = len(parts)
+    difference = second - first
+    intervals = cluster_bootstrap(difference, label, seed, draws)
+    means = [[_mean(side[:, c]) for c in range(side.shape[1])] for side in (first, second)]
+    out = [
+        Paired(name, c < p, means[0][c], means[1][c], intervals.columns[c])
+        for c, name in enumerate([*parts, *(b for b in benign)])
+    ]
+    if base.ers is not None:
+        scores = [side[:p] for side in means]
+        whole = candidate.ers is not None and all(v is not None for v in scores[1])
+        interval = cluster_bootstrap(difference[:, :p], label, seed, draws).mean if whole else None
+        out.insert(0, Paired("ers", False, _of(scores[0]), _of(scores[1]) if whole else None, interval))
+    for name in ("nmi", "ami"):
+        if name in base.benign:
+            interval = nmi_interval(base, candidate, i, j, seed, draws) if name == "nmi" else None
+            out.append(Paired(name, False, base.benign[name], candidate.benign.get(name), interval))
+    for name, value in base.extras.items():
+        if isinstance(value, float) and f"{name}/value" not in base.arrays:
+            other = candidate.extras.get(name)
+            out.append(Paired(name, False, value, other if isinstance(other, float) else None, None))
+    return out
+
+
+def _mean(values: np.ndarray) -> float | None:
+    kept = values[~np.isnan(values)]
+    return float(kept.mean()) if len(kept) and np.isfinite(kept).all() else None
+
+
+def _of(scores: list[float | None]) -> float | None:
+    return float(np.mean([s for s in scores if s is not None])) if scores else None
+
+
+CLUSTERS = "benign/clusters"
+"""Per-query array (Q, seeds): the k-means cluster each query fell into, by clustering seed."""
+
+
+def nmi_interval(
+    base: Evaluation, candidate: Evaluation, i: np.ndarray, j: np.ndarray, seed: int, draws: int
+) -> Ends:
+    """Interval of the difference in NMI, classes resampled, averaged over clustering seeds; None where a run
+    does not say into which clusters its queries fell, or there are fewer than two classes."""
+    if CLUSTERS not in base.arrays or CLUSTERS not in candidate.arrays:
+        return None
+    _, label = np.unique(base.arrays["label"][i], return_inverse=True)
+    groups = int(label.max()) + 1
+    if groups < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(groups, np.full(groups, 1 / groups), size=draws).astype(np.float64)
+    weights = np.concatenate([np.ones((1, groups)), weights])  # the first is the estimate itself
+
+    def mean_nmi(clusters: np.ndarray) -> np.ndarray:
+        return np.mean([nmi_by_weight(label, c, weights) for c in clusters.T], axis=0)
+
+    difference = mean_nmi(candidate.arrays[CLUSTERS][j]) - mean_nmi(base.arrays[CLUSTERS][i])
+    return stretched(difference[1:], float(difference[0]), groups, LEVEL)
+
+
+def nmi_by_weight(
+    label: Integer[np.ndarray, " q"], cluster: Integer[np.ndarray, " q"], weights: Float[np.ndarray, "d g"]
+) -> Float[np.ndarray, " d"]:
+    """NMI (arithmetic mean, percent) of a clustering where each query counts as often as its class's weight.
+
+    Args:
+        label: classes 0 to g-1.
+        weights: by draw and class.
+    """
+    _, cluster = np.unique(cluster, return_inverse=True)
+    table = sparse.csr_matrix((np.ones(len(label)), (label, cluster)), shape=(weights.shape[1], cluster.max() + 1))
+    size = np.asarray(table.sum(1))[:, 0]  # (g,)
+    total = weights @ size  # (d,)
+    by_class = weights * size / total[:, None]  # (d, g)
+    by_cluster = (table.T @ weights.T).T / total[:, None]  # (d, k)
+    # the joint entropy is a sum over classes: each cell is weight * n / total
+    cells = table.tocoo()
+    inner = np.bincount(cells.row, cells.data * np.log(cells.data), minlength=weights.shape[1])  # (g,) sum n log n
+    joint = -(weights @ inner + _xlogx(weights) @ size) / total + np.log(total)
+    of_class, of_cluster = -_xlogx(by_class).sum(1), -_xlogx(by_cluster).sum(1)
+    mutual = of_class + of_cluster - joint
+    mean = (of_class + of_cluster) / 2
+    return np.where(mean > 1e-12, 100.0 * np.maximum(mutual, 0.0) / np.maximum(mean, 1e-12), 100.0)
+
+
+def _xlogx(x: np.ndarray) -> np.ndarray:
+    return x * np.log(np.where(x > 0, x, 1.0))

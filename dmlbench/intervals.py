@@ -80,7 +80,7 @@ def cluster_bootstrap(
     share = np.full(groups, 1.0 / groups)
     means = np.empty((draws, k))
     step = max(1, _CELLS // groups)
-    with np.errstate(invalid="ignore", divide="ignore"):  # 0/0 where no class of a resample has a value
+    with np.errstate(invalid="ignore", divide="ignore"):  # 0/0: no class of a resample has a value
         estimate = total.sum(0) / number.sum(0)
         for start in range(0, draws, step):
             weights = rng.multinomial(groups, share, size=min(step, draws - start)).astype(np.float64)
@@ -93,8 +93,9 @@ def cluster_bootstrap(
 
 def stretched(drawn: np.ndarray, estimate: float, groups: int, level: float) -> tuple[float, float] | None:
     """Percentiles of ``drawn`` resamples, stretched about the estimate; None for fewer than two groups."""
-    if groups < 2:
+    finite = drawn[np.isfinite(drawn)]
+    if groups < 2 or not len(finite):
         return None
-    low, high = np.quantile(drawn[np.isfinite(drawn)], [0.5 - level / 2, 0.5 + level / 2])
+    low, high = np.quantile(finite, [0.5 - level / 2, 0.5 + level / 2])
     stretch = widening(groups, level)
     return float(estimate + (low - estimate) * stretch), float(estimate + (high - estimate) * stretch)

@@ -78,3 +78,26 @@ def run(tmp_path: Path):
         return done
 
     return call
+
+
+@pytest.fixture
+def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """As ``run``, but in this process: much faster, for the many small cases of one verb."""
+    from dmlbench.cli import main
+
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*args: str, env: dict[str, str] | None = None, cwd: Path | None = None, code: int | None = 0) -> Ran:
+        monkeypatch.chdir(cwd or tmp_path)
+        for name, value in (env or {}).items():
+            monkeypatch.setenv(name, value)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in args])
+        out, err = capsys.readouterr()
+        done = Ran(subprocess.CompletedProcess(args, int(stop.value.code or 0), out, err))
+        if code is not None:
+            assert done.code == code, f"exit {done.code}\n{done.out}\n{done.err}"
+        return done
+
+    return call

@@ -3,6 +3,7 @@
 import numpy as np
 
 from dmlbench.intervals import cluster_bootstrap
+from dmlbench.protocol import load_protocol
 from dmlbench.results import DatasetInfo, Environment, Evaluation, Measurement, ModelInfo, ProtocolInfo
 
 ENDS = {
@@ -54,17 +55,20 @@ def evaluation(
     *,
     model="digits-smallcnn-triplet-none",
     protocol="ers-digits",
-    protocol_sha256="a" * 64,
+    protocol_sha256=None,
     dataset="digits",
     dataset_sha256="b" * 64,
     nmi=70.0,
     partial=(),
     warnings=(),
     date="2026-01-02T03:04:05+00:00",
+    seed=0,
+    extras=None,
+    arrays_kept=True,
     **drawn,
 ):
     """The record that ``evaluate`` would make of ``arrays`` (or of freshly drawn ones)."""
-    arrays = outcomes(**drawn) if arrays is None else arrays
+    arrays = outcomes(seed=seed, **drawn) if arrays is None else arrays
     parts = [c for c in ENDS if f"{c}/value" in arrays]
     table = np.stack([rescale(c, arrays[f"{c}/value"].astype(np.float64)) for c in parts], axis=1)
     intervals = cluster_bootstrap(table, arrays["label"])
@@ -95,7 +99,9 @@ def evaluation(
             n_gallery=len(table),
             n_classes=len(np.unique(arrays["label"])),
         ),
-        protocol=ProtocolInfo(name=protocol, version="1", sha256=protocol_sha256, seed=0),
+        protocol=ProtocolInfo(
+            name=protocol, version="1", sha256=protocol_sha256 or load_protocol(protocol).sha256, seed=0
+        ),
         environment=Environment(
             dmlbench="0.1.0", torch="2.4", numpy="2.0", python="3.11", device="cpu", device_name="test"
         ),
@@ -104,7 +110,8 @@ def evaluation(
         measurements=measurements,
         ers=float(np.mean([m.score for m in measurements])) if full else None,
         ers_interval=intervals.mean if full else None,
+        extras=extras or {},
         warnings=tuple(warnings),
         date=date,
         seconds=1.0,
-    ).with_arrays(arrays)
+    ).with_arrays(arrays if arrays_kept else {})

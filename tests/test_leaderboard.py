@@ -12,6 +12,7 @@ from synthetic import evaluation
 
 from dmlbench.errors import DataError
 from dmlbench.leaderboard import COLUMNS, PARTS, Row, add_row, from_csv, from_evaluation, rank, to_csv
+from dmlbench.protocol import load_protocol
 from dmlbench.results import Flag
 
 
@@ -34,7 +35,12 @@ def row(model="m", ers=50.0, lo=None, hi=None, **more):
 def test_a_row_holds_every_number_of_the_evaluation():
     e = evaluation(level=37, warnings=(Flag(flag="collapsed", message="m"), Flag(flag="a-doubt", message="m")))
     r = from_evaluation(e)
-    assert r.model == e.model.id and r.protocol_sha256 == "a" * 64 and r.dataset_sha256 == "b" * 64
+    assert (
+        r.model == e.model.id
+        and r.protocol_sha256 == load_protocol("ers-digits").sha256
+        and r.eps == pytest.approx(40 / 255, abs=1e-6)
+        and r.dataset_sha256 == "b" * 64
+    )
     assert r.ers == pytest.approx(e.ers, abs=1e-4) and (r.ers_lo, r.ers_hi) == pytest.approx(e.ers_interval, abs=1e-4)
     for m in e.measurements:
         assert getattr(r, PARTS[m.component] + "_raw") == pytest.approx(m.value, abs=1e-6)

@@ -25,6 +25,7 @@ VERBS = {
     "datasets": "list, show, prepare and verify data sets",
     "attacks": "list and show attacks",
     "protocols": "list and show protocols",
+    "compare": "the CI gate: is one result worse than another?",
 }
 """Verb to its one-line help; the command is ``dmlbench.cli.<verb>:<verb>``."""
 

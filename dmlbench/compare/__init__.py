@@ -8,4 +8,14 @@ from dmlbench.compare.gate import Gate
 from dmlbench.compare.render import as_junit, as_markdown, as_text
 from dmlbench.compare.verdict import Comparison, Difference, Failure, compare, compare_rows
 
-__all__ = ["Comparison", "Difference", "Failure", "Gate", "as_junit", "as_markdown", "as_text", "compare", "compare_rows"]
+__all__ = [
+    "Comparison",
+    "Difference",
+    "Failure",
+    "Gate",
+    "as_junit",
+    "as_markdown",
+    "as_text",
+    "compare",
+    "compare_rows",
+]

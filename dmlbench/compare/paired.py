@@ -85,7 +85,9 @@ def pair(
             rescale[c](e.arrays[f"{c}/value"][at].astype(np.float64)) if f"{c}/value" in e.arrays else missing
             for c in parts
         ]
-        taken += [e.arrays[f"benign/{b}"][at].astype(np.float64) if f"benign/{b}" in e.arrays else missing for b in benign]
+        taken += [
+            e.arrays[f"benign/{b}"][at].astype(np.float64) if f"benign/{b}" in e.arrays else missing for b in benign
+        ]
         return np.stack(taken, axis=1) if taken else np.empty((len(at), 0))
 
     first, second = columns(base, i), columns(candidate, j)
@@ -126,9 +128,7 @@ CLUSTERS = "benign/clusters"
 """Per-query array (Q, seeds): the k-means cluster each query fell into, by clustering seed."""
 
 
-def nmi_interval(
-    base: Evaluation, candidate: Evaluation, i: np.ndarray, j: np.ndarray, seed: int, draws: int
-) -> Ends:
+def nmi_interval(base: Evaluation, candidate: Evaluation, i: np.ndarray, j: np.ndarray, seed: int, draws: int) -> Ends:
     """Interval of the difference in NMI, classes resampled, averaged over clustering seeds; None where a run
     does not say into which clusters its queries fell, or there are fewer than two classes."""
     if CLUSTERS not in base.arrays or CLUSTERS not in candidate.arrays:

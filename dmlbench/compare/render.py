@@ -42,7 +42,9 @@ def as_text(c: Comparison) -> str:
     widths = [max(len(r[i]) for r in rows) for i in range(len(HEADER))]
     lines = [f"base       {c.base.label}", f"candidate  {c.candidate.label}", summary(c), ""]
     for n, row in enumerate(rows):
-        cells = [cell.rjust(w) if 0 < i < 6 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.rjust(w) if 0 < i < 6 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
         if n == 0:
             lines.append("  ".join("-" * w for w in widths))
@@ -61,7 +63,13 @@ def _plain(text: str) -> str:
 def as_markdown(c: Comparison) -> str:
     """For a pull request comment or a job summary: the outcome, the reasons, the table."""
     sign = {0: "✅", 1: "❌", 5: "❔"}[c.exit_code]
-    lines = [f"### {sign} {c.headline}", "", f"{_plain(c.base.label)} → {_plain(c.candidate.label)}  ", _plain(summary(c)), ""]
+    lines = [
+        f"### {sign} {c.headline}",
+        "",
+        f"{_plain(c.base.label)} → {_plain(c.candidate.label)}  ",
+        _plain(summary(c)),
+        "",
+    ]
     lines += [f"- **{_plain(f.subject)}**: {_plain(f.message)}" for f in c.failures]
     lines += [""] if c.failures else []
     lines += ["| " + " | ".join(HEADER) + " |", "| --- | ---: | ---: | ---: | :---: | ---: | --- |"]

@@ -13,7 +13,7 @@ A *regression*, which fails the gate, is a drop beyond what is allowed whose int
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -133,7 +133,9 @@ def judge(paired: Paired, gate: Gate) -> Difference:
     )
 
 
-def rescalers(evaluation: Evaluation, protocol_file: Path | None = None) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+def rescalers(
+    evaluation: Evaluation, protocol_file: Path | None = None
+) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """By component, from raw outcome to score: as the run's protocol says.
 
     Raises:
@@ -218,7 +220,9 @@ def compare(
 def _notes(base: Evaluation, candidate: Evaluation) -> tuple[str, ...]:
     notes = []
     if base.protocol.seed != candidate.protocol.seed:
-        notes.append(f"the runs drew their targets with other seeds ({base.protocol.seed} and {candidate.protocol.seed})")
+        notes.append(
+            f"the runs drew their targets with other seeds ({base.protocol.seed} and {candidate.protocol.seed})"
+        )
     for name, e in (("base", base), ("candidate", candidate)):
         if e.partial:
             notes.append(f"the {name} is a partial run: {', '.join(e.partial)}")
@@ -228,9 +232,7 @@ def _notes(base: Evaluation, candidate: Evaluation) -> tuple[str, ...]:
 
 
 def _side(e: Evaluation, label: str) -> Side:
-    return Side(
-        label=label, model=e.model.id, weights_sha256=e.model.weights_sha256, date=e.date, seed=e.protocol.seed
-    )
+    return Side(label=label, model=e.model.id, weights_sha256=e.model.weights_sha256, date=e.date, seed=e.protocol.seed)
 
 
 def _known(gate: Gate, parts: Sequence[str]) -> None:
@@ -264,7 +266,9 @@ def compare_rows(
     _known(gate, [])
     new = sorted(set((candidate.flags or "").split()) - set((base.flags or "").split()))
     return Comparison(
-        base=Side(label=labels[0], model=base.model, weights_sha256=base.weights_sha256, date=base.date, seed=base.seed),
+        base=Side(
+            label=labels[0], model=base.model, weights_sha256=base.weights_sha256, date=base.date, seed=base.seed
+        ),
         candidate=Side(
             label=labels[1],
             model=candidate.model,
@@ -289,14 +293,14 @@ def as_row(side: Evaluation | Row) -> Row:
 
 
 def _independent(base: Row, candidate: Row, metric: str) -> tuple[float, float] | None:
-    ends = [(getattr(r, f"{metric}_lo", None), getattr(r, metric, None), getattr(r, f"{metric}_hi", None)) for r in (base, candidate)]
-    (lo1, x1, hi1), (lo2, x2, hi2) = ends
-    if None in (*ends[0], *ends[1]):
+    """Interval of the difference of two independent results: each side's half-widths add in squares."""
+    sides: list[Any] = [[getattr(r, f"{metric}{end}", None) for end in ("_lo", "", "_hi")] for r in (base, candidate)]
+    if any(value is None for side in sides for value in side):
         return None
-    difference = x2 - x1
+    (low1, x1, high1), (low2, x2, high2) = sides
     return (
-        float(difference - np.hypot(x2 - lo2, hi1 - x1)),
-        float(difference + np.hypot(hi2 - x2, x1 - lo1)),
+        float(x2 - x1 - np.hypot(x2 - low2, high1 - x1)),
+        float(x2 - x1 + np.hypot(high2 - x2, x1 - low1)),
     )
 
 

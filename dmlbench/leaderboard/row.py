@@ -184,10 +184,7 @@ def _neat(value: float | None, digits: int = 4) -> float | None:
 
 def _eps(evaluation: Evaluation) -> float | None:
     """The protocol's radius on the [0, 1] scale, where the protocol is a packaged one."""
-    try:
-        from dmlbench.protocol import load_protocol, protocol_names  # type: ignore[import-not-found]
-    except ImportError:
-        return None
+    from dmlbench.protocol import load_protocol, protocol_names
     from dmlbench.threat import length
 
     if evaluation.protocol.name not in protocol_names():

@@ -1,0 +1,454 @@
+"""compare: paired differences, verdicts, the gate, its files and its exit codes."""
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import ENDS, evaluation, outcomes, rescale
+
+from dmlbench.compare import Gate, as_junit, as_markdown, as_text, compare, compare_rows
+from dmlbench.compare.gate import metric_name, named_gate, parse_drop, project_gate
+from dmlbench.compare.paired import nmi_by_weight, pair
+from dmlbench.errors import DataError, NotComparable, UsageError
+from dmlbench.leaderboard import add_row, from_evaluation
+from dmlbench.protocol import load_protocol
+from dmlbench.results import Flag, save
+
+RECALL = ("benign/recall_at_1", "benign/recall_at_2", "benign/recall_at_4", "benign/recall_at_8")
+
+
+def metric(c, name):
+    return next(m for m in c.metrics if m.metric == name)
+
+
+def shifted(arrays, points, seed=9, noise=4.0, parts=tuple(ENDS)):
+    """The arrays of a model whose parts score ``points`` less (in expectation), with its own noise."""
+    rng = np.random.default_rng(seed)
+    out = dict(arrays)
+    for c in parts:
+        values = arrays[f"{c}/value"].astype(np.float64)
+        worst, best = ENDS[c]
+        if c in ("ES:R", "LTM", "GTM", "GTT"):
+            swap = rng.random(len(values)) < noise / 100  # as many gained as lost, in expectation
+            values = np.where(swap, rng.permutation(values), values)
+            right = values > 0
+            values = np.where(right & (rng.random(len(values)) < points / 100 / right.mean()), 0.0, values)
+        else:
+            values = values + (rng.normal(0, noise, len(values)) - points) / 100 * (best - worst)
+        out[f"{c}/value"] = values.astype(np.float32)
+    return out
+
+
+def test_the_tests_own_rescaling_is_the_protocols():
+    for c in load_protocol("ers-digits").components:
+        assert (c.worst, c.best) == ENDS[c.name]
+        assert c.rescale(0.3) == pytest.approx(rescale(c.name, 0.3))
+
+
+def test_differences_are_plain_means_over_the_same_queries():
+    a, b = evaluation(seed=1), evaluation(shifted(outcomes(seed=1), 5))
+    order = np.random.default_rng(0).permutation(400)  # the candidate's rows in another order
+    b = evaluation({k: v[order] for k, v in b.arrays.items()})
+    c = compare(a, b)
+    for name in ENDS:
+        first = [rescale(name, float(v)) for v in a.arrays[f"{name}/value"]]
+        second = [rescale(name, float(v)) for v in b.arrays[f"{name}/value"]]
+        assert metric(c, name).difference == pytest.approx(sum(second) / 400 - sum(first) / 400, abs=1e-3)
+    assert metric(c, "ers").difference == pytest.approx(b.ers - a.ers, abs=1e-3)
+    assert c.n_queries == 400 and c.n_classes == 5 and c.paired
+
+
+def test_a_model_against_itself_is_the_same_everywhere():
+    e = evaluation(seed=2)
+    c = compare(e, e)
+    assert {m.verdict for m in c.metrics} == {"same"} and c.exit_code == 0 and not c.failures
+    assert metric(c, "ers").interval == (0.0, 0.0)
+
+
+def test_a_large_drop_is_a_regression_and_a_large_gain_is_not():
+    a = evaluation(seed=3, queries=800, level=50)
+    worse = compare(a, evaluation(shifted(a.arrays, 8)))
+    assert metric(worse, "ers").verdict == "worse" and metric(worse, "ers").regression and worse.exit_code == 1
+    assert worse.failures[0].kind == "regression" and "1 are allowed" in worse.failures[0].message
+    better = compare(evaluation(shifted(a.arrays, 8)), a)
+    assert metric(better, "ers").verdict == "better" and better.exit_code == 0
+
+
+def test_a_sure_drop_within_the_allowance_is_worse_and_passes():
+    a = evaluation(seed=3, queries=800, level=50)
+    b = evaluation(shifted(a.arrays, 3, noise=0))
+    assert compare(a, b, Gate(max_drop={"ers": 1.0, "any": 20})).exit_code == 1
+    allowed = compare(a, b, Gate(max_drop={"ers": 5.0, "any": 20}))
+    assert metric(allowed, "ers").verdict == "worse" and not metric(allowed, "ers").regression
+    assert allowed.exit_code == 0
+
+
+def test_few_queries_are_inconclusive_and_fail_only_when_asked():
+    a = evaluation(seed=4, queries=20)
+    b = evaluation(shifted(a.arrays, 6, noise=60, seed=1))
+    c = compare(a, b)
+    assert metric(c, "LTM").verdict == "inconclusive"
+    assert c.exit_code == (1 if any(m.regression for m in c.metrics) else 0)
+    quiet = Gate(max_drop={"any": 50, "ers": 50}, fail_on_inconclusive=True)
+    noisy = evaluation(
+        {**a.arrays, **{k: np.roll(a.arrays[k], 1) for k in RECALL}, **{"LTM/value": np.roll(a.arrays["LTM/value"], 3)}}
+    )
+    c = compare(a, noisy, quiet.model_copy(update={"max_drop": {"any": 1.0}}))
+    assert metric(c, "LTM").verdict == "inconclusive" and c.exit_code == 5
+    assert all(f.kind == "inconclusive" for f in c.failures)
+
+
+def test_other_reasons_fail_the_gate():
+    a = evaluation(seed=5)
+    flagged = evaluation(a.arrays, warnings=(Flag(flag="collapsed", message="constant embeddings"),))
+    c = compare(a, flagged)
+    assert c.exit_code == 1 and [f.kind for f in c.failures] == ["new-flag"] and "constant" in c.failures[0].message
+    assert compare(flagged, flagged).exit_code == 0 and compare(flagged, a).exit_code == 0
+
+    without = evaluation({k: v for k, v in a.arrays.items() if not k.startswith("GTT/")})
+    c = compare(a, without)
+    assert {f.subject for f in c.failures if f.kind == "missing"} == {"GTT", "ers"} and c.exit_code == 1
+
+    broken = evaluation(a.arrays)
+    broken.with_arrays({"TMA/value": np.full(400, np.nan)})
+    c = compare(a, broken)
+    assert {f.subject for f in c.failures} == {"TMA", "ers"} and metric(c, "TMA").candidate is None
+
+    infinite = evaluation(a.arrays)
+    infinite.with_arrays({"TMA/value": np.where(np.arange(400) == 7, np.inf, a.arrays["TMA/value"])})
+    assert "TMA" in {f.subject for f in compare(a, infinite).failures if f.kind == "missing"}
+
+    fewer = evaluation({k: v[:300] for k, v in a.arrays.items()}, partial=("--limit 300",))
+    c = compare(a, fewer)
+    assert [f.kind for f in c.failures] == ["fewer-queries"] and "300 queries, the base 400" in c.failures[0].message
+    assert c.n_queries == 300 and any("--limit 300" in n for n in c.notes)
+    assert compare(fewer, a).exit_code == 0  # more than the base is no fault
+
+
+@pytest.mark.parametrize(
+    ("other", "key"),
+    [
+        ({"protocol_sha256": "f" * 64}, "protocol_sha256"),
+        ({"dataset_sha256": "e" * 64}, "dataset_sha256"),
+        ({"dataset": "mnist"}, "dataset"),
+        ({"protocol": "ers-28"}, "protocol"),
+    ],
+)
+def test_what_differs_is_named(other, key):
+    a = evaluation(seed=6)
+    with pytest.raises(NotComparable, match=rf"these differ: .*{key} \("):
+        compare(a, evaluation(a.arrays, **other))
+
+
+def test_other_queries_are_not_comparable():
+    a = evaluation(seed=6)
+    moved = evaluation({**a.arrays, "query": a.arrays["query"] + 10})
+    with pytest.raises(NotComparable, match="400 and 400, of which 390 are the same"):
+        compare(a, moved)
+    with pytest.raises(NotComparable, match="other classes"):
+        compare(a, evaluation({**a.arrays, "label": a.arrays["label"][::-1].copy()}))
+
+
+def test_arrays_that_do_not_fit_are_named():
+    a = evaluation(seed=6)
+    with pytest.raises(DataError, match="no per-query arrays"):
+        compare(a, evaluation(a.arrays, arrays_kept=False))
+    with pytest.raises(DataError, match="'query' must hold distinct rows"):
+        compare(a, evaluation({**a.arrays, "query": np.zeros(400, dtype=int)}))
+    b = evaluation(a.arrays)
+    b.with_arrays({"TMA/value": a.arrays["TMA/value"][:10]})
+    with pytest.raises(DataError, match="'TMA/value' has 10 rows for 400"):
+        compare(a, b)
+
+
+def test_one_class_gives_no_interval_and_no_false_certainty():
+    a = evaluation(seed=7, classes=1)
+    c = compare(a, evaluation(shifted(a.arrays, 30)))
+    assert all(m.interval is None for m in c.metrics) and metric(c, "ers").verdict == "inconclusive"
+    assert any("one test class" in n for n in c.notes)
+
+
+# --- how often it is right -------------------------------------------------------------------------
+
+
+def trial(seed, drop, queries=896, classes=5):
+    """Two runs on the digits set's 896 queries of 5 classes: another training seed, ``drop`` points worse.
+
+    The classes differ in how they respond to the seed (standard deviation 0.5 points a class and part),
+    and one query in twenty flips in each recall part.
+    """
+    rng = np.random.default_rng((seed, 77))
+    base = outcomes(seed=seed, level=45, queries=queries, classes=classes)
+    candidate = shifted(base, drop, seed=seed + 1000, noise=5.0)
+    for c in ENDS:
+        if c not in ("ES:R", "LTM", "GTM", "GTT"):
+            worst, best = ENDS[c]
+            lean = rng.normal(0, 0.5, classes)[base["label"] - 5]
+            candidate[f"{c}/value"] = (candidate[f"{c}/value"] + lean / 100 * (best - worst)).astype(np.float32)
+    return compare(evaluation(base), evaluation(candidate))
+
+
+def test_false_alarms_are_rare():
+    comparisons = [trial(seed, drop=0.0) for seed in range(20)]
+    alarms = sum(metric(c, "ers").verdict in ("worse", "better") for c in comparisons)
+    assert alarms <= 2
+    assert sum(c.exit_code == 1 for c in comparisons) <= 2
+
+
+def test_a_true_drop_of_three_points_is_seen():
+    seen = [trial(seed, drop=3.0) for seed in range(20, 40)]
+    assert sum(metric(c, "ers").regression for c in seen) >= 16
+    assert all(metric(c, "ers").verdict != "better" for c in seen)
+
+
+# --- NMI -------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=40, deadline=None)
+def test_weighted_nmi_is_that_of_repeated_queries(seed):
+    from sklearn.metrics import normalized_mutual_info_score
+
+    rng = np.random.default_rng(seed)
+    classes, n = int(rng.integers(2, 6)), 40
+    label = np.concatenate([np.arange(classes), rng.integers(0, classes, n - classes)])
+    cluster = rng.integers(0, 4, n) * 7
+    weights = rng.integers(0, 3, (3, classes)).astype(float)
+    weights[:, 0] += 1
+    found = nmi_by_weight(label, cluster, weights)
+    for w, value in zip(weights, found, strict=True):
+        times = w[label].astype(int)
+        assert value == pytest.approx(
+            100 * normalized_mutual_info_score(np.repeat(label, times), np.repeat(cluster, times)), abs=1e-6
+        )
+
+
+def test_nmi_has_an_interval_where_the_clusters_are_at_hand():
+    a, b = evaluation(seed=8, nmi=80.0), evaluation(seed=8, nmi=60.0)
+    assert metric(compare(a, b), "nmi").interval is None
+    assert metric(compare(a, b), "nmi").verdict == "inconclusive"
+    label = a.arrays["label"]
+    rng = np.random.default_rng(0)
+    good = np.stack([label, label], axis=1)
+    bad = np.where(rng.random((400, 2)) < 0.4, rng.integers(5, 10, (400, 2)), good)
+    a.with_arrays({"benign/clusters": good})
+    b.with_arrays({"benign/clusters": bad})
+    c = compare(a, b)
+    assert metric(c, "nmi").interval[1] < 0 and metric(c, "nmi").regression and c.exit_code == 1
+    same = compare(a, a)
+    assert metric(same, "nmi").interval == (0.0, 0.0) and metric(same, "nmi").verdict == "same"
+
+
+def test_ers_of_a_run_without_all_parts_is_not_compared():
+    some = {k: v for k, v in outcomes(seed=1).items() if not k.startswith(("CA", "QA"))}
+    names = [
+        p.metric
+        for p in pair(
+            evaluation(some), evaluation(some), {c.name: c.rescale for c in load_protocol("ers-digits").components}
+        )
+    ]
+    assert "ers" not in names and "TMA" in names
+
+
+# --- the gate --------------------------------------------------------------------------------------
+
+
+def test_the_documented_defaults():
+    gate = Gate()
+    assert [gate.allowed(m, False) for m in ("ers", "recall_at_1", "nmi", "map")] == [1.0, 1.0, 1.0, None]
+    assert gate.allowed("CA+", True) == 3.0
+    assert Gate(max_drop={"any": 7.0}).allowed("CA+", True) == 7.0
+    assert Gate(max_drop={"any": 7.0, "CA+": 2.0}).allowed("CA+", True) == 2.0
+
+
+def test_a_projects_own_gate(tmp_path):
+    (tmp_path / "pyproject.toml").write_text(
+        "[tool.dmlbench.gate]\nfail_on_inconclusive = true\nmax_drop = { ers = 2.5, ca_plus = 9, any = 4 }\n"
+    )
+    deep = tmp_path / "a" / "b"
+    deep.mkdir(parents=True)
+    gate, path = project_gate(deep)
+    assert path == tmp_path / "pyproject.toml" and gate.fail_on_inconclusive
+    assert gate.max_drop == {"ers": 2.5, "CA+": 9.0, "any": 4.0} and gate.allowed("nmi", False) == 1.0
+    (deep / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+    assert project_gate(deep)[1] == tmp_path / "pyproject.toml"  # a pyproject without a gate is passed over
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[tool.dmlbench.gate]\nmaxdrop = {}\n", "unknown key 'maxdrop'; did you mean 'max_drop'"),
+        ("[tool.dmlbench.gate]\nmax_drop = { erz = 1 }\n", "unknown metric 'erz'; did you mean 'ers'"),
+        ("[tool.dmlbench.gate]\nmax_drop = { ers = -1 }\n", "greater than or equal to 0"),
+        ("[tool.dmlbench.gate]\nmax_drop = { ers = nan }\n", "finite|greater"),
+        ("[tool.dmlbench.gate]\nmax_drop = 3\n", "max_drop"),
+        ("[tool.dmlbench.gate\n", "cannot be read"),
+        ("[tool.black]\n", "no section"),
+    ],
+)
+def test_a_wrong_gate_is_refused(tmp_path, content, reason):
+    path = tmp_path / "pyproject.toml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=reason):
+        named_gate(path)
+
+
+@pytest.mark.parametrize("text", ["ers", "ers=", "ers=x", "ers=-1", "ers=nan", "=1e999"])
+def test_a_wrong_max_drop_is_refused(text):
+    with pytest.raises(UsageError, match="METRIC=POINTS"):
+        parse_drop(text)
+
+
+def test_metric_names():
+    assert [metric_name(n, []) for n in ("ERS", "ca_plus", "ES:D", "any", "nmi")] == [
+        "ers",
+        "CA+",
+        "ES:D",
+        "any",
+        "nmi",
+    ]
+    with pytest.raises(UsageError, match="did you mean 'recall_at_1'"):
+        metric_name("recall_1", [])
+
+
+# --- what it writes --------------------------------------------------------------------------------
+
+
+def failing():
+    a = evaluation(seed=3, queries=800, level=50)
+    return compare(a, evaluation(shifted(a.arrays, 8)), labels=("runs/a|b", "<b>new</b>"))
+
+
+def test_text_markdown_and_junit_say_the_same():
+    c = failing()
+    text, markdown, junit = as_text(c), as_markdown(c), as_junit(c)
+    assert text.rstrip().endswith(c.headline + ".") and text.count("FAIL: ") == len(c.failures)
+    assert c.headline in markdown and "<b>" not in markdown and "runs/a\\|b" in markdown
+    table = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(c.metrics) and {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {8}
+    root = ET.fromstring(junit)
+    assert int(root.get("failures")) == len(c.failures) == len(root.findall(".//failure"))
+    assert {f.get("message") for f in root.iter("failure")} == {f.message for f in c.failures}
+    assert {t.get("name") for t in root.iter("testcase")} >= {"ers", "recall_at_1", "nmi", *ENDS}
+
+
+# --- rows of a board -------------------------------------------------------------------------------
+
+
+def test_rows_are_compared_unpaired_and_less_surely():
+    a = evaluation(seed=3, queries=800, level=50)
+    b = evaluation(shifted(a.arrays, 8))
+    paired, unpaired = compare(a, b), compare_rows(from_evaluation(a), from_evaluation(b))
+    assert not unpaired.paired and metric(unpaired, "ers").verdict == "worse"
+    width = [np.diff(metric(c, "ers").interval)[0] for c in (paired, unpaired)]
+    assert width[1] > width[0]
+    row = from_evaluation(a)
+    wide = row.model_copy(update={"ers": row.ers - 3, "ers_lo": row.ers - 13, "ers_hi": row.ers + 7})
+    assert metric(compare_rows(row, wide), "ers").verdict == "inconclusive"
+    low, high = metric(compare_rows(row, wide), "ers").interval
+    assert low == pytest.approx(-3 - math.hypot(10, row.ers_hi - row.ers), abs=1e-6)
+    assert high == pytest.approx(-3 + math.hypot(10, row.ers - row.ers_lo), abs=1e-6)
+
+
+def test_a_claimed_row_is_not_comparable():
+    row = from_evaluation(evaluation())
+    claimed = row.model_copy(update={"status": "claimed", "protocol_sha256": None})
+    with pytest.raises(NotComparable, match="protocol_sha256"):
+        compare_rows(row, claimed)
+    with pytest.raises(NotComparable, match="protocol_sha256"):
+        compare_rows(claimed, claimed)
+
+
+# --- the command -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(tmp_path):
+    a = evaluation(seed=3, queries=400, level=50)
+    save(a, tmp_path / "base")
+    save(evaluation(a.arrays), tmp_path / "twin")
+    save(evaluation(shifted(a.arrays, 10)), tmp_path / "worse")
+    save(evaluation(a.arrays, dataset_sha256="d" * 64), tmp_path / "other")
+    return tmp_path
+
+
+def test_as_a_user_types_it(run, runs):
+    done = run("compare", "base", "twin")
+    assert "Gate passed." in done.out and done.err == ""
+    run("compare", "base", "worse", code=1)
+
+
+def test_exit_codes_and_files(typed, runs):
+    summary = runs / "summary.md"
+    summary.write_text("before\n")
+    done = typed(
+        "compare", "base", "worse", "--markdown", "new/r.md", "--json", "r.json", "--junit", "r.xml",
+        code=1, env={"GITHUB_STEP_SUMMARY": str(summary)},
+    )  # fmt: skip
+    assert "REGRESSION" in done.out
+    markdown = (runs / "new" / "r.md").read_text()
+    assert summary.read_text() == "before\n" + markdown + "\n"
+    content = json.loads((runs / "r.json").read_text())
+    assert content["exit_code"] == 1 and content["passed"] is False and content["failures"][0]["subject"] == "ers"
+    assert ET.parse(runs / "r.xml").getroot().get("failures") == str(len(content["failures"]))
+    assert typed("compare", "base", "worse", "--json", code=1).json["failures"] == content["failures"]
+
+
+def test_the_gate_of_the_command_line_and_of_pyproject(typed, runs):
+    loose = ["--max-drop", "ers=50", "--max-drop", "any=50"]
+    assert "▼ worse" in typed("compare", "base", "worse", *loose).out
+    (runs / "pyproject.toml").write_text("[tool.dmlbench.gate]\nmax_drop = { ers = 50, any = 50 }\n")
+    typed("compare", "base", "worse")
+    typed("compare", "base", "worse", "--max-drop", "ers=1", code=1)
+    (runs / "strict.toml").write_text("[tool.dmlbench.gate]\nmax_drop = { ers = 1 }\n")
+    typed("compare", "base", "worse", "--config", "strict.toml", code=1)
+
+
+def test_inconclusive_has_its_own_code(typed, runs):
+    a = evaluation(seed=3, queries=400, level=50)
+    rolled = evaluation({**a.arrays, "LTM/value": np.roll(a.arrays["LTM/value"], 3)})
+    save(rolled, runs / "rolled")
+    options = ["--max-drop", "LTM=0.01", "--max-drop", "ers=2"]
+    typed("compare", "base", "rolled", *options)
+    done = typed("compare", "base", "rolled", *options, "--fail-on-inconclusive", code=5)
+    assert "LTM: too few queries to tell" in done.out
+
+
+def test_rows_of_a_csv_file(typed, runs):
+    a = evaluation(seed=3, queries=400, level=50)
+    add_row(a, runs / "board.csv")
+    add_row(evaluation(shifted(a.arrays, 10), model="weak"), runs / "board.csv")
+    done = typed("compare", f"board.csv:{a.model.id}", "board.csv:weak", code=1)
+    assert "unpaired" in done.out
+    typed("compare", "base", "board.csv:weak", code=1)
+    done = typed("compare", "base", "board.csv:waek", code=2)
+    assert "did you mean 'weak'" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["base", "other"], 3, "dataset_sha256"),
+        (["base", "nowhere"], 2, "no run folder"),
+        (["base", "empty"], 4, "not a readable run folder"),
+        (["base", "broken"], 4, "differs from the manifest"),
+        (["base", "base/evaluation.json"], 2, "a run is a folder"),
+        (["base", "missing.csv:m"], 4, "cannot be read"),
+        (["base", "twin", "--max-drop", "erz=1"], 2, "did you mean 'ers'"),
+        (["base", "twin", "--max-drop", "ers"], 2, "METRIC=POINTS"),
+        (["base", "twin", "--config", "none.toml"], 2, "does not exist"),
+        (["base", "twin", "--markdown", "base/evaluation.json/x.md"], 4, "cannot be written"),
+        (["base"], 2, "CANDIDATE"),
+    ],
+)
+def test_bad_input_is_one_clear_line(typed, runs, arguments, code, says):
+    (runs / "empty").mkdir()
+    save(evaluation(seed=3), runs / "broken")
+    (runs / "broken" / "per_query.npz").write_bytes(b"nothing")
+    done = typed("compare", *arguments, code=code)
+    assert says in done.err and len(done.err.strip().splitlines()) == 1 and done.out == ""

@@ -25,7 +25,7 @@ from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.intervals import cluster_bootstrap
-from dmlbench.metrics import RECALL_AT, clustering, mean, retrieval
+from dmlbench.metrics import RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.models import load_model
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Component, Protocol, load_protocol
@@ -321,7 +321,12 @@ def evaluate(
     arrays.update({f"benign/{name}": values for name, values in clean.items()})
     benign = {name: mean(values) for name, values in clean.items()}
     gallery = scene.gallery
-    benign |= clustering(gallery.embeddings.cpu().numpy(), gallery.labels.cpu().numpy(), rules.clustering_seeds)
+    classes = gallery.labels.cpu().numpy()
+    clusters = assignments(gallery.embeddings.cpu().numpy(), len(np.unique(classes)), rules.clustering_seeds)
+    benign |= agreement(classes, clusters)
+    own = scene.row.cpu().numpy()
+    if (own >= 0).all():  # every query is a gallery entry, so it fell into a cluster
+        arrays["benign/clusters"] = clusters[own]
 
     seconds: dict[str, float] = {}
     for search in planned:

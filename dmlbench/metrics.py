@@ -135,19 +135,27 @@ def kmeans(embeddings: np.ndarray, k: int, seed: int, iterations: int = 40) -> n
     return np.asarray(means.index.search(points, 1)[1][:, 0])
 
 
+def assignments(embeddings: np.ndarray, k: int, seeds: Sequence[int]) -> np.ndarray:
+    """(N, seeds) int32: the cluster that each embedding falls into, by k-means seed."""
+    return np.stack([kmeans(embeddings, k, seed) for seed in seeds], axis=1).astype(np.int32)
+
+
 def clustering(embeddings: np.ndarray, labels: np.ndarray, seeds: Sequence[int]) -> dict[str, float]:
-    """NMI (arithmetic mean) and AMI of k-means with as many clusters as classes, percent, mean over seeds.
+    """NMI and AMI of k-means with as many clusters as classes; see :func:`agreement`."""
+    return agreement(labels, assignments(embeddings, len(np.unique(labels)), seeds))
+
+
+def agreement(labels: np.ndarray, assigned: np.ndarray) -> dict[str, float]:
+    """NMI (arithmetic mean) and AMI of clusters (N, seeds) with the labels (N,), percent, mean over seeds.
 
     AMI is corrected for chance; NMI of many small clusters is far above 0 for random ones.
     """
     from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
-    k = len(np.unique(labels))
     found = {"nmi": [], "ami": []}  # type: dict[str, list[float]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # scikit-learn takes integer labels for a regression target
-        for seed in seeds:
-            assigned = kmeans(embeddings, k, seed)
-            found["nmi"].append(float(normalized_mutual_info_score(labels, assigned)))
-            found["ami"].append(float(adjusted_mutual_info_score(labels, assigned)))
+        for clusters in assigned.T:
+            found["nmi"].append(float(normalized_mutual_info_score(labels, clusters)))
+            found["ami"].append(float(adjusted_mutual_info_score(labels, clusters)))
     return {name: 100.0 * float(np.mean(values)) for name, values in found.items()}

@@ -1,0 +1,76 @@
+"""What optimizers share: the loss they see, the gradient they ask for, and rows that are settled early."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from dmlbench.rng import Rng
+from dmlbench.threat import Threat
+
+Loss = Callable[[Tensor], Tensor]
+Gradient = Callable[[Loss, Tensor, Rng], tuple[Tensor, Tensor]]
+State = TypeVar("State")
+
+DROP_EVERY = 8
+"""Steps between two looks at which images are settled: a look waits for the device."""
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """What every entry of :data:`~dmlbench.optimizers.OPTIMIZERS` is."""
+
+    def __call__(self, loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor:
+        """Adversarial images for clean ``images`` (b, ...), each inside the threat."""
+        ...
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A loss that can be asked about some of its images alone: ``loss[mask](images[mask])``."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(b,) the loss of each image."""
+        ...
+
+    def __getitem__(self, index: Any) -> "Divisible":
+        """The same loss for a part of the batch."""
+        ...
+
+
+@runtime_checkable
+class Hunt(Divisible, Protocol):
+    """A loss that also knows which images need no further search."""
+
+    def unsettled(self) -> Tensor:
+        """(b,) bool: which images are still worth a step."""
+        ...
+
+
+def autograd(loss: Loss, images: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
+    """Loss per image (b,) and its exact gradient; the sum over the batch exists only here."""
+    with torch.enable_grad():
+        x = images.detach().requires_grad_(True)
+        values = loss(x)
+        (gradient,) = torch.autograd.grad(values.sum(), x)
+    return values.detach(), gradient
+
+
+def each(values: Tensor, like: Tensor) -> Tensor:
+    """(b,) shaped to broadcast against ``like`` (b, ...)."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def keep_lower(a: Tensor, a_loss: Tensor | None, b: Tensor, b_loss: Tensor) -> tuple[Tensor, Tensor]:
+    """For each image the one of ``a`` and ``b`` whose loss is lower (``a`` where they tie)."""
+    assert a_loss is not None
+    better = b_loss < a_loss
+    return torch.where(each(better, a), b, a), torch.minimum(a_loss, b_loss)
+
+
+def keep_rows(state: State, alive: Tensor) -> State:
+    """A dataclass of tensors (b, ...) and :class:`Rng` streams with only the rows that are alive."""
+    found = {f.name: getattr(state, f.name)[alive] for f in fields(state)}  # type: ignore[arg-type]
+    return replace(state, **found)  # type: ignore[type-var]

@@ -1,0 +1,65 @@
+"""Searches along a gradient with fixed steps: FGSM and its kin, PGD."""
+
+import torch
+from torch import Tensor
+
+from dmlbench.optimizers.base import Gradient, Loss, autograd, each, keep_lower
+from dmlbench.rng import Rng
+from dmlbench.threat import Threat
+
+
+def pgd(loss: Loss, images: Tensor, threat: Threat, rng: Rng, *, gradient: Gradient = autograd) -> Tensor:
+    """Projected gradient descent (Madry et al., 2018): ``steps`` steepest steps of length ``step``.
+
+    Returns the last iterate, as the field reports it; with restarts, the best of the last iterates.
+    """
+    best, lowest = None, None
+    for restart in range(threat.restarts):
+        rng_ = rng.fold("restart", restart) if restart else rng
+        x = threat.begin(images, rng_)
+        for _ in range(threat.steps):
+            _, g = gradient(loss, x, rng_)
+            x = threat.project(x - threat.stride * threat.ball.ascent(g), images)
+        if threat.restarts == 1:
+            return x
+        with torch.no_grad():
+            values = loss(x)
+        best, lowest = (x, values) if best is None else keep_lower(best, lowest, x, values)
+    assert best is not None
+    return best
+
+
+def pgd_restarts(loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor:
+    """PGD from ten random starts (the threat's own number of restarts where it asks for more); the best last iterate."""
+    return pgd(loss, images, threat.but(start="random", restarts=max(10, threat.restarts)), rng)
+
+
+def fgsm(loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor:
+    """Fast gradient sign method (Goodfellow et al., 2015): one steepest step of length eps from the clean image."""
+    _, g = autograd(loss, images, rng)
+    return threat.project(images - threat.radius * threat.ball.ascent(g), images)
+
+
+def r_fgsm(loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor:
+    """FGSM after a random step of eps / 2 (Tramer et al., 2018); the gradient's step is the other half.
+
+    The random step is along random signs (Linf) or a random direction (L2).
+    """
+    half = threat.radius / 2
+    x = threat.project(images + half * threat.ball.ascent(rng.normal(*images.shape[1:])), images)
+    _, g = autograd(loss, x, rng)
+    return threat.project(x - half * threat.ball.ascent(g), images)
+
+
+def mi_fgsm(loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor:
+    """Momentum iterative FGSM (Dong et al., 2018), decay 1, gradients scaled to unit L1 length.
+
+    ``steps`` steps of length ``step``, where the paper takes eps / steps.
+    """
+    x = threat.begin(images, rng)
+    momentum = torch.zeros_like(x)
+    for _ in range(threat.steps):
+        _, g = autograd(loss, x, rng)
+        momentum = momentum + g / each(g.flatten(1).abs().sum(1).clamp_min(1e-30), g)
+        x = threat.project(x - threat.stride * threat.ball.ascent(momentum), images)
+    return x

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dmlbench.embedding import Embedder
 from dmlbench.metrics import READOUTS
-from dmlbench.objectives import OBJECTIVES
+from dmlbench.objectives import OBJECTIVES, Objective
 from dmlbench.optimizers import OPTIMIZERS, Optimizer
 from dmlbench.registry import Registry
 from dmlbench.rng import Rng
@@ -37,6 +37,7 @@ class Attack:
         source: the paper.
         k: targets per image.
         note: how it differs from the paper, if it does.
+        ends: for each read-out the raw value of a model that gives in to the attack and of one that withstands it.
     """
 
     title: str
@@ -46,21 +47,34 @@ class Attack:
     source: str
     k: int = 1
     note: str = ""
+    ends: tuple[tuple[float, float], ...] = ((0, 100),)
 
 
 _ECCV = "Zhou et al., ECCV 2020, arXiv 2002.11293"
 _CVPR = "Zhou and Patel, CVPR 2022, arXiv 2203.01439"
+_ICCV = "Zhou et al., ICCV 2021, arXiv 2103.05248"
+_PANUM = "Panum et al., arXiv 2102.07265"
+_OWN = "dmlbench, docs/strict.md"
 _R, _C, _Q = ("recall_at_1",), ("candidate_rank",), ("rank_in_query",)
+_SP = ("rank_of_wanted", "rank_of_kept")
+_ORDER = ("kendall_tau", "rank_in_query")
+_PAIR = ("pair_accuracy", "rank_in_query")
+_UP, _DOWN = ((0, 50),), ((100, 0),)
+_WEIGHT = "the weight of the second term is as remembered from the paper, whose text was not at hand"
+_MEAN = "relu summed over pairs in the paper, averaged here: the same steps under a sign"
 
 ATTACKS: Registry[Attack] = Registry(
     "attack",
     {
-        "CA+": Attack("raise a candidate in a query's list", "raise_candidate", "anywhere", _C, _ECCV),
-        "CA-": Attack("lower a candidate in a query's list", "lower_candidate", "top_percent", _C, _ECCV),
-        "QA+": Attack("raise a candidate by changing the query", "raise_in_query", "anywhere", _Q, _ECCV),
-        "QA-": Attack("lower a candidate by changing the query", "lower_in_query", "top_percent", _Q, _ECCV),
-        "TMA": Attack("targeted mismatch: look like another image", "match", "anywhere", ("target_cosine",), _CVPR),
-        "ES": Attack("embedding shift", "shift", "", ("embedding_shift", "recall_at_1"), _CVPR),
+        "CA+": Attack("raise a candidate in a query's list", "raise_candidate", "anywhere", _C, _ECCV, ends=_UP),
+        "CA-": Attack("lower a candidate in a query's list", "lower_candidate", "top_percent", _C, _ECCV, ends=_DOWN),
+        "QA+": Attack("raise a candidate by changing the query", "raise_in_query", "anywhere", _Q, _ECCV, ends=_UP),
+        "QA-": Attack("lower a candidate by changing the query", "lower_in_query", "top_percent", _Q, _ECCV,
+                      ends=_DOWN),
+        "TMA": Attack("targeted mismatch: look like another image", "match", "anywhere", ("target_cosine",), _CVPR,
+                      ends=((1, 0),)),
+        "ES": Attack("embedding shift", "shift", "", ("embedding_shift", "recall_at_1"), _CVPR,
+                     ends=((2, 0), (0, 100))),
         "LTM": Attack("learning to misrank: negatives before the nearest positive", "spread", "", _R, _CVPR,
                       note="the image's own entry is not a positive"),
         "GTM": Attack("greedy top-1 misrank: come near the nearest negative", "approach", "nearest_other", _R, _CVPR,
@@ -71,6 +85,30 @@ ATTACKS: Registry[Attack] = Registry(
                                 note="the image's own clean entry counts as a positive"),
         "GTM-published": Attack("GTM as behind the published numbers", "approach", "nearest_other_published", _R, _CVPR,
                                 note="the target is an arbitrary entry, by a slip of an index"),
+        "WM": Attack("misrank by the margin, positive and negative looked up at every step", "margin", "", _R, _OWN),
+        "MT": Attack("misrank in favour of one other class", "margin_to_class", "nearest_classes", _R, _OWN,
+                     note="alone: the nearest wrong class; in `strict`: the five nearest in turn"),
+        "Panum": Attack("move away from the nearest positive, read on the queries that are right when clean", "leave",
+                        "nearest_same", ("recall_of_right", "map_at_r_of_right"), _PANUM,
+                        ends=((0, 100), (0, 100)), note="the protocols panum-28 and panum-28-l2 have its threat"),
+        **{f"{name}{k}": Attack(f"{name} with {k} {role} at once", objective, targets, read, _ECCV, k=k, ends=ends)
+           for name, role, objective, targets, read, ends in (
+               ("CA+", "queries", "raise_candidate", "anywhere", _C, _UP),
+               ("CA-", "queries", "lower_candidate", "top_percent", _C, _DOWN),
+               ("QA+", "candidates", "raise_in_query", "anywhere", _Q, _UP),
+               ("QA-", "candidates", "lower_in_query", "top_percent", _Q, _DOWN))
+           for k in (2, 5, 10)},
+        "SPQA+": Attack("QA+ that keeps the head of the list", "raise_and_keep", "anywhere_keeping_nearest", _SP, _ECCV,
+                        ends=((0, 50), (50, 0)), note=_WEIGHT),
+        "SPQA-": Attack("QA- that keeps the head of the list", "lower_and_keep", "top_percent_keeping_nearest", _SP,
+                        _ECCV, ends=((100, 0), (50, 0)), note=_WEIGHT),
+        **{f"{prefix}FOA{k}": Attack(f"order attack on {k} candidates{more}", objective, "top_percent",
+                                     _PAIR if k == 2 else _ORDER, _ICCV, k=k,
+                                     ends=((100, 50) if k == 2 else (1, 0), (50, 0)), note=note)
+           for prefix, more, objective, note in (
+               ("", "", "order", _MEAN),
+               ("SP", ", kept at the head of the list", "order_in_place", f"{_MEAN}; {_WEIGHT}"))
+           for k in (2, 5, 10)},
     },
 )  # fmt: skip
 
@@ -97,19 +135,37 @@ def aim(attack: Attack, scene: Scene, rng: Rng) -> Scene:
     return scene.aimed(TARGETS[attack.targets](scene, attack.k, rng))
 
 
+class AttackLoss:
+    """The objective of an attack as a function of images: what an optimizer sees.
+
+    With ``eot`` above 1 it is the mean over that many forward passes, for models that are random.
+    """
+
+    def __init__(self, embedder: Embedder, objective: Objective, scene: Scene, eot: int = 1) -> None:
+        self.embedder, self.objective, self.scene, self.eot = embedder, objective, scene, eot
+
+    def __call__(self, images: Tensor) -> Float[Tensor, " B"]:
+        values = self.objective(self.embedder(images), self.scene)
+        for _ in range(self.eot - 1):
+            values = values + self.objective(self.embedder(images), self.scene)
+        return values / self.eot
+
+    def __getitem__(self, index: slice | Tensor) -> "AttackLoss":
+        return AttackLoss(self.embedder, self.objective, self.scene[index], self.eot)
+
+
 def craft(
     embedder: Embedder, attack: Attack, optimizer: Optimizer, threat: Threat, images: Tensor, scene: Scene, rng: Rng
 ) -> Float[Tensor, "B C H W"]:
     """Adversarial images for ``images`` (B, C, H, W), which ``scene`` describes and is aimed from."""
-    objective = OBJECTIVES[attack.objective]
     with torch.no_grad():
-        return optimizer(lambda x: objective(embedder(x), scene), images, threat, rng)
+        return optimizer(AttackLoss(embedder, OBJECTIVES[attack.objective], scene, threat.eot), images, threat, rng)
 
 
 def measure(
     embedder: Embedder, attack: Attack, threat: Threat, adversarial: Tensor, images: Tensor, scene: Scene
 ) -> Mapping[str, np.ndarray]:
-    """Read-outs (B,) by name, and "norm" (B,), the size of each perturbation in the threat's norm.
+    """Read-outs (B,) by name, the mean over ``threat.eot`` passes, and "norm" (B,), the size of each perturbation.
 
     Raises:
         AssertionError: an image left the ball or [0, 1]; an optimizer is at fault.
@@ -118,7 +174,10 @@ def measure(
         inside = threat.contains(adversarial, images)
         if not bool(inside.all()):
             raise AssertionError(f"{int((~inside).sum())} adversarial images are outside the threat {threat}")
-        e = embedder(adversarial)
-        out = {name: READOUTS[name].read(e, scene).cpu().numpy() for name in attack.readouts}
+        draws = [embedder(adversarial) for _ in range(threat.eot)]
+        out = {
+            name: torch.stack([READOUTS[name].read(e, scene) for e in draws]).mean(0).cpu().numpy()
+            for name in attack.readouts
+        }
         out["norm"] = threat.ball.size(adversarial - images).cpu().numpy()
     return out

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from dmlbench.objectives import KEPT
 from dmlbench.registry import Registry
 from dmlbench.scene import Scene
 
@@ -79,6 +80,48 @@ def kept_in_top_4(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     return (ahead < 4).float() * 100.0
 
 
+def map_at_r(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """MAP@R of the attacked query (own entry left out), percent, NaN without positives."""
+    return _average_precision(scene.ranked(e), scene)[1]
+
+
+def _right_when_clean(values: Tensor, scene: Scene) -> Tensor:
+    """``values`` where the clean query's nearest entry is of its class, NaN elsewhere."""
+    return torch.where(_margin_right(scene.distances(scene.clean), scene) == 100.0, values, torch.nan)
+
+
+def recall_of_right(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """Panum: R@1 after the attack, of the queries that are right before it. Percent."""
+    return _right_when_clean(recall_at_1(e, scene), scene)
+
+
+def map_at_r_of_right(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """Panum: MAP@R after the attack, of the queries that are right before it. Percent."""
+    return _right_when_clean(map_at_r(e, scene), scene)
+
+
+def kendall_tau(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """FOA: Kendall's tau-a between the prescribed order of the candidates and their order in the list, -1 to 1."""
+    d = scene.distance.paired(e[:, None, :], scene.targets)  # (B, M)
+    first, second = torch.triu_indices(d.shape[1], d.shape[1], 1, device=d.device)
+    return (d[:, second] - d[:, first]).sign().mean(1)
+
+
+def pair_accuracy(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """FOA: share of pairs of candidates that stand in the prescribed order, percent."""
+    return 50.0 * (kendall_tau(e, scene) + 1.0)
+
+
+def rank_of_wanted(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """SPQA: normalised rank of the candidate, as in QA, percent."""
+    return rank_in_query(e, scene.aimed(scene.chosen[:, :-KEPT]))
+
+
+def rank_of_kept(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """SPQA: mean normalised rank of the 5 clean nearest entries, which should stay near 0, percent."""
+    return rank_in_query(e, scene.aimed(scene.chosen[:, -KEPT:]))
+
+
 READOUTS: Registry[Readout] = Registry(
     "read-out",
     {
@@ -88,6 +131,13 @@ READOUTS: Registry[Readout] = Registry(
         "target_cosine": Readout(target_cosine, "cosine"),
         "embedding_shift": Readout(embedding_shift, "distance"),
         "kept_in_top_4": Readout(kept_in_top_4, "percent"),
+        "map_at_r": Readout(map_at_r, "percent"),
+        "recall_of_right": Readout(recall_of_right, "percent"),
+        "map_at_r_of_right": Readout(map_at_r_of_right, "percent"),
+        "kendall_tau": Readout(kendall_tau, "correlation"),
+        "pair_accuracy": Readout(pair_accuracy, "percent"),
+        "rank_of_wanted": Readout(rank_of_wanted, "percent"),
+        "rank_of_kept": Readout(rank_of_kept, "percent"),
     },
 )
 
@@ -105,6 +155,12 @@ def retrieval(scene: Scene, ks: Sequence[int] = RECALL_AT) -> dict[str, np.ndarr
 def _retrieval_block(scene: Scene, ks: Sequence[int]) -> dict[str, Tensor]:
     d = scene.ranked(scene.clean)  # (b, N)
     out = {f"recall_at_{k}": _margin_right(d, scene, k) for k in ks}
+    out["map"], out["map_at_r"] = _average_precision(d, scene)
+    return out
+
+
+def _average_precision(d: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
+    """(B,) mAP and MAP@R, percent, of a ranking by ``d`` (B, N), own entries last; NaN without positives."""
     order = d.sort(dim=1, stable=True).indices
     right = scene.same.gather(1, order).float()  # (b, N), by rank
     hits = right.cumsum(1)
@@ -113,8 +169,7 @@ def _retrieval_block(scene: Scene, ks: Sequence[int]) -> dict[str, Tensor]:
     positives = right.sum(1)
     average = precision.sum(1) / positives
     at_r = (precision * (position <= positives[:, None])).sum(1) / positives
-    out["map"], out["map_at_r"] = 100.0 * average, 100.0 * at_r  # 0/0 is NaN where there are no positives
-    return out
+    return 100.0 * average, 100.0 * at_r  # 0/0 is NaN where there are no positives
 
 
 def mean(values: np.ndarray) -> float:

@@ -19,6 +19,9 @@ from dmlbench.scene import Scene
 
 Objective = Callable[[Tensor, Scene], Tensor]
 
+KEPT = 5
+"""How many of the query's nearest entries the semantics-preserving attacks keep near the head of the list."""
+
 
 def raise_candidate(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """CA+: move the candidate to the head of its queries' lists. Mean over X of relu(d(q,c~) - d(q,X))."""
@@ -101,6 +104,70 @@ def spread_published(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B
     return _extreme_gap(e, scene, scene.kin)
 
 
+def _nearest(e: Tensor, scene: Scene, among: Tensor) -> Tensor:
+    """(B,) distance to the nearest entry of ``among`` (B, N), found without a graph; inf where there is none."""
+    with torch.no_grad():
+        d = scene.distances(e).masked_fill(~among, torch.inf)  # (B, N)
+        found, row = d.min(1)
+    return torch.where(found.isinf(), torch.inf, scene.distance.paired(e, scene.gallery.embeddings[row]))
+
+
+def margin(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """WM: put the nearest entry of another class before the nearest positive, both looked up at every step.
+
+    min over other-class X of d - min over same-class X of d (own entry left out): the query is
+    misranked where this is 0 or less.
+    """
+    return _nearest(e, scene, scene.other) - _nearest(e, scene, scene.same)
+
+
+def margin_to_class(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """MT: put the target's class before the nearest positive. min over the target's class of d - min over same-class X of d."""
+    wrong = scene.gallery.labels[scene.chosen[:, :1]] == scene.gallery.labels  # (B, N)
+    return _nearest(e, scene, wrong) - _nearest(e, scene, scene.same)
+
+
+def leave(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """Panum: move away from the target, the nearest positive. -d(f(x~), c)."""
+    return -scene.distance.paired(e, scene.targets[:, 0])
+
+
+def order(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """FOA: make the candidates appear in the order in which they were chosen.
+
+    Mean over pairs i < j of relu(d(q~,c_i) - d(q~,c_j)).
+    """
+    return _disorder(e, scene, scene.targets)
+
+
+def _disorder(e: Tensor, scene: Scene, candidates: Tensor) -> Tensor:
+    d = scene.distance.paired(e[:, None, :], candidates)  # (B, M)
+    first, second = torch.triu_indices(d.shape[1], d.shape[1], 1, device=d.device)
+    return F.relu(d[:, first] - d[:, second]).mean(1)
+
+
+def order_in_place(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """SPFOA: as FOA, and keep the candidates at the head of the list: + QA+ of the candidates."""
+    return _disorder(e, scene, scene.targets) + raise_in_query(e, scene)
+
+
+def _aside(scene: Scene) -> tuple[Scene, Scene]:
+    """The scene aimed at the true targets, and at the last :data:`KEPT`, which are to stay near the head."""
+    return scene.aimed(scene.chosen[:, :-KEPT]), scene.aimed(scene.chosen[:, -KEPT:])
+
+
+def raise_and_keep(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """SPQA+: QA+ of the candidate + QA+ of the query's 5 nearest entries, which keeps them near the head."""
+    wanted, kept = _aside(scene)
+    return raise_in_query(e, wanted) + raise_in_query(e, kept)
+
+
+def lower_and_keep(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """SPQA-: QA- of the candidate + 100 * QA+ of the query's 5 nearest entries, which keeps them near the head."""
+    wanted, kept = _aside(scene)
+    return lower_in_query(e, wanted) + 100.0 * raise_in_query(e, kept)
+
+
 OBJECTIVES: Registry[Objective] = Registry(
     "objective",
     {
@@ -113,5 +180,12 @@ OBJECTIVES: Registry[Objective] = Registry(
         "approach": approach,
         "spread": spread,
         "spread_published": spread_published,
+        "margin": margin,
+        "margin_to_class": margin_to_class,
+        "leave": leave,
+        "order": order,
+        "order_in_place": order_in_place,
+        "raise_and_keep": raise_and_keep,
+        "lower_and_keep": lower_and_keep,
     },
 )

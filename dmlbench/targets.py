@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dmlbench.errors import UsageError
+from dmlbench.objectives import KEPT
 from dmlbench.registry import Registry
 from dmlbench.rng import Rng
 from dmlbench.scene import Scene
@@ -71,6 +72,38 @@ def nearest_other_published(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B k"
     return other.long().cumsum(1).gather(1, closest) - 1
 
 
+def nearest_same(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B k"]:
+    """The k nearest positives (Panum); where a query has fewer, the nearest entries of any class follow."""
+    d = scene.ranked(scene.clean)
+    return torch.where(scene.same, d, d + 2 * d.masked_fill(d.isinf(), 0).amax() + 1).topk(k, largest=False).indices
+
+
+def nearest_classes(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B k"]:
+    """The closest member of each of the k nearest other classes, nearest class first (MT).
+
+    Raises:
+        UsageError: the gallery has k other classes or fewer.
+    """
+    classes, index = scene.gallery.labels.unique(return_inverse=True)  # (C,), (N,)
+    if len(classes) <= k:
+        raise UsageError(f"the gallery has {len(classes)} classes, so no {k} wrong ones to aim at for every query")
+    d = scene.distances(scene.clean).masked_fill(~scene.other, torch.inf)  # (B, N)
+    nearest = d.new_full((len(d), len(classes)), torch.inf)
+    nearest.scatter_reduce_(1, index.expand(len(d), -1), d, "amin")  # (B, C)
+    wrong = nearest.topk(k, largest=False).indices  # (B, k)
+    return torch.stack([d.masked_fill(index != wrong[:, j, None], torch.inf).argmin(1) for j in range(k)], 1)
+
+
+def anywhere_keeping_nearest(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B j"]:
+    """As ``anywhere``, followed by the query's 5 nearest entries, which SPQA+ keeps near the head."""
+    return torch.cat([anywhere(scene, k, rng), nearest(scene, KEPT, rng)], 1)
+
+
+def top_percent_keeping_nearest(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B j"]:
+    """As ``top_percent``, followed by the query's 5 nearest entries, which SPQA- keeps near the head."""
+    return torch.cat([top_percent(scene, k, rng), nearest(scene, KEPT, rng)], 1)
+
+
 TARGETS: Registry[Targets] = Registry(
     "target rule",
     {
@@ -79,5 +112,9 @@ TARGETS: Registry[Targets] = Registry(
         "nearest": nearest,
         "nearest_other": nearest_other,
         "nearest_other_published": nearest_other_published,
+        "nearest_same": nearest_same,
+        "nearest_classes": nearest_classes,
+        "anywhere_keeping_nearest": anywhere_keeping_nearest,
+        "top_percent_keeping_nearest": top_percent_keeping_nearest,
     },
 )

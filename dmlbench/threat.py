@@ -47,6 +47,8 @@ class Threat:
         start: "clean" (the image itself) or "random" (uniform in the ball).
         restarts: independent runs, of which each image keeps its best.
         queries: forward passes that a black-box optimizer may spend.
+        eot: forward passes averaged for each value and gradient (expectation over transformations,
+            Athalye et al., 2018), for models that are random; read-outs are averaged alike.
     """
 
     norm: str = "linf"
@@ -56,14 +58,15 @@ class Threat:
     start: str = "clean"
     restarts: int = 1
     queries: int = 1000
+    eot: int = 1
 
     def __post_init__(self) -> None:
         BALLS[self.norm]
         if self.norm == "linf" and self.radius > 1:
             raise UsageError(f"eps {self.eps!r} is outside [0, 1], the range of pixels")
         length(self.step, "step")
-        if self.steps < 0 or self.restarts < 1 or self.queries < 1:
-            raise UsageError("steps must be 0 or more, restarts and queries 1 or more")
+        if self.steps < 0 or min(self.restarts, self.queries, self.eot) < 1:
+            raise UsageError("steps must be 0 or more; restarts, queries and eot 1 or more")
         if self.start not in ("clean", "random"):
             raise UsageError(f"start {self.start!r} must be 'clean' or 'random'")
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmlbench import strict
 from dmlbench.attacks import ATTACKS, aim, craft, measure
 from dmlbench.checks import doubts_about
 from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
@@ -274,6 +275,7 @@ def evaluate(
     seed: int | None = None,
     progress: Progress | None = None,
     argv: Sequence[str] = (),
+    eot: int = 1,
     on_search: Callable[[Search], None] | None = None,
 ) -> Evaluation:
     """Measure how robust a model is.
@@ -289,6 +291,8 @@ def evaluate(
         seed: another seed than the protocol's, which marks the result partial.
         progress: who is told how far the run is.
         argv: the command, for the record.
+        eot: forward passes averaged for each gradient and read-out, for models that are random; more than
+            the protocol's marks the result partial.
 
     Returns:
         The :class:`Evaluation`, its per-query arrays attached.
@@ -341,11 +345,17 @@ def evaluate(
             sample[c.name] = kept
             seconds[c.name] = (time.monotonic() - start) / len(search.components)
 
+    outcome = None
+    if rules.kind in RUNNERS:
+        outcome = RUNNERS[rules.kind](subject, rules, base, size, progress, sample_positions(subject), eot)
+        components, seconds = outcome.components, outcome.seconds
+        arrays, sample = {**arrays, **outcome.arrays}, {**sample, **outcome.sample}
+
     partial = [f"--limit {limit}"] if len(subject.rows) < len(dataset.query) else []
     partial += [f"--attacks {','.join(c.name for c in components)}"] if len(components) < len(rules.components) else []
     partial += [f"--seed {seed}"] if base != rules.seed else []
     measurements, ers, ers_interval = scores(
-        components, arrays, seconds, complete=len(components) == len(rules.components)
+        components, arrays, seconds, complete=rules.kind == "ers" and len(components) == len(rules.components)
     )
     return Evaluation(
         model=model_info(embedder),
@@ -357,7 +367,8 @@ def evaluate(
         measurements=measurements,
         ers=ers,
         ers_interval=ers_interval,
-        warnings=tuple(doubts_about(subject, measurements)),
+        extras=outcome.extras if outcome else {},
+        warnings=(*doubts_about(subject, measurements), *(outcome.flags if outcome else ())),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seconds=time.monotonic() - began,
     ).with_arrays(arrays, sample)
@@ -390,6 +401,10 @@ def plan_of(
         }
         for search in searches(protocol, components)
     ]
+
+
+RUNNERS = {"strict": strict.run}
+"""What runs the protocols of other kinds than components."""
 
 
 def scores(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dmlbench.registry import Registry
@@ -104,12 +104,26 @@ def spread_published(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B
     return _extreme_gap(e, scene, scene.kin)
 
 
-def _nearest(e: Tensor, scene: Scene, among: Tensor) -> Tensor:
-    """(B,) distance to the nearest entry of ``among`` (B, N), found without a graph; inf where there is none."""
-    with torch.no_grad():
-        d = scene.distances(e).masked_fill(~among, torch.inf)  # (B, N)
-        found, row = d.min(1)
-    return torch.where(found.isinf(), torch.inf, scene.distance.paired(e, scene.gallery.embeddings[row]))
+def nearest_entry(d: Float[Tensor, "B N"], among: Bool[Tensor, "B N"]) -> tuple[Tensor, Tensor]:
+    """(B,) the smallest distance to an entry of ``among``, inf where there is none, and that entry's row."""
+    found, row = d.masked_fill(~among, torch.inf).min(1)
+    return found, row
+
+
+def gap(
+    e: Float[Tensor, "B D"], scene: Scene, negatives: Bool[Tensor, "B N"], d: Float[Tensor, "B N"]
+) -> Float[Tensor, " B"]:
+    """Distance to the nearest of ``negatives`` - distance to the nearest positive, both found in ``d`` without a graph.
+
+    The gradient is that of the two distances; inf or -inf, without a gradient, where either is missing.
+    """
+    sides = []
+    for among in (negatives, scene.same):
+        with torch.no_grad():
+            found, row = nearest_entry(d, among)
+        near = scene.distance.paired(e, scene.gallery.embeddings[row])
+        sides.append(torch.where(found.isinf(), torch.inf, near))
+    return sides[0] - sides[1]
 
 
 def margin(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
@@ -118,13 +132,16 @@ def margin(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     min over other-class X of d - min over same-class X of d (own entry left out): the query is
     misranked where this is 0 or less.
     """
-    return _nearest(e, scene, scene.other) - _nearest(e, scene, scene.same)
+    with torch.no_grad():
+        d = scene.distances(e)
+    return gap(e, scene, scene.other, d)
 
 
 def margin_to_class(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """MT: put the target's class before the nearest positive. min over the target's class of d - min over same-class X of d."""
-    wrong = scene.gallery.labels[scene.chosen[:, :1]] == scene.gallery.labels  # (B, N)
-    return _nearest(e, scene, wrong) - _nearest(e, scene, scene.same)
+    with torch.no_grad():
+        d = scene.distances(e)
+    return gap(e, scene, scene.target_class, d)
 
 
 def leave(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:

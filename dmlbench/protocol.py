@@ -7,8 +7,10 @@ attack or a changed number is a new protocol with the old one's ``superseded_by`
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -57,16 +59,39 @@ class Component(_Record):
         return 100.0 * (value - self.worst) / (self.best - self.worst)
 
 
+class Step(_Record):
+    """One step of a worst case: an attack on the queries that survived the steps before it.
+
+    ``aims`` says how many of the attack's targets are tried, one after another.
+    """
+
+    name: str
+    attack: str
+    optimizer: str
+    threat: dict[str, Any] = {}
+    aims: int = 1
+
+
 class Protocol(_Record):
-    """A named, versioned set of components and the threat they share."""
+    """A named, versioned set of attacks and the threat they share.
+
+    Kinds: "ers", components whose mean score is ERS; "parts", components without a common score;
+    "strict", ``steps`` run one after another on the survivors at every eps of the ``grid``;
+    "clustering", all images moved before k-means, at every eps of the ``grid``.
+    """
 
     name: str
     version: str
-    kind: Literal["ers"] = "ers"
+    kind: Literal["ers", "parts", "strict", "clustering"] = "ers"
     title: str
     seed: int = 0
     threat: dict[str, Any]
     components: tuple[Component, ...] = ()
+    steps: tuple[Step, ...] = ()
+    grid: dict[str, tuple[str, ...]] = {}
+    """side of an image in pixels, up to which these eps are meant, to the eps in ascending order"""
+    audit: int = 0
+    """queries on which the audit looks at the model as well; 0: no audit"""
     clustering_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     superseded_by: str | None = None
 
@@ -79,6 +104,16 @@ class Protocol(_Record):
     def threat_of(self, component: Component) -> Threat:
         """The threat of one component."""
         return Threat(**{**self.threat, **component.threat})
+
+    def eps_for(self, side: int) -> tuple[str, ...]:
+        """The grid's eps for images of this side: those of the smallest listed side that is not smaller, else
+        the largest."""
+        sides = sorted(self.grid, key=int)
+        return self.grid[next((s for s in sides if int(s) >= side), sides[-1])]
+
+    def threat_at(self, eps: str, changes: Mapping[str, Any] = MappingProxyType({})) -> Threat:
+        """The threat at one eps of the grid."""
+        return Threat(**{**self.threat, **changes, "eps": eps})
 
     def component(self, name: str) -> Component:
         """One component by name, or an error with a suggestion."""
@@ -100,6 +135,16 @@ def read_protocol(path: Path) -> Protocol:
                 raise UsageError(f"component {c.name!r}: attack {c.attack!r} is not read by {c.readout!r}")
             if c.best == c.worst:
                 raise UsageError(f"component {c.name!r}: worst and best are both {c.worst}")
+        for step in protocol.steps:
+            OPTIMIZERS[step.optimizer], ATTACKS[step.attack]
+        for side, grid in protocol.grid.items():
+            radii = [protocol.threat_at(eps).radius for eps in grid]
+            if not side.isdigit() or not radii or radii != sorted(radii) or radii[0] <= 0:
+                raise UsageError(f"grid {side!r} must be a side in pixels and eps above 0 in ascending order")
+        if protocol.kind in ("strict", "clustering") and not protocol.grid:
+            raise UsageError(f"kind {protocol.kind!r} needs a [grid]")
+        if protocol.kind == "strict" and not protocol.steps:
+            raise UsageError("kind 'strict' needs [[steps]]")
         return protocol
     except ValidationError as error:
         raise DataError(f"protocol {path}: {first_problem(error)}") from None

@@ -110,6 +110,11 @@ class Scene:
         return self.same.any(1)
 
     @cached_property
+    def target_class(self) -> Bool[Tensor, "B N"]:
+        """True at entries of the class of the first target."""
+        return self.gallery.labels[self.chosen[:, :1]] == self.gallery.labels
+
+    @cached_property
     def targets(self) -> Float[Tensor, "B K D"]:
         """The targets' embeddings."""
         return self.gallery.embeddings[self.chosen]

@@ -1,0 +1,330 @@
+"""The worst case over several searches: is any image in the ball misranked?
+
+The first positive and the first negative are looked up anew at every step, and a query is broken as
+soon as the negative is not farther than the positive at *any* image that any search looked at. A
+protocol of kind "strict" lists the searches; each is run on the queries that survived those before it,
+at the smallest eps first: what breaks a query at one eps breaks it at every larger one. What counts in
+the end is the harness's own read-out of the image that a search stopped at (docs/strict.md).
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dmlbench.attacks import ATTACKS, aim
+from dmlbench.embedding import Embedder
+from dmlbench.errors import UsageError
+from dmlbench.metrics import RECALL_AT, mean, retrieval
+from dmlbench.objectives import OBJECTIVES, gap, nearest_entry
+from dmlbench.optimizers import OPTIMIZERS
+from dmlbench.outcome import Outcome
+from dmlbench.protocol import Component, Protocol, Step
+from dmlbench.scene import Scene
+from dmlbench.threat import Threat
+
+if TYPE_CHECKING:
+    from dmlbench.evaluate import Progress, Subject
+
+SURVIVED, CLEAN_WRONG, CARRIED = -1, 0, 1
+"""``broken_by`` of a query that no step broke, that was wrong before any, and that a smaller eps broke;
+the protocol's steps count from 2."""
+PROXIES = ("recall_at_2", "recall_at_4", "recall_at_8", "map_at_r")
+"""Read at the images that the searches for R@1 stopped at: no search aimed at them, so the true worst is lower."""
+
+
+class Log:
+    """What a search has seen of each of its images: whether it was misranked, when first, and where.
+
+    Attributes:
+        found: (b, ...) the first misranked image.
+        first: (b,) the count of the loss value at which that was, from 1; 0 where it has not been.
+        gradients, values: backward and forward passes spent, over all images.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        self.found = images.clone()
+        self.first = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        self.calls = torch.zeros_like(self.first)
+        self.gradients = self.values = 0
+
+    def note(self, at: Int[Tensor, " n"], margins: Float[Tensor, " n"], images: Tensor, graph: bool) -> None:
+        """One more loss value for the images ``at``."""
+        self.gradients, self.values = self.gradients + graph * len(at), self.values + (not graph) * len(at)
+        self.calls[at] += 1
+        fresh = (margins <= 0) & (self.first[at] == 0)  # (n,)
+        self.first[at] = torch.where(fresh, self.calls[at], self.first[at])
+        shape = (-1, *[1] * (images.dim() - 1))
+        self.found[at] = torch.where(fresh.view(shape), images, self.found[at])
+
+
+class Misrank:
+    """An attack's loss that also watches the margin of R@1, whatever it descends.
+
+    A :class:`~dmlbench.optimizers.Hunt`: images that have been misranked once are settled.
+    """
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        objective: str,
+        scene: Scene,
+        log: Log,
+        at: Int[Tensor, " n"] | None = None,
+        eot: int = 1,
+    ) -> None:
+        self.embedder, self.objective, self.scene, self.log, self.eot = embedder, objective, scene, log, eot
+        self.at = torch.arange(len(scene), device=log.first.device) if at is None else at
+
+    def __call__(self, images: Tensor) -> Float[Tensor, " n"]:
+        values, margins = self._once(images)
+        for _ in range(self.eot - 1):
+            more, more_margins = self._once(images)
+            values, margins = values + more, margins + more_margins
+        self.log.note(self.at, margins, images.detach(), images.requires_grad)
+        return values / self.eot
+
+    def _once(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss (n,) and the margin (n,) of one forward pass, from one table of distances."""
+        e, scene = self.embedder(images), self.scene
+        with torch.no_grad():
+            d = scene.distances(e)
+        if self.objective == "margin":
+            values = gap(e, scene, scene.other, d)
+            return values, values.detach()
+        margins = nearest_entry(d, scene.other)[0] - nearest_entry(d, scene.same)[0]
+        if self.objective == "margin_to_class":
+            return gap(e, scene, scene.target_class, d), margins
+        return OBJECTIVES[self.objective](e, scene), margins
+
+    def __getitem__(self, index: Bool[Tensor, " n"]) -> "Misrank":
+        return Misrank(self.embedder, self.objective, self.scene[index], self.log, self.at[index], self.eot)
+
+    def unsettled(self) -> Bool[Tensor, " n"]:
+        """Which images have not been misranked yet."""
+        return self.log.first[self.at] == 0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What one search made of a batch.
+
+    Attributes:
+        images: (b, C, H, W) where each search stopped: the first misranked image, else the best.
+        broken: (b,) bool, by the harness's own read-out of ``images``.
+        iteration: (b,) loss values until then, 0 where not broken.
+        readouts: ``recall_at_k``, ``map`` and ``map_at_r`` (b,) at ``images``, percent.
+        gradients, values: passes spent on the batch.
+    """
+
+    images: Tensor
+    broken: np.ndarray
+    iteration: np.ndarray
+    readouts: dict[str, np.ndarray]
+    gradients: int
+    values: int
+
+
+def attempt(subject: "Subject", step: Step, threat: Threat, positions: np.ndarray, seed: int) -> Attempt:
+    """Run one step on the queries at ``positions``, each of its aims on what the ones before left.
+
+    Raises:
+        AssertionError: an image left the ball or [0, 1]; an optimizer is at fault.
+    """
+    at = torch.from_numpy(positions).to(subject.device)
+    scene, rng = subject.scene[at], subject.rng(seed, step.name, step.optimizer)[at]
+    clean = subject.dataset.images[subject.rows[positions]].to(subject.device)
+    attack = ATTACKS[step.attack]
+    if attack.targets:
+        classes = len(scene.gallery.labels.unique())
+        attack = replace(attack, k=min(step.aims, classes - 1) if step.aims > 1 else attack.k)
+        scene = aim(attack, scene, rng)
+    count = scene.chosen.shape[1] if step.aims > 1 else 1
+    log = Log(clean)
+    with torch.no_grad():
+        images = clean
+        for j in range(count):
+            aimed = scene.aimed(scene.chosen[:, j : j + 1]) if step.aims > 1 else scene
+            hunt = Misrank(subject.embedder, attack.objective, aimed, log, eot=threat.eot)
+            alive = hunt.unsettled()
+            if not bool(alive.any()):
+                break
+            found = OPTIMIZERS[step.optimizer](hunt[alive], clean[alive], threat, rng.fold("aim", j)[alive])
+            images = images.clone()
+            images[alive] = found
+        images = torch.where((log.first > 0).view(-1, 1, 1, 1), log.found, images)
+        readouts = read(subject, scene, threat, images, clean)
+    broken = readouts["recall_at_1"] < 50.0
+    iteration = np.where(
+        broken, np.where((log.first > 0).cpu().numpy(), log.first.cpu().numpy(), log.calls.cpu().numpy()), 0
+    )
+    return Attempt(images, broken, iteration, readouts, log.gradients, log.values)
+
+
+def read(subject: "Subject", scene: Scene, threat: Threat, images: Tensor, clean: Tensor) -> dict[str, np.ndarray]:
+    """The retrieval metrics (b,) of attacked queries, means over ``threat.eot`` passes, the ball checked."""
+    inside = threat.contains(images, clean)
+    if not bool(inside.all()):
+        raise AssertionError(f"{int((~inside).sum())} adversarial images are outside the threat {threat}")
+    draws = [retrieval(replace(scene, clean=subject.embedder(images)), RECALL_AT) for _ in range(threat.eot)]
+    return {name: np.mean([d[name] for d in draws], axis=0) for name in draws[0]}
+
+
+@dataclass
+class Standing:
+    """Where every query stands, (Q,) each, while eps grows.
+
+    Attributes:
+        alive: right when clean and not broken yet.
+        broken_by: :data:`SURVIVED`, :data:`CLEAN_WRONG`, :data:`CARRIED` or 2 + the step's index.
+        iteration: loss values that the breaking step had seen.
+        norm: size of the perturbation that broke it, or of the last one tried.
+        worst: by read-out, the lowest value seen so far.
+    """
+
+    alive: np.ndarray
+    broken_by: np.ndarray
+    iteration: np.ndarray
+    norm: np.ndarray
+    worst: dict[str, np.ndarray]
+
+    def absorb(self, positions: np.ndarray, index: int, found: Attempt, norm: np.ndarray) -> None:
+        """What step ``index`` made of the queries at ``positions``, all alive until now."""
+        hit = positions[found.broken]
+        self.alive[hit] = False
+        self.broken_by[hit] = index + 2
+        self.iteration[hit] = found.iteration[found.broken]
+        self.norm[positions] = norm
+        for name, values in self.worst.items():
+            values[positions] = np.minimum(values[positions], found.readouts[name])
+
+
+def begin(subject: "Subject") -> Standing:
+    """Every query before any attack.
+
+    Raises:
+        UsageError: the gallery holds a single class, so nothing can be misranked.
+    """
+    if len(subject.scene.gallery.labels.unique()) < 2:
+        raise UsageError(f"data set {subject.dataset.name!r} has a single class: no query can be misranked")
+    clean = retrieval(subject.scene, RECALL_AT)
+    alive = clean["recall_at_1"] == 100.0
+    return Standing(
+        alive=alive,
+        broken_by=np.where(alive, SURVIVED, CLEAN_WRONG).astype(np.int8),
+        iteration=np.zeros(len(alive), dtype=np.int32),
+        norm=np.zeros(len(alive), dtype=np.float32),
+        worst={name: clean[name].copy() for name in ("recall_at_1", *PROXIES)},
+    )
+
+
+def sweep(
+    subject: "Subject",
+    standing: Standing,
+    steps: Sequence[Step],
+    threats: Sequence[Threat],
+    seed: int,
+    batch_size: int,
+    progress: "Progress",
+    label: str,
+    keep: dict[int, np.ndarray] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Run the steps one after another on the survivors; after each one a row of what it did.
+
+    ``keep`` holds the adversarial image of some queries by position, replaced as they are attacked.
+    """
+    for index, (step, threat) in enumerate(zip(steps, threats, strict=True)):
+        positions, started = np.flatnonzero(standing.alive), time.monotonic()
+        broken = gradients = values = 0
+        task = f"{label} {step.name}"
+        progress.start(task, len(positions))
+        for a in range(0, len(positions), batch_size):
+            part = positions[a : a + batch_size]
+            found = attempt(subject, step, threat, part, seed)
+            clean = subject.dataset.images[subject.rows[part]].to(subject.device)
+            standing.absorb(part, index, found, threat.ball.size(found.images - clean).cpu().numpy())
+            broken += int(found.broken.sum())
+            gradients, values = gradients + found.gradients, values + found.values
+            for i, p in enumerate(part):
+                if keep is not None and int(p) in keep:
+                    keep[int(p)] = found.images[i].cpu().numpy()
+            progress.advance(task, len(part))
+        yield {
+            "step": step.name,
+            "attacked": len(positions),
+            "broken": broken,
+            "gradients": gradients,
+            "values": values,
+            "seconds": time.monotonic() - started,
+        }
+
+
+def run(
+    subject: "Subject", protocol: Protocol, seed: int, batch_size: int, progress: "Progress", kept: np.ndarray, eot: int
+) -> Outcome:
+    """The whole curve: every step at every eps, on the queries that are right when clean.
+
+    ``kept`` lists the positions of the queries whose adversarial images are wanted.
+    """
+    grid = protocol.eps_for(max(subject.dataset.images.shape[1:]))
+    standing = begin(subject)
+    arrays: dict[str, np.ndarray] = {}
+    sample: dict[str, np.ndarray] = {}
+    rows: list[dict[str, Any]] = []
+    clean = retrieval(subject.scene, RECALL_AT)
+    answerable = ~np.isnan(clean["recall_at_1"])
+    right, count = int(standing.alive.sum()), max(1, int(answerable.sum()))
+    images = {int(p): subject.dataset.images[subject.rows[[p]]][0].numpy() for p in kept}
+    components, seconds = [], {}
+    for eps in grid:
+        name = f"strict@{eps}"
+        started = time.monotonic()
+        standing.broken_by[standing.broken_by > CARRIED] = CARRIED
+        carried = int((standing.broken_by == CARRIED).sum())
+        threats = [protocol.threat_at(eps, {**step.threat, "eot": eot}) for step in protocol.steps]
+        done = list(sweep(subject, standing, protocol.steps, threats, seed, batch_size, progress, f"eps {eps}", images))
+        value = np.where(standing.alive, 100.0, 0.0)
+        arrays[f"{name}/value"] = np.where(answerable, value, np.nan).astype(np.float32)
+        arrays[f"{name}/norm"] = standing.norm.copy()
+        arrays[f"{name}/broken_by"] = standing.broken_by.copy()
+        arrays[f"{name}/iteration"] = standing.iteration.copy()
+        for proxy in PROXIES:
+            arrays[f"{name}/{proxy}"] = standing.worst[proxy].copy()
+        sample[name] = np.stack([images[int(p)] for p in kept])
+        components.append(
+            Component(name=name, attack=protocol.name, optimizer="worst case", readout="recall_at_1", worst=0, best=100)
+        )
+        seconds[name] = time.monotonic() - started
+        rows.append(
+            {
+                "eps": eps,
+                "recall_at_1": mean(arrays[f"{name}/value"]),
+                **{proxy: mean(standing.worst[proxy]) for proxy in PROXIES},
+                "carried": 100.0 * carried / count,
+                "steps": [{**row, "points": 100.0 * row["broken"] / count} for row in done],
+            }
+        )
+    curve = [mean(clean["recall_at_1"]), *(row["recall_at_1"] for row in rows)]
+    radii = [0.0, *(protocol.threat_at(eps).radius for eps in grid)]
+    extras = {
+        "norm": protocol.threat_at(grid[0]).norm,
+        "clean": curve[0],
+        "curve": rows,
+        "area": area(radii, curve),
+        "gradients_per_query": sum(s["gradients"] for row in rows for s in row["steps"]) / max(1, right) / len(grid),
+        "values_per_query": sum(s["values"] for row in rows for s in row["steps"]) / max(1, right) / len(grid),
+        "codes": {"survived": SURVIVED, "wrong when clean": CLEAN_WRONG, "broken at a smaller eps": CARRIED}
+        | {step.name: i + 2 for i, step in enumerate(protocol.steps)},
+    }
+    return Outcome(components, seconds, arrays, sample, {"strict": extras})
+
+
+def area(radii: Sequence[float], curve: Sequence[float]) -> float:
+    """Mean height of the curve from eps 0 to the last, by trapezoids, percent."""
+    r, c = np.asarray(radii), np.asarray(curve)
+    return float((np.diff(r) * (c[1:] + c[:-1]) / 2).sum() / r[-1])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -65,8 +66,30 @@ def c2f2(channels: int = 1, embed_dim: int = 512) -> nn.Module:
     )
 
 
+class Ensemble(nn.Module):
+    """Several networks as one: their L2-normalised embeddings side by side, divided by √members.
+
+    So the squared distance of two images is the mean of the members' squared distances. (The papers
+    leave open how an ensemble's embeddings are joined; members learn spaces of their own, whose axes
+    do not correspond, so an average of coordinates would mean nothing.)
+    """
+
+    def __init__(self, members: list[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Tensor) -> Tensor:
+        parts = [F.normalize(member(images), dim=1) for member in self.members]
+        return torch.cat(parts, 1) / len(parts) ** 0.5
+
+
+def ensemble(member: str = "conv3", members: int = 3, **kwargs: Any) -> nn.Module:
+    """``members`` networks of the architecture ``member``; the other arguments are theirs."""
+    return Ensemble([ARCHITECTURES[member](**kwargs) for _ in range(members)])
+
+
 ARCHITECTURES: Registry[Callable[..., nn.Module]] = Registry(
-    "architecture", {"smallcnn": smallcnn, "conv3": conv3, "c2f2": c2f2}
+    "architecture", {"smallcnn": smallcnn, "conv3": conv3, "c2f2": c2f2, "ensemble": ensemble}
 )
 
 

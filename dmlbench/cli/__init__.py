@@ -21,6 +21,7 @@ INTERRUPTED = 130
 VERBS = {
     "evaluate": "score a model: benign metrics, every attack part, ERS",
     "train": "train a model from a recipe",
+    "register": "put finished training runs into a registry",
     "models": "list, show and inspect models",
     "datasets": "list, show, prepare and verify data sets",
     "attacks": "list and show attacks",

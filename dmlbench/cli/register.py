@@ -1,0 +1,30 @@
+"""``dmlbench register``: put finished training runs into a registry."""
+
+from pathlib import Path
+
+import click
+
+from dmlbench.registration import register as add
+
+
+@click.command(epilog="Example: dmlbench register runs/mine --registry checkpoints.json --weights dmlbench/weights")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--registry", type=click.Path(path_type=Path, dir_okay=False), default="checkpoints.json", show_default=True
+)
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="dmlbench/weights",
+    show_default=True,
+    help="Folder that the weights are copied to.",
+)
+@click.option(
+    "--url", help="Address pattern of weights that are fetched, e.g. https://example.org/{name}; they are not packaged."
+)
+@click.option("--replace", is_flag=True, help="Replace an entry of the same id.")
+def register(runs: tuple[Path, ...], registry: Path, weights: Path, url: str | None, replace: bool) -> None:
+    """Copy the weights of finished training RUNS and add their entries to the registry file."""
+    for run in runs:
+        name = add(run, registry, weights, url=url, replace=replace)
+        click.echo(f"{name} -> {registry}")

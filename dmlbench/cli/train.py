@@ -1,0 +1,175 @@
+"""``dmlbench train``: train a model by a recipe."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dmlbench.errors import UsageError
+from dmlbench.parallel import World
+from dmlbench.recipe import Recipe, load_recipe, make_recipe, packaged_recipes
+from dmlbench.training import Progress as Row
+from dmlbench.training import train as run_training
+
+EXAMPLE = """\b
+Examples:
+  dmlbench train digits-smallcnn-triplet-hm-lga-ics --out runs/mine
+  dmlbench train --defense act --dataset digits --arch smallcnn --set eps=40/255 --out runs/act
+  torchrun --nproc-per-node 2 -m dmlbench train my-recipe.toml --out runs/two
+"""
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``key=value`` to a key and a value: JSON where it is JSON, else the text itself."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise UsageError(f"--set {text!r} must be KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def settings(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """Changed keys from ``--set``; ``table.key=value`` changes one key of a table."""
+    changes: dict[str, Any] = {}
+    for key, value in map(parse_setting, pairs):
+        table, dot, inner = key.partition(".")
+        if dot:
+            changes.setdefault(table, {})[inner] = value
+        else:
+            changes[key] = value
+    return changes
+
+
+def choose_device(name: str) -> torch.device:
+    """The device by name; ``auto`` is CUDA where there is one, each torchrun process its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name!r} must be auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name!r} must be auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {name}: this machine has no CUDA device")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+        torch.cuda.set_device(device)
+    return device
+
+
+def gather(recipe: str | None, changes: dict[str, Any], named: dict[str, Any]) -> Recipe:
+    """The recipe of the command line: a file or packaged id, or one made from the options."""
+    if recipe is not None:
+        return load_recipe(recipe, {**named, **changes})
+    missing = [f"--{key}" for key in ("defense", "dataset", "arch") if key not in named]
+    if missing:
+        raise UsageError(f"name a RECIPE, or give {', '.join(missing)} (dmlbench train --list shows the recipes)")
+    if named["defense"] in ("at", "trades", "eat"):
+        changes = {"loss": "proxy-anchor", **changes}
+    name = f"{named['dataset']}-{named['arch'].replace(':', '-')}-{changes.get('loss', 'triplet')}-{named['defense']}"
+    return make_recipe({"id": name.lower(), **named, **changes}, "the options")
+
+
+@click.command(epilog=EXAMPLE)
+@click.argument("recipe", required=False)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Run folder (needed to train).")
+@click.option("--defense", help="Defence, e.g. none, est, act, hm, eat; instead of a RECIPE, or over it.")
+@click.option("--dataset", help="Data set to train on.")
+@click.option("--arch", help="Architecture.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of everything random.")
+@click.option("--iterations", type=click.IntRange(min=1), help="Number of steps.")
+@click.option(
+    "--set",
+    "pairs",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change any key of the recipe; TABLE.KEY for one key of a table.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option("--allow-collapse", is_flag=True, help="Train on where all embeddings have become alike.")
+@click.option("--list", "listing", is_flag=True, help="List the packaged recipes.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def train(
+    recipe: str | None,
+    out: Path | None,
+    pairs: tuple[str, ...],
+    device: str,
+    resume: bool,
+    allow_collapse: bool,
+    listing: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train a model by RECIPE: a packaged recipe's id or a TOML file.
+
+    Writes weights (last and best), log.csv, checkpoint.json (the registry entry) and what --resume
+    needs. A step's search uses the same optimizers as the attacks.
+    """
+    if listing:
+        names = packaged_recipes()
+        found = [{"id": name, "title": load_recipe(name).title} for name in names]
+        click.echo(json.dumps(found, indent=2) if as_json else "\n".join(f"{r['id']:48}{r['title']}" for r in found))
+        return
+    named = {key: value for key, value in options.items() if value is not None}
+    chosen = gather(recipe, settings(pairs), named)
+    if out is None:
+        raise UsageError("--out is needed: the folder that the run is written to")
+    where = choose_device(device)
+    world = World.join(where)
+    console = Console(stderr=True)
+    try:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not world.leads,
+        ) as bars:
+            task = bars.add_task(chosen.id, total=chosen.iterations, note="")
+
+            def report(row: Row) -> None:
+                note = (
+                    f"loss {row.loss:.4f}  R@1 {row.recall_at_1:.1f}  attacked {row.attacked_recall_at_1:.1f}"
+                    f"  spread {row.spread:.2f}"
+                )
+                bars.update(task, completed=row.iteration, note=note)
+
+            done = run_training(
+                chosen,
+                out,
+                device=where,
+                resume=resume,
+                allow_collapse=allow_collapse,
+                report=report,
+                world=world,
+            )
+    except KeyboardInterrupt:
+        console.print(f"interrupted; go on with: dmlbench train {recipe or '…'} --out {out} --resume")
+        raise
+    finally:
+        world.leave()
+    if not world.leads:
+        return
+    last = done.progress[-1]
+    if as_json:
+        click.echo(json.dumps({"id": chosen.id, "folder": str(out), "log": [vars(r) for r in done.progress]}, indent=2))
+        return
+    click.echo(
+        f"{chosen.id}: {last.iteration} steps, loss {last.loss:.4f}, training R@1 {last.recall_at_1:.1f} "
+        f"(quick attack {last.attacked_recall_at_1:.1f}); {out / 'last.safetensors'}"
+    )

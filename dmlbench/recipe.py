@@ -1,0 +1,152 @@
+"""A recipe: everything that a training run depends on, as TOML that can be committed.
+
+The packaged recipes lie in ``dmlbench/recipes``; a recipe may extend another by naming it.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dmlbench.checkpoints import PACKAGE, first_problem
+from dmlbench.datasets import DATASETS
+from dmlbench.defenses import DEFENSES
+from dmlbench.embedding import DISTANCES
+from dmlbench.errors import DataError, UsageError
+from dmlbench.losses import LOSSES
+from dmlbench.models import ARCHITECTURES
+from dmlbench.registry import suggest
+from dmlbench.threat import Threat
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPES = PACKAGE / "recipes"
+
+
+class Recipe(BaseModel):
+    """One training run. Lengths are on the [0, 1] scale, written as fractions.
+
+    A step sees ``groups`` groups of ``per_class`` images of one class; the first image of each group
+    is an anchor.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    title: str = ""
+    dataset: str
+    arch: str
+    arch_kwargs: dict[str, Any] = {}
+    embed_dim: int = Field(default=64, ge=1)
+    space: str = "N"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    loss: str = "triplet"
+    loss_params: dict[str, Any] = {}
+    margin: float = Field(default=0.2, gt=0)
+    defense: str = "none"
+    defense_params: dict[str, Any] = {}
+    eps: str = "8/255"
+    step: str = "2/255"
+    steps: int = Field(default=8, ge=0)
+    norm: str = "linf"
+    start: Literal["clean", "random"] = "clean"
+    groups: int = Field(default=56, ge=2)
+    per_class: int = Field(default=2, ge=2)
+    iterations: int = Field(default=1000, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    proxy_lr: float = Field(default=1e-2, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    step_every: int = Field(default=1000, ge=1)
+    step_factor: float = Field(default=0.1, gt=0, le=1)
+    precision: Literal["float32", "mixed"] = "float32"
+    check_every: int = Field(default=200, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    @property
+    def threat(self) -> Threat:
+        """The adversary of training."""
+        return Threat(norm=self.norm, eps=self.eps, step=self.step, steps=self.steps, start=self.start)
+
+    def check(self) -> "Recipe":
+        """The recipe itself, once every name in it is known and they fit together.
+
+        Raises:
+            UsageError: an unknown name (with a suggestion), or a defence that the loss or network cannot serve.
+        """
+        DATASETS[self.dataset], DISTANCES[self.space], LOSSES[self.loss]
+        if ":" not in self.arch:
+            ARCHITECTURES[self.arch]
+        entry = DEFENSES[self.defense]
+        entry.parameters(self.defense_params)
+        if entry.losses and self.loss not in entry.losses:
+            raise UsageError(f"defence {self.defense!r} needs the loss {' or '.join(entry.losses)}, not {self.loss!r}")
+        if entry.ensemble != (self.arch == "ensemble"):
+            raise UsageError(
+                f"defence {self.defense!r} needs arch = 'ensemble'"
+                if entry.ensemble
+                else f"arch 'ensemble' is trained by the defence 'eat', not {self.defense!r}"
+            )
+        self.threat  # noqa: B018
+        return self
+
+    def differing(self, other: "Recipe") -> list[str]:
+        """Keys whose values differ, for a message."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return [f"{k} ({mine[k]!r}, was {theirs[k]!r})" for k in mine if mine[k] != theirs[k]]
+
+
+def packaged_recipes() -> list[str]:
+    """Ids of the packaged recipes."""
+    return sorted(p.stem for p in RECIPES.glob("*.toml") if not p.stem.startswith("_"))
+
+
+def _table(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe file's keys, over those of the recipe it extends."""
+    if path in seen:
+        raise DataError(f"recipe {path} extends itself")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"recipe {path} cannot be read: {error}") from None
+    parent = table.pop("extends", None)
+    if parent is None:
+        return table
+    if not isinstance(parent, str) or Path(parent).name != parent:
+        raise DataError(f"recipe {path}: extends must name a recipe in the same folder")
+    return {**_table(path.parent / f"{parent}.toml", (*seen, path)), **table}
+
+
+def make_recipe(table: dict[str, Any], where: str) -> Recipe:
+    """A checked recipe from its keys.
+
+    Raises:
+        UsageError: a missing, unknown or ill-typed key, or an unknown name.
+    """
+    for key in table:
+        if key not in Recipe.model_fields:
+            raise UsageError(f"{where}: unknown key {key!r}{suggest(key, Recipe.model_fields)}")
+    try:
+        return Recipe.model_validate(table).check()
+    except ValidationError as error:
+        raise UsageError(f"{where}: {first_problem(error)}") from None
+
+
+def load_recipe(name: str, changes: dict[str, Any] | None = None) -> Recipe:
+    """A recipe by packaged id or by the path of a TOML file, with some keys changed.
+
+    Raises:
+        UsageError: no such recipe, or something in it is wrong.
+        DataError: the file cannot be read.
+    """
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if not path.is_file():
+        if name.endswith(".toml"):
+            raise UsageError(f"recipe file {name} does not exist")
+        raise UsageError(f"unknown recipe {name!r}{suggest(name, packaged_recipes())}")
+    return make_recipe({**_table(path), "id": path.stem, **(changes or {})}, f"recipe {name}")

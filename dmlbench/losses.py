@@ -1,7 +1,7 @@
 """Metric-learning losses: (embeddings (b, d), labels (b,), optional triplets) to a scalar.
 
-All of :data:`LOSSES` come from pytorch-metric-learning, set to the embedding space of the model and
-reduced by the plain mean. Defences need values per sample, which that package does not give; these
+All of :data:`LOSSES` come from pytorch-metric-learning, set to the embedding space of the model;
+triplet and contrastive are reduced by the plain mean, the others as that package does. Defences need values per sample, which that package does not give; these
 are :func:`hardness`, :func:`triplet` and :func:`proxy_anchor_each`.
 """
 
@@ -94,7 +94,7 @@ def _pml(name: str, *, space: bool = False, **fixed: Any) -> Callable[[int, int,
             given["distance"] = _space(distance)
         if name in ("TripletMarginLoss", "ContrastiveLoss"):
             given["reducer"] = reducers.MeanReducer()
-        if name in ("ProxyAnchorLoss", "ProxyNCALoss", "SoftTripleLoss", "NormalizedSoftmaxLoss"):
+        if name in ("ProxyAnchorLoss", "ProxyNCALoss", "NormalizedSoftmaxLoss"):
             given |= {"num_classes": classes, "embedding_size": dim}
         if name == "ContrastiveLoss" and distance.metric == "cosine":
             # The package's cosine is a similarity: a positive margin of 1, a negative one of 1 - margin.
@@ -138,7 +138,6 @@ LOSSES: Registry[LossEntry] = Registry(
         "lifted-structure": LossEntry(
             _pml("LiftedStructureLoss", space=True), "all pairs of the batch (Oh Song et al., CVPR 2016)"
         ),
-        "soft-triple": LossEntry(_pml("SoftTripleLoss"), "several centres per class (Qian et al., ICCV 2019)", True),
         "normalized-softmax": LossEntry(
             _pml("NormalizedSoftmaxLoss"), "classification on the sphere (Zhai and Wu, BMVC 2019)", True
         ),

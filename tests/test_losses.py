@@ -71,7 +71,7 @@ def test_descending_a_loss_separates_the_classes(name: str, space: str) -> None:
 
     before = gap()
     optimizer = torch.optim.Adam([free, *loss.parameters()], 0.05)
-    for _ in range(60):
+    for _ in range(150):
         optimizer.zero_grad()
         loss(DISTANCES[space].finish(free), labels).backward()
         optimizer.step()

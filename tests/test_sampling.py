@@ -67,7 +67,7 @@ def test_samplings_equal_plain_loops(name: str, seed: int) -> None:
 
 
 def test_random_choices_are_uniform() -> None:
-    e, labels, d = scene(1, classes=3, per_class=3)
+    _, labels, d = scene(1, classes=3, per_class=3)
     anchors = torch.zeros(6000, dtype=torch.long)
     rows = draw("R", d[anchors], labels, anchors, 5, Rng(0, torch.arange(6000)))
     assert set(rows[:, 1].tolist()) == {1, 2} and set(rows[:, 2].tolist()) == set(range(3, 9))
@@ -76,7 +76,7 @@ def test_random_choices_are_uniform() -> None:
 
 
 def test_distance_weighted_draws_by_its_weights() -> None:
-    e, labels, d = scene(7, classes=3, per_class=2)
+    _, labels, d = scene(7, classes=3, per_class=2)
     anchors = torch.zeros(20000, dtype=torch.long)
     pairs = Pairs.of(d[anchors], labels, anchors, 5)
     expected = distance_weights(pairs)[0].softmax(0)
@@ -115,6 +115,6 @@ def test_batches_without_negatives_are_refused() -> None:
 
 
 def test_unknown_sampling() -> None:
-    e, labels, d = scene(0)
+    _, labels, d = scene(0)
     with pytest.raises(UsageError, match="unknown sampling 'X'"):
         draw("X", d, labels, torch.arange(12), 5, Rng(0, torch.arange(12)))

@@ -10,7 +10,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dmlbench.cli.output import json_option, print_json, print_list
 from dmlbench.errors import UsageError
+from dmlbench.evaluate import resolve_device
 from dmlbench.parallel import World
 from dmlbench.recipe import Recipe, load_recipe, make_recipe, packaged_recipes
 from dmlbench.training import Progress as Row
@@ -47,23 +49,12 @@ def settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     return changes
 
 
-def choose_device(name: str) -> torch.device:
-    """The device by name; ``auto`` is CUDA where there is one, each torchrun process its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name!r} must be auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name!r} must be auto, cpu, cuda or cuda:N")
+def own_device(name: str) -> torch.device:
+    """The device by name; where several processes train, ``cuda`` is each one's own."""
+    device = resolve_device(name)
+    if device.type == "cuda" and device.index is None:
+        device = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"--device {name}: this machine has no CUDA device")
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if device.index >= torch.cuda.device_count():
-            raise UsageError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s)")
         torch.cuda.set_device(device)
     return device
 
@@ -100,7 +91,7 @@ def gather(recipe: str | None, changes: dict[str, Any], named: dict[str, Any]) -
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--allow-collapse", is_flag=True, help="Train on where all embeddings have become alike.")
 @click.option("--list", "listing", is_flag=True, help="List the packaged recipes.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option
 def train(
     recipe: str | None,
     out: Path | None,
@@ -120,15 +111,15 @@ def train(
     if listing:
         names = packaged_recipes()
         found = [{"id": name, "title": load_recipe(name).title} for name in names]
-        click.echo(json.dumps(found, indent=2) if as_json else "\n".join(f"{r['id']:48}{r['title']}" for r in found))
+        print_list(found, ("id", "title"), as_json)
         return
     named = {key: value for key, value in options.items() if value is not None}
     chosen = gather(recipe, settings(pairs), named)
     if out is None:
         raise UsageError("--out is needed: the folder that the run is written to")
-    where = choose_device(device)
+    where = own_device(device)
     world = World.join(where)
-    console = Console(stderr=True)
+    stderr = Console(stderr=True)
     try:
         with Progress(
             TextColumn("{task.description}"),
@@ -137,8 +128,8 @@ def train(
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not world.leads,
+            console=stderr,
+            disable=not (world.leads and stderr.is_terminal),
         ) as bars:
             task = bars.add_task(chosen.id, total=chosen.iterations, note="")
 
@@ -148,6 +139,8 @@ def train(
                     f"  spread {row.spread:.2f}"
                 )
                 bars.update(task, completed=row.iteration, note=note)
+                if not stderr.is_terminal:
+                    click.echo(f"{chosen.id} {row.iteration}/{chosen.iterations} {note}", err=True)
 
             done = run_training(
                 chosen,
@@ -159,7 +152,7 @@ def train(
                 world=world,
             )
     except KeyboardInterrupt:
-        console.print(f"interrupted; go on with: dmlbench train {recipe or '…'} --out {out} --resume")
+        click.echo(f"go on with the same command and --resume; {out} holds the last check", err=True)
         raise
     finally:
         world.leave()
@@ -167,7 +160,7 @@ def train(
         return
     last = done.progress[-1]
     if as_json:
-        click.echo(json.dumps({"id": chosen.id, "folder": str(out), "log": [vars(r) for r in done.progress]}, indent=2))
+        print_json({"id": chosen.id, "folder": str(out), "log": [vars(row) for row in done.progress]})
         return
     click.echo(
         f"{chosen.id}: {last.iteration} steps, loss {last.loss:.4f}, training R@1 {last.recall_at_1:.1f} "

@@ -1,0 +1,315 @@
+"""Every defence's search and loss against plain loops on a hand-sized batch."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dmlbench.defenses import DEFENSES, DESTINATIONS, Batch, Inner, Learner
+from dmlbench.defenses.base import Miner, frozen
+from dmlbench.defenses.manipulation import BOOST
+from dmlbench.embedding import Embedder
+from dmlbench.errors import UsageError
+from dmlbench.losses import build_loss, proxy_anchor_each
+from dmlbench.models import ARCHITECTURES
+from dmlbench.optimizers import pgd
+from dmlbench.rng import Rng
+from dmlbench.threat import Threat
+
+MARGIN = 0.2
+
+
+def learner(loss: str = "triplet", ensemble: bool = False) -> Learner:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        small = {"width": 2, "embed_dim": 6}
+        network = (
+            ARCHITECTURES["ensemble"](member="smallcnn", members=2, **small)
+            if ensemble
+            else ARCHITECTURES["smallcnn"](**small)
+        )
+        embedder = Embedder(network, (1, 8, 8))
+        params = {"margin": MARGIN} if loss == "triplet" else {}
+        criteria = [build_loss(loss, 3, 6, embedder.distance, params) for _ in range(2 if ensemble else 1)]
+    return Learner(embedder.train(), nn.ModuleList(criteria), loss, MARGIN)
+
+
+def batch(iteration: int = 0) -> Batch:
+    rows = np.array([4, 9, 2, 3, 11, 6])
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    images = Rng(8, torch.arange(6)).uniform(1, 8, 8)
+    return Batch(images, labels, torch.tensor([0, 2, 4]), rows, seed=21, iteration=iteration)
+
+
+class Recorder:
+    """An optimizer that moves by ``pgd`` (or not at all) and keeps what it was asked."""
+
+    def __init__(self, model: Learner, moves: bool = True) -> None:
+        self.model, self.moves = model, moves
+        self.calls: list[tuple] = []
+
+    def __call__(self, loss, images, threat, rng):
+        assert not any(p.requires_grad for p in self.model.parameters())
+        assert not any(m.training for m in self.model.modules())
+        moved = pgd(loss, images, threat, rng) if self.moves else images.clone()
+        assert threat.contains(moved, images).all()
+        self.calls.append((images, moved, loss(images).detach(), loss(moved).detach(), threat))
+        return moved
+
+
+def run(name: str, moves: bool = True, iteration: int = 0, **params):
+    entry = DEFENSES[name]
+    loss = "proxy-anchor" if entry.losses == ("proxy-anchor",) else "triplet"
+    model = learner(loss, entry.ensemble)
+    model.previous.fill_(0.12)
+    recorder = Recorder(model, moves)
+    inner = Inner(Threat(eps="40/255", step="8/255", steps=6), recorder)
+    b = batch(iteration)
+    value = entry.step(model, b, inner, **entry.parameters(params))
+    return model, b, recorder.calls, value
+
+
+def trained(name: str, **params):
+    """As :func:`run`, the value a plain number."""
+    *rest, value = run(name, **params)
+    return *rest, value.detach()
+
+
+def distance(x, y) -> float:
+    return math.dist(x.tolist(), y.tolist())
+
+
+def embedded(model: Learner, images):
+    with torch.no_grad():
+        return model.embedder(images)
+
+
+def triplet_mean(e) -> float:
+    """e: (t, 3, d)"""
+    return sum(max(0.0, distance(a, p) - distance(a, n) + MARGIN) for a, p, n in e) / len(e)
+
+
+@pytest.mark.parametrize("name", [n for n in DEFENSES if n != "none"])
+def test_searches_improve_inside_the_ball_and_leave_the_model_as_it_was(name: str) -> None:
+    model, _, calls, value = run(name, **({"source": "R", "destination": "H"} if name == "hm" else {}))
+    assert calls
+    assert all(bool((after.sum() < before.sum()) or before.sum() == 0) for _, _, before, after, _ in calls)
+    assert any(bool((moved != images).any()) for images, moved, *_ in calls)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(m.training for m in model.modules())
+    assert value.requires_grad
+    value.backward()
+    assert all(float(p.grad.abs().sum()) > 0 for p in model.embedder.parameters() if p.dim() > 1)
+
+
+def test_none_is_the_triplet_loss_of_the_clean_batch() -> None:
+    model, b, calls, value = trained("none")
+    rows = triplets_of_outer(model, b)
+    assert not calls
+    assert value.item() == pytest.approx(triplet_mean(embedded(model, b.images)[rows]), abs=1e-5)
+
+
+def triplets_of_outer(model: Learner, b: Batch):
+    from dmlbench.sampling import draw
+
+    d = torch.zeros(3, 6)
+    return draw("R", d, b.labels, b.anchors, 6, b.stream("outer", b.anchors))
+
+
+def test_est_maximises_the_shift_and_learns_from_the_moved_batch() -> None:
+    model, b, calls, value = trained("est")
+    ((images, moved, _, after, _),) = calls
+    assert torch.equal(images, b.images)
+    clean, shifted = embedded(model, images), embedded(model, moved)
+    for i in range(6):
+        assert -float(after[i]) == pytest.approx(distance(clean[i], shifted[i]), abs=1e-5)
+    assert value.item() == pytest.approx(triplet_mean(shifted[triplets_of_outer(model, b)]), abs=1e-5)
+
+
+def test_act_draws_positive_and_negative_together() -> None:
+    model, b, calls, value = trained("act")
+    ((images, moved, _, after, _),) = calls
+    rows = Miner(model, b).triplets("R")
+    assert torch.equal(images, torch.cat([b.images[rows[:, 1]], b.images[rows[:, 2]]]))
+    e = embedded(model, moved)
+    clean = embedded(model, b.images)[rows[:, 0]]
+    for i in range(3):
+        assert float(after[i]) == pytest.approx(distance(e[i], e[3 + i]), abs=1e-5)
+    assert value.item() == pytest.approx(triplet_mean([(clean[i], e[i], e[3 + i]) for i in range(3)]), abs=1e-5)
+
+
+def test_min_max_maximises_the_triplet_loss() -> None:
+    model, _, calls, value = trained("min-max")
+    ((_, moved, _, after, _),) = calls
+    e = embedded(model, moved).view(3, 3, -1)
+    for i in range(3):
+        assert -float(after[3 * i]) == pytest.approx(triplet_mean(e[i : i + 1]), abs=1e-5)
+    assert value.item() == pytest.approx(triplet_mean(e), abs=1e-5)
+
+
+def destination(name: str, clean, rows, previous: float) -> list[float]:
+    """H_D of each anchor in plain words."""
+    u = MARGIN
+    ratio = min(u, previous) / u
+    if name in ("LGA", "square", "sqrt", "constant"):
+        value = {"LGA": -MARGIN * ratio, "square": -MARGIN * ratio**2, "sqrt": -MARGIN * ratio**0.5, "constant": -0.15}
+        return [value[name]] * len(rows)
+    hard = [distance(clean[a], clean[p]) - distance(clean[a], clean[n]) for a, p, n in rows.tolist()]
+    return [h + BOOST * (1 - ratio) for h in hard] if name.startswith("B(") else hard
+
+
+@pytest.mark.parametrize("ics", [0.0, 0.5])
+@pytest.mark.parametrize("name", list(DESTINATIONS))
+def test_hm_by_hand(name: str, ics: float) -> None:
+    model, b, calls, value = trained("hm", source="R", destination=name, constant=-0.15, ics=ics)
+    ((images, moved, before, after, _),) = calls
+    miner = Miner(model, b)
+    rows = miner.triplets("R")
+    clean = embedded(model, b.images)
+    sampling = name.removeprefix("B(").removesuffix(")")
+    aim = miner.triplets(sampling, "destination") if len(sampling) == 1 else rows
+    wanted = destination(name, clean, aim, 0.12)
+    e = embedded(model, moved).view(3, 3, -1)
+    for i, (a, p, n) in enumerate(rows.tolist()):
+        start = distance(clean[a], clean[p]) - distance(clean[a], clean[n])
+        end = distance(e[i, 0], e[i, 1]) - distance(e[i, 0], e[i, 2])
+        assert float(before[3 * i]) == pytest.approx(max(0.0, wanted[i] - start) ** 2, abs=1e-5)
+        assert float(after[3 * i]) == pytest.approx(max(0.0, wanted[i] - end) ** 2, abs=1e-5)
+        if start >= wanted[i]:
+            assert torch.equal(images[3 * i : 3 * i + 3], moved[3 * i : 3 * i + 3])
+    loss = triplet_mean(e)
+    assert float(model.previous) == pytest.approx(loss, abs=1e-5)
+    for i, (a, p, _) in enumerate(rows.tolist()):
+        loss += ics / 3 * max(0.0, distance(clean[a], e[i, 0]) - distance(clean[a], clean[p]))
+    assert value.item() == pytest.approx(loss, abs=1e-5)
+
+
+def test_hm_starts_with_the_gentlest_adversary() -> None:
+    """Before the first step there is no loss: H_D is -γ, as for any loss of γ or more."""
+    model = learner()
+    miner = Miner(model, batch())
+    assert float(DESTINATIONS["LGA"](model, miner, 0.0)) == pytest.approx(-MARGIN)
+    model.previous.fill_(0.0)
+    assert float(DESTINATIONS["LGA"](model, miner, 0.0)) == 0.0
+
+
+@pytest.mark.parametrize("objective", ["triplet", "contrastive"])
+@pytest.mark.parametrize("element", ["a", "p", "n"])
+def test_robust_moves_one_element_against_fixed_others(element: str, objective: str) -> None:
+    model, b, calls, value = trained("robust", element=element, objective=objective, sampling="M")
+    ((images, moved, _, after, threat),) = calls
+    rows = Miner(model, b).triplets("M")
+    which = "apn".index(element)
+    assert threat.start == "random" and torch.equal(images, b.images[rows[:, which]])
+    e = embedded(model, b.images)[rows]
+    e[:, which] = embedded(model, moved)
+    total = 0.0
+    for i in range(3):
+        ap, an = distance(e[i, 0], e[i, 1]), distance(e[i, 0], e[i, 2])
+        assert -float(after[i]) == pytest.approx(ap - an, abs=1e-5)
+        total += max(0.0, ap - an + MARGIN) if objective == "triplet" else ap**2 + max(0.0, 1 - an) ** 2
+    assert value.item() == pytest.approx(total / 3, abs=1e-5)
+
+
+def test_robust_attack_rate_zero_is_clean_training() -> None:
+    model, b, _, value = trained("robust", attack_rate=0.0)
+    rows = Miner(model, b).triplets("M")
+    assert value.item() == pytest.approx(triplet_mean(embedded(model, b.images)[rows]), abs=1e-5)
+
+
+@pytest.mark.parametrize("iteration", [0, 1])
+def test_ca_tride_alternates_and_is_gentle_near_collapse(iteration: int) -> None:
+    model, b, calls, value = trained("ca-tride", iteration=iteration, temperature=0.1)
+    ((images, moved, _, _, _),) = calls
+    rows = Miner(model, b).triplets("S")
+    part = [0] if iteration == 0 else [1, 2]
+    clean = embedded(model, b.images)
+    triples = b.images[rows].clone()
+    moved = moved.view(3, len(part), 1, 8, 8)
+    assert torch.equal(images.view_as(moved), triples[:, part])
+    for i, (a, p, n) in enumerate(rows.tolist()):
+        ap, an = distance(clean[a], clean[p]), distance(clean[a], clean[n])
+        strength = 1 - math.exp(ap / 0.1) / (math.exp(ap / 0.1) + math.exp(an / 0.1))
+        for j, k in enumerate(part):
+            triples[i, k] += strength * (moved[i, j] - triples[i, k])
+    e = embedded(model, triples.view(9, 1, 8, 8)).view(3, 3, -1)
+    assert value.item() == pytest.approx(triplet_mean(e), abs=1e-4)
+
+
+def test_at_and_trades() -> None:
+    model, b, calls, value = trained("at")
+    ((images, moved, before, _, _),) = calls
+    e = embedded(model, images)
+    torch.testing.assert_close(-before, proxy_anchor_each(e, b.labels, model.criteria[0].proxies))
+    torch.testing.assert_close(
+        value, model.criteria[0](embedded(model, moved), b.labels).detach(), atol=1e-4, rtol=1e-4
+    )
+
+    model, b, calls, value = trained("trades", beta=2.0)
+    ((images, moved, _, after, _),) = calls
+    clean, shifted = embedded(model, images), embedded(model, moved)
+    shift = [distance(x, y) for x, y in zip(clean, shifted, strict=True)]
+    assert (-after).tolist() == pytest.approx(shift, abs=1e-5)
+    assert value.item() == pytest.approx(model.criteria[0](clean, b.labels).item() + 2.0 * sum(shift) / 6, abs=1e-4)
+
+
+def test_eat_trains_members_on_their_split_and_on_everyones_adversaries() -> None:
+    model, b, calls, value = trained("eat")
+    members = model.embedder.network.members
+    splits = [[i for i, row in enumerate(b.rows) if row % 2 == m] for m in range(2)]
+    assert [len(images) for images, *_ in calls] == [len(splits[0]), len(splits[1]), 6]
+
+    def loss(m: int, images, labels) -> float:
+        with torch.no_grad():
+            return float(model.criteria[m](nn.functional.normalize(members[m](images), dim=1), labels))
+
+    sets = [(calls[m][1], b.labels[splits[m]]) for m in range(2)] + [(calls[2][1], b.labels)]
+    expected = sum(
+        loss(m, b.images[splits[m]], b.labels[splits[m]]) + sum(loss(m, x, y) for x, y in sets) / 3 for m in range(2)
+    )
+    assert value.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_ensemble_distance_is_the_mean_of_its_members() -> None:
+    model = learner("proxy-anchor", ensemble=True)
+    x = batch().images
+    whole = embedded(model, x)
+    parts = [nn.functional.normalize(m(x), dim=1).detach() for m in model.embedder.network.members]
+    for i in range(5):
+        square = sum(distance(p[i], p[i + 1]) ** 2 for p in parts) / 2
+        assert distance(whole[i], whole[i + 1]) ** 2 == pytest.approx(square, abs=1e-5)
+
+
+def test_frozen_restores_modes_and_gradients() -> None:
+    model = learner()
+    model.embedder.network[0].weight.requires_grad_(False)
+    model.embedder.network[2].eval()
+    before = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    with frozen(model):
+        assert not any(p.requires_grad for p in model.parameters()) and not any(m.training for m in model.modules())
+    assert before == ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("hm", {"sorce": "S"}, "did you mean 'source'"),
+        ("hm", {"source": "X"}, "unknown sampling 'X'"),
+        ("hm", {"destination": "LGB"}, "did you mean 'LGA'"),
+        ("hm", {"ics": "much"}, "must be a float"),
+        ("hm", {"destination": "constant", "constant": 0.5}, "must lie in"),
+        ("robust", {"element": "q"}, "must be one of a, p, n"),
+        ("robust", {"attack_rate": 1.5}, "must lie in"),
+        ("robust", {"objective": "quadruplet"}, "'triplet' or 'contrastive'"),
+    ],
+)
+def test_bad_parameters(name: str, params: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(name, **params)
+
+
+def test_unknown_defence() -> None:
+    with pytest.raises(UsageError, match="did you mean 'trades'"):
+        DEFENSES["trade"]

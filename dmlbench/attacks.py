@@ -47,7 +47,7 @@ class Attack:
     source: str
     k: int = 1
     note: str = ""
-    ends: tuple[tuple[float, float], ...] = ((0, 100),)
+    ends: tuple[tuple[int | float, int | float], ...] = ((0, 100),)
 
 
 _ECCV = "Zhou et al., ECCV 2020, arXiv 2002.11293"

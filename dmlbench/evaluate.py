@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmlbench import clustering as clustering_attacks
 from dmlbench import strict
 from dmlbench.attacks import ATTACKS, aim, craft, measure
 from dmlbench.checks import doubts_about
@@ -403,7 +404,7 @@ def plan_of(
     ]
 
 
-RUNNERS = {"strict": strict.run}
+RUNNERS = {"strict": strict.run, "clustering": clustering_attacks.run}
 """What runs the protocols of other kinds than components."""
 
 

@@ -1,0 +1,218 @@
+"""Clustering when every image is perturbed: k-means on attacked embeddings (after Ke, arXiv 2501.01025).
+
+All measured images are moved, then k-means with as many clusters as there are classes runs on what the
+model makes of them. An objective here sees a :class:`~dmlbench.scene.Scene` whose gallery is the class
+centroids, ``row`` the image's own class and ``chosen`` a wrong one drawn for it. C1 to C3 know the
+labels; U1 to U3 are the same with the clusters of the clean embeddings in place of labels. NMI of many
+small clusters is far from 0 for random ones, so AMI stands beside it. No objective is best everywhere,
+so what counts is the lowest NMI and the lowest AMI over C1 to C3 (docs/strict.md).
+The text of the paper was not at hand; the objectives are our own.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from dmlbench.attacks import AttackLoss
+from dmlbench.errors import UsageError
+from dmlbench.metrics import agreement, assignments, kmeans, mean, retrieval
+from dmlbench.objectives import Objective
+from dmlbench.optimizers import autograd
+from dmlbench.outcome import Outcome
+from dmlbench.protocol import Component, Protocol
+from dmlbench.registry import Registry
+from dmlbench.scene import Gallery, Scene
+from dmlbench.threat import Threat
+
+if TYPE_CHECKING:
+    from dmlbench.evaluate import Progress, Subject
+
+TEMPERATURE = 0.1
+"""Of the cross-entropy of C2: logits are minus the distances over this."""
+STEP = 2.5
+"""A step is this many times eps / steps."""
+BLOCK = 256
+"""Images embedded at a time."""
+
+
+def push(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """C1, U1: away from the image's own centroid. -d(f(x~), own centroid)."""
+    return -scene.distance.paired(e, scene.gallery.embeddings[scene.row])
+
+
+def confuse(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """C2, U2: raise the cross-entropy to the centroids. log softmax over centroids of -d(f(x~), centroid) / 0.1, at the own one."""
+    logits = -scene.distances(e) / TEMPERATURE  # (B, C)
+    return F.log_softmax(logits, 1).gather(1, scene.row[:, None])[:, 0]
+
+
+def swap(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """C3, U3: from the own centroid to a wrong one drawn for the image. d(f(x~), wrong) - d(f(x~), own)."""
+    own = scene.distance.paired(e, scene.gallery.embeddings[scene.row])
+    return scene.distance.paired(e, scene.targets[:, 0]) - own
+
+
+@dataclass(frozen=True)
+class ClusterAttack:
+    """One way to spoil clusters.
+
+    Attributes:
+        title: one line for a person.
+        objective: (embeddings, Scene of centroids) to a loss per image.
+        labelled: centroids of the true classes, else of the clean clusters.
+        moving: centroids of the current adversarial embeddings at each step, else of the clean ones.
+    """
+
+    title: str
+    objective: Objective
+    labelled: bool
+    moving: bool
+
+
+CLUSTER_ATTACKS: Registry[ClusterAttack] = Registry(
+    "clustering attack",
+    {
+        "C1": ClusterAttack("push from the class's current centroid", push, True, True),
+        "C2": ClusterAttack("cross-entropy to the current class centroids", confuse, True, True),
+        "C3": ClusterAttack("from the class's clean centroid to a random wrong one", swap, True, False),
+        "U1": ClusterAttack("push from the current centroid of the clean cluster", push, False, True),
+        "U2": ClusterAttack("cross-entropy to the current centroids of the clean clusters", confuse, False, True),
+        "U3": ClusterAttack("from the clean cluster's centroid to a random other one", swap, False, False),
+    },
+)
+
+
+def centroids(e: Float[Tensor, "N D"], groups: Integer[Tensor, " N"], k: int) -> Float[Tensor, "k D"]:
+    """The mean embedding of each group 0 to k-1; zero for a group without members."""
+    total = e.new_zeros(k, e.shape[1]).index_add_(0, groups, e)
+    size = e.new_zeros(k).index_add_(0, groups, torch.ones_like(e[:, 0]))
+    return total / size.clamp_min(1.0)[:, None]
+
+
+def pairwise_f1(labels: Integer[np.ndarray, " N"], clusters: Integer[np.ndarray, " N"]) -> float:
+    """Harmonic mean of pair precision and pair recall, percent: pairs of one cluster against pairs of one class."""
+    _, a = np.unique(labels, return_inverse=True)
+    _, b = np.unique(clusters, return_inverse=True)
+    table = np.zeros((a.max() + 1, b.max() + 1), dtype=np.int64)
+    np.add.at(table, (a, b), 1)
+
+    def pairs(n: np.ndarray) -> float:
+        return float((n * (n - 1) // 2).sum())
+
+    both, by_cluster, by_class = pairs(table), pairs(table.sum(0)), pairs(table.sum(1))
+    return 200.0 * both / (by_cluster + by_class) if by_cluster + by_class else 0.0
+
+
+def _embedded(subject: "Subject", images: Tensor, eot: int) -> Tensor:
+    """(N, D) embeddings of ``images`` (N, C, H, W), means over ``eot`` passes."""
+    with torch.no_grad():
+        parts = [torch.stack([subject.embedder(x) for _ in range(eot)]).mean(0) for x in images.split(BLOCK)]
+    return torch.cat(parts)
+
+
+def attacked(
+    subject: "Subject",
+    attack: ClusterAttack,
+    threat: Threat,
+    groups: Tensor,
+    wrong: Tensor,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Float[Tensor, "N C H W"]:
+    """Every measured image after ``threat.steps`` steps; ``groups`` (N,) own centroid, ``wrong`` (N, 1) another."""
+    count, k = len(groups), int(groups.max()) + 1
+    scene, rng = subject.scene, subject.rng("clustering")
+    clean = subject.images(0, count)
+    x = clean.clone()
+    middle = centroids(scene.clean, groups, k)
+    for _ in range(threat.steps):
+        if attack.moving:
+            middle = centroids(_embedded(subject, x, threat.eot), groups, k)
+        gallery = Gallery(middle, torch.arange(k, device=middle.device))
+        around = Scene(scene.distance, gallery, scene.clean, groups, groups, wrong)
+        for a in range(0, count, BLOCK):
+            part = slice(a, a + BLOCK)
+            loss = AttackLoss(subject.embedder, attack.objective, around[part], threat.eot)
+            _, g = autograd(loss, x[part], rng)
+            x[part] = threat.project(x[part] - threat.stride * threat.ball.ascent(g), clean[part])
+        progress(count)
+    inside = threat.contains(x, clean)
+    if not bool(inside.all()):
+        raise AssertionError(f"{int((~inside).sum())} adversarial images are outside the threat {threat}")
+    return x
+
+
+def readings(
+    subject: "Subject", e: Tensor, labels: np.ndarray, seeds: tuple[int, ...]
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """What is read of a set of embeddings (N, D): numbers in percent, and arrays over the images."""
+    clusters = assignments(e.cpu().numpy(), len(np.unique(labels)), seeds)
+    numbers = agreement(labels, clusters)
+    numbers["f1"] = float(np.mean([pairwise_f1(labels, c) for c in clusters.T]))
+    own = torch.arange(len(e), device=e.device)
+    scene = subject.scene
+    among = Scene(scene.distance, Gallery(e, scene.labels), e, scene.labels, own, own.new_zeros(len(e), 0))
+    recall = retrieval(among, (1,))["recall_at_1"]
+    numbers["recall_at_1"] = mean(recall)
+    return numbers, {"clusters": clusters, "value": recall}
+
+
+def run(
+    subject: "Subject", protocol: Protocol, seed: int, batch_size: int, progress: "Progress", kept: np.ndarray, eot: int
+) -> Outcome:
+    """Every clustering attack at every eps of the grid.
+
+    Raises:
+        UsageError: fewer than two classes are measured.
+    """
+    labels = subject.scene.labels.cpu().numpy()
+    names, true = np.unique(labels, return_inverse=True)
+    if len(names) < 2:
+        raise UsageError(f"data set {subject.dataset.name!r} has a single class: there is nothing to cluster")
+    k, device = len(names), subject.device
+    found = kmeans(subject.scene.clean.cpu().numpy(), k, protocol.clustering_seeds[0])
+    _, pseudo = np.unique(found, return_inverse=True)
+    clean, arrays = readings(subject, subject.scene.clean, labels, protocol.clustering_seeds)
+    arrays = {f"clustering/clean/{name}": values for name, values in arrays.items()}
+    sample: dict[str, np.ndarray] = {}
+    components, seconds, table = [], {}, []  # type: list[Component], dict[str, float], list[dict[str, Any]]
+    for eps in protocol.eps_for(max(subject.dataset.images.shape[1:])):
+        radius = protocol.threat_at(eps).radius
+        for name, attack in CLUSTER_ATTACKS.items():
+            title, started = f"{name}@{eps}", time.monotonic()
+            threat = protocol.threat_at(eps, {"eot": eot})
+            threat = threat.but(step=STEP * radius / max(1, threat.steps))
+            groups = torch.from_numpy(true if attack.labelled else pseudo).to(device)
+            others = max(1, int(groups.max()))
+            drawn = subject.rng(seed, "clustering", name).integers(others, 1)
+            wrong = (drawn + (drawn >= groups[:, None]).long()).clamp(max=int(groups.max()))
+            progress.start(title, len(labels) * threat.steps)
+            x = attacked(subject, attack, threat, groups, wrong, partial(progress.advance, title))
+            e = _embedded(subject, x, eot)
+            numbers, per_image = readings(subject, e, labels, protocol.clustering_seeds)
+            arrays |= {f"{title}/{key}": values for key, values in per_image.items()}
+            arrays[f"{title}/norm"] = threat.ball.size(x - subject.images(0, len(labels))).cpu().numpy()
+            sample[title] = x[torch.from_numpy(kept).to(device)].cpu().numpy()
+            components.append(Component(name=title, attack=name, readout="recall_at_1", worst=0, best=100))
+            seconds[title] = time.monotonic() - started
+            table.append({"eps": eps, "attack": name, "labelled": attack.labelled, **numbers})
+    extras = {"clean": clean, "attacks": table, "worst": worst(table), "seeds": list(protocol.clustering_seeds)}
+    return Outcome(components, seconds, arrays, sample, {"clustering": extras})
+
+
+def worst(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each eps the lowest of every number, over C1 to C3 and over U1 to U3 apart."""
+    out = []
+    for eps in dict.fromkeys(row["eps"] for row in table):
+        for labelled in (True, False):
+            rows = [r for r in table if r["eps"] == eps and r["labelled"] == labelled]
+            low = {key: min(r[key] for r in rows) for key in ("nmi", "ami", "f1", "recall_at_1")}
+            out.append({"eps": eps, "labelled": labelled, **low})
+    return out

@@ -148,7 +148,7 @@ class Embedder(nn.Module):
         if device is not None:
             twin = twin.to(device)
         twin.network = _folded(twin.network, self.input_shape, twin.device)
-        if self.input_shape[0] > 1:
+        if any(isinstance(m, nn.Conv2d) for m in twin.modules()):
             twin = twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return twin
 

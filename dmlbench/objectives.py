@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dmlbench.registry import Registry
 from dmlbench.scene import Scene
+from dmlbench.sweep import candidate_hinge, extreme_entries, query_hinge
 
 Objective = Callable[[Tensor, Scene], Tensor]
 
@@ -25,28 +26,22 @@ KEPT = 5
 
 def raise_candidate(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """CA+: move the candidate to the head of its queries' lists. Mean over X of relu(d(q,c~) - d(q,X))."""
-    d = scene.distance.paired(e[:, None, :], scene.targets)  # (B, K)
-    return F.relu(d[:, :, None] - scene.target_distances).mean((1, 2))
+    return candidate_hinge(e, scene, -1.0)
 
 
 def lower_candidate(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """CA-: move the candidate down its queries' lists. Mean over X of relu(d(q,X) - d(q,c~))."""
-    d = scene.distance.paired(e[:, None, :], scene.targets)  # (B, K)
-    return F.relu(scene.target_distances - d[:, :, None]).mean((1, 2))
+    return candidate_hinge(e, scene, 1.0)
 
 
 def raise_in_query(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """QA+: bring the candidates to the head of the query's list. Mean over X of relu(d(q~,c) - d(q~,X))."""
-    d = scene.distances(e)  # (B, N)
-    c = d.gather(1, scene.chosen)  # (B, K)
-    return F.relu(c[:, :, None] - d[:, None, :]).mean((1, 2))
+    return query_hinge(e, scene, -1.0)
 
 
 def lower_in_query(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """QA- and GTT: push the candidates down the query's list. Mean over X of relu(d(q~,X) - d(q~,c))."""
-    d = scene.distances(e)  # (B, N)
-    c = d.gather(1, scene.chosen)  # (B, K)
-    return F.relu(d[:, None, :] - c[:, :, None]).mean((1, 2))
+    return query_hinge(e, scene, 1.0)
 
 
 def match(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
@@ -73,19 +68,16 @@ def approach(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     return scene.distance.paired(e, scene.targets[:, 0])
 
 
-def _extreme_gap(e: Tensor, scene: Scene, positives: Tensor) -> Tensor:
-    """relu(farthest entry of another class - nearest of ``positives``); 0 where either is missing.
+def _extreme_gap(e: Tensor, scene: Scene, shut: Tensor, answerable: Tensor) -> Tensor:
+    """relu(farthest entry of another class - nearest entry where ``shut`` is 0); 0 unless ``answerable``.
 
     The two entries are found without a graph; the gradient is that of their two distances.
     """
-    with torch.no_grad():
-        d = scene.distances(e)  # (B, N)
-        far = d.masked_fill(~scene.other, -torch.inf).argmax(1)
-        near = d.masked_fill(~positives, torch.inf).argmin(1)
+    far, near = extreme_entries(e, scene, scene.kin_shut, shut)
     gap = scene.distance.paired(e, scene.gallery.embeddings[far]) - scene.distance.paired(
         e, scene.gallery.embeddings[near]
     )
-    return F.relu(gap) * (positives.any(1) & scene.other.any(1))
+    return F.relu(gap) * answerable
 
 
 def spread(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
@@ -93,7 +85,7 @@ def spread(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
 
     relu(max over other-class X of d - min over same-class X of d).
     """
-    return _extreme_gap(e, scene, scene.same)
+    return _extreme_gap(e, scene, scene.all_but_same_shut, scene.has_positive & scene.has_negative)
 
 
 def spread_published(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
@@ -101,7 +93,7 @@ def spread_published(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B
 
     It is usually the nearest one, so the attack only moves away from itself and is easier to survive.
     """
-    return _extreme_gap(e, scene, scene.kin)
+    return _extreme_gap(e, scene, scene.other_shut, scene.has_kin & scene.has_negative)
 
 
 def nearest_entry(d: Float[Tensor, "B N"], among: Bool[Tensor, "B N"]) -> tuple[Tensor, Tensor]:

@@ -115,6 +115,31 @@ class Scene:
         return self.gallery.labels[self.chosen[:, :1]] == self.gallery.labels
 
     @cached_property
+    def has_negative(self) -> Bool[Tensor, " B"]:
+        """False where every entry is of the image's class."""
+        return self.other.any(1)
+
+    @cached_property
+    def has_kin(self) -> Bool[Tensor, " B"]:
+        """False where no entry at all is of the image's class, not even its own."""
+        return self.kin.any(1)
+
+    @cached_property
+    def kin_shut(self) -> Float[Tensor, "B N"]:
+        """inf at entries of the image's class, 0 elsewhere: added, it is many times cheaper than a mask."""
+        return _shut(self.kin)
+
+    @cached_property
+    def other_shut(self) -> Float[Tensor, "B N"]:
+        """inf at entries of another class, 0 elsewhere."""
+        return _shut(self.other)
+
+    @cached_property
+    def all_but_same_shut(self) -> Float[Tensor, "B N"]:
+        """0 at the positives, inf elsewhere."""
+        return _shut(~self.same)
+
+    @cached_property
     def targets(self) -> Float[Tensor, "B K D"]:
         """The targets' embeddings."""
         return self.gallery.embeddings[self.chosen]
@@ -125,3 +150,8 @@ class Scene:
         b, k, d = self.targets.shape
         flat = self.distance.pairwise(self.targets.reshape(b * k, d), self.gallery.embeddings, self.gallery.square)
         return flat.view(b, k, -1).scatter(2, self.chosen[:, :, None], 0.0)
+
+
+def _shut(mask: Bool[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+    """inf where ``mask`` is true, else 0."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(mask, torch.inf)

@@ -1,0 +1,248 @@
+"""What an attack costs beside what nobody can avoid: steps x (forward + backward to the input).
+
+Prints, for each network and attack, seconds for one batch, images per second, peak memory and the
+ratio to the bare cost of the fastest way to run that network on that device. Attack and bare cost are
+timed in turn, pair by pair, and the ratio is the median over the pairs, so that a busy machine moves
+both. Weights, images and gallery are random: the cost does not depend on what they hold.
+
+    python benchmarks/attack_cost.py                                  # digits and golden networks
+    python benchmarks/attack_cost.py --net c2f2 --gallery 60000       # the gallery product is real work
+    python benchmarks/attack_cost.py --net resnet18 --gallery 6000 --batch 16 --steps 8
+    python benchmarks/attack_cost.py --metrics 60502                  # retrieval and clustering metrics
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from dmlbench.attacks import ATTACKS, aim, craft, measure
+from dmlbench.embedding import Embedder
+from dmlbench.models import ARCHITECTURES
+from dmlbench.optimizers import OPTIMIZERS
+from dmlbench.rng import Rng
+from dmlbench.scene import Gallery, Scene
+from dmlbench.threat import Threat
+
+ERS = ("CA+", "CA-", "QA+", "QA-", "TMA", "ES", "LTM", "GTM", "GTT")
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network of the benchmark: how it is made, its input, gallery size and threat by default."""
+
+    make: Callable[[], torch.nn.Module]
+    shape: tuple[int, int, int]
+    gallery: int
+    batch: int
+    eps: str
+    step: str
+
+
+def _timm(name: str) -> Callable[[], torch.nn.Module]:
+    def make() -> torch.nn.Module:
+        import timm
+
+        return timm.create_model(name, pretrained=False, num_classes=512)
+
+    return make
+
+
+NETS = {
+    "digits": Net(lambda: ARCHITECTURES["smallcnn"](), (1, 8, 8), 896, 256, "40/255", "2/255"),
+    "golden": Net(lambda: ARCHITECTURES["conv3"](), (1, 28, 28), 2120, 256, "77/255", "3/255"),
+    "c2f2": Net(lambda: ARCHITECTURES["c2f2"](), (1, 28, 28), 60000, 256, "77/255", "3/255"),
+    "resnet18": Net(_timm("resnet18"), (3, 224, 224), 6000, 32, "8/255", "3/255"),
+    "resnet50": Net(_timm("resnet50"), (3, 224, 224), 6000, 32, "8/255", "3/255"),
+    "vit_s": Net(_timm("vit_small_patch16_224"), (3, 224, 224), 6000, 32, "8/255", "3/255"),
+}
+
+
+class Clock:
+    """Times a call, waiting for a GPU to finish."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        self.settle()
+        start = time.perf_counter()
+        call()
+        self.settle()
+        return time.perf_counter() - start
+
+    def settle(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Start a new high-water mark of memory, where the system lets a process do so."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return
+
+
+def peak_mib(device: torch.device) -> float:
+    """Memory at its highest since :func:`forget_peak`, in MiB: of the GPU, or of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    return float("nan")
+
+
+def ways(embedder: Embedder) -> dict[str, torch.nn.Module]:
+    """The ways to run the network that compete for "fastest"; pixels in, network's output out."""
+    plain = copy.deepcopy(embedder.network).eval().requires_grad_(False)
+    folded = embedder.frozen(embedder.device).network
+    found = {
+        "as it is": plain,
+        "channels_last": copy.deepcopy(plain).to(memory_format=torch.channels_last),
+        "folded": copy.deepcopy(folded).to(memory_format=torch.contiguous_format),
+        "folded, channels_last": folded,
+    }
+    if embedder.device.type == "cuda":
+        found["folded, channels_last, compiled"] = torch.compile(folded)
+    return found
+
+
+def bare(network: torch.nn.Module, images: torch.Tensor, steps: int, precision: str) -> Callable[[], None]:
+    """``steps`` times forward and backward to the input, nothing else."""
+    with torch.no_grad():
+        towards = torch.randn_like(network(images[:1])).expand(len(images), -1).contiguous()
+    dtype = torch.bfloat16 if precision == "bf16" else None
+
+    def run() -> None:
+        for _ in range(steps):
+            x = images.detach().requires_grad_(True)
+            with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
+                y = network(x)
+            torch.autograd.grad(y, x, towards.to(y.dtype))
+
+    return run
+
+
+def scene_for(embedder: Embedder, images: torch.Tensor, entries: int) -> Scene:
+    """A random gallery of ``entries`` in 100 classes whose first rows are the images' own."""
+    with torch.no_grad():
+        clean = embedder(images)
+    gallery = F.normalize(torch.randn(entries, clean.shape[1], device=images.device), dim=1)
+    gallery[: len(clean)] = clean
+    labels = torch.arange(entries, device=images.device) % 100
+    rows = torch.arange(len(images), device=images.device)
+    return Scene(
+        distance=embedder.distance,
+        gallery=Gallery(gallery, labels),
+        clean=clean,
+        labels=labels[: len(clean)],
+        row=rows,
+        chosen=rows.new_zeros(len(images), 0),
+    )
+
+
+def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
+    """One row for each attack on one network."""
+    net, clock = NETS[name], Clock(device)
+    batch, entries = args.batch or net.batch, args.gallery or net.gallery
+    torch.manual_seed(0)
+    coloured = IMAGENET if net.shape[0] == 3 else {}
+    embedder = Embedder(net.make(), net.shape, name=name, **coloured).eval().to(device)
+    images = torch.rand(batch, *net.shape, device=device)
+    threat = Threat("linf", net.eps, net.step, args.steps)
+    contenders = {
+        way: bare(network, images.contiguous(memory_format=torch.channels_last), args.steps, args.precision)
+        for way, network in ways(embedder).items()
+    }
+    trials: dict[str, list[float]] = {way: [] for way in contenders}
+    for _ in range(1 + max(2, args.repeats // 3)):
+        for way, run in contenders.items():
+            trials[way].append(clock(run))
+    fastest = min(trials, key=lambda way: statistics.median(trials[way][1:]))
+    floor = contenders[fastest]
+    ready = embedder.frozen(device)
+    whole = scene_for(ready, images, entries)
+    rng = Rng(0, torch.arange(batch, device=device))
+    rows = []
+    for attack_name in args.attacks:
+        attack = ATTACKS[attack_name]
+
+        def attacked(attack: object = attack) -> None:
+            part = aim(attack, whole, rng)  # type: ignore[arg-type]
+            found = craft(ready, attack, OPTIMIZERS["pgd"], threat, images, part, rng)  # type: ignore[arg-type]
+            measure(ready, attack, threat, found, images, part)  # type: ignore[arg-type]
+
+        forget_peak(device)
+        attacked()
+        peak = peak_mib(device)
+        pairs = [(clock(floor), clock(attacked)) for _ in range(args.repeats)]
+        seconds = statistics.median(a for _, a in pairs)
+        rows.append(
+            {
+                "network": name,
+                "attack": attack_name,
+                "batch": batch,
+                "gallery": entries,
+                "dimensions": whole.clean.shape[1],
+                "steps": args.steps,
+                "device": device.type,
+                "precision": args.precision,
+                "threads": torch.get_num_threads(),
+                "fastest": fastest,
+                "bare_seconds": statistics.median(b for b, _ in pairs),
+                "seconds": seconds,
+                "images_per_second": batch / seconds,
+                "peak_mib": peak,
+                "ratio": statistics.median(a / b for b, a in pairs),
+            }
+        )
+        print(
+            f"| {name} | {attack_name} | {batch} | {entries} x {rows[-1]['dimensions']} | {rows[-1]['bare_seconds']:.3f} "
+            f"| {seconds:.3f} | {batch / seconds:.1f} | {peak:.0f} | {rows[-1]['ratio']:.2f} |",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    """Parse, time, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", action="append", choices=sorted(NETS), help="default: digits and golden")
+    parser.add_argument("--gallery", type=int, help="entries; default: the network's own")
+    parser.add_argument("--batch", type=int, help="images attacked at a time; default: the network's own")
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--attacks", type=lambda text: text.split(","), default=list(ERS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    print(f"torch {torch.__version__}, {platform.machine()}, {device}, {args.threads} threads, {args.steps} steps")
+    print("| network | attack | batch | gallery | bare s | attack s | images/s | peak MiB | ratio |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    rows = [row for name in args.net or ("digits", "golden") for row in costs(name, args, device)]
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -73,8 +73,12 @@ class Input(_Record):
     size: int
     channels: int
     resize: int | None = None
+    """what the whole picture is resized to before the centre crop, aspect not kept"""
+    resize_shorter_side: bool = False
+    """``resize`` is the shorter side instead, aspect kept"""
     crop: int | None = None
     interpolation: str = "bilinear"
+    order: Literal["rgb", "bgr"] = "rgb"
 
 
 class Normalize(_Record):

@@ -20,7 +20,9 @@ def spread(subject: "Subject") -> float:
 
 
 def doubts_about(subject: "Subject", measurements: Sequence[Measurement]) -> Iterator[Flag]:
-    """Every doubt that the numbers raise."""
+    """Every doubt that the model and the numbers raise."""
+    for flag, sentence in subject.embedder.doubts:
+        yield Flag(flag=flag, message=sentence)
     width = spread(subject)
     if width < COLLAPSE:
         yield Flag(

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from dmlbench.checkpoints import Checkpoint
 from dmlbench.errors import DataError
+from dmlbench.preprocess import Preprocess
 from dmlbench.registry import Registry
 
 _TINY = 1e-12
@@ -100,6 +101,15 @@ class Embedder(nn.Module):
         mean, std: per channel, applied here so that perturbations live on pixels in [0, 1].
         distance: the embedding space.
         name: what results call it.
+        preprocess: how pictures become its images; by default the field's way for ``input_shape``.
+
+    Attributes:
+        card: the registry's record of this model, where it has one.
+        weights_sha256: of the file that the weights were read from.
+        arch: what results call its architecture.
+        precision: "float32", or "bfloat16" to let gradients (never results) be made in lower precision.
+        notes: sentences about how it was loaded.
+        doubts: (flag, sentence) of what makes its numbers mean less than they say.
     """
 
     mean: Tensor
@@ -114,6 +124,7 @@ class Embedder(nn.Module):
         std: Sequence[float] | None = None,
         distance: Distance = DISTANCES["N"],
         name: str = "custom",
+        preprocess: Preprocess | None = None,
     ) -> None:
         super().__init__()
         channels = input_shape[0]
@@ -121,20 +132,29 @@ class Embedder(nn.Module):
         self.input_shape = input_shape
         self.distance = distance
         self.name = name
+        self.preprocess = preprocess or Preprocess.standard(input_shape)
         self.card: Checkpoint | None = None
-        """the registry's record of this model, where it has one"""
         self.weights_sha256: str | None = None
+        self.arch: str | None = None
+        self.precision = "float32"
+        self.notes: tuple[str, ...] = ()
+        self.doubts: tuple[tuple[str, str], ...] = ()
         self.identity = mean is None and std is None
         self.register_buffer("mean", torch.tensor(mean or [0.0] * channels).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std or [1.0] * channels).view(1, -1, 1, 1))
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        x = images if self.identity else (images - self.mean) / self.std
-        raw = self.network(x)
+        lower = self.precision != "float32" and torch.is_grad_enabled() and images.requires_grad
+        with torch.autocast(images.device.type, getattr(torch, self.precision), enabled=lower):
+            raw = self.network(self.normalise(images))
         if not isinstance(raw, Tensor) or raw.dim() != 2:
             what = f"shape {tuple(raw.shape)}" if isinstance(raw, Tensor) else f"a {type(raw).__name__}"
             raise DataError(f"model {self.name!r} gave {what}, where embeddings (batch, d) are expected")
         return self.distance.finish(raw.float())
+
+    def normalise(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """What the network is fed: images less mean, over std."""
+        return images if self.identity else (images - self.mean) / self.std
 
     @property
     def device(self) -> torch.device:

@@ -306,7 +306,9 @@ def evaluate(
     progress = progress or Silent()
     embedder = load_model(model) if not isinstance(model, torch.nn.Module) else as_embedder(model)
     dataset = (
-        load_dataset(dataset or default_dataset(embedder)) if not isinstance(dataset, RetrievalDataset) else dataset
+        load_dataset(dataset or default_dataset(embedder), preprocess=embedder.preprocess)
+        if not isinstance(dataset, RetrievalDataset)
+        else dataset
     )
     rules = protocol if isinstance(protocol, Protocol) else load_protocol(protocol or default_protocol(dataset))
     components = [rules.component(name) for name in attacks] if attacks else list(rules.components)
@@ -362,7 +364,7 @@ def evaluate(
         model=model_info(embedder),
         dataset=dataset_info(subject),
         protocol=ProtocolInfo(name=rules.name, version=rules.version, sha256=rules.sha256, seed=base),
-        environment=environment(subject.device, argv),
+        environment=environment(subject.device, argv, embedder.precision),
         partial=tuple(partial),
         benign={name: value for name, value in benign.items() if np.isfinite(value)},
         measurements=measurements,
@@ -472,7 +474,11 @@ def model_info(embedder: Embedder) -> ModelInfo:
         dim = embedder.eval()(torch.zeros(shape, device=embedder.device)).shape[1]
     if card is None:
         return ModelInfo(
-            id=embedder.name, weights_sha256=embedder.weights_sha256, space=embedder.distance.space, embed_dim=dim
+            id=embedder.name,
+            weights_sha256=embedder.weights_sha256,
+            arch=embedder.arch,
+            space=embedder.distance.space,
+            embed_dim=dim,
         )
     return ModelInfo(
         id=embedder.name,
@@ -500,7 +506,7 @@ def dataset_info(subject: Subject) -> DatasetInfo:
     )
 
 
-def environment(device: torch.device, argv: Sequence[str]) -> Environment:
+def environment(device: torch.device, argv: Sequence[str], precision: str = "float32") -> Environment:
     """Software and machine."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return Environment(
@@ -510,5 +516,6 @@ def environment(device: torch.device, argv: Sequence[str]) -> Environment:
         python=sys.version.split()[0],
         device=device.type,
         device_name=name,
+        gradient_precision=precision,
         argv=tuple(argv),
     )

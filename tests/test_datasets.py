@@ -197,7 +197,7 @@ def test_cifar_binary_and_pickles_agree(root: Path) -> None:
 
 class _Harmful:
     def __reduce__(self):  # type: ignore[no-untyped-def]
-        return (Path.touch, (Path("harm-was-done"),))
+        return (os.mkdir, ("harm-was-done",))
 
 
 def test_cifar_pickles_run_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

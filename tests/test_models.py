@@ -1,0 +1,464 @@
+"""Every way to name a model, the files people have, and models that misbehave."""
+
+import argparse
+import json
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from dmlbench.embedding import Embedder
+from dmlbench.errors import DataError, UsageError
+from dmlbench.models import ModelOptions, load_model, open_model, probe_images, read_file, write_weights
+from dmlbench.models.architectures import IMAGENET_MEAN, IMAGENET_STD, build_network, c2f2, conv3, smallcnn
+from dmlbench.models.inspection import CANDIDATES, best_fit, fits
+from dmlbench.models.weights import strip
+
+
+def seeded(network: nn.Module, seed: int = 1) -> nn.Module:
+    """The network with weights that no other network has by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.05)
+    return network.eval()
+
+
+class ModelCheckpoint:
+    """Lightning's callback, as old checkpoints name it: the type itself is a key."""
+
+
+class AttributeDict(dict):  # type: ignore[type-arg]
+    """Lightning's kind of hyperparameters."""
+
+
+def lightning(path: Path, network: nn.Module, prefix: str = "backbone.", **extra: object) -> Path:
+    """A checkpoint as PyTorch Lightning 1.x writes it."""
+    ModelCheckpoint.__module__ = "pytorch_lightning.callbacks.model_checkpoint"
+    AttributeDict.__module__ = "pytorch_lightning.utilities.parsing"
+    import sys
+    import types
+
+    made = {c.__module__: types.ModuleType(c.__module__) for c in (ModelCheckpoint, AttributeDict)}
+    for c in (ModelCheckpoint, AttributeDict):
+        setattr(made[c.__module__], c.__name__, c)
+    packages = ("pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.utilities")
+    sys.modules.update({**{n: types.ModuleType(n) for n in packages}, **made})
+    content = {
+        "epoch": 7,
+        "global_step": 368,
+        "pytorch-lightning_version": "1.4.2",
+        "callbacks": {
+            ModelCheckpoint: {"best_model_score": np.float64(0.5), "dirpath": Path("/logs"), "monitor": None}
+        },
+        "optimizer_states": [{"state": {}, "param_groups": [{"lr": 1e-3, "params": [0, 1]}]}],
+        "lr_schedulers": [],
+        "hyper_parameters": AttributeDict(lr=0.001),
+        "args": argparse.Namespace(dataset="cub"),
+        "state_dict": OrderedDict({prefix + k: v for k, v in network.state_dict().items()} | extra),
+    }
+    try:
+        torch.save(content, path)
+    finally:
+        for name in (*packages, *made):
+            del sys.modules[name]
+    return path
+
+
+def resnet18_of_robrank() -> nn.Module:
+    network = torchvision.models.resnet18()
+    network.fc = nn.Linear(512, 512)
+    return seeded(network)
+
+
+def mnasnet_of_robrank() -> nn.Module:
+    network = torchvision.models.mnasnet1_0()
+    network.classifier = nn.Linear(1280, 512)
+    return seeded(network)
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "arch"),
+    [
+        (resnet18_of_robrank, 224, "torchvision:resnet18"),
+        (mnasnet_of_robrank, 224, "torchvision:mnasnet1_0"),
+        (lambda: seeded(c2f2()), 28, "c2f2"),
+    ],
+)
+def test_a_robrank_checkpoint_loads(make, size: int, arch: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    network = make()
+    path = lightning(tmp_path / "epoch=7-step=368.ckpt", network, **{"_centers": torch.zeros(3, 512)})
+    embedder = open_model(str(path))
+    assert embedder.arch == arch and embedder.input_shape == (1 if size == 28 else 3, size, size)
+    assert any("prefix 'backbone.' removed" in note for note in embedder.notes)
+    assert any("not used: _centers" in note for note in embedder.notes)
+    images = probe_images(embedder.input_shape, 2)
+    if size == 224:
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        expected = network((images - mean) / std)
+    else:
+        expected = network(images)
+    torch.testing.assert_close(embedder(images), nn.functional.normalize(expected, dim=1))
+    assert embedder.preprocess.resize == ((256, 256) if size == 224 else None)
+
+
+def test_lightning_files_are_described(tmp_path: Path) -> None:
+    file = read_file(lightning(tmp_path / "last.ckpt", seeded(c2f2())))
+    assert (file.format, file.key) == ("lightning", "state_dict")
+    assert file.content["epoch"] == 7 and set(file.tensors) == {f"backbone.{k}" for k in c2f2().state_dict()}
+
+
+class _Harmful:
+    def __reduce__(self):  # type: ignore[no-untyped-def]
+        return (os.mkdir, ("harm-was-done",))
+
+
+def test_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "x": _Harmful()}, "bad.pth")
+    with pytest.raises(DataError, match=r"holds posix.mkdir, which would run code"):
+        read_file(Path("bad.pth"))
+    torch.save(smallcnn(), "whole.pth")
+    with pytest.raises(DataError, match=r"holds torch.nn.modules.container.Sequential, which would run code"):
+        read_file(Path("whole.pth"))
+    Path("pickle.pth").write_bytes(pickle.dumps({"x": _Harmful()}))
+    with pytest.raises(DataError, match=r"pickle\.pth"):
+        read_file(Path("pickle.pth"))
+    assert not Path("harm-was-done").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "does not exist"),
+        (b"", "cannot be read"),
+        (b"<!DOCTYPE html><html>Sign in", "is a web page"),
+        (b"PK\x03\x04 half of a zip", "truncated"),
+    ],
+)
+def test_files_that_are_no_weights(content: bytes | None, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        read_file(path)
+
+
+def test_a_truncated_file(tmp_path: Path) -> None:
+    torch.save(smallcnn().state_dict(), tmp_path / "a.pth")
+    whole = (tmp_path / "a.pth").read_bytes()
+    (tmp_path / "a.pth").write_bytes(whole[: len(whole) // 2])
+    write_weights(tmp_path / "a.safetensors", smallcnn())
+    (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-9])
+    for name in ("a.pth", "a.safetensors"):
+        with pytest.raises(DataError, match=name):
+            read_file(tmp_path / name)
+
+
+def test_where_the_state_dictionary_is(tmp_path: Path) -> None:
+    state = smallcnn().state_dict()
+    for key in ("state_dict", "model_state_dict", "model", "net"):
+        torch.save({"epoch": 3, key: state}, tmp_path / "a.pth")
+        assert read_file(tmp_path / "a.pth").key == key
+    torch.save({"epoch": 3, "ema": {"shadow": state}}, tmp_path / "a.pth")
+    assert set(read_file(tmp_path / "a.pth", "ema.shadow").tensors) == set(state)
+    with pytest.raises(UsageError, match="--checkpoint-key; it has epoch, ema"):
+        read_file(tmp_path / "a.pth")
+    with pytest.raises(UsageError, match=r"'emma': no tensors there .* it has epoch, ema"):
+        read_file(tmp_path / "a.pth", "emma")
+    torch.save([1, 2], tmp_path / "a.pth")
+    with pytest.raises(DataError, match="holds a list"):
+        read_file(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "backbone.", "module.model.", "_orig_mod.module.", "model.backbone."]
+)
+def test_prefixes(prefix: str) -> None:
+    state = smallcnn().state_dict()
+    dressed = {prefix + k: v for k, v in state.items()} | {"criterion.proxies": torch.zeros(2)}
+    found, plain = strip(dressed, state)
+    assert found == prefix and {k: v for k, v in plain.items() if k != "criterion.proxies"}.keys() == state.keys()
+
+
+def test_a_users_pth_on_a_timm_network(tmp_path: Path) -> None:
+    import timm
+
+    network = seeded(timm.create_model("test_resnet", num_classes=64))
+    torch.save({"model": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "mine.pth")
+    embedder = open_model("timm:test_resnet", ModelOptions(weights=str(tmp_path / "mine.pth"), input_size=(64, 64)))
+    assert embedder.input_shape == (3, 64, 64) and embedder.weights_sha256
+    assert any("last layer (fc, 64 values) is the embedding" in note for note in embedder.notes)
+    images = probe_images((3, 64, 64), 2)
+    torch.testing.assert_close(embedder(images), nn.functional.normalize(network((images - 0.5) / 0.5)))
+    features = open_model("timm:test_resnet", ModelOptions(weights=str(tmp_path / "mine.pth"), embed_dim=0))
+    assert features(probe_images((3, 160, 160), 1)).shape == (1, 96)
+    assert any("not used: module.fc.weight, module.fc.bias" in note for note in features.notes)
+    with pytest.raises(DataError, match=r"other shape: fc.weight \(64, 96\) instead of \(32, 96\)"):
+        open_model("timm:test_resnet", ModelOptions(weights=str(tmp_path / "mine.pth"), embed_dim=32))
+    with pytest.raises(DataError, match=r"missing conv1\.weight"):
+        open_model("torchvision:resnet18", ModelOptions(weights=str(tmp_path / "mine.pth")))
+    deeper = network.state_dict() | {"layer1.2.conv1.weight": torch.zeros(8, 8, 3, 3)}
+    torch.save(deeper, tmp_path / "deeper.pth")
+    with pytest.raises(DataError, match=r"does not fit the architecture: unexpected layer1.2.conv1.weight"):
+        open_model("timm:test_resnet", ModelOptions(weights=str(tmp_path / "deeper.pth")))
+
+
+@pytest.mark.parametrize(
+    "name", ["timm:vit_tiny_patch16_224", "torchvision:mobilenet_v2", "torchvision:vgg11", "timm:convnext_atto"]
+)
+def test_heads_of_other_networks(name: str) -> None:
+    with torch.device("meta"):
+        for dim in (0, 24):
+            made = build_network(name, embed_dim=dim).network
+            out = made.eval()(torch.zeros(1, 3, 224, 224))
+            assert out.shape[1] == (dim or {"vgg11": 4096}.get(name[12:], out.shape[1])) and out.shape[1] != 1000
+
+
+def test_an_untrained_network_is_the_same_each_time() -> None:
+    one, two = (open_model("timm:test_resnet", ModelOptions(embed_dim=8, input_size=(32, 32))) for _ in range(2))
+    images = probe_images((3, 32, 32), 2)
+    torch.testing.assert_close(one(images), two(images), rtol=0, atol=0)
+    assert "untrained" in one.notes[0]
+
+
+def test_spec(tmp_path: Path) -> None:
+    network = seeded(conv3(embed_dim=16))
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    spec = {
+        "arch": {"builder": "conv3", "kwargs": {"embed_dim": 16}, "embed_dim": 16},
+        "input": {"size": 28, "channels": 1},
+        "normalize": {"mean": [0.5], "std": [0.25]},
+        "embedding": {"normalized": False},
+    }
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    embedder = open_model(str(tmp_path / "net.pt"), ModelOptions(spec=tmp_path / "spec.json"))
+    images = probe_images((1, 28, 28), 2)
+    torch.testing.assert_close(embedder(images), network((images - 0.5) / 0.25))
+    assert embedder.distance.space == "E" and embedder.name == "net"
+    changed = open_model(
+        str(tmp_path / "net.pt"), ModelOptions(spec=tmp_path / "spec.json", normalize=True, mean=(0.0,), std=(1.0,))
+    )
+    torch.testing.assert_close(changed(images), nn.functional.normalize(network(images)))
+    for change, said in (
+        ({"colour": 1}, "colour: Extra inputs are not permitted"),
+        ({"arch": {"builder": "conv4", "embed_dim": 16}}, "did you mean 'conv3'"),
+        ({"arch": {"builder": "conv3", "kwargs": {"deep": 1}, "embed_dim": 16}}, "does not take these arguments"),
+        ({"arch": {**spec["arch"], "embed_dim": 17}}, "says embed_dim 17, the network gives 16"),
+    ):
+        (tmp_path / "spec.json").write_text(json.dumps(spec | change))
+        with pytest.raises((DataError, UsageError), match=said):
+            open_model(str(tmp_path / "net.pt"), ModelOptions(spec=tmp_path / "spec.json"))
+    (tmp_path / "spec.json").write_text("{")
+    with pytest.raises(DataError, match=r"spec .* cannot be read"):
+        open_model(str(tmp_path / "net.pt"), ModelOptions(spec=tmp_path / "spec.json"))
+
+
+def test_own_nets_are_recognised(tmp_path: Path) -> None:
+    for network, name in ((smallcnn(embed_dim=24), "smallcnn"), (conv3(width=8), "conv3"), (c2f2(embed_dim=7), "c2f2")):
+        write_weights(tmp_path / "a.safetensors", seeded(network))
+        fit = best_fit(read_file(tmp_path / "a.safetensors"))
+        assert fit is not None and fit.builder == name
+        embedder = open_model(str(tmp_path / "a.safetensors"))
+        images = probe_images(embedder.input_shape, 2)
+        torch.testing.assert_close(embedder(images), nn.functional.normalize(network(images)))
+
+
+def test_what_nearly_fits_is_listed(tmp_path: Path) -> None:
+    state = resnet18_of_robrank().state_dict()
+    del state["layer4.1.bn2.bias"]
+    torch.save(state, tmp_path / "a.pth")
+    best = fits(read_file(tmp_path / "a.pth"))[0]
+    assert best.builder == "torchvision:resnet18" and best.missing == ("layer4.1.bn2.bias",) and best.embed_dim == 512
+    with pytest.raises(UsageError, match="no known architecture fits"):
+        open_model(str(tmp_path / "a.pth"))
+
+
+@pytest.mark.slow
+def test_candidates_have_their_telling_names() -> None:
+    with torch.device("meta"):
+        for builder, telling in CANDIDATES.items():
+            assert telling in build_network(builder).network.state_dict(), builder
+
+
+FACTORY = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(12, 5)
+        torch.nn.init.constant_(self.layer.weight, 0.1)
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+def make():
+    net = Net()
+    net.input_shape = (3, 2, 2)
+    return net
+def fails():
+    raise RuntimeError("no such dataset")
+number = 3
+def none():
+    return None
+"""
+
+
+def test_a_users_own_code(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FACTORY)
+    where = f"python:{tmp_path / 'mine.py'}"
+    embedder = open_model(f"{where}:make", ModelOptions(name="mine"))
+    assert embedder.input_shape == (3, 2, 2) and embedder.name == "mine"
+    assert "is your own code and was run" in embedder.notes[0]
+    for name, said in (
+        ("mkae", "has no function 'mkae'"),
+        ("number", "has no function 'number'"),
+        ("fails", "failed: RuntimeError: no such dataset"),
+        ("none", "gave a NoneType"),
+    ):
+        with pytest.raises((UsageError, DataError), match=said):
+            open_model(f"{where}:{name}")
+    with pytest.raises(UsageError, match="is not a file"):
+        open_model("python:/nowhere/x.py:make")
+    with pytest.raises(DataError, match="ModuleNotFoundError"):
+        open_model("python:no_such_module_here:make")
+    with pytest.raises(UsageError, match="needs a module or file and a name"):
+        open_model("python:make")
+
+
+def test_an_ensemble_averages_squared_distances(tmp_path: Path) -> None:
+    for i in range(2):
+        write_weights(tmp_path / f"{i}.safetensors", seeded(smallcnn(embed_dim=6 + i), seed=i))
+    one, two = (open_model(str(tmp_path / f"{i}.safetensors")) for i in range(2))
+    both = open_model(f"ensemble:{tmp_path}/0.safetensors,{tmp_path}/1.safetensors")
+    images = probe_images((1, 8, 8), 3)
+    square = [torch.cdist(m(images), m(images)) ** 2 for m in (one, two, both)]
+    torch.testing.assert_close(square[2], (square[0] + square[1]) / 2, atol=1e-5, rtol=1e-3)
+    write_weights(tmp_path / "c.safetensors", seeded(conv3()))
+    with pytest.raises(UsageError, match="fed or compared differently"):
+        open_model(f"ensemble:{tmp_path}/0.safetensors,{tmp_path}/c.safetensors")
+    with pytest.raises(UsageError, match="at least two"):
+        open_model(f"ensemble:{tmp_path}/0.safetensors")
+
+
+class Returns(nn.Module):
+    """Gives whatever it is told to make of an embedding."""
+
+    def __init__(self, make) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.layer = nn.Linear(64, 5)
+        self.make = make
+
+    def forward(self, x: Tensor):  # type: ignore[no-untyped-def]
+        return self.make(self.layer(x.flatten(1)))
+
+
+def loaded(make, **options: object) -> Embedder:  # type: ignore[no-untyped-def]
+    from dmlbench.models import settle
+
+    embedder = Embedder(Returns(make), (1, 8, 8), name="mine")
+    settle(embedder, **options)  # type: ignore[arg-type]
+    return embedder
+
+
+def test_outputs_that_are_not_a_tensor() -> None:
+    images = probe_images((1, 8, 8), 2)
+    one = loaded(lambda e: {"embedding": e, "loss": e.mean()})
+    assert one(images).shape == (2, 5) and "'embedding' is taken as the embedding" in one.notes[0]
+    assert loaded(lambda e: (e,))(images).shape == (2, 5)
+    assert loaded(lambda e: e[:, :, None, None])(images).shape == (2, 5)
+    two = loaded(lambda e: (e[:, :3], e), output_key="1")
+    assert two(images).shape == (2, 5)
+    with pytest.raises(
+        UsageError, match=r"gives a tuple with 0 \(3, 3\), 1 \(3, 5\): name the embedding with --output-key"
+    ):
+        loaded(lambda e: (e[:, :3], e))
+    with pytest.raises(UsageError, match="'emb': model 'mine' gives a dictionary with embedding"):
+        loaded(lambda e: {"embedding": e}, output_key="emb")
+    with pytest.raises(UsageError, match="gives one tensor"):
+        loaded(lambda e: e, output_key="0")
+    with pytest.raises(DataError, match="feature map has to be pooled"):
+        loaded(lambda e: e[:, :, None, None].expand(-1, -1, 7, 7))
+    with pytest.raises(DataError, match="gives a NoneType"):
+        loaded(lambda e: None)
+
+
+class Stubborn(nn.Module):
+    """Dropout that stays on, as a wrapper without its own eval() leaves it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.dropout = nn.Linear(64, 5), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.layer(x.flatten(1)))
+
+    def train(self, mode: bool = True) -> "Stubborn":
+        return super().train(True)
+
+
+def test_modes_randomness_and_batches() -> None:
+    stubborn = load_model(Stubborn(), input_shape=(1, 8, 8))
+    assert "kept training after eval(), put right" in stubborn.notes[0] and not stubborn.doubts
+    noisy = loaded(lambda e: nn.functional.dropout(e, 0.5, training=True))
+    assert [flag for flag, _ in noisy.doubts] == ["randomised"]
+    norm = nn.BatchNorm1d(5, track_running_stats=False)
+    together = loaded(lambda e: norm(e) if len(e) > 1 else e)
+    assert [flag for flag, _ in together.doubts] == ["batch-dependent"]
+    plain = loaded(lambda e: e)
+    assert not plain.doubts and not plain.notes
+
+
+def test_another_size_than_the_network_takes(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"timm:vit_tiny_patch16_224' does not take images of 3x32x32 .*--input-size"):
+        open_model("timm:vit_tiny_patch16_224", ModelOptions(input_size=(32, 32)))
+
+
+def test_spaces() -> None:
+    def space(**options: object) -> str:
+        return open_model("timm:test_resnet", ModelOptions(input_size=(32, 32), embed_dim=4, **options)).distance.space  # type: ignore[arg-type]
+
+    assert (space(), space(distance="cosine"), space(normalize=False)) == ("N", "C", "E")
+    for options, said in (
+        ({"distance": "cosine", "normalize": False}, "does not go with --no-normalize"),
+        ({"mean": (0.1, 0.2)}, "--mean has 2 values for 3 channels"),
+        ({"resize": "big"}, "--resize 'big' must be"),
+        ({"embed_dim": -1}, "must be 0"),
+        ({"std": (0.0,)}, "above zero"),
+        ({"precision": "int8"}, "precision 'int8'"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            open_model("timm:test_resnet", ModelOptions(**{"input_size": (32, 32), **options}))  # type: ignore[arg-type]
+
+
+def test_lower_precision_is_for_gradients_only() -> None:
+    embedder = Embedder(seeded(conv3()), (1, 28, 28))
+    images = probe_images((1, 28, 28), 2)
+    with torch.no_grad():
+        exact = embedder(images)
+    full = torch.autograd.grad(embedder(images.requires_grad_()).sum(), images)[0]
+    embedder.precision = "bfloat16"
+    with torch.no_grad():
+        torch.testing.assert_close(embedder(images), exact, rtol=0, atol=0)
+    low = torch.autograd.grad(embedder(images.requires_grad_()).sum(), images)[0]
+    assert not torch.equal(low, full)
+    assert float((low.sign() == full.sign()).float().mean()) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("timm:resnet81", "did you mean 'resnet18"),
+        ("torchvision:rsnet18", "did you mean 'resnet18'"),
+        ("tmm:resnet18", "did you mean 'timm'"),
+        ("digits-smalcnn", "unknown model"),
+    ],
+)
+def test_unknown_names(name: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        open_model(name)

@@ -165,7 +165,7 @@ def readings(
 
 
 def run(
-    subject: "Subject", protocol: Protocol, seed: int, batch_size: int, progress: "Progress", kept: np.ndarray, eot: int
+    subject: "Subject", protocol: Protocol, seed: int, batch_size: int, progress: "Progress", kept: np.ndarray
 ) -> Outcome:
     """Every clustering attack at every eps of the grid.
 
@@ -187,7 +187,7 @@ def run(
         radius = protocol.threat_at(eps).radius
         for name, attack in CLUSTER_ATTACKS.items():
             title, started = f"{name}@{eps}", time.monotonic()
-            threat = protocol.threat_at(eps, {"eot": eot})
+            threat = protocol.threat_at(eps)
             threat = threat.but(step=STEP * radius / max(1, threat.steps))
             groups = torch.from_numpy(true if attack.labelled else pseudo).to(device)
             others = max(1, int(groups.max()))
@@ -195,7 +195,7 @@ def run(
             wrong = (drawn + (drawn >= groups[:, None]).long()).clamp(max=int(groups.max()))
             progress.start(title, len(labels) * threat.steps)
             x = attacked(subject, attack, threat, groups, wrong, partial(progress.advance, title))
-            e = _embedded(subject, x, eot)
+            e = _embedded(subject, x, threat.eot)
             numbers, per_image = readings(subject, e, labels, protocol.clustering_seeds)
             arrays |= {f"{title}/{key}": values for key, values in per_image.items()}
             arrays[f"{title}/norm"] = threat.ball.size(x - subject.images(0, len(labels))).cpu().numpy()

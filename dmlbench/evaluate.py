@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol as Interface
 from typing import runtime_checkable
 
@@ -29,7 +29,7 @@ from dmlbench.errors import DataError, UsageError
 from dmlbench.intervals import cluster_bootstrap
 from dmlbench.metrics import RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.models import load_model
-from dmlbench.optimizers import OPTIMIZERS
+from dmlbench.optimizers import OPTIMIZERS, WHOLE_SET
 from dmlbench.protocol import Component, Protocol, load_protocol
 from dmlbench.results import DatasetInfo, Environment, Evaluation, Measurement, ModelInfo, ProtocolInfo, finite
 from dmlbench.rng import Rng, seed_of
@@ -97,6 +97,8 @@ class Subject:
     dataset: RetrievalDataset
     rows: np.ndarray
     scene: Scene
+    surrogate: "Subject | None" = None
+    """another model on the same queries, on which adversarial images are made instead"""
 
     @property
     def device(self) -> torch.device:
@@ -248,13 +250,17 @@ def run_search(
     attack, optimizer = ATTACKS[search.attack], OPTIMIZERS[search.optimizer]
     scene = aimed(subject, search, seed)
     rng = subject.rng(seed, search.attack, search.optimizer)
+    source = subject.surrogate or subject
+    if search.optimizer in WHOLE_SET:
+        batch_size = len(subject.rows)
     keep = sample_positions(subject)
     found: list[dict[str, np.ndarray]] = []
     kept: list[np.ndarray] = []
     progress.start(search.name, len(subject.rows))
     for a, b in batches(len(subject.rows), batch_size):
         images, part = subject.images(a, b), scene[a:b]
-        adversarial = craft(subject.embedder, attack, optimizer, search.threat, images, part, rng[a:b])
+        known = source.scene[a:b].aimed(part.chosen)
+        adversarial = craft(source.embedder, attack, optimizer, search.threat, images, known, rng[a:b])
         found.append(dict(measure(subject.embedder, attack, search.threat, adversarial, images, part)))
         here = keep[(keep >= a) & (keep < b)] - a
         kept.append(adversarial[torch.from_numpy(here).to(adversarial.device)].cpu().numpy())
@@ -276,7 +282,8 @@ def evaluate(
     seed: int | None = None,
     progress: Progress | None = None,
     argv: Sequence[str] = (),
-    eot: int = 1,
+    eot: int | None = None,
+    surrogate: Embedder | torch.nn.Module | str | None = None,
     on_search: Callable[[Search], None] | None = None,
 ) -> Evaluation:
     """Measure how robust a model is.
@@ -285,15 +292,17 @@ def evaluate(
         model: an :class:`Embedder`, a registry id, or a module with an ``input_shape`` attribute.
         dataset: a data set or its id; by default the one whose training split the model learnt from.
         protocol: a protocol, its name or its file; by default the data set's.
-        attacks: only these components of the protocol, which leaves ERS empty.
+        attacks: only these: components of the protocol, which leaves ERS empty, and any attack@optimizer,
+            which is an extra part that never counts in ERS; "all" stands for all that the protocol measures.
         limit: only this many queries, which marks the result partial.
         device: "auto", "cpu", "cuda" or "cuda:n".
         batch_size: queries attacked at a time; by default chosen for the device.
         seed: another seed than the protocol's, which marks the result partial.
         progress: who is told how far the run is.
         argv: the command, for the record.
-        eot: forward passes averaged for each gradient and read-out, for models that are random; more than
-            the protocol's marks the result partial.
+        eot: forward passes averaged for each gradient and read-out, for models that are random; marks the
+            result partial.
+        surrogate: another model to make the adversarial images on (transfer); marks the result partial.
 
     Returns:
         The :class:`Evaluation`, its per-query arrays attached.
@@ -311,14 +320,22 @@ def evaluate(
         else dataset
     )
     rules = protocol if isinstance(protocol, Protocol) else load_protocol(protocol or default_protocol(dataset))
-    components = [rules.component(name) for name in attacks] if attacks else list(rules.components)
+    chosen = rules.chosen(attacks, max(dataset.images.shape[1:]))
+    official = rules
+    if eot is not None:
+        rules = rules.model_copy(update={"threat": {**rules.threat, "eot": eot}})
     base = rules.seed if seed is None else seed
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} must be 1 or more")
 
     subject = prepare(embedder, dataset, limit=limit, device=device, progress=progress)
+    if surrogate is not None:
+        if rules.kind in RUNNERS and chosen.runner:
+            raise UsageError(f"protocol {rules.name!r} has no transfer: name attacks, such as WM@apgd, with --attacks")
+        other = load_model(surrogate) if not isinstance(surrogate, torch.nn.Module) else as_embedder(surrogate)
+        subject = replace(subject, surrogate=prepare(other, dataset, limit=limit, device=device, progress=progress))
     scene, size = subject.scene, batch_size or auto_batch(subject)
-    planned = searches(rules, components)
+    planned = searches(rules, [*chosen.own, *chosen.extra])
     for search in planned:  # what cannot be aimed fails now, not after an hour
         aim(ATTACKS[search.attack], scene[:1], subject.rng(base)[:1])
 
@@ -348,29 +365,34 @@ def evaluate(
             sample[c.name] = kept
             seconds[c.name] = (time.monotonic() - start) / len(search.components)
 
-    outcome = None
-    if rules.kind in RUNNERS:
-        outcome = RUNNERS[rules.kind](subject, rules, base, size, progress, sample_positions(subject), eot)
-        components, seconds = outcome.components, outcome.seconds
+    parts, outcome = list(chosen.own), None
+    if rules.kind in RUNNERS and chosen.runner:
+        outcome = RUNNERS[rules.kind](subject, rules, base, size, progress, sample_positions(subject))
+        parts, seconds = outcome.components, {**seconds, **outcome.seconds}
         arrays, sample = {**arrays, **outcome.arrays}, {**sample, **outcome.sample}
+    whole = chosen.runner if rules.kind in RUNNERS else len(parts) == len(rules.components)
 
     partial = [f"--limit {limit}"] if len(subject.rows) < len(dataset.query) else []
-    partial += [f"--attacks {','.join(c.name for c in components)}"] if len(components) < len(rules.components) else []
+    partial += [] if whole else [f"--attacks {','.join(attacks or ())}"]
     partial += [f"--seed {seed}"] if base != rules.seed else []
-    measurements, ers, ers_interval = scores(
-        components, arrays, seconds, complete=rules.kind == "ers" and len(components) == len(rules.components)
-    )
+    partial += [f"--eot {eot}"] if rules != official else []
+    partial += [f"--surrogate {subject.surrogate.embedder.name}"] if subject.surrogate else []
+    measurements, ers, ers_interval = scores(parts, arrays, seconds, complete=rules.kind == "ers" and whole)
+    measurements += scores(chosen.extra, arrays, seconds, complete=False)[0]
+    extras = {**(outcome.extras if outcome else {}), "retention": retention(measurements, benign)}
+    if chosen.extra:
+        extras["extra_parts"] = [c.name for c in chosen.extra]
     return Evaluation(
         model=model_info(embedder),
         dataset=dataset_info(subject),
-        protocol=ProtocolInfo(name=rules.name, version=rules.version, sha256=rules.sha256, seed=base),
+        protocol=ProtocolInfo(name=rules.name, version=rules.version, sha256=official.sha256, seed=base),
         environment=environment(subject.device, argv, embedder.precision),
         partial=tuple(partial),
         benign={name: value for name, value in benign.items() if np.isfinite(value)},
         measurements=measurements,
         ers=ers,
         ers_interval=ers_interval,
-        extras=outcome.extras if outcome else {},
+        extras=extras,
         warnings=(*doubts_about(subject, measurements), *(outcome.flags if outcome else ())),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seconds=time.monotonic() - began,
@@ -390,7 +412,7 @@ def plan_of(
     """The searches that ``evaluate`` would run, without running them: one row each."""
     resolve_device(device)
     queries = min(limit or len(dataset.query), len(dataset.query))
-    components = [protocol.component(name) for name in attacks] if attacks else list(protocol.components)
+    chosen = protocol.chosen(attacks, max(dataset.images.shape[1:]))
     return [
         {
             "id": search.name,
@@ -402,8 +424,35 @@ def plan_of(
             "steps": search.threat.steps,
             "gradients": queries * search.threat.steps * search.threat.restarts,
         }
-        for search in searches(protocol, components)
+        for search in searches(protocol, [*chosen.own, *chosen.extra])
+    ] + (_runner_plan(protocol, dataset, queries) if chosen.runner else [])
+
+
+def _runner_plan(protocol: Protocol, dataset: RetrievalDataset, queries: int) -> list[dict[str, object]]:
+    """As ``plan_of``, for protocols with a runner of their own; gradients are the most that can be needed."""
+    if protocol.kind not in RUNNERS:
+        return []
+    rows: list[dict[str, object]] = []
+    work = [(s.name, s.attack, s.optimizer, s.aims, s.threat) for s in protocol.steps] or [
+        (name, name, "pgd", 1, {}) for name in clustering_attacks.CLUSTER_ATTACKS
     ]
+    for eps in protocol.eps_for(max(dataset.images.shape[1:])):
+        for name, attack, optimizer, aims, changes in work:
+            threat = protocol.threat_at(eps, changes)
+            black = optimizer == "square"
+            rows.append(
+                {
+                    "id": f"{name}@{eps}",
+                    "attack": attack,
+                    "optimizer": optimizer,
+                    "eps": eps,
+                    "queries": queries,
+                    "gallery": len(dataset.gallery),
+                    "steps": threat.queries if black else threat.steps,
+                    "gradients": 0 if black else queries * threat.steps * aims,
+                }
+            )
+    return rows
 
 
 RUNNERS = {"strict": strict.run, "clustering": clustering_attacks.run}
@@ -414,6 +463,8 @@ def scores(
     components: Sequence[Component], arrays: dict[str, np.ndarray], seconds: dict[str, float], *, complete: bool
 ) -> tuple[tuple[Measurement, ...], float | None, tuple[float, float] | None]:
     """Measurements with intervals, and ERS (None unless ``complete`` and every part has a value)."""
+    if not components:
+        return (), None, None
     table = np.stack(
         [c.rescale(arrays[f"{c.name}/value"].astype(np.float64)) for c in components], axis=1
     )  # (Q, parts)
@@ -440,6 +491,20 @@ def scores(
     if not complete or any(p is None for p in parts):
         return tuple(measured), None, None
     return tuple(measured), float(np.mean([p for p in parts if p is not None])), intervals.mean
+
+
+def retention(measurements: Sequence[Measurement], benign: dict[str, float]) -> dict[str, float]:
+    """By part that reads R@1: how much of the clean R@1 is left, percent.
+
+    ERS compares absolute values of models whose clean recall differs (criticised in arXiv 2312.07364);
+    this is the same outcome relative to each model's own. Higher is more robust.
+    """
+    clean = benign.get("recall_at_1", 0.0)
+    if not clean > 0:
+        return {}
+    return {
+        m.component: 100.0 * m.value / clean for m in measurements if m.readout == "recall_at_1" and m.value is not None
+    }
 
 
 def as_embedder(module: torch.nn.Module) -> Embedder:

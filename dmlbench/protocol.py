@@ -7,15 +7,15 @@ attack or a changed number is a new protocol with the old one's ``superseded_by`
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dmlbench.attacks import ATTACKS
+from dmlbench.attacks import ATTACKS, parse
 from dmlbench.checkpoints import PACKAGE, first_problem
 from dmlbench.errors import DataError, UsageError
 from dmlbench.metrics import READOUTS
@@ -120,9 +120,79 @@ class Protocol(_Record):
         for component in self.components:
             if component.name == name:
                 return component
-        raise UsageError(
-            f"unknown attack {name!r} in protocol {self.name!r}{suggest(name, [c.name for c in self.components])}"
-        )
+        known = [*(c.name for c in self.components), *ATTACKS]
+        raise UsageError(f"unknown attack {name!r} in protocol {self.name!r}{suggest(name, known)}")
+
+    def chosen(self, names: Sequence[str] | None, side: int) -> "Chosen":
+        """What ``names`` ask for: components of this protocol, or any attack@optimizer under its threat.
+
+        ``None`` and the name "all" mean everything the protocol itself measures. ``side`` is the images'
+        side in pixels, by which a protocol with a grid knows its eps.
+
+        Raises:
+            UsageError: a name that is neither.
+        """
+        if names is None:
+            return Chosen(self.components, (), True)
+        own: list[Component] = []
+        extra: list[Component] = []
+        for name in names:
+            if name == "all":
+                own += self.components
+            elif any(c.name == name for c in self.components):
+                own.append(self.component(name))
+            elif "@" in name or name in ATTACKS:
+                extra += self.combined(name, side)
+            else:
+                self.component(name)
+        return Chosen(_once(own), _once(extra), "all" in names)
+
+    def combined(self, name: str, side: int) -> list[Component]:
+        """The columns of any attack@optimizer under this protocol's threat: one for each read-out, and for each eps
+        of the grid, where there is one (in steps of 2.5 eps / steps)."""
+        attack, optimizer = parse(name)
+        plain = name if "@" in name else f"{name}@{optimizer}"
+        found = []
+        for eps in self.eps_for(side) if self.grid else (None,):
+            threat: dict[str, Any] = {}
+            if eps is not None:
+                at = self.threat_at(eps)
+                threat = {"eps": eps, "step": 2.5 * at.radius / max(1, at.steps)}
+            for readout, (worst, best) in zip(ATTACKS[attack].readouts, ATTACKS[attack].ends, strict=True):
+                label = plain if eps is None else f"{plain}@{eps}"
+                if len(ATTACKS[attack].readouts) > 1:
+                    label = f"{label}:{readout}"
+                found.append(
+                    Component(
+                        name=label,
+                        attack=attack,
+                        readout=readout,
+                        worst=worst,
+                        best=best,
+                        optimizer=optimizer,
+                        threat=threat,
+                    )
+                )
+        return found
+
+
+def _once(components: Sequence[Component]) -> tuple[Component, ...]:
+    """Each name once, in order."""
+    return tuple({c.name: c for c in components}.values())
+
+
+class Chosen(NamedTuple):
+    """What a run measures.
+
+    Attributes:
+        own: components of the protocol.
+        extra: other combinations, which never count in a score.
+        runner: whether the protocol's own run is wanted, where its kind has one.
+    """
+
+    own: tuple[Component, ...]
+    extra: tuple[Component, ...]
+    runner: bool
 
 
 def read_protocol(path: Path) -> Protocol:

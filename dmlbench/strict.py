@@ -265,7 +265,7 @@ def sweep(
 
 
 def run(
-    subject: "Subject", protocol: Protocol, seed: int, batch_size: int, progress: "Progress", kept: np.ndarray, eot: int
+    subject: "Subject", protocol: Protocol, seed: int, batch_size: int, progress: "Progress", kept: np.ndarray
 ) -> Outcome:
     """The whole curve: every step at every eps, on the queries that are right when clean.
 
@@ -286,7 +286,7 @@ def run(
         started = time.monotonic()
         standing.broken_by[standing.broken_by > CARRIED] = CARRIED
         carried = int((standing.broken_by == CARRIED).sum())
-        threats = [protocol.threat_at(eps, {**step.threat, "eot": eot}) for step in protocol.steps]
+        threats = [protocol.threat_at(eps, step.threat) for step in protocol.steps]
         done = list(sweep(subject, standing, protocol.steps, threats, seed, batch_size, progress, f"eps {eps}", images))
         value = np.where(standing.alive, 100.0, 0.0)
         arrays[f"{name}/value"] = np.where(answerable, value, np.nan).astype(np.float32)

@@ -44,13 +44,18 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
 @click.option("--dataset", help="A data set's id; by default the one that the model was trained on.")
 @click.option("--split", default="test", type=click.Choice(["test", "train"]), show_default=True)
 @click.option("--protocol", help="A protocol's name or TOML file; by default the data set's.")
-@click.option("--attacks", help="Only these parts, e.g. CA+,QA-; leaves ERS empty.")
+@click.option(
+    "--attacks",
+    help="Only these parts, e.g. CA+,QA-; any attack@optimizer, e.g. QA+@square, is an extra part; all: the protocol's.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:n.")
 @click.option(
     "--batch-size", default="auto", show_default=True, callback=_batch_size, help="Queries attacked at a time."
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only this many queries; marks the result partial.")
 @click.option("--seed", type=int, help="Another seed than the protocol's; marks the result partial.")
+@click.option("--eot", type=click.IntRange(min=1), help="Average this many passes, for models that are random.")
+@click.option("--surrogate", help="Make the adversarial images on this registered model instead (transfer).")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write the run folder here.")
 @click.option("--csv", type=click.Path(path_type=Path, dir_okay=False), help="Add or replace this model's row there.")
 @click.option("--plan", is_flag=True, help="Print the work and do nothing.")
@@ -65,6 +70,8 @@ def evaluate(
     batch_size: int | None,
     limit: int | None,
     seed: int | None,
+    eot: int | None,
+    surrogate: str | None,
     out: Path | None,
     csv: Path | None,
     plan: bool,
@@ -97,6 +104,8 @@ def evaluate(
             device=device,
             batch_size=batch_size,
             seed=seed,
+            eot=eot,
+            surrogate=surrogate,
             progress=bars,
             argv=["dmlbench", *sys.argv[1:]],
         )

@@ -9,8 +9,10 @@ from dmlbench.threat import Threat
 
 ROUNDS = 6
 """Values of the trade-off c that are tried."""
-RATE = 0.01
-"""Adam's learning rate, on the tanh scale."""
+TRAVEL = 5.0
+"""Adam's learning rate times the number of steps, on the tanh scale: how far a pixel can go in a round."""
+SHRINK = 0.98
+"""Pixels are coded this much nearer to grey, so that black and white ones can move at all."""
 BETA1, BETA2, TINY = 0.9, 0.999, 1e-8
 
 
@@ -26,7 +28,8 @@ def cw(loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor:
     low, high = images.new_zeros(b), images.new_full((b,), torch.inf)
     trade = images.new_ones(b)
     best, lowest = images.clone(), loss(images)
-    coded = torch.atanh((images * 2 - 1).clamp(-1 + 1e-6, 1 - 1e-6))
+    coded = torch.atanh((images * 2 - 1) * SHRINK)
+    rate = TRAVEL / max(1, threat.steps)
     for _ in range(ROUNDS):
         w = coded.clone()
         mean, square = torch.zeros_like(w), torch.zeros_like(w)
@@ -38,7 +41,7 @@ def cw(loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor:
             total = _pull(x - images, threat) + each(trade, x) * gradient
             total = total * (1 - torch.tanh(w).square()) / 2
             mean, square = BETA1 * mean + (1 - BETA1) * total, BETA2 * square + (1 - BETA2) * total.square()
-            w = w - RATE * (mean / (1 - BETA1**i)) / ((square / (1 - BETA2**i)).sqrt() + TINY)
+            w = w - rate * (mean / (1 - BETA1**i)) / ((square / (1 - BETA2**i)).sqrt() + TINY)
         x = (torch.tanh(w) + 1) / 2
         inside = threat.contains(x, images)
         x = threat.project(x, images)

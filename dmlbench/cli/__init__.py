@@ -27,6 +27,10 @@ VERBS = {
     "attacks": "list and show attacks",
     "protocols": "list and show protocols",
     "compare": "the CI gate: is one result worse than another?",
+    "submit": "make a bundle to submit",
+    "validate": "check a bundle, level 0 to 4",
+    "verify": "measure a bundle again, in full",
+    "schema": "print the JSON Schema of a file format",
 }
 """Verb to its one-line help; the command is ``dmlbench.cli.<verb>:<verb>``."""
 

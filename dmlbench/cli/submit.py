@@ -1,0 +1,78 @@
+"""``dmlbench submit``: from a run folder to a bundle."""
+
+from pathlib import Path
+
+import click
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+@click.group(epilog="Example: dmlbench submit init runs/mine && dmlbench submit pack runs/mine --out mine.zip")
+def submit() -> None:
+    """Make a bundle to submit; docs/submitting.md goes through it step by step."""
+
+
+@submit.command(epilog="Example: dmlbench submit init runs/mine")
+@click.argument("run", type=_FOLDER)
+@click.option("--out", type=_FILE, help="Where to write; by default submission.yaml beside the run folder.")
+@click.option(
+    "--checkpoint", type=_FILE, help="A JSON record of the model, as in checkpoints.json, where it is not registered."
+)
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+def init(run: Path, out: Path | None, checkpoint: Path | None, force: bool) -> None:
+    """Write submission.yaml for the run folder RUN, with what is known filled in."""
+    from dmlbench.errors import UsageError
+    from dmlbench.results import prepare_folder, write_whole
+    from dmlbench.submission.pack import draft, read_card
+    from dmlbench.submission.record import FILL_IN
+
+    path = out or run.parent / "submission.yaml"
+    if path.exists() and not force:
+        raise UsageError(f"{path} is already there: --force replaces it, --out names another")
+    text = draft(run, read_card(checkpoint) if checkpoint else None)
+    prepare_folder(path.parent)
+    write_whole(path, text.encode())
+    click.echo(f"wrote {path}")
+    left = [line.strip().removeprefix("- ") for line in text.splitlines() if FILL_IN in line and line[0] != "#"]
+    if left:
+        click.echo(f"still to fill in: {len(left)} field{'s' * (len(left) != 1)} marked {FILL_IN}")
+
+
+@submit.command(epilog="Example: dmlbench submit pack runs/mine --out mine.zip")
+@click.argument("run", type=_FOLDER)
+@click.option("--submission", type=_FILE, help="By default submission.yaml beside the run folder.")
+@click.option("--weights", type=_FILE, help="The model's safetensors file; by default the registered one.")
+@click.option("--no-weights", is_flag=True, help="Leave the weights out: the package holds the same file.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="A .zip file, or a folder as under leaderboard/submissions.",
+)
+def pack(run: Path, submission: Path | None, weights: Path | None, no_weights: bool, out: Path) -> int:
+    """Put the run folder RUN, its submission.yaml and the weights into one bundle, and check it (level 0)."""
+    from dmlbench.errors import UsageError
+    from dmlbench.results import prepare_folder
+    from dmlbench.submission import pack as packing
+    from dmlbench.submission.bundle import Refused
+    from dmlbench.submission.static import check_static
+
+    if weights and no_weights:
+        raise UsageError("--weights and --no-weights exclude each other")
+    files = packing.pack(run, submission or run.parent / "submission.yaml", weights, not no_weights)
+    if out.suffix == ".zip":
+        prepare_folder(out.parent)
+        packing.write_zip(files, out)
+    else:
+        packing.write_folder(files, out)
+    size = sum(len(content) for content in files.values())
+    click.echo(f"wrote {out}: {len(files)} files, {size / 1024:.0f} KiB")
+    try:
+        checked = check_static(out)
+    except Refused as refused:
+        for problem in refused.problems:
+            click.echo(f"not ready: {problem}", err=True)
+        return 1
+    click.echo(f"{checked.submission.id}: level 0 passed")
+    return 0

@@ -1,0 +1,59 @@
+"""``dmlbench verify``: measure a bundle again, in full, and say so in ``verification.json``."""
+
+from pathlib import Path
+
+import click
+
+from dmlbench.cli.output import json_option, print_json, progress
+
+EPILOG = """Example: dmlbench verify leaderboard/submissions/digits-mine-ers-digits
+
+Exit codes: 0 it agreed (the row becomes verified); 1 refused, or it did not agree (disputed)."""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where to write the record; by default verification.json in a bundle that is a folder.",
+)
+@click.option(
+    "--weights", type=click.Path(path_type=Path, dir_okay=False), help="The weights, where the bundle has none."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:n.")
+@json_option
+def verify(bundle: Path, out: Path | None, weights: Path | None, device: str, as_json: bool) -> int:
+    """Attack every query of BUNDLE again and record whether it agreed: level 4 for the people who keep the board."""
+    from dmlbench.errors import UsageError
+    from dmlbench.results import json_bytes, prepare_folder, write_whole
+    from dmlbench.submission.bundle import VERIFICATION
+    from dmlbench.submission.validate import validate
+
+    path = out or (bundle / VERIFICATION if bundle.is_dir() else None)
+    if path is None and bundle.exists():
+        raise UsageError(f"{bundle} is no folder: say with --out where the record goes")
+    if path is not None and bundle.exists():
+        prepare_folder(path.parent)
+    with progress() as bars:
+        report = validate(bundle, 4, weights=weights, device=device, progress=bars)
+    record = report.verification
+    if record is not None and path is not None:
+        write_whole(path, json_bytes(record.model_dump(mode="json")))
+    if as_json:
+        print_json({**report.model_dump(mode="json"), "problems": [p._asdict() for p in report.problems]})
+        return 0 if record is not None and record.agreed else 1
+    for problem in report.problems:
+        click.echo(f"REFUSED {problem}")
+    if record is None:
+        click.echo(f"{bundle}: refused before anything was measured again")
+        return 1
+    said = "verified" if record.agreed else "disputed"
+    ers = (
+        ""
+        if record.ers_stated is None or record.ers_measured is None
+        else f": ERS {record.ers_stated:.2f} stated, {record.ers_measured:.2f} measured"
+    )
+    click.echo(f"{report.id}: {said}{ers}")
+    click.echo(f"wrote {path}")
+    return 0 if record.agreed else 1

@@ -1,0 +1,138 @@
+"""From a run folder to a bundle: ``submission.yaml`` with what is known filled in, then one zip file."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dmlbench.checkpoints import PACKAGE, Checkpoint, checkpoints, first_problem, sha256_of
+from dmlbench.errors import DataError, UsageError
+from dmlbench.results import Evaluation, json_bytes, load, write_whole
+from dmlbench.submission.bundle import LIMITS, MANIFEST, make_manifest, zip_bytes
+from dmlbench.submission.record import FILL_IN, LICENSES
+from dmlbench.submission.static import WEIGHTS
+
+HEAD = f"""# What you submit. `dmlbench submit pack` puts it into the bundle; `dmlbench validate` checks it.
+# Replace every {FILL_IN}. Accepted licences: {", ".join(LICENSES)}.
+"""
+
+
+def draft(run: Path, checkpoint: Checkpoint | None = None) -> str:
+    """The text of a submission.yaml for a run folder.
+
+    Args:
+        checkpoint: what the model is; by default the registry's record of the run's model.
+
+    Raises:
+        DataError: the run cannot be read. UsageError: it is a partial run, or has no weights to name.
+    """
+    e = load(run)
+    if e.partial:
+        raise UsageError(f"{run} is a partial run ({', '.join(e.partial)}): only a full one can be submitted")
+    if e.model.weights_sha256 is None:
+        raise UsageError(f"{run} was made with a model in memory: evaluate a registered model or a weights file")
+    card = checkpoint or checkpoints().get(e.model.id)
+    content = {
+        "schema_version": 1,
+        "id": f"{e.model.id}-{e.protocol.name}",
+        "title": card.title if card else FILL_IN,
+        "authors": [FILL_IN],
+        "code_url": None,
+        "stated": {
+            "protocol": e.protocol.name,
+            "protocol_sha256": e.protocol.sha256,
+            "dataset": e.dataset.name,
+            "dataset_sha256": e.dataset.sha256,
+            "weights_sha256": e.model.weights_sha256,
+            "recall_at_1": e.benign["recall_at_1"],
+            "ers": e.ers,
+        },
+        "checkpoint": card.model_dump(mode="json", exclude_none=True) if card else _blank(e),
+    }
+    return HEAD + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+
+
+def read_card(path: Path) -> Checkpoint:
+    """A checkpoint record from a JSON file.
+
+    Raises:
+        DataError: the file is missing or not such a record; the field is named.
+    """
+    try:
+        return Checkpoint.model_validate_json(_read(path))
+    except ValidationError as error:
+        raise DataError(f"{path}: {first_problem(error)}") from None
+
+
+def _blank(e: Evaluation) -> dict[str, Any]:
+    """A checkpoint record to be filled in, for a model that the registry does not know."""
+    return {
+        "title": FILL_IN,
+        "defense": {"name": FILL_IN},
+        "train": {"loss": FILL_IN, "command": FILL_IN},
+        "arch": {"builder": FILL_IN, "kwargs": {}, "embed_dim": e.model.embed_dim},
+        "files": [{"sha256": e.model.weights_sha256, "format": "safetensors"}],
+        "input": {"size": 0, "channels": 0},
+        "dataset": {"name": e.dataset.name, "split": "train"},
+        "license": FILL_IN,
+        "probe": {"inputs_sha256": FILL_IN, "embedding": []},
+    }
+
+
+def pack(run: Path, submission: Path, weights: Path | None = None, with_weights: bool = True) -> dict[str, bytes]:
+    """The files of the bundle.
+
+    Args:
+        weights: the model's file; by default the registered one that lies in this package.
+        with_weights: False leaves them out, which the board accepts where the package holds the same file.
+
+    Raises:
+        DataError: a file is missing, or the weights are not those of the run.
+    """
+    e = load(run)
+    files: dict[str, bytes] = {}
+    for name in LIMITS:
+        if name.startswith("run/"):
+            files[name] = _read(run / name.removeprefix("run/"))
+    files["submission.yaml"] = _read(submission)
+    if with_weights:
+        path = weights or packaged_weights(e)
+        if sha256_of(path) != e.model.weights_sha256:
+            raise DataError(f"{path} is not the file that the run was made with (sha256 differs)")
+        files[WEIGHTS] = path.read_bytes()
+    files[MANIFEST] = json_bytes(make_manifest(files))
+    return files
+
+
+def packaged_weights(e: Evaluation) -> Path:
+    """The weights file of the run's model in this package."""
+    card = checkpoints().get(e.model.id)
+    for file in card.files if card else ():
+        if file.path is not None and (PACKAGE / "weights" / file.path).is_file():
+            return PACKAGE / "weights" / file.path
+    raise UsageError(f"the weights of {e.model.id!r} are not in this package: name the file with --weights")
+
+
+def write_zip(files: dict[str, bytes], out: Path) -> None:
+    """Write the bundle as a zip file, whole or not at all."""
+    write_whole(out, zip_bytes(files))
+
+
+def write_folder(files: dict[str, bytes], out: Path) -> None:
+    """Write the bundle as a folder, as it lies on the board."""
+    try:
+        (out / "run").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{out} cannot be made: {error.strerror or error}") from None
+    for name, content in files.items():
+        if name != MANIFEST:
+            write_whole(out / name, content)
+    write_whole(out / MANIFEST, files[MANIFEST])
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -1,0 +1,361 @@
+"""Level 0: what can be known without running anything. Schema, hashes, names, and sums that must come out.
+
+The numbers of a run are sums over its per-query arrays, so every stated number is computed again from
+them; who edits one has to invent 896 outcomes that fit, and those are measured again from level 2 on.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from dmlbench.checkpoints import checkpoints
+from dmlbench.datasets import DATASETS, load_dataset
+from dmlbench.intervals import cluster_bootstrap
+from dmlbench.leaderboard.row import Row, Status, from_evaluation
+from dmlbench.protocol import Protocol, load_protocol, protocol_names
+from dmlbench.registry import suggest
+from dmlbench.results import Evaluation
+from dmlbench.submission.bundle import Bundle, Problem, Refused, manifest_of, read_arrays, read_bundle
+from dmlbench.submission.record import Submission, read_submission
+from dmlbench.threat import TOLERANCE
+
+RUN = "run/evaluation.json"
+QUERIES = "run/per_query.npz"
+SAMPLE = "run/adversarial_sample.npz"
+WEIGHTS = "weights.safetensors"
+
+CLOSE = 1e-3
+"""How far a stated number may be from the one computed again, in points: rounding of sums."""
+INTERVAL_CLOSE = 1.0
+"""The same for ends of intervals, which hang on a random stream that another numpy may draw otherwise."""
+
+RANGES: Mapping[str, tuple[float, float]] = {
+    "recall_at_1": (0, 100),
+    "candidate_rank": (0, 100),
+    "rank_in_query": (0, 100),
+    "kept_in_top_4": (0, 100),
+    "target_cosine": (-1.0001, 1.0001),
+    "embedding_shift": (0, float("inf")),
+}
+"""What a query's outcome may be, by read-out; others only have to be numbers."""
+MAY_BE_MISSING = ("recall_at_1",)
+"""Read-outs without a value for a query that has no other image of its class."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """A bundle that passed level 0."""
+
+    bundle: Bundle
+    submission: Submission
+    evaluation: Evaluation
+    protocol: Protocol
+    row: Row
+
+
+def check_static(path: Path, board: Path | None = None) -> Checked:
+    """All of level 0.
+
+    Args:
+        path: a zip file or a folder.
+        board: the folder ``leaderboard`` whose submissions it must not repeat.
+
+    Raises:
+        Refused: with everything that was found wrong before going on made no sense.
+    """
+    bundle = read_bundle(path)
+    submission = read_submission(bundle.files["submission.yaml"])
+    if problems := list(_weights_look(bundle)):
+        raise Refused(problems)
+    evaluation = _evaluation(bundle)
+    rules = _protocol(evaluation)
+    shapes = list(_shape_problems(evaluation, rules))
+    problems = [*shapes, *_identity_problems(submission, evaluation)]
+    if not shapes:
+        problems += _number_problems(evaluation, rules)
+    if board is not None:
+        problems += _repeats(submission, evaluation, board, path)
+    if problems:
+        raise Refused(problems)
+    return Checked(bundle, submission, evaluation, rules, _row(submission, evaluation))
+
+
+def _row(submission: Submission, evaluation: Evaluation) -> Row:
+    """The row it would have on the board: the last check of every text that is shown."""
+    try:
+        status: Status = "retracted" if submission.retracted else "reproduced"
+        return from_evaluation(evaluation, status=status, card=submission.checkpoint, submission=submission.id)
+    except ValidationError as error:
+        raise Refused(
+            Problem(0, f"{RUN} {'.'.join(map(str, e['loc']))}", e["msg"].removeprefix("Value error, "))
+            for e in error.errors()
+        ) from None
+
+
+def _weights_look(bundle: Bundle) -> Iterator[Problem]:
+    """Is the weights file a safetensors file by its first bytes?"""
+    raw = bundle.files.get(WEIGHTS)
+    if raw is None:
+        return
+    if raw[:1] == b"\x80":
+        yield Problem(0, WEIGHTS, "is a pickle, which could run code; save the tensors as safetensors")
+    elif raw[:2] == b"PK":
+        yield Problem(0, WEIGHTS, "is a zip file (as torch.save writes), which may hold a pickle; save as safetensors")
+    elif raw[:15].lstrip().lower().startswith((b"<!doctype", b"<html")):
+        yield Problem(0, WEIGHTS, "is an HTML page: the download did not give the file")
+    elif len(raw) < 8 or not 2 <= int.from_bytes(raw[:8], "little") <= len(raw) - 8 or raw[8:9] != b"{":
+        yield Problem(0, WEIGHTS, "is not a safetensors file: its header does not fit its size")
+
+
+def _evaluation(bundle: Bundle) -> Evaluation:
+    files = {
+        name: bundle.files[f"run/{name}"] for name in ("evaluation.json", "per_query.npz", "adversarial_sample.npz")
+    }
+    stated = manifest_of(bundle.files["run/manifest.json"])
+    outer = manifest_of(bundle.files["manifest.json"]) or {}
+    if stated is None:
+        raise Refused([Problem(0, "run/manifest.json", "is not a manifest")])
+    differing = [
+        Problem(0, f"run/manifest.json {name}", "differs from the file beside it")
+        for name in sorted({*files, *stated})
+        if stated.get(name) != outer.get(f"run/{name}")
+    ]
+    if differing:
+        raise Refused(differing)
+    try:
+        evaluation = Evaluation.model_validate(json.loads(files["evaluation.json"], parse_constant=_no_constant))
+    except ValidationError as error:
+        raise Refused(Problem(0, f"{RUN} {'.'.join(map(str, e['loc']))}", e["msg"]) for e in error.errors()) from None
+    except (ValueError, RecursionError) as error:
+        raise Refused([Problem(0, RUN, f"is not JSON: {error}")]) from None
+    return evaluation.with_arrays(
+        read_arrays(files["per_query.npz"], QUERIES), read_arrays(files["adversarial_sample.npz"], SAMPLE)
+    )
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"holds {name}, which is not a number")
+
+
+def _protocol(e: Evaluation) -> Protocol:
+    name = e.protocol.name
+    if name not in protocol_names():
+        raise Refused(
+            [Problem(0, f"{RUN} protocol.name", f"unknown protocol {name!r}{suggest(name, protocol_names())}")]
+        )
+    rules = load_protocol(name)
+    problems = []
+    if e.protocol.sha256 != rules.sha256:
+        said = f"{e.protocol.sha256[:12]}… is not the content of protocol {name!r} here ({rules.sha256[:12]}…)"
+        problems.append(Problem(0, f"{RUN} protocol.sha256", said))
+    if e.protocol.version != rules.version:
+        problems.append(Problem(0, f"{RUN} protocol.version", f"{e.protocol.version!r}, here it is {rules.version!r}"))
+    if e.protocol.seed != rules.seed:
+        problems.append(Problem(0, f"{RUN} protocol.seed", f"{e.protocol.seed}, the protocol's is {rules.seed}"))
+    if rules.superseded_by:
+        problems.append(Problem(0, f"{RUN} protocol.name", f"{name!r} is superseded by {rules.superseded_by!r}"))
+    if problems:
+        raise Refused(problems)
+    return rules
+
+
+def _identity_problems(s: Submission, e: Evaluation) -> Iterator[Problem]:
+    """Do the submission, the run and the registry speak of one model and one result?"""
+    file = "submission.yaml"
+    stated = s.stated
+    pairs = {
+        "protocol": (stated.protocol, e.protocol.name),
+        "protocol_sha256": (stated.protocol_sha256, e.protocol.sha256),
+        "dataset": (stated.dataset, e.dataset.name),
+        "dataset_sha256": (stated.dataset_sha256, e.dataset.sha256),
+        "weights_sha256": (stated.weights_sha256, e.model.weights_sha256),
+    }
+    for name, (said, found) in pairs.items():
+        if said != found:
+            yield Problem(0, f"{file} stated.{name}", f"says {said!r}, the run {found!r}")
+    for name, number, ran in (
+        ("recall_at_1", stated.recall_at_1, e.benign.get("recall_at_1")),
+        ("ers", stated.ers, e.ers),
+    ):
+        if (number is None) != (ran is None) or abs((number or 0.0) - (ran or 0.0)) > CLOSE:
+            yield Problem(0, f"{file} stated.{name}", f"says {number}, the run {ran}")
+    card = s.checkpoint
+    if not card.files or card.files[0].sha256 != e.model.weights_sha256:
+        said = "is missing" if not card.files else f"says {str(card.files[0].sha256)[:12]}…"
+        yield Problem(
+            0, f"{file} checkpoint.files", f"{said}, the run was made with {str(e.model.weights_sha256)[:12]}…"
+        )
+    if card.arch.embed_dim != e.model.embed_dim:
+        yield Problem(
+            0, f"{file} checkpoint.arch.embed_dim", f"says {card.arch.embed_dim}, the run {e.model.embed_dim}"
+        )
+    known = checkpoints().get(e.model.id)
+    if known is not None and known.files and known.files[0].sha256 != e.model.weights_sha256:
+        yield Problem(
+            0, f"{RUN} model.id", f"{e.model.id!r} is registered with other weights; an id is never used again"
+        )
+
+
+def _repeats(s: Submission, e: Evaluation, board: Path, path: Path) -> Iterator[Problem]:
+    """Does the board already hold this id, or this model under this protocol?"""
+    here = path.resolve()
+    for folder in sorted((board / "submissions").glob("*")):
+        if folder.resolve() == here or not (folder / "submission.yaml").is_file():
+            continue
+        if folder.name == s.id:
+            yield Problem(0, "submission.yaml id", f"{s.id!r} is already on the board")
+            continue
+        try:
+            other = read_submission((folder / "submission.yaml").read_bytes())
+        except Refused:
+            continue
+        if other.id == s.id:
+            yield Problem(0, "submission.yaml id", f"{s.id!r} is already that of submissions/{folder.name}")
+        same = (other.stated.weights_sha256, other.stated.protocol, other.stated.dataset)
+        if same == (s.stated.weights_sha256, s.stated.protocol, s.stated.dataset):
+            said = f"these weights are already on the board under {other.stated.protocol!r} as {other.id!r}"
+            yield Problem(0, "submission.yaml stated.weights_sha256", said)
+    if here.parent == (board / "submissions").resolve() and here.name != s.id:
+        yield Problem(0, "submission.yaml id", f"is {s.id!r}, its folder is called {here.name!r}")
+
+
+def _shape_problems(e: Evaluation, rules: Protocol) -> Iterator[Problem]:
+    """Is it a full run of this protocol on this data set, with every array that it must have?"""
+    d = e.dataset
+    if e.partial:
+        yield Problem(0, f"{RUN} partial", f"a partial run ({', '.join(e.partial)}) has no place on the board")
+    if d.split != "test":
+        yield Problem(0, f"{RUN} dataset.split", f"{d.split!r}, the board holds results on 'test'")
+    if d.n_queries != d.n_queries_full:
+        yield Problem(0, f"{RUN} dataset.n_queries", f"{d.n_queries} of {d.n_queries_full} queries")
+    if d.name not in DATASETS:
+        yield Problem(0, f"{RUN} dataset.name", f"unknown data set {d.name!r}{suggest(d.name, DATASETS)}")
+        return
+    query = e.arrays.get("query")
+    if query is None or query.shape != (d.n_queries,) or query.dtype.kind not in "iu":
+        yield Problem(0, f"{QUERIES} query", f"is not one integer for each of {d.n_queries} queries")
+        return
+    if len(np.unique(query)) != len(query):
+        yield Problem(0, f"{QUERIES} query", "holds a row twice")
+    label = e.arrays.get("label")
+    if label is None or label.shape != query.shape or label.dtype.kind not in "iu":
+        yield Problem(0, f"{QUERIES} label", "is not one class for each query")
+        return
+    if DATASETS[d.name].packaged:
+        images = load_dataset(d.name, "test")
+        if images.sha256 != d.sha256:
+            yield Problem(
+                0, f"{RUN} dataset.sha256", f"{d.sha256[:12]}…, data set {d.name!r} here is {images.sha256[:12]}…"
+            )
+        elif not np.array_equal(np.sort(query), np.sort(images.query)):
+            yield Problem(0, f"{QUERIES} query", "are not the queries of the data set")
+        elif not np.array_equal(label, images.labels[query]):
+            yield Problem(0, f"{QUERIES} label", "are not the classes of the data set")
+    found = [m.component for m in e.measurements]
+    wanted = [c.name for c in rules.components]
+    if found != wanted:
+        yield Problem(0, f"{RUN} measurements", f"are {', '.join(found)}; the protocol has {', '.join(wanted)}")
+    for c in rules.components:
+        for kind in ("value", "norm"):
+            values = e.arrays.get(f"{c.name}/{kind}")
+            if values is None or values.shape != query.shape or values.dtype.kind != "f":
+                yield Problem(0, f"{QUERIES} {c.name}/{kind}", "is not one number for each query")
+    rows = e.sample.get("rows")
+    if rows is None or rows.ndim != 1 or not len(rows) or not np.isin(rows, query).all():
+        yield Problem(0, f"{SAMPLE} rows", "are not rows of queries")
+
+
+def _number_problems(e: Evaluation, rules: Protocol) -> Iterator[Problem]:
+    """Does every stated number come out again, and is every one possible?"""
+    yield from _outcome_problems(e, rules)
+    scores = np.empty((e.dataset.n_queries, len(rules.components)))
+    for i, (m, c) in enumerate(zip(e.measurements, rules.components, strict=True)):
+        where = f"{RUN} measurements.{c.name}"
+        named = (m.attack, m.optimizer, m.readout, m.better)
+        if named != (c.attack, c.optimizer, c.readout, c.better):
+            yield Problem(0, where, f"{named} is not the protocol's {(c.attack, c.optimizer, c.readout, c.better)}")
+        raw = e.arrays[f"{c.name}/value"].astype(np.float64)
+        scores[:, i] = c.rescale(raw)
+        kept = raw[~np.isnan(raw)]
+        if m.n != len(kept):
+            yield Problem(0, f"{where}.n", f"says {m.n}, the arrays hold {len(kept)} outcomes")
+        yield from _same(f"{where}.value", m.value, float(kept.mean()) if len(kept) else None)
+        yield from _same(f"{where}.score", m.score, float(c.rescale(kept.mean())) if len(kept) else None)
+        if m.value is not None and c.readout == "recall_at_1" and m.score is not None:
+            clean, high = e.benign.get("recall_at_1", 100.0), m.interval[1] if m.interval else m.score
+            if m.score - (high - m.score) > clean + CLOSE:
+                yield Problem(0, f"{where}.value", f"R@1 of {m.value:.2f} under attack is above the clean {clean:.2f}")
+    intervals = cluster_bootstrap(scores, e.arrays["label"]) if rules.components else None
+    if intervals is not None:
+        for m, ends in zip(e.measurements, intervals.columns, strict=True):
+            yield from _same_ends(f"{RUN} measurements.{m.component}.interval", m.interval, ends)
+        yield from _same_ends(f"{RUN} ers_interval", e.ers_interval, intervals.mean if e.ers is not None else None)
+        parts = [m.score for m in e.measurements]
+        complete = all(p is not None for p in parts)
+        yield from _same(f"{RUN} ers", e.ers, float(np.mean([p or 0.0 for p in parts])) if complete else None)
+    yield from _benign_problems(e)
+
+
+def _outcome_problems(e: Evaluation, rules: Protocol) -> Iterator[Problem]:
+    for c in rules.components:
+        values = e.arrays[f"{c.name}/value"]
+        where = f"{QUERIES} {c.name}/value"
+        missing = np.isnan(values)
+        if missing.any() and c.readout not in MAY_BE_MISSING:
+            yield Problem(0, where, f"{int(missing.sum())} outcomes are NaN")
+        low, high = RANGES.get(c.readout, (-np.inf, np.inf))
+        bad = ~missing & (~np.isfinite(values) | (values < low - 1e-4) | (values > high + 1e-4))
+        if bad.any():
+            yield Problem(0, where, f"{int(bad.sum())} outcomes are outside {low:g} to {high:g}")
+        if c.readout in ("recall_at_1", "kept_in_top_4") and not np.isin(values[~missing], (0.0, 100.0)).all():
+            yield Problem(0, where, "holds outcomes other than 0 and 100")
+        threat = rules.threat_of(c)
+        norm = e.arrays[f"{c.name}/norm"]
+        limit = threat.radius + TOLERANCE * max(1.0, threat.radius)
+        outside = ~(np.isfinite(norm) & (norm >= 0) & (norm <= limit))
+        if outside.any():
+            said = f"{int(outside.sum())} perturbations are outside the {threat.norm} ball of {threat.eps}"
+            yield Problem(0, f"{QUERIES} {c.name}/norm", said)
+
+
+def _benign_problems(e: Evaluation) -> Iterator[Problem]:
+    for name, value in e.benign.items():
+        low = -100.0 if name == "ami" else 0.0
+        if not low <= value <= 100.0 + CLOSE:
+            yield Problem(0, f"{RUN} benign.{name}", f"{value} is not a percentage")
+        per_query = e.arrays.get(f"benign/{name}")
+        if per_query is not None:
+            if per_query.shape != e.arrays["query"].shape:
+                yield Problem(0, f"{QUERIES} benign/{name}", "is not one number for each query")
+                continue
+            kept = per_query.astype(np.float64)
+            kept = kept[~np.isnan(kept)]
+            yield from _same(f"{RUN} benign.{name}", value, float(kept.mean()) if len(kept) else None)
+        elif name not in ("nmi", "ami"):
+            yield Problem(0, f"{QUERIES} benign/{name}", "is missing, though the run states its mean")
+    for required in ("recall_at_1", "recall_at_2", "map", "map_at_r", "nmi"):
+        if required not in e.benign:
+            yield Problem(0, f"{RUN} benign.{required}", "is missing")
+    for a, b in (("recall_at_1", "recall_at_2"), ("recall_at_2", "recall_at_4"), ("recall_at_4", "recall_at_8")):
+        if e.benign.get(a, 0.0) > e.benign.get(b, 100.0) + CLOSE:
+            yield Problem(0, f"{RUN} benign.{a}", f"{e.benign[a]:.2f} is above {b} ({e.benign[b]:.2f})")
+
+
+def _same(where: str, stated: float | None, found: float | None) -> Iterator[Problem]:
+    if (stated is None) != (found is None) or (
+        stated is not None and found is not None and not abs(stated - found) <= CLOSE
+    ):
+        yield Problem(0, where, f"says {stated}, the queries' own outcomes give {found}")
+
+
+def _same_ends(where: str, stated: tuple[float, float] | None, found: tuple[float, float] | None) -> Iterator[Problem]:
+    if (stated is None) != (found is None) or (
+        stated is not None
+        and found is not None
+        and not max(abs(stated[0] - found[0]), abs(stated[1] - found[1])) <= INTERVAL_CLOSE
+    ):
+        yield Problem(0, where, f"says {stated}, the queries' own outcomes give {found}")

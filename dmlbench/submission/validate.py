@@ -1,0 +1,145 @@
+"""All levels in order, up to the one that is asked for; the first that refuses ends it."""
+
+import datetime
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from dmlbench.evaluate import Progress, resolve_device
+from dmlbench.submission.bundle import Problem, Refused
+from dmlbench.submission.rerun import (
+    LEAST,
+    SHARE,
+    Rerun,
+    Verification,
+    load_submitted,
+    replay,
+    rerun_all,
+    rerun_share,
+)
+from dmlbench.submission.static import Checked, check_static
+from dmlbench.version import __version__
+
+LEVELS = {
+    0: "names, sizes, hashes, schema, licence; every stated number comes out of the queries' own outcomes",
+    1: "the weights fit the architecture, and the probe agrees",
+    2: "clean outcomes come out again; the stored adversarial images lie in the ball and in [0, 1] and score the same",
+    3: "a random share of the queries, attacked again, agrees",
+    4: "all queries, attacked again, agree",
+}
+
+
+class Report(BaseModel):
+    """How far a bundle came."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bundle: str
+    id: str | None = None
+    sha256: str | None = None
+    level: int
+    """the one that was asked for"""
+    passed: tuple[int, ...]
+    """the levels that it passed"""
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+    status: Literal["accepted", "refused"]
+    verification: Verification | None = None
+
+
+def validate(
+    path: Path,
+    level: int = 2,
+    *,
+    board: Path | None = None,
+    weights: Path | None = None,
+    share: float = SHARE,
+    least: int = LEAST,
+    seed: int | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+    on_level: Callable[[int], None] | None = None,
+) -> Report:
+    """Check a bundle, level 0 up to ``level``.
+
+    Args:
+        board: the folder ``leaderboard`` that the bundle would join; None to look at the bundle alone.
+        weights: the weights file, where the bundle has none.
+        share, least, seed: of level 3.
+        on_level: told each level that was passed.
+
+    Raises:
+        DataError: the data set that level 2 and above need is not on this machine.
+    """
+    passed: list[int] = []
+    notes: list[str] = []
+    checked: Checked | None = None
+    verification: Verification | None = None
+
+    def done(step: int) -> None:
+        passed.append(step)
+        if on_level:
+            on_level(step)
+
+    try:
+        checked = check_static(path, board)
+        done(0)
+        if level >= 1:
+            embedder = load_submitted(checked, weights)
+            done(1)
+        if level >= 2:
+            replay(checked, embedder, device)
+            done(2)
+        if level >= 3:
+            again = rerun_share(
+                checked, embedder, share=share, least=least, seed=seed, device=device, progress=progress
+            )
+            notes.append(f"level 3 attacked {again.queries} queries again, chosen by --seed {again.seed}")
+            if again.problems:
+                raise Refused(again.problems)
+            done(3)
+        if level >= 4:
+            full = rerun_all(checked, embedder, device=device, progress=progress)
+            verification = _verification(checked, full, device)
+            if full.problems:
+                raise Refused(full.problems)
+            done(4)
+    except Refused as refused:
+        return Report(
+            bundle=str(path),
+            id=checked.submission.id if checked else None,
+            sha256=checked.bundle.sha256 if checked else None,
+            level=level,
+            passed=tuple(passed),
+            problems=refused.problems,
+            notes=tuple(notes),
+            status="refused",
+            verification=verification,
+        )
+    return Report(
+        bundle=str(path),
+        id=checked.submission.id,
+        sha256=checked.bundle.sha256,
+        level=level,
+        passed=tuple(passed),
+        notes=tuple(notes),
+        status="accepted",
+        verification=verification,
+    )
+
+
+def _verification(checked: Checked, full: Rerun, device: str) -> Verification:
+    return Verification(
+        bundle_sha256=checked.bundle.sha256,
+        agreed=not full.problems,
+        ers_stated=checked.evaluation.ers,
+        ers_measured=full.ers,
+        problems=tuple(f"{p.field}: {p.reason}" for p in full.problems),
+        dmlbench=__version__,
+        torch=torch.__version__,
+        device=resolve_device(device).type,
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )

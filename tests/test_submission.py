@@ -1,0 +1,685 @@
+"""Submissions: a valid bundle passes every level; one that lies is refused with the level, the field and the reason."""
+
+import io
+import json
+import pickle
+import stat
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from bundles import MODEL, card, edit_arrays, edit_json, edit_yaml, model, sealed, valid, zipped
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+import dmlbench
+from dmlbench.cli.schema import schemas
+from dmlbench.intervals import cluster_bootstrap
+from dmlbench.protocol import load_protocol
+from dmlbench.results import npz_bytes, save
+from dmlbench.submission import rerun
+from dmlbench.submission.bundle import LIMITS
+from dmlbench.submission.pack import write_folder
+from dmlbench.submission.static import check_static
+from dmlbench.submission.validate import validate
+
+RUN, QUERIES, SAMPLE = "run/evaluation.json", "run/per_query.npz", "run/adversarial_sample.npz"
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """(files of a valid bundle, the folder with its run)."""
+    folder = tmp_path_factory.mktemp("valid")
+    return valid(folder), folder
+
+
+@pytest.fixture
+def files(made):
+    return dict(made[0])
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Validate altered files, as a zip."""
+
+    def run(files, level=2, **options):
+        return validate(zipped(files, tmp_path / "bundle.zip"), level, device="cpu", **options)
+
+    return run
+
+
+def refused(report, level, field, reason):
+    assert report.status == "refused" and report.problems
+    said = [(p.level, p.field, p.reason) for p in report.problems]
+    assert any(lv == level and field in f and reason in r for lv, f, r in said), said
+
+
+def test_a_valid_bundle_is_accepted(check, files):
+    report = check(files, 3, seed=0)
+    assert report.status == "accepted" and report.passed == (0, 1, 2, 3) and not report.problems
+
+
+def test_a_folder_is_as_good_as_a_zip(files, tmp_path):
+    write_folder(files, tmp_path / "b")
+    assert validate(tmp_path / "b", 2, device="cpu").status == "accepted"
+
+
+# --- what a liar may do to archives ------------------------------------------------------------------
+
+
+def info(name, mode=stat.S_IFREG | 0o644):
+    out = zipfile.ZipInfo(name)
+    out.external_attr = mode << 16
+    return out
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ((info("../evil.txt"), b"x"), "leaves the bundle"),
+        ((info("run/../../evil"), b"x"), "leaves the bundle"),
+        ((info("/etc/cron.d/evil"), b"x"), "absolute path"),
+        ((info("C:/evil.txt"), b"x"), "absolute path"),
+        ((info("run\\evil.txt"), b"x"), "another system|not a file of a bundle"),
+        ((info("setup.py"), b"import os"), "is not a file of a bundle"),
+        ((info("weights.safetensors", stat.S_IFLNK | 0o777), b"/etc/passwd"), "is a link"),
+        ((info("weights.safetensors", stat.S_IFIFO | 0o644), b""), "special file"),
+    ],
+)
+def test_archives_that_reach_out_are_refused(files, tmp_path, entry, reason):
+    kept = {n: c for n, c in files.items() if n != entry[0].filename}
+    report = validate(zipped(kept, tmp_path / "b.zip", [entry]), 0)
+    assert any(any(r in p.reason for r in reason.split("|")) for p in report.problems), report.problems
+    assert {p.level for p in report.problems} == {0}
+
+
+def test_a_file_twice_is_refused(files, tmp_path):
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        path = zipped(files, tmp_path / "b.zip", [(info("submission.yaml"), b"id: other")])
+    refused(validate(path, 0), 0, "submission.yaml", "twice")
+
+
+def test_ten_gigabytes_in_a_small_archive(files, tmp_path):
+    """The header claims 10 GB; not a byte of it is read."""
+    path = zipped(files, tmp_path / "b.zip")
+    raw = bytearray(path.read_bytes())
+    at = raw.rfind(b"PK\x01\x02")  # the last entry of the central directory
+    raw[at + 24 : at + 28] = (0xFFFFFFFE).to_bytes(4, "little")  # uncompressed size: 4 GiB, all that 32 bits hold
+    path.write_bytes(raw)
+    refused(validate(path, 0), 0, "", "claims 4294967294 bytes")
+
+
+def test_more_bytes_than_are_allowed(files, check):
+    report = check({**files, "submission.yaml": b"#" * (LIMITS["submission.yaml"] + 1)}, 0)
+    refused(report, 0, "submission.yaml", "at most 262144 are allowed")
+
+
+def test_a_bomb_of_arrays(files, check):
+    """A few bytes of npz that claim an array of 10 GB."""
+    member = io.BytesIO()
+    np.lib.format.write_array_header_1_0(member, {"descr": "<f8", "fortran_order": False, "shape": (1_250_000_000,)})
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("query.npy", member.getvalue())
+    report = check(sealed({**files, QUERIES: buffer.getvalue()}), 0)
+    refused(report, 0, "per_query.npz query", "claims shape (1250000000,) (10000000000 bytes) and has 0 bytes")
+
+
+def test_arrays_of_pickled_objects(files, check):
+    buffer = io.BytesIO()
+    np.savez(buffer, query=np.array([print, {}], dtype=object))
+    refused(check(sealed({**files, QUERIES: buffer.getvalue()}), 0), 0, "per_query.npz query", "nothing is unpickled")
+
+
+def test_links_in_a_folder(files, tmp_path):
+    write_folder(files, tmp_path / "b")
+    (tmp_path / "b" / "weights.safetensors").unlink()
+    (tmp_path / "b" / "weights.safetensors").symlink_to("/etc/passwd")
+    refused(validate(tmp_path / "b", 0), 0, "weights.safetensors", "is a link")
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    refused(validate(tmp_path / "link", 0), 0, "link", "is a link")
+
+
+def test_what_is_no_bundle(tmp_path):
+    refused(validate(tmp_path / "nowhere.zip", 0), 0, "nowhere.zip", "does not exist")
+    (tmp_path / "b.zip").write_bytes(b"PK\x03\x04 nothing")
+    refused(validate(tmp_path / "b.zip", 0), 0, "b.zip", "not a readable zip file")
+    (tmp_path / "empty").mkdir()
+    refused(validate(tmp_path / "empty", 0), 0, "submission.yaml", "is missing")
+
+
+def test_a_truncated_archive(files, tmp_path):
+    path = zipped(files, tmp_path / "b.zip")
+    path.write_bytes(path.read_bytes()[:-200])
+    refused(validate(path, 0), 0, "b.zip", "not a readable zip file")
+
+
+# --- edits that the hashes catch ---------------------------------------------------------------------
+
+
+def test_an_edit_that_keeps_the_manifest(files, check):
+    changed = files[RUN].replace(b'"ers": 2', b'"ers": 9', 1)
+    assert changed != files[RUN]
+    refused(check({**files, RUN: changed}, 0), 0, RUN, "where the manifest says")
+    refused(check({**files, RUN: files[RUN] + b"\n"}, 0), 0, RUN, "bytes where the manifest says")
+
+
+def test_a_file_beside_the_manifest(files, check):
+    del files["weights.safetensors"]
+    refused(check(files, 0), 0, "manifest.json", "'weights.safetensors', which is not in the bundle")
+
+
+def test_an_inner_manifest_of_another_run(files, check):
+    inner = json.loads(files["run/manifest.json"])
+    inner["files"]["evaluation.json"]["sha256"] = "0" * 64
+    changed = {**files, "run/manifest.json": json.dumps(inner).encode()}
+    outer = json.loads(files["manifest.json"])
+    outer["files"]["run/manifest.json"] = {
+        "bytes": len(changed["run/manifest.json"]),
+        "sha256": __import__("hashlib").sha256(changed["run/manifest.json"]).hexdigest(),
+    }
+    changed["manifest.json"] = json.dumps(outer).encode()
+    refused(check(changed, 0), 0, "run/manifest.json evaluation.json", "differs")
+
+
+def test_a_manifest_that_is_none(files, check):
+    refused(check({**files, "manifest.json": b"[]"}, 0), 0, "manifest.json", "schema_version")
+
+
+# --- edits by a liar who makes the manifests anew ------------------------------------------------------
+
+
+def put(path, value):
+    """A change of one value of a nested content."""
+
+    def change(content):
+        *parents, last = path
+        for key in parents:
+            content = content[key]
+        content[last] = value
+
+    return change
+
+
+RUN_EDITS = [
+    (put(["ers"], 99.0), "ers", "outcomes give"),
+    (put(["ers"], None), "ers", ""),
+    (put(["ers_interval"], [98.0, 99.0]), "ers_interval", "outcomes give"),
+    (put(["measurements", 0, "score"], 90.0), "measurements.CA+.score", "outcomes give"),
+    (put(["measurements", 7, "value"], 90.0), "measurements.LTM.value", "outcomes give"),
+    (put(["measurements", 7, "interval"], [60.0, 70.0]), "measurements.LTM.interval", "outcomes give"),
+    (put(["measurements", 7, "n"], 5), "measurements.LTM.n", "895|896"),
+    (put(["measurements", 7, "attack"], "ES"), "measurements.LTM", "is not the protocol's"),
+    (put(["measurements", 7, "better"], "lower"), "measurements.LTM", "is not the protocol's"),
+    (lambda c: c["measurements"].pop(), "measurements", "the protocol has"),
+    (put(["benign", "recall_at_1"], 99.9), "benign.recall_at_1", "outcomes give"),
+    (put(["benign", "nmi"], 140.0), "benign.nmi", "not a percentage"),
+    (lambda c: c["benign"].pop("map"), "benign.map", "is missing"),
+    (put(["benign", "accuracy"], 50.0), "benign/accuracy", "is missing"),
+    (put(["protocol", "name"], "ers-digts"), "protocol.name", "did you mean 'ers-digits'"),
+    (put(["protocol", "sha256"], "0" * 64), "protocol.sha256", "is not the content of protocol"),
+    (put(["protocol", "seed"], 7), "protocol.seed", "the protocol's is 0"),
+    (put(["protocol", "version"], "2"), "protocol.version", "here it is '1'"),
+    (put(["partial"], ["--limit 64"]), "partial", "no place on the board"),
+    (put(["dataset", "n_queries_full"], 5000), "dataset.n_queries", "896 of 5000"),
+    (put(["dataset", "split"], "train"), "dataset.split", "'test'"),
+    (put(["dataset", "name"], "digitz"), "dataset.name", "did you mean 'digits'"),
+    (put(["dataset", "sha256"], "0" * 64), "dataset.sha256", "here is"),
+    (put(["environment", "device"], "=cmd()"), "device", "spreadsheet"),
+    (put(["environment", "torch"], "<b>2</b>"), "torch", "HTML"),
+    (put(["model", "id"], "-1+1"), "model", "spreadsheet"),
+    (put(["model", "weights_sha256"], "0" * 64), "stated.weights_sha256", "the run"),
+    (put(["date"], "2026\n2027"), "date", "control"),
+    (put(["schema_version"], 2), "schema_version", ""),
+    (put(["invented"], 1), "invented", "Extra"),
+]
+
+
+@pytest.mark.parametrize(("change", "field", "reason"), RUN_EDITS, ids=[f"{i}-{e[1]}" for i, e in enumerate(RUN_EDITS)])
+def test_an_edited_run(files, check, change, field, reason):
+    report = check(edit_json(files, RUN, change), 2)
+    assert report.passed == () and {p.level for p in report.problems} == {0}
+    assert any(field in p.field and any(r in p.reason for r in reason.split("|")) for p in report.problems), (
+        report.problems
+    )
+
+
+def test_nan_in_json(files, check):
+    report = check(edit_json(files, RUN, put(["ers"], float("nan"))), 0)
+    refused(report, 0, RUN, "NaN")
+
+
+YAML_EDITS = [
+    (put(["title"], "=HYPERLINK(1)"), "title", "spreadsheet"),
+    (put(["title"], "<script>alert(1)</script>"), "title", "HTML"),
+    (put(["authors"], ["@evil"]), "authors.0", "spreadsheet"),
+    (put(["authors"], []), "authors", "at least 1"),
+    (put(["authors"], ["FILL-IN"]), "authors.0", "filled in"),
+    (put(["id"], "../up"), "id", "pattern"),
+    (put(["id"], "A B"), "id", "pattern"),
+    (put(["code_url"], "javascript:alert(1)"), "code_url", "https"),
+    (put(["checkpoint", "license"], "Mine-1.0"), "checkpoint.license", "accepted SPDX"),
+    (put(["checkpoint", "license"], "apache-2"), "checkpoint.license", "did you mean 'Apache-2.0'"),
+    (put(["checkpoint", "paper"], {"title": "t", "url": "http://x.org"}), "checkpoint.paper.url", "https"),
+    (put(["checkpoint", "paper"], {"title": "-1", "url": None}), "checkpoint.paper.title", "spreadsheet"),
+    (put(["checkpoint", "defense", "name"], "+SUM(A1)"), "checkpoint.defense.name", "spreadsheet"),
+    (put(["checkpoint", "arch", "embed_dim"], 999), "checkpoint.arch.embed_dim", "the run 16"),
+    (put(["checkpoint", "files", 0, "sha256"], "0" * 64), "checkpoint.files", "the run was made with"),
+    (put(["checkpoint", "probe"], None), "checkpoint.probe", "4 or more values"),
+    (put(["checkpoint", "probe", "atol"], 5.0), "checkpoint.probe.atol", "at most"),
+    (put(["checkpoint", "invented"], 1), "checkpoint.invented", "Extra"),
+    (put(["stated", "ers"], 99.0), "stated.ers", "the run 2"),
+    (put(["stated", "recall_at_1"], 99.0), "stated.recall_at_1", "the run"),
+    (put(["stated", "recall_at_1"], 101.0), "stated.recall_at_1", "100"),
+    (put(["stated", "protocol"], "ers-28"), "stated.protocol", "the run 'ers-digits'"),
+    (put(["stated", "dataset"], "mnist"), "stated.dataset", "the run 'digits'"),
+    (put(["schema_version"], 9), "schema_version", ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "reason"), YAML_EDITS, ids=[f"{i}-{e[1]}" for i, e in enumerate(YAML_EDITS)]
+)
+def test_an_edited_submission(files, check, change, field, reason):
+    refused(check(edit_yaml(files, change), 2), 0, field, reason)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("!!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        ("a: &x [1]\nb: *x\n", "aliases are not allowed"),
+        ("id: a\nid: b\n", "key 'id' is there twice"),
+        ("- a list\n", "not a mapping"),
+        ("id: [unclosed", "not plain YAML"),
+        ("\x00\x01", "not plain YAML"),
+        ("[" * 5000, "not plain YAML"),
+    ],
+)
+def test_yaml_that_is_not_plain(files, check, text, reason):
+    refused(check(sealed({**files, "submission.yaml": text.encode()}), 0), 0, "submission.yaml", reason)
+
+
+ARRAY_EDITS = [
+    (QUERIES, lambda a: a.pop("query"), "query", "is not one integer"),
+    (QUERIES, lambda a: a.update(query=np.roll(a["query"], 1) * 0), "query", "a row twice"),
+    (QUERIES, lambda a: a.update(query=a["query"] + 5000), "query", "are not the queries"),
+    (QUERIES, lambda a: a.update(label=(a["label"] + 1)), "label", "are not the classes"),
+    (QUERIES, lambda a: a.pop("LTM/value"), "LTM/value", "is not one number"),
+    (QUERIES, lambda a: a.update({"LTM/value": a["LTM/value"][:10]}), "LTM/value", "is not one number"),
+    (QUERIES, lambda a: a["LTM/value"].fill(70.0), "LTM/value", "other than 0 and 100"),
+    (QUERIES, lambda a: a["CA+/value"].fill(np.nan), "CA+/value", "are NaN"),
+    (QUERIES, lambda a: a["CA-/value"].fill(-20.0), "CA-/value", "outside 0 to 100"),
+    (QUERIES, lambda a: a["TMA/value"].fill(-3.0), "TMA/value", "outside -1"),
+    (QUERIES, lambda a: a["TMA/norm"].fill(0.9), "TMA/norm", "outside the linf ball of 40/255"),
+    (QUERIES, lambda a: a["TMA/norm"].fill(np.nan), "TMA/norm", "outside the linf ball"),
+    (QUERIES, lambda a: a["LTM/value"].fill(100.0), "measurements.LTM.value", "outcomes give 100"),
+    (SAMPLE, lambda a: a.pop("rows"), "rows", "are not rows of queries"),
+    (SAMPLE, lambda a: a.update(rows=a["rows"] + 9000), "rows", "are not rows of queries"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "field", "reason"), ARRAY_EDITS, ids=[f"{i}-{e[2]}" for i, e in enumerate(ARRAY_EDITS)]
+)
+def test_edited_outcomes(files, check, tmp_path, name, change, field, reason):
+    refused(check(edit_arrays(files, name, tmp_path, change), 2), 0, field, reason)
+
+
+def consistent(files, folder, change):
+    """Outcomes changed, and every stated number made to fit them: only looking again can tell."""
+    rules = load_protocol("ers-digits")
+    found = {}
+
+    def alter(arrays):
+        change(arrays)
+        table = np.stack([c.rescale(arrays[f"{c.name}/value"].astype(float)) for c in rules.components], axis=1)
+        found["intervals"] = cluster_bootstrap(table, arrays["label"])
+        found["means"] = [float(np.nanmean(arrays[f"{c.name}/value"].astype(float))) for c in rules.components]
+        found["scores"] = [float(c.rescale(m)) for c, m in zip(rules.components, found["means"], strict=True)]
+        found["benign"] = {
+            k.removeprefix("benign/"): float(np.nanmean(v.astype(float)))
+            for k, v in arrays.items()
+            if k.startswith("benign/") and v.ndim == 1
+        }
+
+    files = edit_arrays(files, QUERIES, folder, alter)
+
+    def state(content):
+        for m, value, score, ends in zip(
+            content["measurements"], found["means"], found["scores"], found["intervals"].columns, strict=True
+        ):
+            m.update(value=value, score=score, interval=ends)
+        content.update(ers=float(np.mean(found["scores"])), ers_interval=found["intervals"].mean)
+        content["benign"].update(found["benign"])
+
+    files = edit_json(files, RUN, state)
+
+    def submit(content):
+        content["stated"].update(ers=float(np.mean(found["scores"])), recall_at_1=found["benign"]["recall_at_1"])
+
+    return edit_yaml(files, submit)
+
+
+def test_robust_recall_above_the_clean_one(files, check, tmp_path):
+    def change(a):
+        for k in ("benign/recall_at_1", "benign/recall_at_2", "benign/recall_at_4", "benign/recall_at_8"):
+            a[k][:] = 0.0
+            a[k][:200] = 100.0
+        a["LTM/value"].fill(100.0)
+
+    refused(check(consistent(files, tmp_path, change), 2), 0, "measurements.LTM.value", "above the clean")
+
+
+def test_recall_at_1_above_recall_at_2(files, check, tmp_path):
+    def change(a):
+        a["benign/recall_at_2"].fill(0.0)
+
+    refused(check(consistent(files, tmp_path, change), 2), 0, "benign.recall_at_1", "above recall_at_2")
+
+
+def test_invented_outcomes_fall_at_the_replay(files, check, tmp_path):
+    def change(a):
+        a["CA+/value"][:] = np.clip(a["CA+/value"] + 20, 0, 100)
+
+    changed = consistent(files, tmp_path, change)
+    report = check(changed, 2)
+    assert report.passed == (0, 1)
+    refused(report, 2, "CA+/value", "256 of 256 stored images score otherwise")
+
+
+def test_invented_clean_outcomes_fall_at_the_replay(files, check, tmp_path):
+    def change(a):
+        for k in ("recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8"):
+            a[f"benign/{k}"].fill(100.0)
+
+    report = check(consistent(files, tmp_path, change), 2)
+    refused(report, 2, "benign/recall_at_1", "another clean outcome")
+
+
+def test_an_invented_nmi_falls_at_the_replay(files, check):
+    report = check(edit_json(files, RUN, put(["benign", "nmi"], 99.0)), 2)
+    refused(report, 2, "benign.nmi", "k-means here gives")
+
+
+def test_outcomes_invented_where_no_image_is_kept_fall_at_the_rerun(files, check, tmp_path, made):
+    """A careful liar leaves the fixed sample alone and lies about the other 640 queries."""
+    sample = np.load(io.BytesIO(files[SAMPLE]))["rows"]
+
+    def change(a):
+        other = ~np.isin(a["query"], sample)
+        for name in ("LTM", "GTT", "ES:R"):
+            a[f"{name}/value"][other] = a["benign/recall_at_1"][other] if name != "GTT" else 100.0
+
+    changed = consistent(files, tmp_path, change)
+    assert check(changed, 2).status == "accepted"
+    report = check(changed, 3, seed=5)
+    assert report.passed == (0, 1, 2)
+    refused(report, 3, "ers", "attacking 64 queries again")
+    assert report.notes == ("level 3 attacked 64 queries again, chosen by --seed 5",)
+
+
+def moved(step):
+    def change(a):
+        a["ES:D"][...] = step(a["ES:D"])
+        a["ES:R"][...] = step(a["ES:R"])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (moved(lambda x: x + 0.5), "outside [0, 1]"),
+        (moved(lambda x: x - 0.5), "outside [0, 1]"),
+        (moved(lambda x: np.where(x > 0.5, 0.0, 1.0)), "outside the linf ball of 40/255"),
+        (moved(lambda x: x * np.nan), "NaN or infinite"),
+        (moved(lambda x: x[::-1]), "outside the linf ball"),
+        (lambda a: a.update({"ES:D": a["ES:D"].astype(np.float64)}), "is not float32 images"),
+        (lambda a: a.update({"ES:D": a["ES:D"][:3]}), "is not float32 images"),
+        (lambda a: a.pop("ES:D"), "is not float32 images"),
+        (lambda a: a.update(rows=a["rows"][::-1].copy()), "are not the fixed sample"),
+        (lambda a: a.update({k: v[:2] for k, v in a.items()}), "are not the fixed sample"),
+    ],
+)
+def test_adversarial_images_that_lie(files, check, tmp_path, change, reason):
+    report = check(edit_arrays(files, SAMPLE, tmp_path, change), 2)
+    assert report.passed == (0, 1)
+    refused(report, 2, "adversarial_sample.npz", reason)
+
+
+def test_clean_images_for_adversarial_ones(files, check, tmp_path):
+    rows = np.load(io.BytesIO(files[SAMPLE]))["rows"]
+    clean = dmlbench.load_dataset("digits").images[rows].numpy()
+    report = check(edit_arrays(files, SAMPLE, tmp_path, lambda a: a.update({"TMA": clean})), 2)
+    refused(report, 2, "TMA/value", "score otherwise")
+
+
+def swap_weights(files, raw, keep_hash=False):
+    import hashlib
+
+    changed = sealed({**files, "weights.safetensors": raw})
+    if keep_hash:
+        return changed
+    sha256 = hashlib.sha256(raw).hexdigest()
+    changed = edit_json(changed, RUN, put(["model", "weights_sha256"], sha256))
+
+    def state(content):
+        content["stated"]["weights_sha256"] = content["checkpoint"]["files"][0]["sha256"] = sha256
+
+    return edit_yaml(changed, state)
+
+
+def test_weights_of_another_model(files, check, tmp_path):
+    model(tmp_path, seed=1)
+    other = (tmp_path / "weights.safetensors").read_bytes()
+    refused(check(swap_weights(files, other, keep_hash=True)), 1, "weights.safetensors", "the run was made with")
+    refused(check(swap_weights(files, other)), 1, "checkpoint.probe", "another embedding for the probe input")
+
+
+def test_weights_of_another_model_with_its_own_probe(files, check, tmp_path):
+    _, entry = model(tmp_path, seed=1)
+    other = swap_weights(files, (tmp_path / "weights.safetensors").read_bytes())
+    other = edit_yaml(other, put(["checkpoint", "probe"], entry.probe.model_dump(mode="json")))
+    report = check(other)
+    assert report.passed == (0, 1)
+    refused(report, 2, "benign/map", "another clean outcome")
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (pickle.dumps({"w": 1}, protocol=4), "is a pickle"),
+        (b"PK\x03\x04" + b"0" * 100, "is a zip file"),
+        (b"<!DOCTYPE html><html>", "is an HTML page"),
+        (b"", "not a safetensors file"),
+        (b"\xff" * 64, "not a safetensors file"),
+    ],
+)
+def test_weights_that_are_none(files, check, raw, reason):
+    refused(check(swap_weights(files, raw)), 0, "weights.safetensors", reason)
+
+
+def test_a_real_torch_file_as_weights(files, check):
+    buffer = io.BytesIO()
+    torch.save(load_tensors(files["weights.safetensors"]), buffer)
+    refused(check(swap_weights(files, buffer.getvalue())), 0, "weights.safetensors", "is a zip file (as torch.save")
+
+
+def test_weights_of_another_architecture(files, check):
+    tensors = load_tensors(files["weights.safetensors"])
+    more = save_tensors({**tensors, "extra": torch.zeros(3)})
+    refused(check(swap_weights(files, more)), 1, "weights.safetensors", "unexpected extra")
+    fewer = save_tensors(dict(list(tensors.items())[1:]))
+    refused(check(swap_weights(files, fewer)), 1, "weights.safetensors", "missing")
+    cut = files["weights.safetensors"][:-40]
+    refused(check(swap_weights(files, cut)), 1, "weights.safetensors", "not a readable safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "reason"),
+    [
+        (put(["checkpoint", "arch", "builder"], "smalcnn"), "checkpoint.arch", "smallcnn"),
+        (put(["checkpoint", "arch", "builder"], "os.system"), "checkpoint.arch", "unknown architecture"),
+        (put(["checkpoint", "arch", "kwargs"], {"depth": 3}), "checkpoint.arch", "cannot be built"),
+        (put(["checkpoint", "arch", "kwargs", "width"], 100000), "checkpoint.arch", "at most 2000000000"),
+        (put(["checkpoint", "arch", "kwargs", "width"], 8), "n_params", "the network has"),
+        (put(["checkpoint", "normalize"], {"mean": [0.5], "std": [0.1]}), "checkpoint.probe", "another embedding"),
+    ],
+)
+def test_an_architecture_that_does_not_fit(files, check, change, field, reason):
+    report = check(edit_yaml(files, change), 1)
+    assert report.passed == (0,)
+    refused(report, 1, field, reason)
+
+
+def test_weights_may_lie_elsewhere_and_are_named(files, check, made):
+    del files["weights.safetensors"]
+    bare = sealed(files)
+    refused(check(bare, 1), 1, "weights.safetensors", "name the file with --weights")
+    assert check(bare, 1, weights=made[1] / "weights.safetensors").status == "accepted"
+    outside = edit_yaml(bare, put(["checkpoint", "files", 0, "path"], "../../../../etc/passwd"))
+    refused(check(outside, 1), 1, "checkpoint.files", "leaves the package")
+
+
+# --- the board it would join ---------------------------------------------------------------------------
+
+
+def test_repeats_on_the_board(files, check, tmp_path):
+    board = tmp_path / "leaderboard"
+    write_folder(files, board / "submissions" / "digits-smallcnn-none-test-ers-digits")
+    refused(check(files, 0, board=board), 0, "submission.yaml id", "already on the board")
+    renamed = edit_yaml(files, put(["id"], "another-id"))
+    refused(check(renamed, 0, board=board), 0, "stated.weights_sha256", "already on the board under 'ers-digits'")
+    mine = board / "submissions" / "digits-smallcnn-none-test-ers-digits"
+    assert validate(mine, 0, board=board).status == "accepted"  # a folder does not repeat itself
+    mine.rename(board / "submissions" / "other-name")
+    refused(validate(board / "submissions" / "other-name", 0, board=board), 0, "id", "its folder is called")
+
+
+def test_an_id_of_the_registry_with_other_weights(files, check, tmp_path, monkeypatch):
+    registered = card(sha256="1" * 64)
+    path = tmp_path / "checkpoints.json"
+    path.write_text(json.dumps({"schema_version": 1, "checkpoints": {MODEL: registered.model_dump(mode="json")}}))
+    monkeypatch.setenv("DMLBENCH_CHECKPOINTS", str(path))
+    refused(check(files, 0), 0, "model.id", "registered with other weights")
+
+
+# --- the commands ----------------------------------------------------------------------------------------
+
+
+def test_from_a_run_to_a_verified_bundle(typed, made, tmp_path):
+    source = made[1]
+    entry = source / "record.json"
+    entry.write_text(json.dumps(yaml.safe_load((source / "submission.yaml").read_text())["checkpoint"]))
+    out = tmp_path / "mine"
+    done = typed("submit", "init", source / "run", "--checkpoint", entry, "--out", out / "submission.yaml")
+    assert "still to fill in: 1 field" in done.out
+    assert "already there" in typed(
+        "submit", "init", source / "run", "--checkpoint", entry, "--out", out / "submission.yaml", code=2
+    ).err  # fmt: skip
+    packing = [
+        "submit",
+        "pack",
+        source / "run",
+        "--submission",
+        out / "submission.yaml",
+        "--weights",
+        source / "weights.safetensors",
+    ]
+    done = typed(*packing, "--out", out / "b.zip", code=1)
+    assert "not ready: level 0: submission.yaml authors.0: has not been filled in" in done.err
+    text = (out / "submission.yaml").read_text().replace("- FILL-IN", "- A. Tester")
+    (out / "submission.yaml").write_text(text)
+    done = typed(*packing, "--out", out / "b.zip")
+    assert "7 files" in done.out and "level 0 passed" in done.out
+
+    done = typed("validate", out / "b.zip", "--level", "3", "--seed", "1", "--device", "cpu")
+    assert [line[:14] for line in done.out.splitlines()[:4]] == [f"level {i} passed" for i in range(4)]
+    assert done.out.rstrip().endswith("b.zip: accepted")
+
+    typed(*packing, "--out", out / "folder")
+    done = typed("verify", out / "folder", "--device", "cpu")
+    assert "verified: ERS" in done.out
+    record = json.loads((out / "folder" / "verification.json").read_text())
+    assert record["agreed"] and record["ers_measured"] == pytest.approx(record["ers_stated"], abs=1e-3)
+    assert "say with --out" in typed("verify", out / "b.zip", code=2).err
+
+
+def test_a_refused_bundle_on_the_command_line(typed, files, tmp_path):
+    path = zipped(edit_json(files, RUN, put(["ers"], 99.0)), tmp_path / "b.zip")
+    done = typed("validate", path, code=1)
+    assert "REFUSED level 0: run/evaluation.json ers: says 99.0" in done.out and "b.zip: refused" in done.out
+    content = typed("validate", path, "--json", code=1).json
+    assert content["status"] == "refused" and {p["level"] for p in content["problems"]} == {0}
+    assert "refused before anything" in typed("verify", path, "--out", "v.json", code=1).out
+    assert not (tmp_path / "v.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["submit", "init", "nowhere"], 4, "not a readable run folder"),
+        (["submit", "pack", "nowhere", "--out", "b.zip"], 4, "not a readable run folder"),
+        (["validate", "nowhere.zip"], 1, "does not exist"),
+        (["validate", "b.zip", "--level", "5"], 2, "level"),
+        (["schema", "rwo"], 2, "did you mean 'row'"),
+        (["submit", "inti"], 2, "inti"),
+    ],
+)
+def test_bad_input(typed, arguments, code, says):
+    done = typed(*arguments, code=code)
+    assert says in done.err + done.out and len((done.err or done.out).strip().splitlines()) <= 2
+
+
+def test_a_partial_run_and_a_model_in_memory_cannot_be_submitted(typed, tmp_path):
+    embedder, _ = model(tmp_path)
+    limited = dmlbench.evaluate(embedder, "digits", limit=8, attacks=["TMA"], device="cpu")
+    save(limited, tmp_path / "partial")
+    assert "only a full one" in typed("submit", "init", "partial", code=2).err
+    save(
+        limited.model_copy(
+            update={"partial": (), "model": limited.model.model_copy(update={"weights_sha256": None})}
+        ).with_arrays(limited.arrays),
+        tmp_path / "memory",
+    )
+    assert "model in memory" in typed("submit", "init", "memory", code=2).err
+
+
+def test_a_full_rerun_that_does_not_agree_is_a_dispute(files, check, tmp_path, monkeypatch):
+    """The rerun gives the run's own outcomes but for one part, which it finds 4 points weaker."""
+    checked = check_static(zipped(files, tmp_path / "b.zip"))
+    arrays = {k: v.copy() for k, v in checked.evaluation.arrays.items()}
+    arrays["CA+/value"] -= 2.0
+    monkeypatch.setattr(rerun, "evaluate", lambda *a, **k: checked.evaluation.model_copy().with_arrays(arrays))
+    full = rerun.rerun_all(checked, None)
+    assert [(p.level, p.field) for p in full.problems] == [(4, "run/evaluation.json measurements.CA+")]
+    assert "-4.00 points of score" in full.problems[0].reason
+    arrays["CA+/value"] += 2.0
+    assert rerun.rerun_all(checked, None).problems == ()
+
+
+@pytest.mark.parametrize("name", list(schemas()))
+def test_schemas_are_printed(typed, name):
+    content = typed("schema", name).json
+    assert content["$schema"].startswith("https://json-schema.org/") and content["properties"]
+    assert content["additionalProperties"] is False
+    assert name in typed("schema").out
+
+
+def test_the_arrays_of_a_bundle_read_as_numpy_reads_them(made, tmp_path):
+    from dmlbench.submission.bundle import read_arrays
+
+    arrays = {
+        "a/b": np.arange(12.0).reshape(3, 4),
+        "c": np.zeros((0, 2), dtype=np.int64),
+        "d": np.asfortranarray(np.eye(3)),
+    }
+    found = read_arrays(npz_bytes(arrays), "f")
+    for name, values in arrays.items():
+        np.testing.assert_array_equal(found[name], values)
+    buffer = io.BytesIO()
+    np.savez(buffer, d=np.asfortranarray(np.arange(6.0).reshape(2, 3)))
+    np.testing.assert_array_equal(read_arrays(buffer.getvalue(), "f")["d"], np.arange(6.0).reshape(2, 3))

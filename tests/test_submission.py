@@ -654,11 +654,12 @@ def test_a_full_rerun_that_does_not_agree_is_a_dispute(files, check, tmp_path, m
     arrays = {k: v.copy() for k, v in checked.evaluation.arrays.items()}
     arrays["CA+/value"] -= 2.0
     monkeypatch.setattr(rerun, "evaluate", lambda *a, **k: checked.evaluation.model_copy().with_arrays(arrays))
-    full = rerun.rerun_all(checked, None)
+    embedder = rerun.load_submitted(checked)
+    full = rerun.rerun_all(checked, embedder)
     assert [(p.level, p.field) for p in full.problems] == [(4, "run/evaluation.json measurements.CA+")]
     assert "-4.00 points of score" in full.problems[0].reason
     arrays["CA+/value"] += 2.0
-    assert rerun.rerun_all(checked, None).problems == ()
+    assert rerun.rerun_all(checked, embedder).problems == ()
 
 
 @pytest.mark.parametrize("name", list(schemas()))

@@ -42,6 +42,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "embedding_shift": (0, float("inf")),
 }
 """What a query's outcome may be, by read-out; others only have to be numbers."""
+SUBMITTED = ("ers", "parts")
+"""Kinds of protocol whose results can be replayed query by query."""
 MAY_BE_MISSING = ("recall_at_1",)
 """Read-outs without a value for a query that has no other image of its class."""
 
@@ -158,6 +160,9 @@ def _protocol(e: Evaluation) -> Protocol:
         problems.append(Problem(0, f"{RUN} protocol.seed", f"{e.protocol.seed}, the protocol's is {rules.seed}"))
     if rules.superseded_by:
         problems.append(Problem(0, f"{RUN} protocol.name", f"{name!r} is superseded by {rules.superseded_by!r}"))
+    if rules.kind not in SUBMITTED:
+        said = f"{name!r} is of kind {rules.kind!r}; the board takes submissions of kind {' and '.join(SUBMITTED)}"
+        problems.append(Problem(0, f"{RUN} protocol.name", said))
     if problems:
         raise Refused(problems)
     return rules

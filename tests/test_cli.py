@@ -1,0 +1,220 @@
+"""The command as a user types it: what it prints, what it writes, and how it fails."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dmlbench.checkpoints import PACKAGE, checkpoint, checkpoints, sha256_of
+from dmlbench.results import load
+
+DEFAULT = "digits-smallcnn-triplet-hm-lga-ics"
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory):
+    """One full evaluation of the default model, shared by the tests that read it."""
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    import dmlbench
+
+    folder = tmp_path_factory.mktemp("first")
+    env = {**os.environ, "COLUMNS": "120"}
+    if Path(dmlbench.__file__).is_relative_to(ROOT):
+        env["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "dmlbench", "evaluate", "--model", DEFAULT, "--out", "run", "--csv", "board.csv"],
+        cwd=folder, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_the_table_shows_every_part_and_ers(first_run) -> None:
+    folder, out = first_run
+    for part in ("CA+", "CA-", "QA+", "QA-", "TMA", "ES:D", "ES:R", "LTM", "GTM", "GTT"):
+        assert any(line.startswith(part) and ("↑" in line or "↓" in line) for line in out.splitlines()), part
+    e = load(folder / "run")
+    assert f"ERS {e.ers:.1f}" in out and f"{e.ers_interval[0]:.1f} – {e.ers_interval[1]:.1f}" in out
+    assert e.partial == () and e.environment.argv[:2] == ("dmlbench", "evaluate") and e.model.weights_sha256
+
+
+def test_the_csv_has_the_row_and_a_second_run_replaces_it(first_run, run) -> None:
+    folder, _ = first_run
+    import pandas as pd
+
+    before = pd.read_csv(folder / "board.csv")
+    assert len(before) == 1
+    assert float(before["ers"].iloc[0]) == pytest.approx(load(folder / "run").ers, abs=0.01)
+    refused = run("evaluate", "--model", DEFAULT, "--limit", "9", "--csv", folder / "board.csv", code=4)
+    assert "partial" in refused.err
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "board.csv"), before)
+
+
+def test_json_is_the_record(run) -> None:
+    done = run("evaluate", "--model", DEFAULT, "--limit", "16", "--attacks", "GTM,CA−", "--json")
+    record = done.json
+    assert record["ers"] is None and record["partial"] == ["--limit 16", "--attacks GTM,CA-"]
+    assert [m["component"] for m in record["measurements"]] == ["GTM", "CA-"]
+    assert record["protocol"]["name"] == "ers-digits" and len(record["protocol"]["sha256"]) == 64
+
+
+def test_a_partial_table_never_shows_an_ers(run) -> None:
+    done = run("evaluate", "--model", DEFAULT, "--limit", "16", "--attacks", "GTM")
+    assert "ERS –" in done.out and "partial" in done.out
+    limited = run("evaluate", "--model", DEFAULT, "--limit", "16")
+    assert "(partial: --limit 16)" in limited.out
+
+
+def test_plan_does_nothing_but_plan(run, tmp_path: Path) -> None:
+    done = run("evaluate", "--model", DEFAULT, "--plan", "--json", "--out", "nowhere")
+    plan = done.json
+    rows = plan if isinstance(plan, list) else plan["searches"]
+    assert {"ES:D ES:R", "GTT"} <= {row["id"] for row in rows}
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("kind", ["models", "datasets", "attacks", "protocols"])
+def test_lists_and_shows(run, kind: str) -> None:
+    items = run(kind, "list", "--json").json
+    assert items and all("id" in item for item in items)
+    first = items[0]["id"]
+    assert first in run(kind, "list").out
+    assert run(kind, "show", first, "--json").json["id"] == first
+    wrong = run(kind, "show", first[:-1] + "~", code=2)
+    assert "unknown" in wrong.err and wrong.err.count("\n") == 1
+
+
+def test_help_has_an_example(run) -> None:
+    from dmlbench.cli import VERBS
+
+    for verb in VERBS:
+        assert "dmlbench" in run(verb, "--help").out and "xample" in run(verb, "--help").out, verb
+
+
+BAD = [
+    (["evaluate", "--model", "digits-smallcnn-triplet-hm-lga-isc"], 2, f"did you mean '{DEFAULT}'"),
+    (["evaluate", "--model", DEFAULT, "--protocol", "ers-digit"], 2, "did you mean 'ers-digits'"),
+    (["evaluate", "--model", DEFAULT, "--attacks", "QA_+"], 2, "did you mean 'QA+'"),
+    (["evaluate", "--model", DEFAULT, "--dataset", "digit"], 2, "did you mean 'digits'"),
+    (["evaluate", "--model", DEFAULT, "--device", "tpu"], 2, "device 'tpu'"),
+    (["evaluate", "--model", DEFAULT, "--batch-size", "0"], 2, "auto"),
+    (["evaluate", "--model", DEFAULT, "--limit", "-3"], 2, "limit"),
+    (["evaluate", "--model", DEFAULT, "--out", "/proc/nowhere"], 4, "--out"),
+    (["evaluate", "--model", DEFAULT, "--protocol", "gone.toml"], 4, "gone.toml"),
+    (["evaluate"], 2, "--model"),
+    (["evalaute"], 2, "did you mean 'evaluate'"),
+]
+
+
+@pytest.mark.parametrize(("args", "code", "words"), BAD, ids=[" ".join(b[0][-2:]) for b in BAD])
+def test_bad_input_is_one_line_and_an_exit_code(run, args: list[str], code: int, words: str) -> None:
+    done = run(*args, code=code)
+    assert words in done.err and done.err.strip().count("\n") == 0 and done.out == ""
+
+
+def test_cuda_where_there_is_none(run) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert "0 CUDA devices" in run("evaluate", "--model", DEFAULT, "--device", "cuda", code=2).err
+
+
+def test_debug_shows_the_traceback(run) -> None:
+    import subprocess  # the fixture refuses tracebacks, which are asked for here
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "dmlbench", "--debug", "attacks", "show", "nothing"], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+@pytest.fixture
+def altered(tmp_path: Path):
+    """A registry whose default model has a weights file that was tampered with."""
+
+    def make(change) -> dict[str, str]:
+        entry = checkpoint(DEFAULT).model_dump(mode="json")
+        path = tmp_path / "weights.safetensors"
+        shutil.copy(PACKAGE / "weights" / entry["files"][0]["path"], path)
+        entry["files"][0]["path"] = str(path)
+        change(path, entry)
+        registry = tmp_path / "registry.json"
+        registry.write_text(json.dumps({"schema_version": 1, "checkpoints": {DEFAULT: entry}}))
+        return {"DMLBENCH_CHECKPOINTS": str(registry)}
+
+    return make
+
+
+def restate(path: Path, entry: dict) -> None:
+    entry["files"][0] |= {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+
+
+def _missing(path: Path, entry: dict) -> None:
+    path.unlink()
+
+
+def _truncated(path: Path, entry: dict) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _truncated_and_restated(path: Path, entry: dict) -> None:
+    _truncated(path, entry)
+    restate(path, entry)
+
+
+def _changed(path: Path, entry: dict) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def _other_architecture(path: Path, entry: dict) -> None:
+    save_file({"conv.weight": np.zeros((3, 3), np.float32)}, path)
+    restate(path, entry)
+
+
+def _other_weights(path: Path, entry: dict) -> None:
+    save_file({k: 1.1 * v for k, v in load_file(path).items()}, path)
+    restate(path, entry)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_missing, "does not exist"),
+        (_truncated, "truncated"),
+        (_truncated_and_restated, "not a readable safetensors file"),
+        (_changed, "sha256"),
+        (_other_architecture, "does not fit the architecture"),
+        (_other_weights, "probe"),
+    ],
+)
+def test_weights_that_are_not_what_they_claim(run, altered, change, words: str) -> None:
+    done = run("evaluate", "--model", DEFAULT, env=altered(change), code=4)
+    assert words in done.err and done.err.strip().count("\n") == 0
+
+
+def test_the_shipped_digits_models_keep_the_order_of_their_defences(first_run) -> None:
+    import dmlbench
+
+    folder, _ = first_run
+    ers = {DEFAULT: load(folder / "run").ers}
+    for name in ("digits-smallcnn-triplet-none", "digits-smallcnn-triplet-act"):
+        ers[name] = dmlbench.evaluate(name).ers
+    assert ers["digits-smallcnn-triplet-none"] < ers["digits-smallcnn-triplet-act"] < ers[DEFAULT]
+
+
+def test_every_packaged_weights_file_is_registered_and_small() -> None:
+    named = {f.path for c in checkpoints().values() for f in c.files if f.path}
+    for path in (PACKAGE / "weights").glob("*.safetensors"):
+        assert path.name in named and path.stat().st_size <= 500_000

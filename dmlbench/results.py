@@ -126,6 +126,13 @@ class Evaluation(_Record):
     _arrays: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)
     _sample: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the records agree; arrays are left out."""
+        return isinstance(other, Evaluation) and self.model_dump() == other.model_dump()
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """Per-query outcomes; see ``per_query.npz``."""

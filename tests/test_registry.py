@@ -24,7 +24,7 @@ def test_registry() -> None:
     table: Registry[int] = Registry("thing", {"alpha": 1})
     with pytest.raises(ValueError, match="twice"):
         table.add("alpha", 2)
-    with pytest.raises(UsageError, match="unknown thing 'aplha'; did you mean 'alpha'?"):
+    with pytest.raises(UsageError, match=r"unknown thing 'aplha'; did you mean 'alpha'\?"):
         table["aplha"]
 
 
@@ -43,7 +43,7 @@ def test_every_entry_says_what_it_is(kind) -> None:
 
 def test_parse() -> None:
     assert parse("QA+") == ("QA+", "pgd")
-    with pytest.raises(UsageError, match="unknown optimizer 'pgdd'; did you mean 'pgd'?"):
+    with pytest.raises(UsageError, match=r"unknown optimizer 'pgdd'; did you mean 'pgd'\?"):
         parse("QA+@pgdd")
 
 

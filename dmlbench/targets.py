@@ -63,7 +63,8 @@ def nearest_other_published(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B k"
 
     The position of the nearest entry of another class is taken inside the list of such entries (in
     gallery order) and then used as a row of the whole gallery. "Another class" is another than that of
-    the nearest entry, which is not always the image's.
+    the nearest entry, which is not always the image's. The target, and with it the score, therefore
+    depends on the order of the gallery; :func:`nearest_other` does not.
     """
     ranked = scene.ranked(scene.clean)  # (B, N)
     shown = scene.gallery.labels[ranked.argmin(1)]  # (B,)

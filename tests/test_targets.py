@@ -1,5 +1,7 @@
 """Each target rule against a plain loop, and that targets belong to images."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from plain import order, to_all
@@ -44,6 +46,31 @@ def test_published_gtm_target_against_its_description() -> None:
         rank = {row: r for r, row in enumerate(ranking)}
         kept = [rank[j] for j in range(len(y)) if y[j] != y[ranking[0]]]
         assert found[i] == kept.index(min(kept))
+
+
+def test_only_the_published_gtm_target_depends_on_the_order_of_the_gallery() -> None:
+    scene = big_scene("N")
+    order_ = torch.cat([torch.arange(0, 230, 3), torch.arange(1, 230, 3), torch.arange(2, 230, 3)])
+    place = order_.argsort()  # where each row went
+    turned = replace(
+        scene,
+        gallery=Gallery(scene.gallery.embeddings[order_], scene.gallery.labels[order_]),
+        row=place[scene.row],
+    )
+    rng = Rng(0, scene.row)
+
+    def images(of: Scene, name: str) -> torch.Tensor:
+        return of.gallery.embeddings[TARGETS[name](of, 1, rng)[:, 0]]
+
+    assert torch.equal(images(scene, "nearest_other"), images(turned, "nearest_other"))
+    X, y = turned.gallery.embeddings.double().numpy(), turned.gallery.labels.tolist()
+    for i, target in enumerate(images(turned, "nearest_other_published")):
+        ranking = order(to_all("N", scene.clean[i].double().numpy(), X), leave_out=int(place[i]))
+        closest = next(j for j in ranking if y[j] != y[ranking[0]])
+        skipped = sum(y[j] == y[ranking[0]] for j in range(closest))  # the slip: entries before it that were masked
+        assert torch.equal(target, turned.gallery.embeddings[closest - skipped])
+    moved = images(scene, "nearest_other_published") != images(turned, "nearest_other_published")
+    assert moved.any(1).float().mean() > 0.5
 
 
 def test_random_targets_cover_the_gallery_evenly() -> None:

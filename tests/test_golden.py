@@ -1,0 +1,71 @@
+"""The published protocol against the field: its public code on two networks, and its papers' tables."""
+
+import csv
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, reference
+from golden import NETWORKS, evaluate_golden, peer_scores
+
+from dmlbench.protocol import load_protocol
+from dmlbench.results import Evaluation
+
+PARTS = [c.name for c in load_protocol("ers-28-published").components]
+
+
+@pytest.fixture(scope="module", params=list(NETWORKS))
+def measured(request: pytest.FixtureRequest) -> tuple[str, Evaluation]:
+    return request.param, evaluate_golden(reference("golden"), request.param)
+
+
+def slack(part: str) -> float:
+    """How far a part may lie from the mean besides three deviations: 1.5 points, or 0.03 of a cosine or distance."""
+    return 0.03 if part in ("TMA", "ES:D") else 1.5
+
+
+@pytest.mark.slow
+def test_parts_agree_with_the_public_code(measured: tuple[str, Evaluation]) -> None:
+    network, ours = measured
+    peers = peer_scores(reference("golden"), network)
+    assert [m.component for m in ours.measurements] == PARTS
+    values = {m.component: m.value for m in ours.measurements} | {"ERS": ours.ers}
+    far = {
+        part: f"{value:.3f}, public code {peers[part].mean:.3f} ± {peers[part].std:.3f}"
+        for part, value in values.items()
+        if value is None or not abs(value - peers[part].mean) <= 3 * peers[part].std + slack(part)
+    }
+    assert not far
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["LTM", "GTM", "GTT"])
+def test_parts_without_chance_agree_to_a_query(measured: tuple[str, Evaluation], part: str) -> None:
+    network, ours = measured
+    found = next(m for m in ours.measurements if m.component == part)
+    assert found.n == 265 and found.value is not None
+    one_query = 100 / 265
+    assert abs(found.value - peer_scores(reference("golden"), network)[part].mean) <= 1.01 * one_query
+
+
+@pytest.mark.parametrize("protocol", ["ers-28-published", "ers-28", "ers-224-published", "ers-224"])
+def test_printed_ers_follows_from_the_printed_parts(protocol: str) -> None:
+    rules = load_protocol(protocol)
+    with reference("published_ers_cvpr2022.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 102
+    ours = [np.mean([rules.component(p).rescale(float(row[p])) for p in PARTS]) for row in rows]
+    printed = [float(row["ERS"]) for row in rows]
+    assert np.abs(np.subtract(ours, printed)).max() <= 0.11
+
+
+def test_the_script_says_which_folder_it_misses(tmp_path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "golden.py"), str(tmp_path)],
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"golden.py: no peer_scores.json in {tmp_path}: name the folder that holds it"

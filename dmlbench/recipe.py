@@ -50,8 +50,8 @@ class Recipe(BaseModel):
     margin: float = Field(default=0.2, gt=0)
     defense: str = "none"
     defense_params: dict[str, Any] = {}
-    eps: str = "8/255"
-    step: str = "2/255"
+    eps: str | float = "8/255"
+    step: str | float = "2/255"
     steps: int = Field(default=8, ge=0)
     norm: str = "linf"
     start: Literal["clean", "random"] = "clean"

@@ -92,7 +92,7 @@ def checkpoint_entry(recipe: Recipe, dataset: RetrievalDataset) -> registry.Chec
         ),
         train=registry.Train(
             loss=recipe.loss,
-            eps=None if clean else recipe.eps,
+            eps=None if clean else str(recipe.eps),
             steps=None if clean else recipe.steps,
             iterations=recipe.iterations,
             seed=recipe.seed,

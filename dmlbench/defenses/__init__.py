@@ -109,7 +109,9 @@ DEFENSES: Registry[DefenseEntry] = Registry(
         "act": DefenseEntry(act, "ACT: positive and negative drawn together", _RANK),
         "min-max": DefenseEntry(min_max, "Madry's min-max on the triplet loss (collapses)", _PGD),
         "hm": DefenseEntry(hm, "HM[S,D]: hardness raised to a destination; with ICS where ics > 0", _HM),
-        "robust": DefenseEntry(robust, "robust training on one element of the triplet", _PANUM),
+        "robust": DefenseEntry(
+            robust, "robust training on one element of the triplet", _PANUM, losses=("triplet", "contrastive")
+        ),
         "ca-tride": DefenseEntry(ca_tride, "CA-TRIDE: anchors and candidates in turn, gentle near collapse", _TRIDE),
         "at": DefenseEntry(at, "AT: proxy-anchor on images that maximise it", _PGD, losses=("proxy-anchor",)),
         "trades": DefenseEntry(

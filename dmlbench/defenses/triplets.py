@@ -75,7 +75,6 @@ def robust(
     sampling: str = "M",
     element: str = "p",
     attack_rate: float = 1.0,
-    objective: str = "triplet",
     negative_margin: float = 1.0,
 ) -> Tensor:
     """Panum et al.: one element of each mined triplet is perturbed, with probability ``attack_rate``,
@@ -84,16 +83,15 @@ def robust(
     Args:
         element: "p" (raises d(a, p~)), "n" (lowers d(a, n~)) or "a" (raises d(a~, p) - d(a~, n)).
         attack_rate: share of triplets that are perturbed, in [0, 1].
-        objective: "triplet" or "contrastive", the loss with that element replaced.
         negative_margin: of the contrastive loss.
+
+    The loss of the recipe, triplet or contrastive, is taken with that element replaced.
 
     Our reading: the search follows H, of which both losses are increasing functions, so that triplets
     inside the margin's hinge are perturbed too; mining is semihard unless asked otherwise.
     """
     if element not in ELEMENTS:
         raise UsageError(f"element {element!r} must be one of {', '.join(ELEMENTS)}")
-    if objective not in ("triplet", "contrastive"):
-        raise UsageError(f"objective {objective!r} must be 'triplet' or 'contrastive'")
     if not 0 <= attack_rate <= 1:
         raise UsageError(f"attack_rate {attack_rate} must lie in [0, 1]")
     which = ELEMENTS.index(element)
@@ -113,7 +111,7 @@ def robust(
     images = clean.clone()
     images[:, which] = torch.where(attacked.view(-1, 1, 1, 1), moved, clean[:, which])
     e = triples(learner.embedder(images.flatten(0, 1)))
-    if objective == "triplet":
+    if learner.loss == "triplet":
         return triplet(hardness(distance, e), learner.margin).mean()
     a, p, n = e.unbind(1)
     return contrastive(distance.paired(a, p), distance.paired(a, n), negative_margin).mean()

@@ -1,0 +1,278 @@
+"""Training: recipes, logs, resume, what goes wrong, several processes, and the registry entry."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dmlbench import training
+from dmlbench.checkpoints import checkpoints, verified
+from dmlbench.cli import main
+from dmlbench.datasets import load_dataset
+from dmlbench.defenses import DEFENSES
+from dmlbench.embedding import DISTANCES, Embedder
+from dmlbench.errors import DataError, UsageError
+from dmlbench.models import build, check_probe, fill, read_weights
+from dmlbench.recipe import Recipe, load_recipe, make_recipe, packaged_recipes
+from dmlbench.registration import read_entry, register
+from dmlbench.rng import Rng
+from dmlbench.training import TrainingFailed, learning_rate, margins, train
+
+SMALL = {"groups": 4, "steps": 2, "iterations": 6, "check_every": 3, "arch_kwargs": {"width": 2}, "embed_dim": 8}
+HM = "digits-smallcnn-triplet-hm-lga-ics"
+
+
+def command(capsys, *arguments: object, code: int = 0) -> tuple[str, str]:
+    """``dmlbench`` in this process: its stdout and stderr."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    assert stop.value.code == code, err
+    return out, err
+
+
+def log_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def recipe(name: str = HM, **changes) -> Recipe:
+    return load_recipe(name, {**SMALL, **changes})
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_packaged_recipes_are_complete(name: str) -> None:
+    found = load_recipe(name)
+    assert found.id == name and found.title
+    assert found.threat.radius > 0
+
+
+def test_every_packaged_checkpoint_says_how_it_was_made() -> None:
+    ours = [(name, c) for name, c in checkpoints().items() if c.train.command]
+    assert len(ours) >= 5
+    for name, entry in ours:
+        made = load_recipe(name)
+        assert (made.dataset, made.arch, made.loss) == (entry.dataset.name, entry.arch.builder, entry.train.loss)
+        assert (made.seed, made.iterations) == (entry.train.seed, entry.train.iterations)
+        assert entry.defense.name == made.defense
+        if made.defense != "none":
+            assert entry.defense.params == DEFENSES[made.defense].parameters(made.defense_params)
+            assert (str(made.eps), made.steps) == (entry.train.eps, entry.train.steps)
+
+
+@pytest.mark.parametrize("name", ["none", "est", "act", "min-max", "hm", "robust", "ca-tride", "at", "trades", "eat"])
+def test_command_trains_every_defence(capsys, tmp_path: Path, name: str) -> None:
+    arch = "ensemble" if name == "eat" else "smallcnn"
+    small = [f"--set={k}={json.dumps(v)}" for k, v in SMALL.items() if k not in ("arch_kwargs",)]
+    if name == "eat":
+        small += ['--set=arch_kwargs={"member": "smallcnn", "members": 2, "width": 2}']
+    options = ["--defense", name, "--dataset", "digits", "--arch", arch, *small, "--device", "cpu", "--json"]
+    out, err = command(capsys, "train", *options, "--out", tmp_path / "r")
+    assert [row["iteration"] for row in json.loads(out)["log"]] == [3, 6]
+    assert "6/6 loss" in err
+    log = log_of(tmp_path / "r")
+    assert [int(row["iteration"]) for row in log] == [3, 6] and set(log[0]) >= {"loss", "attacked_recall_at_1"}
+    _, entry = read_entry(tmp_path / "r")
+    embedder = build(entry, "again")
+    fill(embedder.network, read_weights(tmp_path / "r" / "last.safetensors"), "weights")
+    check_probe(embedder, entry, "again")
+    assert {"best.safetensors", "recipe.json", "state.pt"} <= {p.name for p in (tmp_path / "r").iterdir()}
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    one, two = load_file(a / "last.safetensors"), load_file(b / "last.safetensors")
+    return all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(row: training.Progress) -> None:
+        if row.iteration == 6:
+            raise Stop
+
+    long = recipe(iterations=9)
+    whole = train(long, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(long, tmp_path / "cut", report=stop)
+    resumed = train(long, tmp_path / "cut", resume=True)
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert [(r.iteration, r.loss) for r in whole.progress] == [(r.iteration, r.loss) for r in resumed.progress]
+    assert whole.entry == resumed.entry
+    train(recipe(iterations=9, seed=1), tmp_path / "other")
+    assert not same_weights(tmp_path / "whole", tmp_path / "other")
+
+
+def test_resume_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    train(recipe(), tmp_path)
+    with pytest.raises(UsageError, match=r"lr \(0.01, was 0.001\), seed \(4, was 0\)"):
+        train(recipe(lr=0.01, seed=4), tmp_path, resume=True)
+    with pytest.raises(UsageError, match="already holds a run"):
+        train(recipe(), tmp_path)
+    with pytest.raises(DataError, match="nothing to resume"):
+        train(recipe(), tmp_path / "empty", resume=True)
+    (tmp_path / "state.pt").write_bytes(b"not a state")
+    with pytest.raises(DataError, match="cannot be read"):
+        train(recipe(), tmp_path, resume=True)
+
+
+def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    step = DEFENSES["hm"].step
+
+    def breaks(learner, batch, inner, **params):
+        loss = step(learner, batch, inner, **params)
+        return loss * math.nan if batch.iteration >= 4 else loss
+
+    monkeypatch.setattr(training, "DEFENSES", {"hm": training.DEFENSES["hm"].__class__(breaks, "breaks")})
+    monkeypatch.setattr(type(training.DEFENSES["hm"]), "parameters", lambda self, given: {})
+    with pytest.raises(TrainingFailed, match=r"not a number .* of step 3, is kept"):
+        train(recipe(), tmp_path)
+    assert all(bool(torch.isfinite(v).all()) for v in load_file(tmp_path / "last.safetensors").values())
+    assert [row["iteration"] for row in log_of(tmp_path)] == ["3"]
+    assert not (tmp_path / "checkpoint.json").exists()
+
+
+def collapsing(tmp_path: Path, **options):
+    """min-max with a ball of the whole range and a large learning rate collapses at once."""
+    changes = {"eps": "255/255", "step": "64/255", "steps": 8, "lr": 0.02, "iterations": 60, "check_every": 20}
+    return train(recipe("digits-smallcnn-triplet-min-max", **changes), tmp_path, **options)
+
+
+def test_collapse_ends_the_run_unless_allowed(tmp_path: Path) -> None:
+    with pytest.raises(TrainingFailed, match=r"collapsed by step .* --allow-collapse"):
+        collapsing(tmp_path / "a")
+    done = collapsing(tmp_path / "b", allow_collapse=True)
+    assert done.progress[-1].iteration == 60 and done.progress[-1].spread < training.COLLAPSE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["digits-smallcnn-triplet-hm-lgo"], 2, "did you mean 'digits-smallcnn-triplet-hm-lga'"),
+        (["missing.toml"], 2, "does not exist"),
+        ([HM, "--defense", "hmm"], 2, "did you mean 'hm'"),
+        ([HM, "--set", "defense_params.source=X"], 2, "unknown sampling 'X'"),
+        ([HM, "--set", "grups=3"], 2, "did you mean 'groups'"),
+        ([HM, "--set", "groups=1"], 2, "groups"),
+        ([HM, "--set", "groups"], 2, "KEY=VALUE"),
+        ([HM, "--set", "loss=proxy-anchor"], 2, "needs the loss triplet"),
+        ([HM, "--set", "arch_kwargs.depth=3"], 2, "depth"),
+        ([HM, "--defense", "eat", "--set", "loss=proxy-anchor"], 2, "defence"),
+        ([HM, "--set", "eps=9"], 2, "outside [0, 1]"),
+        ([HM, "--device", "gpu"], 2, "gpu"),
+        ([], 2, "name a RECIPE"),
+        (["--defense", "act", "--dataset", "digits"], 2, "--arch"),
+        ([HM, "--resume"], 4, "nothing to resume"),
+        ([HM, "--set", "per_class=500"], 4, "needs 500 per class"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+    _, err = command(capsys, "train", *arguments, "--out", tmp_path / "r", code=code)
+    assert message in err and len(err.strip().splitlines()) == 1
+
+
+def test_out_is_needed_and_must_be_writable(capsys, tmp_path: Path) -> None:
+    assert "--out is needed" in command(capsys, "train", HM, code=2)[1]
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in command(capsys, "train", HM, "--out", tmp_path / "file" / "r", code=4)[1]
+
+
+def test_the_installed_command_trains_a_packaged_recipe(run, tmp_path: Path) -> None:
+    small = [f"--set={k}={json.dumps(v)}" for k, v in SMALL.items()]
+    done = run("train", HM, *small, "--out", tmp_path / "r")
+    assert done.out.startswith(f"{HM}: 6 steps") and (tmp_path / "r" / "last.safetensors").exists()
+
+
+def test_recipes_extend_each_other(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text('dataset = "digits"\narch = "smallcnn"\nlr = 0.5\nseed = 3\n')
+    (tmp_path / "mine.toml").write_text('extends = "base"\nlr = 0.25\n')
+    found = load_recipe(str(tmp_path / "mine.toml"))
+    assert (found.id, found.lr, found.seed) == ("mine", 0.25, 3)
+    (tmp_path / "loop.toml").write_text('extends = "loop"\n')
+    with pytest.raises(DataError, match="extends itself"):
+        load_recipe(str(tmp_path / "loop.toml"))
+    (tmp_path / "broken.toml").write_text("dataset = ")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_recipe(str(tmp_path / "broken.toml"))
+
+
+def test_schedules() -> None:
+    table = {"id": "x", "dataset": "digits", "arch": "smallcnn", "iterations": 100}
+    cosine = make_recipe({**table, "schedule": "cosine"}, "x")
+    assert [learning_rate(cosine, i) for i in (0, 50, 100)] == pytest.approx([1.0, 0.5, 0.0])
+    stairs = make_recipe({**table, "schedule": "step", "step_every": 40, "step_factor": 0.5}, "x")
+    assert [learning_rate(stairs, i) for i in (0, 39, 40, 80)] == [1.0, 1.0, 0.5, 0.25]
+    assert learning_rate(make_recipe(table, "x"), 99) == 1.0
+
+
+def test_margins_by_hand() -> None:
+    e = DISTANCES["N"].finish(Rng(2, torch.arange(6)).normal(3))
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    found = margins(Embedder(torch.nn.Flatten(), (1, 1, 3)), e, labels, e)
+    for i in range(6):
+        d = [math.dist(e[i].tolist(), e[j].tolist()) for j in range(6)]
+        same = min(d[j] for j in range(6) if j != i and labels[j] == labels[i])
+        other = min(d[j] for j in range(6) if labels[j] != labels[i])
+        assert found[i].item() == pytest.approx(other - same, abs=1e-5)
+
+
+def test_register_adds_and_replaces(capsys, tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "r")
+    registry = tmp_path / "checkpoints.json"
+    registry.write_text('{"schema_version": 1, "checkpoints": {}}')
+    options = ["register", tmp_path / "r", "--registry", registry, "--weights", tmp_path / "w"]
+    assert HM in command(capsys, *options)[0]
+    held = json.loads(registry.read_text())["checkpoints"][HM]
+    assert held["files"][0]["bytes"] == (tmp_path / "w" / f"{HM}.safetensors").stat().st_size
+    assert "--replace" in command(capsys, *options, code=2)[1]
+    register(tmp_path / "r", registry, tmp_path / "w", url="https://example.org/{name}", replace=True)
+    assert json.loads(registry.read_text())["checkpoints"][HM]["files"][0]["url"].endswith(f"/{HM}.safetensors")
+    name, entry = read_entry(tmp_path / "r")
+    assert verified(tmp_path / "w" / f"{name}.safetensors", entry.files[0])
+    (tmp_path / "r" / "last.safetensors").write_bytes(b"short")
+    with pytest.raises(DataError, match="truncated"):
+        register(tmp_path / "r", registry, tmp_path / "w", replace=True)
+    with pytest.raises(DataError, match="not a finished training run"):
+        register(tmp_path / "nowhere", registry, tmp_path / "w")
+
+
+def test_two_processes_learn_one_model(tmp_path: Path) -> None:
+    """torchrun with two CPU processes: the same weights as averaging both processes' gradients by hand."""
+    small = [f"--set={k}={json.dumps(v)}" for k, v in {**SMALL, "iterations": 3}.items()]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dmlbench", "train", HM]
+    done = subprocess.run(
+        [sys.executable, *launch, *small, "--device", "cpu", "--out", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(training.__file__).parent.parent)},
+    )
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "two" / "last.safetensors")
+
+    r = recipe(iterations=3)
+    data = load_dataset("digits", "train")
+    labels = np.unique(data.labels, return_inverse=True)[1].astype(np.int64)
+    learner = training.make_learner(r, data)
+    optimizer = torch.optim.Adam(learner.embedder.parameters(), r.lr)
+    streams = [list(training.batches(r, data, labels, torch.device("cpu"), rank, 0)) for rank in range(2)]
+    entry = DEFENSES["hm"]
+    for pair in zip(*streams, strict=True):
+        optimizer.zero_grad()
+        before, after = learner.previous.clone(), []
+        for batch in pair:
+            learner.previous = before.clone()
+            (entry.step(learner, batch, training.Inner(r.threat), **entry.parameters(r.defense_params)) / 2).backward()
+            after.append(learner.previous)
+        learner.previous = (after[0] + after[1]) / 2
+        optimizer.step()
+    for key, value in learner.embedder.network.state_dict().items():
+        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-4)

@@ -2,9 +2,14 @@
 
 import csv
 import io
+import json
+import shutil
 import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -12,8 +17,11 @@ from synthetic import evaluation
 
 from dmlbench.errors import DataError
 from dmlbench.leaderboard import COLUMNS, PARTS, Row, add_row, from_csv, from_evaluation, rank, to_csv
+from dmlbench.leaderboard.build import board_folder, differences, rows_of
 from dmlbench.protocol import load_protocol
-from dmlbench.results import Flag
+from dmlbench.results import Flag, Measurement
+from dmlbench.submission.rerun import Verification
+from dmlbench.submission.static import open_bundle
 
 
 def row(model="m", ers=50.0, lo=None, hi=None, **more):
@@ -93,6 +101,7 @@ def test_ranks_are_the_connected_intervals(values):
     for r in rows:
         better = [o for o in rows if o.model not in groups[r.model] and o.ers > r.ers]
         assert r.rank == 1 + len(better)
+        assert r.surely_behind == sum(o.ers_lo > r.ers_hi for o in rows)
         assert {o.model for o in rows if o.tie_group == r.tie_group} == groups[r.model]
     assert [r.ers for r in rows] == sorted((r.ers for r in rows), reverse=True)
     assert sorted({r.tie_group for r in rows}) == list(range(1, len({r.tie_group for r in rows}) + 1))
@@ -209,3 +218,247 @@ def test_two_writers_lose_no_row(tmp_path):
     for t in threads:
         t.join()
     assert sorted(r.model for r in from_csv(path)) == [f"m{i}" for i in range(8)]
+
+
+# --- the board from its submissions ---------------------------------------------------------------------
+
+BOARD = Path(__file__).resolve().parent.parent / "leaderboard"
+
+
+@pytest.fixture
+def board(tmp_path):
+    """A copy of the committed board."""
+    if not BOARD.is_dir():
+        pytest.skip("the board lies in the repository, which is not at hand")
+    shutil.copytree(BOARD, tmp_path / "leaderboard")
+    return tmp_path / "leaderboard"
+
+
+def test_the_committed_board_is_what_the_submissions_give():
+    if not BOARD.is_dir():
+        pytest.skip("the board lies in the repository, which is not at hand")
+    assert differences(BOARD) == []
+
+
+def test_every_printed_number_of_the_102_published_rows_is_on_the_board():
+    published = list(csv.DictReader(io.StringIO(reference("published_ers_cvpr2022.csv").read_text())))
+    rows = [r for r in rows_of(board_folder()) if r.submission == "claimed-zhou-2022-cvpr"]
+    assert len(rows) == len(published) == 102
+    names = {"R@1": "recall_at_1", "R@2": "recall_at_2", "mAP": "map", "NMI": "nmi", "ERS": "ers"}
+    names |= {part: f"{column}_raw" for part, column in PARTS.items()}
+    for row, printed in zip(rows, published, strict=True):
+        assert {k: getattr(row, v) for k, v in names.items()} == {k: float(printed[k]) for k in names}
+        assert printed["dataset"].startswith(row.dataset) and row.status == "claimed" and "CVPR 2022" in row.source
+        scores = [getattr(row, f"{c}_score") for c in PARTS.values()]
+        assert sum(scores) / 10 == pytest.approx(row.ers, abs=0.11)  # parts are printed rounded
+        assert row.rank is None and row.protocol_sha256 is None
+
+
+def test_build_writes_what_differs_and_check_finds_it(typed, board):
+    csv_file = board / "ers-digits" / "digits.csv"
+    good = csv_file.read_bytes()
+    assert "up to date" in typed("leaderboard", "build", "--check", "--board", board).out
+    csv_file.write_bytes(good.replace(b"reproduced", b"verified", 1))
+    (board / "ers-28").mkdir()
+    (board / "ers-28" / "mnist.csv").write_bytes(good)
+    (board / "ers-28-published" / "mnist.csv").unlink()
+    done = typed("leaderboard", "build", "--check", "--board", board, code=1)
+    assert "ers-digits/digits.csv differs from line 2 on" in done.out
+    assert (
+        "ers-28/mnist.csv comes from no submission" in done.out and "ers-28-published/mnist.csv is missing" in done.out
+    )
+    assert "3 files changed" in typed("leaderboard", "build", "--board", board).out
+    assert csv_file.read_bytes() == good and not (board / "ers-28" / "mnist.csv").exists()
+    typed("leaderboard", "build", "--check", "--board", board)
+
+
+def mine(board):
+    return board / "submissions" / "digits-smallcnn-triplet-none-ers-digits"
+
+
+def verification(board, agreed, sha256=None):
+    record = Verification(
+        bundle_sha256=sha256 or open_bundle(mine(board)).bundle.sha256,
+        agreed=agreed, ers_stated=1.0, ers_measured=1.0, dmlbench="0", torch="0", device="cpu", date="2026-01-01",
+    )  # fmt: skip
+    (mine(board) / "verification.json").write_text(record.model_dump_json())
+
+
+def statuses(board):
+    return {r.model: r.status for r in rows_of(board) if r.dataset == "digits"}
+
+
+def test_what_stands_behind_a_row(board, tmp_path, monkeypatch):
+    name = "digits-smallcnn-triplet-none"
+    assert statuses(board)[name] == "reproduced"
+    verification(board, True)
+    assert statuses(board)[name] == "verified"
+    verification(board, False)
+    assert statuses(board)[name] == "disputed"
+    verification(board, True, "0" * 64)
+    with pytest.raises(DataError, match="speaks of another bundle"):
+        rows_of(board)
+    (mine(board) / "verification.json").write_text("[]")
+    with pytest.raises(DataError, match=r"verification\.json"):
+        rows_of(board)
+    (mine(board) / "verification.json").unlink()
+
+    registry = json.loads((BOARD.parent / "checkpoints.json").read_text())
+    registry["checkpoints"][name] |= {"status": "retracted", "reason": "a test"}
+    (tmp_path / "c.json").write_text(json.dumps(registry))
+    monkeypatch.setenv("DMLBENCH_CHECKPOINTS", str(tmp_path / "c.json"))
+    assert statuses(board)[name] == "retracted"
+    monkeypatch.delenv("DMLBENCH_CHECKPOINTS")
+
+    rules = load_protocol("ers-digits").model_copy(update={"superseded_by": "ers-digits-2"})
+    monkeypatch.setattr(
+        "dmlbench.leaderboard.build.load_protocol", lambda n: rules if n == "ers-digits" else load_protocol(n)
+    )
+    assert set(statuses(board).values()) == {"stale"}
+    digits = [r for r in rank(rows_of(board)) if r.dataset == "digits"]
+    assert {r.rank for r in digits} == {None}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda b: (b / "submissions" / "readme.txt").write_text("x"), "is no folder"),
+        (lambda b: (mine(b) / "setup.py").write_text("x"), "is not a file of a bundle"),
+        (lambda b: (mine(b) / "run" / "per_query.npz").write_bytes(b"x"), "where the manifest says"),
+        (lambda b: shutil.copytree(mine(b), b / "submissions" / "again"), "is already in"),
+        (lambda b: claim(b, "claimed", "reproduced"), "must have status claimed"),
+        (lambda b: claim(b, "README of", "=README of"), "spreadsheet"),
+        (lambda b: claim(b, "ers-28-published", "ers-29-published"), "unknown protocol 'ers-29-published'"),
+        (lambda b: claim(b, ",84.7,", ",184.7,"), "column nmi"),
+    ],
+)
+def test_a_board_that_cannot_be_built(typed, board, spoil, says):
+    spoil(board)
+    done = typed("leaderboard", "build", "--board", board, code=4)
+    assert says in done.err and len(done.err.strip().splitlines()) == 1
+
+
+def claim(board, old, new):
+    path = board / "submissions" / "claimed-robrank-readme" / "claims.csv"
+    path.write_text(path.read_text().replace(old, new))
+
+
+# --- show -----------------------------------------------------------------------------------------------
+
+
+def test_show_works_from_any_folder(run):
+    done = run("leaderboard", "show", "--filter", "dataset=digits", "--columns", "model,ers,status", "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(done.out)))
+    assert {r["status"] for r in rows} <= {"reproduced", "verified"} and len(rows) >= 5
+    assert [float(r["ers"]) for r in rows] == sorted((float(r["ers"]) for r in rows), reverse=True)
+
+
+@pytest.fixture
+def file(tmp_path):
+    rows = [
+        row("a_b", 50.0, 45.0, 55.0, recall_at_1=60.0, defense="hm & ics"),
+        row("b", 40.0, recall_at_1=80.0, defense="act | 8"),
+        row("c", 30.0, status="claimed", defense="EST_50%"),
+    ]
+    (tmp_path / "f.csv").write_bytes(to_csv(rank(rows)))
+    return "f.csv"
+
+
+@pytest.mark.parametrize(
+    ("options", "models"),
+    [
+        ([], "a_b b c"),
+        (["--filter", "ers>=40"], "a_b b"),
+        (["--filter", "ers<50", "--filter", "ers>30"], "b"),
+        (["--filter", "status=claimed"], "c"),
+        (["--filter", "status!=claimed"], "a_b b"),
+        (["--filter", "recall_at_1>0"], "a_b b"),
+        (["--filter", "recall_at_1!=60"], "b c"),
+        (["--filter", "defense~EST"], "c"),
+        (["--sort", "-recall_at_1"], "b a_b c"),
+        (["--sort", "recall_at_1"], "a_b b c"),
+        (["--sort", "status,-ers"], "c a_b b"),
+        (["--filter", "model=nothing"], ""),
+    ],
+)
+def test_filters_and_sorting(typed, file, options, models):
+    done = typed("leaderboard", "show", "--csv", file, "--columns", "model", "--format", "csv", *options)
+    assert done.out.split() == ["model", *models.split()]
+
+
+def test_formats(typed, file):
+    base = ["leaderboard", "show", "--csv", file, "--columns", "model,defense,ers,recall_at_1"]
+    assert [line.split() for line in typed(*base).out.splitlines()][2] == ["a_b", "hm", "&", "ics", "50.0", "60.0"]
+    markdown = typed(*base, "--format", "md").out.splitlines()
+    assert markdown[1] == "| --- | --- | ---: | ---: |" and markdown[2] == r"| a\_b | hm & ics | 50.0 | 60.0 |"
+    assert r"act \| 8" in markdown[3]
+    assert typed(*base, "--json").json[2] == {"model": "c", "defense": "EST_50%", "ers": 30.0, "recall_at_1": None}
+    latex = typed(*base, "--format", "latex").out
+    assert r"\begin{tabular}{llrr}" in latex and r"a\_b & hm \& ics & 50.0 & 60.0 \\" in latex and r"EST\_50\%" in latex
+    assert len(
+        typed("leaderboard", "show", "--csv", file, "--columns", "all", "--format", "csv").out.split("\n")[0].split(",")
+    ) == len(COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--columns", "erz"], 2, "unknown column 'erz'; did you mean 'ers'"),
+        (["--sort", "-erz"], 2, "did you mean 'ers'"),
+        (["--filter", "erz>1"], 2, "did you mean 'ers'"),
+        (["--filter", "ers>many"], 2, "ers holds numbers"),
+        (["--filter", "ers"], 2, "COLUMN OPERATOR VALUE"),
+        (["--format", "xml"], 2, "xml"),
+        (["--csv", "none.csv"], 4, "cannot be read"),
+        (["--board", "nowhere"], 4, "holds no board"),
+    ],
+)
+def test_show_refuses(typed, file, options, code, says):
+    done = typed(
+        "leaderboard",
+        "show",
+        *(["--csv", file] if "--csv" not in options and "--board" not in options else []),
+        *options,
+        code=code,
+    )
+    assert says in done.err and len(done.err.strip().splitlines()) == 1
+
+
+def test_strict_and_clustering_fill_their_columns():
+    arrays = {"query": np.arange(40), "label": np.arange(40) % 4, "benign/recall_at_1": np.full(40, 100.0)}
+    arrays |= {
+        "strict@10/255/value": np.where(np.arange(40) < 30, 100.0, 0.0),
+        "strict@40/255/value": np.where(np.arange(40) < 10, 100.0, 0.0),
+    }
+    parts = [
+        Measurement(component=f"strict@{eps}", attack="strict", optimizer="o", readout="recall_at_1", better="higher", value=v, score=v, interval=(v - 5, v + 5), n=40)
+        for eps, v in (("10/255", 75.0), ("40/255", 25.0))
+    ]  # fmt: skip
+    curve = [{"eps": "10/255", "recall_at_1": 75.0}, {"eps": "40/255", "recall_at_1": 25.0}]
+    area = (10 * (100 + 75) / 2 + 30 * (75 + 25) / 2) / 40
+    e = evaluation().model_copy(
+        update={
+            "ers": None,
+            "ers_interval": None,
+            "measurements": tuple(parts),
+            "extras": {"strict": {"curve": curve, "area": area}},
+        }
+    )
+    e._arrays.clear()
+    r = from_evaluation(e.with_arrays(arrays))
+    assert (r.worst_case_recall_at_1, r.worst_case_recall_at_1_lo, r.worst_case_area) == (
+        25.0,
+        20.0,
+        pytest.approx(area, abs=1e-4),
+    )
+    assert r.worst_case_area_lo < area < r.worst_case_area_hi and r.headline == r.worst_case_area
+    worst = [
+        {"eps": "8/255", "labelled": True, "nmi": 40.0, "ami": 30.0},
+        {"eps": "8/255", "labelled": False, "nmi": 50.0, "ami": 45.0},
+    ]
+    e = evaluation(extras={"clustering": {"clean": {"nmi": 70.0, "ami": 60.0}, "worst": worst}}).model_copy(
+        update={"ers": None, "measurements": (parts[0],)}
+    )
+    r = from_evaluation(e)
+    assert (r.clustering_nmi, r.clustering_nmi_attacked, r.clustering_ami_attacked) == (70.0, 40.0, 30.0)
+    assert r.headline == 30.0

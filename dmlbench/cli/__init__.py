@@ -27,6 +27,7 @@ VERBS = {
     "attacks": "list and show attacks",
     "protocols": "list and show protocols",
     "compare": "the CI gate: is one result worse than another?",
+    "leaderboard": "show the board, build it and its site",
     "submit": "make a bundle to submit",
     "validate": "check a bundle, level 0 to 4",
     "verify": "measure a bundle again, in full",

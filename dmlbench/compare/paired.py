@@ -15,6 +15,7 @@ from scipy import sparse
 
 from dmlbench.errors import DataError, NotComparable
 from dmlbench.intervals import DRAWS, LEVEL, cluster_bootstrap, stretched
+from dmlbench.leaderboard.row import extra_numbers
 from dmlbench.results import Evaluation
 
 Ends = tuple[float, float] | None
@@ -108,10 +109,8 @@ def pair(
         if name in base.benign:
             interval = nmi_interval(base, candidate, i, j, seed, draws) if name == "nmi" else None
             out.append(Paired(name, False, base.benign[name], candidate.benign.get(name), interval))
-    for name, value in base.extras.items():
-        if isinstance(value, float) and f"{name}/value" not in base.arrays:
-            other = candidate.extras.get(name)
-            out.append(Paired(name, False, value, other if isinstance(other, float) else None, None))
+    other = extra_numbers(candidate)
+    out += [Paired(name, False, value, other.get(name), None) for name, value in extra_numbers(base).items()]
     return out
 
 

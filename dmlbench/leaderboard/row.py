@@ -8,10 +8,14 @@ browser would read as HTML is refused, so a cell can be shown anywhere.
 import re
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from dmlbench.checkpoints import Checkpoint, checkpoints
+from dmlbench.intervals import cluster_bootstrap
+from dmlbench.protocol import load_protocol, protocol_names
 from dmlbench.results import Evaluation
+from dmlbench.threat import length
 
 SCHEMA = 1
 
@@ -129,6 +133,10 @@ class Row(BaseModel):
     worst_case_recall_at_1: Percent | None = None
     worst_case_recall_at_1_lo: float | None = None
     worst_case_recall_at_1_hi: float | None = None
+    worst_case_area: Percent | None = None
+    """mean height of the curve of worst-case R@1 from eps 0 to the largest"""
+    worst_case_area_lo: float | None = None
+    worst_case_area_hi: float | None = None
     clustering_nmi: Percent | None = None
     clustering_nmi_attacked: Percent | None = None
     clustering_ami: float | None = None
@@ -143,6 +151,8 @@ class Row(BaseModel):
     """why this is not a full result; such a row has no rank and replaces no full one"""
     rank: Annotated[int, Field(ge=1)] | None = None
     tie_group: Annotated[int, Field(ge=1)] | None = None
+    surely_behind: Count | None = None
+    """how many ranked rows have an interval that lies wholly above this one's"""
     n_queries: Count | None = None
     n_gallery: Count | None = None
     seed: Count | None = None
@@ -160,19 +170,20 @@ class Row(BaseModel):
 
     @property
     def headline(self) -> float | None:
-        """What rows are ranked by: ERS, or worst-case R@1 under a protocol without one."""
-        return self.ers if self.ers is not None else self.worst_case_recall_at_1
+        """What rows are ranked by: ERS; under a protocol without one the area of the worst-case curve, or
+        AMI of the attacked clusters."""
+        return next((getattr(self, n) for n in HEADLINES if getattr(self, n) is not None), None)
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """The interval of :attr:`headline`."""
-        ends = (
-            (self.ers_lo, self.ers_hi)
-            if self.ers is not None
-            else (self.worst_case_recall_at_1_lo, self.worst_case_recall_at_1_hi)
-        )
-        return None if ends[0] is None or ends[1] is None else (ends[0], ends[1])
+        name = next((n for n in HEADLINES if getattr(self, n) is not None), "")
+        low, high = getattr(self, f"{name}_lo", None), getattr(self, f"{name}_hi", None)
+        return None if low is None or high is None else (low, high)
 
+
+HEADLINES = ("ers", "worst_case_area", "clustering_ami_attacked")
+"""What a row is ranked by: the first of these that it has."""
 
 COLUMNS: tuple[str, ...] = tuple(Row.model_fields)
 """Every column, in the order of the CSV."""
@@ -183,14 +194,19 @@ def _neat(value: float | None, digits: int = 4) -> float | None:
 
 
 def _eps(evaluation: Evaluation) -> float | None:
-    """The protocol's radius on the [0, 1] scale, where the protocol is a packaged one."""
-    from dmlbench.protocol import load_protocol, protocol_names
-    from dmlbench.threat import length
-
+    """The protocol's radius on the [0, 1] scale, where the protocol is a packaged one; the largest of a grid."""
     if evaluation.protocol.name not in protocol_names():
         return None
+    if "strict" in evaluation.extras or "clustering" in evaluation.extras:
+        return length(evaluation.measurements[-1].component.rpartition("@")[2])
     eps = load_protocol(evaluation.protocol.name).threat.get("eps")
     return None if eps is None else length(eps)
+
+
+def defense_text(card: Checkpoint) -> str:
+    """The defence with its parameters, e.g. ``hm (source=S, ics=0.5)``."""
+    params = ", ".join(f"{key}={value}" for key, value in card.defense.params.items())
+    return f"{card.defense.name} ({params})" if params else card.defense.name
 
 
 def from_evaluation(
@@ -220,7 +236,7 @@ def from_evaluation(
         columns[name] = _neat(e.benign.get(name))
     scored = [(m.score, m.component) for m in e.measurements if m.score is not None]
     if card is not None:
-        columns |= {"arch": card.arch.builder, "loss": card.train.loss, "defense": card.defense.name}
+        columns |= {"arch": card.arch.builder, "loss": card.train.loss, "defense": defense_text(card)}
         columns["license"] = card.license
         if card.paper is not None:
             columns |= {"paper": card.paper.title, "paper_url": card.paper.url}
@@ -264,21 +280,47 @@ def from_evaluation(
 
 EXTRA_COLUMNS = (
     "worst_case_recall_at_1",
+    "worst_case_area",
     "clustering_nmi",
     "clustering_nmi_attacked",
     "clustering_ami",
     "clustering_ami_attacked",
 )
-"""Columns filled from :attr:`Evaluation.extras` under the same name, each optionally with ``<name>_interval``."""
+"""Numbers that protocols of kind strict and clustering give."""
+
+
+def extra_numbers(e: Evaluation) -> dict[str, float]:
+    """:data:`EXTRA_COLUMNS` of an evaluation, those that it has: at the largest eps of the grid, which is the
+    field's; clustering attacks that know the labels."""
+    found: dict[str, float] = {}
+    if strict := e.extras.get("strict"):
+        found["worst_case_recall_at_1"] = float(strict["curve"][-1]["recall_at_1"])
+        found["worst_case_area"] = float(strict["area"])
+    if clustering := e.extras.get("clustering"):
+        known = [row for row in clustering["worst"] if row["labelled"]]
+        for name in ("nmi", "ami"):
+            found[f"clustering_{name}"] = float(clustering["clean"][name])
+            found[f"clustering_{name}_attacked"] = float(known[-1][name])
+    return found
 
 
 def _extra_columns(e: Evaluation) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in EXTRA_COLUMNS:
-        value = e.extras.get(name)
-        if isinstance(value, int | float):
-            found[name] = _neat(float(value))
-        ends = e.extras.get(f"{name}_interval")
-        if ends is not None and f"{name}_lo" in COLUMNS:
-            found[f"{name}_lo"], found[f"{name}_hi"] = (_neat(float(v)) for v in ends)
+    found: dict[str, Any] = {name: _neat(value) for name, value in extra_numbers(e).items()}
+    if "worst_case_recall_at_1" in found:
+        ends = e.measurements[-1].interval
+        if ends is not None:
+            found["worst_case_recall_at_1_lo"], found["worst_case_recall_at_1_hi"] = map(_neat, ends)
+        if (ends := _area_interval(e)) is not None:
+            found["worst_case_area_lo"], found["worst_case_area_hi"] = map(_neat, ends)
     return found
+
+
+def _area_interval(e: Evaluation) -> tuple[float, float] | None:
+    """The area is linear in the outcomes, so each query has one of its own."""
+    names = [f"{m.component}/value" for m in e.measurements]
+    if not e.arrays or any(n not in e.arrays for n in ("benign/recall_at_1", "label", *names)):
+        return None
+    radii = np.array([0.0, *(length(m.component.rpartition("@")[2]) for m in e.measurements)])
+    curve = np.stack([e.arrays[n].astype(np.float64) for n in ("benign/recall_at_1", *names)], axis=1)
+    area = (np.diff(radii) * (curve[:, 1:] + curve[:, :-1]) / 2).sum(1) / radii[-1]
+    return cluster_bootstrap(area[:, None], e.arrays["label"]).mean

@@ -25,7 +25,8 @@ def rank(rows: Iterable[Row]) -> list[Row]:
     """The rows, best first, with rank and tie group.
 
     Rows whose intervals overlap, directly or through others, form one tie group and share its rank: 1
-    plus the number of ranked rows in better groups. Only full results that are reproduced or verified
+    plus the number of ranked rows in better groups. Such a chain can be long, so ``surely_behind`` counts
+    the rows that are better beyond doubt: whose interval lies wholly above. Only full results that are reproduced or verified
     are ranked; the others follow by their number, then those without one. An interval that is missing
     (one test class) ties with nothing but the same number.
     """
@@ -49,8 +50,9 @@ def rank(rows: Iterable[Row]) -> list[Row]:
         assigned[id(row)] = (place, group)
     for row in ranked:
         place, group = assigned[id(row)]
-        out.append(row.model_copy(update={"rank": place, "tie_group": group}))
-    return out + [r.model_copy(update={"rank": None, "tie_group": None}) for r in others]
+        behind = sum(_ends(other)[0] > _ends(row)[1] for other in ranked)
+        out.append(row.model_copy(update={"rank": place, "tie_group": group, "surely_behind": behind}))
+    return out + [r.model_copy(update={"rank": None, "tie_group": None, "surely_behind": None}) for r in others]
 
 
 def _has_rank(row: Row) -> bool:

@@ -49,14 +49,33 @@ MAY_BE_MISSING = ("recall_at_1",)
 
 
 @dataclass(frozen=True, eq=False)
-class Checked:
-    """A bundle that passed level 0."""
+class Opened:
+    """A bundle whose files are whole and of the right form."""
 
     bundle: Bundle
     submission: Submission
     evaluation: Evaluation
+
+
+@dataclass(frozen=True, eq=False)
+class Checked(Opened):
+    """A bundle that passed level 0."""
+
     protocol: Protocol
     row: Row
+
+
+def open_bundle(path: Path) -> Opened:
+    """The first half of level 0: names, sizes, hashes, forms.
+
+    Raises:
+        Refused: with what is wrong.
+    """
+    bundle = read_bundle(path)
+    submission = read_submission(bundle.files["submission.yaml"])
+    if problems := list(_weights_look(bundle)):
+        raise Refused(problems)
+    return Opened(bundle, submission, _evaluation(bundle))
 
 
 def check_static(path: Path, board: Path | None = None) -> Checked:
@@ -69,11 +88,8 @@ def check_static(path: Path, board: Path | None = None) -> Checked:
     Raises:
         Refused: with everything that was found wrong before going on made no sense.
     """
-    bundle = read_bundle(path)
-    submission = read_submission(bundle.files["submission.yaml"])
-    if problems := list(_weights_look(bundle)):
-        raise Refused(problems)
-    evaluation = _evaluation(bundle)
+    opened = open_bundle(path)
+    submission, evaluation = opened.submission, opened.evaluation
     rules = _protocol(evaluation)
     shapes = list(_shape_problems(evaluation, rules))
     problems = [*shapes, *_identity_problems(submission, evaluation)]
@@ -83,7 +99,7 @@ def check_static(path: Path, board: Path | None = None) -> Checked:
         problems += _repeats(submission, evaluation, board, path)
     if problems:
         raise Refused(problems)
-    return Checked(bundle, submission, evaluation, rules, _row(submission, evaluation))
+    return Checked(opened.bundle, submission, evaluation, rules, _row(submission, evaluation))
 
 
 def _row(submission: Submission, evaluation: Evaluation) -> Row:

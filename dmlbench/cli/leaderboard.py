@@ -1,0 +1,85 @@
+"""``dmlbench leaderboard``: show the board, build it from its submissions, and make its site."""
+
+from pathlib import Path
+
+import click
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_BOARD = click.option("--board", type=_FOLDER, help="Another folder leaderboard than the packaged one.")
+
+
+@click.group(epilog="Example: dmlbench leaderboard show --filter dataset=digits")
+def leaderboard() -> None:
+    """Show the board, build it from its submissions, and make its site."""
+
+
+@leaderboard.command(epilog="Example: dmlbench leaderboard show --filter 'ers>=40' --sort -recall_at_1 --format md")
+@click.option("--filter", "filters", multiple=True, help="E.g. 'ers>=40', 'status=verified', 'defense~hm'; repeatable.")
+@click.option("--sort", help="Columns, a minus before one for descending, e.g. -ers,model.")
+@click.option("--columns", help="Comma-separated, or 'all'.")
+@click.option(
+    "--format", "form", type=click.Choice(["table", "md", "csv", "json", "latex"]), help="By default a table."
+)
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+@click.option(
+    "--csv", "file", type=click.Path(path_type=Path, dir_okay=False), help="A CSV file of rows instead of the board."
+)
+@_BOARD
+def show(
+    filters: tuple[str, ...],
+    sort: str | None,
+    columns: str | None,
+    form: str | None,
+    as_json: bool,
+    file: Path | None,
+    board: Path | None,
+) -> None:
+    """Print rows of the board, of every protocol and data set unless filtered."""
+    from dmlbench.leaderboard.build import board_folder, load_boards
+    from dmlbench.leaderboard.row import COLUMNS
+    from dmlbench.leaderboard.show import DEFAULT_COLUMNS, FORMATS, column, select
+    from dmlbench.leaderboard.table import from_csv
+
+    boards = {str(file): from_csv(file)} if file else load_boards(board or board_folder())
+    rows = select([row for rows in boards.values() for row in rows], filters, sort)
+    if columns == "all":
+        chosen = list(COLUMNS)
+    elif columns:
+        chosen = [column(c.strip()) for c in columns.split(",") if c.strip()]
+    else:
+        several = len({(r.protocol, r.dataset) for r in rows}) > 1
+        chosen = [*(("protocol", "dataset") if several else ()), *DEFAULT_COLUMNS]
+    click.echo(FORMATS["json" if as_json else form or "table"](rows, chosen), nl=False)
+
+
+@leaderboard.command(epilog="Example: dmlbench leaderboard build --check")
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 where a committed file differs.")
+@click.option("--site", type=_FOLDER, help="Also write the static site into this folder.")
+@_BOARD
+def build(check: bool, site: Path | None, board: Path | None) -> int:
+    """Make the board's CSV files from its submissions."""
+    from dmlbench.errors import UsageError
+    from dmlbench.leaderboard.build import build as make
+    from dmlbench.leaderboard.build import differences, load_boards
+
+    folder = board or Path("leaderboard")
+    if not (folder / "submissions").is_dir():
+        raise UsageError(f"{folder} has no folder submissions: run this at the repository's root, or name --board")
+    if check:
+        found = differences(folder)
+        for line in found:
+            click.echo(f"differs: {line}")
+        click.echo(f"{folder}: {'run `dmlbench leaderboard build`' if found else 'up to date'}")
+        if found:
+            return 1
+    else:
+        changed = make(folder)
+        for name in changed:
+            click.echo(f"wrote {folder / name}")
+        click.echo(f"{folder}: {sum(map(len, load_boards(folder).values()))} rows, {len(changed)} files changed")
+    if site:
+        from dmlbench.site import write_site
+
+        pages = write_site(folder, site)
+        click.echo(f"{site}: {len(pages)} pages; open {site / 'index.html'}")
+    return 0

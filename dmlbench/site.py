@@ -8,8 +8,6 @@ import base64
 import hashlib
 import json
 import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from markupsafe import Markup
 
 from dmlbench.checkpoints import PACKAGE
 from dmlbench.leaderboard.build import CLAIMS, load_boards
-from dmlbench.leaderboard.row import COLUMNS, STATUSES, Row
+from dmlbench.leaderboard.row import COLUMNS, NUMBERS, STATUSES, Row
 from dmlbench.leaderboard.show import DEFAULT_COLUMNS
 from dmlbench.protocol import load_protocol, protocol_names
 from dmlbench.results import prepare_folder, write_whole
@@ -50,17 +48,6 @@ FIRST = ("rank", "surely_behind", "model", "defense", "recall_at_1", "ers", "cla
 SHOWN = {*DEFAULT_COLUMNS, "claim_gap"} - {"ers_lo", "ers_hi"}
 LEFT_OUT = ("protocol", "dataset", "schema_version")
 ORDER = (*FIRST, *(c for c in COLUMNS if c not in FIRST and c not in LEFT_OUT))
-NUMBERS = frozenset(
-    name
-    for name, field in Row.model_fields.items()
-    if any(
-        kind in (int, float) or typing.get_origin(kind) is typing.Annotated and kind.__origin__ in (int, float)
-        for kind in (
-            typing.get_args(field.annotation) if isinstance(field.annotation, types.UnionType) else (field.annotation,)
-        )
-    )
-)
-
 FLAGS = {
     "collapsed": "The embeddings are nearly constant. Nothing can be moved, so attack scores look high and say nothing about robustness.",
     "no-positive": "Some queries have no other image of their class in the gallery and are left out of recall.",
@@ -157,8 +144,8 @@ def _board(
     rows = [
         r.model_copy(update={"worst_case_recall_at_1": worst.get(r.model)}) if r.ers is not None else r for r in rows
     ]
-    columns = [{"name": c, "title": TITLES.get(c, c), "shown": _shown(c, rows), "number": c in NUMBERS} for c in ORDER]
-    shown = {c["name"] for c in columns if c["shown"]}
+    shown = {c for c in ORDER if _shown(c, rows)}
+    columns = [{"name": c, "title": TITLES.get(c, c), "shown": c in shown, "number": c in NUMBERS} for c in ORDER]
     return {
         "protocol": protocol,
         "dataset": dataset,

@@ -188,6 +188,13 @@ HEADLINES = ("ers", "worst_case_area", "clustering_ami_attacked")
 COLUMNS: tuple[str, ...] = tuple(Row.model_fields)
 """Every column, in the order of the CSV."""
 
+NUMBERS = frozenset(
+    name
+    for name, spec in Row.model_json_schema()["properties"].items()
+    if {"number", "integer"} & {kind.get("type") for kind in (spec, *spec.get("anyOf", ()))}
+)
+"""The columns that hold numbers."""
+
 
 def _neat(value: float | None, digits: int = 4) -> float | None:
     return None if value is None else round(value, digits)

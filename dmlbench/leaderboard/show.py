@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dmlbench.errors import UsageError
-from dmlbench.leaderboard.row import COLUMNS, Row
+from dmlbench.leaderboard.row import COLUMNS, NUMBERS, Row
 from dmlbench.registry import Registry, suggest
 
 DEFAULT_COLUMNS = (
@@ -58,9 +58,8 @@ def parse_filter(text: str) -> Callable[[Row], bool]:
         )
     name, sign, wanted = column(found[1]), found[2], found[3]
     compare = OPERATORS[sign]
-    numeric = re.search(r"float|int", str(Row.model_fields[name].annotation)) is not None
     number: float | None = None
-    if numeric and sign != "~":
+    if name in NUMBERS and sign != "~":
         try:
             number = float(wanted)
         except ValueError:

@@ -41,6 +41,8 @@ QUICK_QUERIES = 256
 QUICK_STEPS = 8
 COLLAPSE = 0.02
 """A model whose embeddings are on average nearer than this share of their length has collapsed."""
+COLLAPSE_FROM = 100
+"""Untrained networks embed everything alike too: collapse is looked for from this step on."""
 
 
 class TrainingFailed(DataError):
@@ -365,7 +367,8 @@ def train(
         row = Progress(done, mean, benign, attacked, spread, recipe.lr * factor, round(time.monotonic() - began, 1))
         rows.append(row)
         report(row)
-        collapsed = collapsed + 1 if not spread >= COLLAPSE else 0
+        rising = len(rows) > 1 and spread > 1.1 * rows[-2].spread
+        collapsed = collapsed + 1 if not spread >= COLLAPSE and done >= COLLAPSE_FROM and not rising else 0
         if world.leads:
             write_weights(folder / "last.safetensors", learner.embedder.network)
             if benign + attacked > best:

@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(tmp_path: Pa
 
 def collapsing(tmp_path: Path, **options):
     """min-max with a ball of the whole range and a large learning rate collapses at once."""
-    changes = {"eps": "255/255", "step": "64/255", "steps": 8, "lr": 0.02, "iterations": 60, "check_every": 20}
+    changes = {"eps": "255/255", "step": "64/255", "steps": 8, "lr": 0.02, "iterations": 160, "check_every": 40}
     return train(recipe("digits-smallcnn-triplet-min-max", **changes), tmp_path, **options)
 
 
@@ -151,7 +151,7 @@ def test_collapse_ends_the_run_unless_allowed(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailed, match=r"collapsed by step .* --allow-collapse"):
         collapsing(tmp_path / "a")
     done = collapsing(tmp_path / "b", allow_collapse=True)
-    assert done.progress[-1].iteration == 60 and done.progress[-1].spread < training.COLLAPSE
+    assert done.progress[-1].iteration == 160 and done.progress[-1].spread < training.COLLAPSE
 
 
 @pytest.mark.parametrize(

@@ -46,35 +46,35 @@ def test_the_table_shows_every_part_and_ers(first_run) -> None:
     assert e.partial == () and e.environment.argv[:2] == ("dmlbench", "evaluate") and e.model.weights_sha256
 
 
-def test_the_csv_has_the_row_and_a_second_run_replaces_it(first_run, run) -> None:
+def test_the_csv_has_the_row_and_a_second_run_replaces_it(first_run, typed) -> None:
     folder, _ = first_run
     import pandas as pd
 
     before = pd.read_csv(folder / "board.csv")
     assert len(before) == 1
     assert float(before["ers"].iloc[0]) == pytest.approx(load(folder / "run").ers, abs=0.01)
-    refused = run("evaluate", "--model", DEFAULT, "--limit", "9", "--csv", folder / "board.csv", code=4)
+    refused = typed("evaluate", "--model", DEFAULT, "--limit", "9", "--csv", folder / "board.csv", code=4)
     assert "partial" in refused.err
     pd.testing.assert_frame_equal(pd.read_csv(folder / "board.csv"), before)
 
 
-def test_json_is_the_record(run) -> None:
-    done = run("evaluate", "--model", DEFAULT, "--limit", "16", "--attacks", "GTM,CA−", "--json")
+def test_json_is_the_record(typed) -> None:
+    done = typed("evaluate", "--model", DEFAULT, "--limit", "16", "--attacks", "GTM,CA−", "--json")
     record = done.json
     assert record["ers"] is None and record["partial"] == ["--limit 16", "--attacks GTM,CA-"]
     assert [m["component"] for m in record["measurements"]] == ["GTM", "CA-"]
     assert record["protocol"]["name"] == "ers-digits" and len(record["protocol"]["sha256"]) == 64
 
 
-def test_a_partial_table_never_shows_an_ers(run) -> None:
-    done = run("evaluate", "--model", DEFAULT, "--limit", "16", "--attacks", "GTM")
+def test_a_partial_table_never_shows_an_ers(typed) -> None:
+    done = typed("evaluate", "--model", DEFAULT, "--limit", "16", "--attacks", "GTM")
     assert "ERS –" in done.out and "partial" in done.out
-    limited = run("evaluate", "--model", DEFAULT, "--limit", "16")
+    limited = typed("evaluate", "--model", DEFAULT, "--limit", "16")
     assert "(partial: --limit 16)" in limited.out
 
 
-def test_plan_does_nothing_but_plan(run, tmp_path: Path) -> None:
-    done = run("evaluate", "--model", DEFAULT, "--plan", "--json", "--out", "nowhere")
+def test_plan_does_nothing_but_plan(typed, tmp_path: Path) -> None:
+    done = typed("evaluate", "--model", DEFAULT, "--plan", "--json", "--out", "nowhere")
     plan = done.json
     rows = plan if isinstance(plan, list) else plan["searches"]
     assert {"ES:D ES:R", "GTT"} <= {row["id"] for row in rows}
@@ -82,21 +82,21 @@ def test_plan_does_nothing_but_plan(run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["models", "datasets", "attacks", "protocols"])
-def test_lists_and_shows(run, kind: str) -> None:
-    items = run(kind, "list", "--json").json
+def test_lists_and_shows(typed, kind: str) -> None:
+    items = typed(kind, "list", "--json").json
     assert items and all("id" in item for item in items)
     first = items[0]["id"]
-    assert first in run(kind, "list").out
-    assert run(kind, "show", first, "--json").json["id"] == first
-    wrong = run(kind, "show", first[:-1] + "~", code=2)
+    assert first in typed(kind, "list").out
+    assert typed(kind, "show", first, "--json").json["id"] == first
+    wrong = typed(kind, "show", first[:-1] + "~", code=2)
     assert "unknown" in wrong.err and wrong.err.count("\n") == 1
 
 
-def test_help_has_an_example(run) -> None:
+def test_help_has_an_example(typed) -> None:
     from dmlbench.cli import VERBS
 
     for verb in VERBS:
-        assert "dmlbench" in run(verb, "--help").out and "xample" in run(verb, "--help").out, verb
+        assert "dmlbench" in typed(verb, "--help").out and "xample" in typed(verb, "--help").out, verb
 
 
 BAD = [
@@ -115,17 +115,17 @@ BAD = [
 
 
 @pytest.mark.parametrize(("args", "code", "words"), BAD, ids=[" ".join(b[0][-2:]) for b in BAD])
-def test_bad_input_is_one_line_and_an_exit_code(run, args: list[str], code: int, words: str) -> None:
-    done = run(*args, code=code)
+def test_bad_input_is_one_line_and_an_exit_code(typed, args: list[str], code: int, words: str) -> None:
+    done = typed(*args, code=code)
     assert words in done.err and done.err.strip().count("\n") == 0 and done.out == ""
 
 
-def test_cuda_where_there_is_none(run) -> None:
+def test_cuda_where_there_is_none(typed) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    assert "0 CUDA devices" in run("evaluate", "--model", DEFAULT, "--device", "cuda", code=2).err
+    assert "0 CUDA devices" in typed("evaluate", "--model", DEFAULT, "--device", "cuda", code=2).err
 
 
 def test_debug_shows_the_traceback(run) -> None:
@@ -199,8 +199,8 @@ def _other_weights(path: Path, entry: dict) -> None:
         (_other_weights, "probe"),
     ],
 )
-def test_weights_that_are_not_what_they_claim(run, altered, change, words: str) -> None:
-    done = run("evaluate", "--model", DEFAULT, env=altered(change), code=4)
+def test_weights_that_are_not_what_they_claim(typed, altered, change, words: str) -> None:
+    done = typed("evaluate", "--model", DEFAULT, env=altered(change), code=4)
     assert words in done.err and done.err.strip().count("\n") == 0
 
 

@@ -55,6 +55,9 @@ class Arch(_Record):
 class File(_Record):
     """One weights file: ``path`` inside the package's ``weights`` folder, or addresses in order.
 
+    An address that begins with ``{base}/`` is looked for where ``DMLBENCH_CHECKPOINT_BASE`` says (an
+    address or a folder), else in the repository's ``checkpoints`` folder.
+
     ``manual`` says how to get a file that cannot be fetched by a program.
     """
 
@@ -221,12 +224,3 @@ def verified(path: Path, file: File) -> Path:
     if file.sha256 is not None and (found := sha256_of(path)) != file.sha256:
         raise DataError(f"weights file {path} has sha256 {found[:12]}… where the registry says {file.sha256[:12]}…")
     return path
-
-
-def weights_path(name: str, entry: Checkpoint) -> Path:
-    """Where the weights of a registered model lie on this machine, verified."""
-    for file in entry.files:
-        if file.path is not None:
-            return verified(PACKAGE / "weights" / file.path, file)
-    how = next((f.manual for f in entry.files if f.manual), "no file is registered")
-    raise DataError(f"model {name!r} has no file that can be loaded: {how}")

@@ -21,9 +21,10 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from dmlbench.checkpoints import Checkpoint, checkpoint, checkpoints, sha256_of, weights_path
+from dmlbench.checkpoints import Checkpoint, checkpoint, checkpoints, sha256_of
 from dmlbench.embedding import DISTANCES, Distance, Embedder
 from dmlbench.errors import DataError, UsageError
+from dmlbench.fetching import weights_path
 from dmlbench.models.architectures import Built, Ensemble, build_network, head_of, head_width, with_head
 from dmlbench.models.behaviour import probe_images, settle
 from dmlbench.models.inspection import best_fit

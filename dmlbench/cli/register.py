@@ -20,7 +20,7 @@ from dmlbench.registration import register as add
     help="Folder that the weights are copied to.",
 )
 @click.option(
-    "--url", help="Address of weights that are fetched, with {name}, e.g. "{base}/{name}"; they are not packaged."
+    "--url", help="Address of weights that are fetched, with {name}, e.g. {base}/{name}; they are not packaged."
 )
 @click.option("--replace", is_flag=True, help="Replace an entry of the same id.")
 def register(runs: tuple[Path, ...], registry: Path, weights: Path, url: str | None, replace: bool) -> None:

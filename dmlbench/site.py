@@ -44,7 +44,7 @@ TITLES = {
 }
 """Titles of columns; the others are called by their name in the CSV."""
 
-FIRST = ("rank", "surely_behind", "model", "defense", "recall_at_1", "ers", "claimed_ers", "claim_gap")
+FIRST = ("rank", "model", "defense", "recall_at_1", "ers", "claimed_ers", "claim_gap", "surely_behind")
 SHOWN = {*DEFAULT_COLUMNS, "claim_gap"} - {"ers_lo", "ers_hi"}
 LEFT_OUT = ("protocol", "dataset", "schema_version")
 ORDER = (*FIRST, *(c for c in COLUMNS if c not in FIRST and c not in LEFT_OUT))

@@ -12,6 +12,8 @@
   const filter = document.getElementById("filter");
   let sorted = "";
 
+  const words = ["model", "defense", "arch", "loss", "paper", "source", "status", "flags"];
+
   const value = (row, name) => row.cells[names.indexOf(name)].dataset.value;
   const isNumber = (text) => text !== "" && !Number.isNaN(Number(text));
 
@@ -61,14 +63,14 @@
   }
 
   function narrow() {
-    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const wanted = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     const asked = tests();
     filter.setAttribute("aria-invalid", String(asked === null));
     for (const row of rows) {
-      const text = row.textContent.toLowerCase();
+      const text = words.map((name) => value(row, name)).join(" ").toLowerCase();
       const kind = status.value;
       const right = kind === "" || row.dataset.status === kind || (kind === "measured" && row.dataset.status !== "claimed");
-      row.hidden = !(right && words.every((w) => text.includes(w)) && (asked || []).every((t) => passes(row, t)));
+      row.hidden = !(right && wanted.every((w) => text.includes(w)) && (asked || []).every((t) => passes(row, t)));
     }
     tell();
   }

@@ -25,3 +25,15 @@ class DataError(DmlbenchError):
     """Something the request needs is missing, corrupt, or not what it claims. Exit code 4."""
 
     exit_code = 4
+
+
+class ShardDone(DmlbenchError):
+    """Not a failure: one shard of a run is finished and there is no result before all are. Exit code 0."""
+
+    exit_code = 0
+
+
+class Interrupted(DmlbenchError):
+    """The user stopped a run that can be gone on with. Exit code 130."""
+
+    exit_code = 130

@@ -7,11 +7,13 @@ optimizer and a threat share one search.
 """
 
 import datetime
+import hashlib
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol as Interface
 from typing import runtime_checkable
 
@@ -25,7 +27,7 @@ from dmlbench.attacks import ATTACKS, aim, craft, measure
 from dmlbench.checks import doubts_about
 from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
 from dmlbench.embedding import Embedder
-from dmlbench.errors import DataError, UsageError
+from dmlbench.errors import DataError, ShardDone, UsageError
 from dmlbench.intervals import cluster_bootstrap
 from dmlbench.metrics import RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.models import load_model
@@ -35,10 +37,15 @@ from dmlbench.results import DatasetInfo, Environment, Evaluation, Measurement, 
 from dmlbench.rng import Rng, seed_of
 from dmlbench.scene import Gallery, Scene
 from dmlbench.threat import Threat
+from dmlbench.units import Work
 from dmlbench.version import __version__
 
 EMBED_BLOCK = 256
 """Images embedded at a time, whatever the batch size: it fixes the rounding of the clean embeddings."""
+AGREEMENT = ("nmi", "ami")
+"""Clean metrics of the whole gallery."""
+BENIGN = (*(f"recall_at_{k}" for k in RECALL_AT), "map", "map_at_r", *AGREEMENT)
+"""Clean metrics in the order that results list them."""
 SAMPLE = 256
 """How many queries' adversarial images a run keeps, at most ..."""
 SAMPLE_BYTES = 4 << 20
@@ -166,6 +173,7 @@ def prepare(
     limit: int | None = None,
     device: str = "auto",
     progress: Progress | None = None,
+    work: Work | None = None,
 ) -> Subject:
     """Freeze the model, embed gallery and queries, and choose which queries are measured.
 
@@ -184,7 +192,12 @@ def prepare(
     if limit is not None and limit < len(wanted):
         wanted = np.sort(query_order(len(dataset.query))[:limit])
     everyone = np.union1d(dataset.gallery, dataset.query)
-    embeddings = embed(ready, dataset, everyone, progress)
+    kept = (work or Work()).once(
+        f"embeddings {embedder.name} {embedder.weights_sha256}",
+        len(everyone),
+        lambda: {"embeddings": embed(ready, dataset, everyone, progress).cpu().numpy()},
+    )
+    embeddings = torch.from_numpy(kept["embeddings"]).to(ready.device)
 
     def at(rows: np.ndarray) -> Tensor:
         return embeddings[torch.from_numpy(np.searchsorted(everyone, rows)).to(ready.device)]
@@ -220,12 +233,34 @@ def aimed(subject: Subject, search: Search, seed: int) -> Scene:
     return subject.scene.aimed(chosen)
 
 
-def auto_batch(subject: Subject) -> int:
+def auto_batch(dataset: RetrievalDataset, device: torch.device) -> int:
     """Queries attacked at a time: as many as keep a CPU's caches or a GPU's multiprocessors busy."""
-    pixels = int(np.prod(subject.dataset.images.shape))
-    if subject.device.type == "cuda":
+    pixels = int(np.prod(dataset.images.shape))
+    if device.type == "cuda":
         return 2048 if pixels <= 4096 else 256
     return 256 if pixels <= 4096 else 32
+
+
+def benign_arrays(subject: Subject, seeds: Sequence[int]) -> dict[str, np.ndarray]:
+    """The clean metrics: ``benign/<name>`` (Q,) of retrieval, () of clustering, and each query's clusters."""
+    scene = subject.scene
+    out = {f"benign/{name}": values for name, values in retrieval(scene, RECALL_AT).items()}
+    classes = scene.gallery.labels.cpu().numpy()
+    clusters = assignments(scene.gallery.embeddings.cpu().numpy(), len(np.unique(classes)), seeds)
+    out |= {f"benign/{name}": np.array([value]) for name, value in agreement(classes, clusters).items()}
+    own = scene.row.cpu().numpy()
+    if (own >= 0).all():  # every query is a gallery entry, so it fell into a cluster
+        out["benign/clusters"] = clusters[own]
+    return out
+
+
+def digest_of(embedder: Embedder) -> str:
+    """Hash of every parameter and buffer, for a model that has no weights file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(embedder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def batches(count: int, size: int) -> Iterator[tuple[int, int]]:
@@ -244,30 +279,61 @@ def sample_positions(subject: Subject) -> np.ndarray:
 
 
 def run_search(
-    subject: Subject, search: Search, seed: int, batch_size: int, progress: Progress
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Attack every query: per-query arrays by name, and the adversarial images of the sample."""
+    subject: Subject, search: Search, seed: int, batch_size: int, progress: Progress, work: Work | None = None
+) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
+    """Attack every query: per-query arrays by name, and the adversarial images of the sample.
+
+    "seconds" (units,) is what each batch took. None where ``work`` is a shard and others are not done.
+    """
     attack, optimizer = ATTACKS[search.attack], OPTIMIZERS[search.optimizer]
     scene = aimed(subject, search, seed)
     rng = subject.rng(seed, search.attack, search.optimizer)
     source = subject.surrogate or subject
-    if search.optimizer in WHOLE_SET:
-        batch_size = len(subject.rows)
+    together = search.optimizer in WHOLE_SET
     keep = sample_positions(subject)
-    found: list[dict[str, np.ndarray]] = []
-    kept: list[np.ndarray] = []
-    progress.start(search.name, len(subject.rows))
-    for a, b in batches(len(subject.rows), batch_size):
+
+    def unit(a: int, b: int) -> dict[str, np.ndarray]:
         images, part = subject.images(a, b), scene[a:b]
         known = source.scene[a:b].aimed(part.chosen)
         adversarial = craft(source.embedder, attack, optimizer, search.threat, images, known, rng[a:b])
-        found.append(dict(measure(subject.embedder, attack, search.threat, adversarial, images, part)))
+        found = dict(measure(subject.embedder, attack, search.threat, adversarial, images, part))
         here = keep[(keep >= a) & (keep < b)] - a
-        kept.append(adversarial[torch.from_numpy(here).to(adversarial.device)].cpu().numpy())
-        progress.advance(search.name, b - a)
-    arrays = {name: np.concatenate([f[name] for f in found]) for name in found[0]}
+        found["images"] = adversarial[torch.from_numpy(here).to(adversarial.device)].cpu().numpy()
+        return found
+
+    progress.start(search.name, len(subject.rows))
+    bounds = [(0, len(subject.rows))] if together else list(batches(len(subject.rows), batch_size))
+    name = f"{search.name} {search.attack} {search.optimizer} {search.threat}"
+    found = (work or Work()).map(
+        name, bounds, unit if together else partial(halved, unit), lambda count: progress.advance(search.name, count)
+    )
+    units = [u for u in found if u is not None]
+    if len(units) < len(bounds):
+        return None
+    arrays = joined(units)
     arrays["targets"] = scene.chosen.cpu().numpy()
-    return arrays, np.concatenate(kept)
+    return arrays, arrays.pop("images")
+
+
+def joined(units: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays of consecutive queries as one, by name."""
+    return {name: np.concatenate([u[name] for u in units]) for name in units[0]}
+
+
+def halved(unit: Callable[[int, int], dict[str, np.ndarray]], a: int, b: int) -> dict[str, np.ndarray]:
+    """``unit(a, b)``, in halves where the GPU's memory does not hold it whole.
+
+    Raises:
+        DataError: not even one query fits.
+    """
+    try:
+        return unit(a, b)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    if b - a <= 1:
+        raise DataError("the GPU's memory does not hold a single query; use --device cpu or a smaller model")
+    middle = (a + b) // 2
+    return joined([halved(unit, a, middle), halved(unit, middle, b)])
 
 
 def evaluate(
@@ -285,6 +351,8 @@ def evaluate(
     eot: int | None = None,
     surrogate: Embedder | torch.nn.Module | str | None = None,
     on_search: Callable[[Search], None] | None = None,
+    work: Work | None = None,
+    resume: bool = False,
 ) -> Evaluation:
     """Measure how robust a model is.
 
@@ -303,6 +371,9 @@ def evaluate(
         eot: forward passes averaged for each gradient and read-out, for models that are random; marks the
             result partial.
         surrogate: another model to make the adversarial images on (transfer); marks the result partial.
+        on_search: told of each search before it begins.
+        work: who does which unit of the work, and where finished ones are kept; see docs/running.md.
+        resume: go on with the unfinished run that ``work`` keeps.
 
     Returns:
         The :class:`Evaluation`, its per-query arrays attached.
@@ -310,9 +381,11 @@ def evaluate(
     Raises:
         UsageError: an unknown name or a combination that does not fit (exit code 2).
         DataError: files are missing or the model's output is broken (4).
+        NotComparable: what ``work`` keeps is of another configuration (3).
+        ShardDone: ``work`` is a shard, which is finished; the rest is for the others.
     """
     began = time.monotonic()
-    progress = progress or Silent()
+    progress, work = progress or Silent(), work or Work()
     embedder = load_model(model) if not isinstance(model, torch.nn.Module) else as_embedder(model)
     dataset = (
         load_dataset(dataset or default_dataset(embedder), preprocess=embedder.preprocess)
@@ -328,42 +401,71 @@ def evaluate(
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} must be 1 or more")
 
-    subject = prepare(embedder, dataset, limit=limit, device=device, progress=progress)
+    if work.shard and rules.kind in RUNNERS and chosen.runner:
+        raise UsageError(f"protocol {rules.name!r} (kind {rules.kind!r}) cannot be run in shards: use torchrun")
+
+    other: Embedder | None = None
     if surrogate is not None:
         if rules.kind in RUNNERS and chosen.runner:
             raise UsageError(f"protocol {rules.name!r} has no transfer: name attacks, such as WM@apgd, with --attacks")
         other = load_model(surrogate) if not isinstance(surrogate, torch.nn.Module) else as_embedder(surrogate)
-        subject = replace(subject, surrogate=prepare(other, dataset, limit=limit, device=device, progress=progress))
-    scene, size = subject.scene, batch_size or auto_batch(subject)
+    stored = work.units.configuration() if work.units else None
+    size = batch_size or (stored or {}).get("batch_size") or auto_batch(dataset, resolve_device(device))
+    configuration = {
+        "dmlbench": __version__,
+        "torch": torch.__version__,
+        "model": embedder.name,
+        "weights": embedder.weights_sha256 or digest_of(embedder),
+        "space": embedder.distance.space,
+        "gradient_precision": embedder.precision,
+        "dataset": dataset.name,
+        "split": dataset.split,
+        "dataset_sha256": dataset.sha256,
+        "protocol": rules.name,
+        "protocol_sha256": rules.sha256,
+        "surrogate": other and other.name,
+        "surrogate_weights": other and (other.weights_sha256 or digest_of(other)),
+        "attacks": list(attacks) if attacks else None,
+        "limit": limit,
+        "seed": base,
+        "eot": eot,
+        "batch_size": size,
+        "device": resolve_device(device).type,
+    }
+    work.agree(configuration, resume)
+    subject = prepare(embedder, dataset, limit=limit, device=device, progress=progress, work=work)
+    if other is not None:
+        known = prepare(other, dataset, limit=limit, device=device, progress=progress, work=work)
+        subject = replace(subject, surrogate=known)
+    scene = subject.scene
     planned = searches(rules, [*chosen.own, *chosen.extra])
     for search in planned:  # what cannot be aimed fails now, not after an hour
         aim(ATTACKS[search.attack], scene[:1], subject.rng(base)[:1])
 
     arrays: dict[str, np.ndarray] = {"query": subject.rows, "label": dataset.labels[subject.rows]}
     sample: dict[str, np.ndarray] = {"rows": subject.rows[sample_positions(subject)]}
-    clean = retrieval(scene, RECALL_AT)
-    arrays.update({f"benign/{name}": values for name, values in clean.items()})
-    benign = {name: mean(values) for name, values in clean.items()}
-    gallery = scene.gallery
-    classes = gallery.labels.cpu().numpy()
-    clusters = assignments(gallery.embeddings.cpu().numpy(), len(np.unique(classes)), rules.clustering_seeds)
-    benign |= agreement(classes, clusters)
-    own = scene.row.cpu().numpy()
-    if (own >= 0).all():  # every query is a gallery entry, so it fell into a cluster
-        arrays["benign/clusters"] = clusters[own]
+    if work.world.leads and (work.shard is None or work.shard.index == 1):
+        arrays |= work.once("benign", len(subject.rows), partial(benign_arrays, subject, rules.clustering_seeds))
+    benign = {name: mean(arrays[f"benign/{name}"]) for name in BENIGN if f"benign/{name}" in arrays}
+    for name in AGREEMENT:
+        arrays.pop(f"benign/{name}", None)
 
     seconds: dict[str, float] = {}
     for search in planned:
-        start = time.monotonic()
         if on_search:
             on_search(search)
-        found, kept = run_search(subject, search, base, size, progress)
+        done = run_search(subject, search, base, size, progress, work)
+        if done is None:
+            continue
+        found, kept = done
         for c in search.components:
             arrays[f"{c.name}/value"] = found[c.readout]
             arrays[f"{c.name}/norm"] = found["norm"]
             arrays[f"{c.name}/targets"] = found["targets"]
             sample[c.name] = kept
-            seconds[c.name] = (time.monotonic() - start) / len(search.components)
+            seconds[c.name] = float(found["seconds"].sum()) / len(search.components)
+    if work.shard:
+        raise ShardDone(f"shard {work.shard.index}/{work.shard.count} is finished")
 
     parts, outcome = list(chosen.own), None
     if rules.kind in RUNNERS and chosen.runner:
@@ -372,11 +474,11 @@ def evaluate(
         arrays, sample = {**arrays, **outcome.arrays}, {**sample, **outcome.sample}
     whole = chosen.runner if rules.kind in RUNNERS else len(parts) == len(rules.components)
 
-    partial = [f"--limit {limit}"] if len(subject.rows) < len(dataset.query) else []
-    partial += [] if whole else [f"--attacks {','.join(attacks or ())}"]
-    partial += [f"--seed {seed}"] if base != rules.seed else []
-    partial += [f"--eot {eot}"] if rules != official else []
-    partial += [f"--surrogate {subject.surrogate.embedder.name}"] if subject.surrogate else []
+    why = [f"--limit {limit}"] if len(subject.rows) < len(dataset.query) else []
+    why += [] if whole else [f"--attacks {','.join(attacks or ())}"]
+    why += [f"--seed {seed}"] if base != rules.seed else []
+    why += [f"--eot {eot}"] if rules != official else []
+    why += [f"--surrogate {subject.surrogate.embedder.name}"] if subject.surrogate else []
     measurements, ers, ers_interval = scores(parts, arrays, seconds, complete=rules.kind == "ers" and whole)
     measurements += scores(chosen.extra, arrays, seconds, complete=False)[0]
     extras = {**(outcome.extras if outcome else {}), "retention": retention(measurements, benign)}
@@ -387,7 +489,7 @@ def evaluate(
         dataset=dataset_info(subject),
         protocol=ProtocolInfo(name=rules.name, version=rules.version, sha256=official.sha256, seed=base),
         environment=environment(subject.device, argv, embedder.precision),
-        partial=tuple(partial),
+        partial=tuple(why),
         benign={name: value for name, value in benign.items() if np.isfinite(value)},
         measurements=measurements,
         ers=ers,
@@ -582,5 +684,5 @@ def environment(device: torch.device, argv: Sequence[str], precision: str = "flo
         device=device.type,
         device_name=name,
         gradient_precision=precision,
-        argv=tuple(argv),
+        argv=tuple(word for word in argv if word != "--resume"),
     )

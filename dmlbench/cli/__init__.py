@@ -20,6 +20,7 @@ INTERRUPTED = 130
 
 VERBS = {
     "evaluate": "score a model: benign metrics, every attack part, ERS",
+    "merge": "join the shards of an evaluation into one result",
     "train": "train a model from a recipe",
     "register": "put finished training runs into a registry",
     "models": "list, show and inspect models",

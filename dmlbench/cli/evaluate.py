@@ -1,13 +1,21 @@
 """``dmlbench evaluate``: from a model to a scored table, a run folder and a leaderboard row."""
 
+import os
+import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
 
 from dmlbench.cli.output import console, json_option, print_json, progress
+from dmlbench.errors import Interrupted, ShardDone, UsageError
 from dmlbench.results import Evaluation, prepare_folder, save
+
+if TYPE_CHECKING:
+    from dmlbench.parallel import World
 
 BENIGN = {
     "recall_at_1": "R@1",
@@ -58,6 +66,8 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
 @click.option("--surrogate", help="Make the adversarial images on this registered model instead (transfer).")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write the run folder here.")
 @click.option("--csv", type=click.Path(path_type=Path, dir_okay=False), help="Add or replace this model's row there.")
+@click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out.")
+@click.option("--shard", metavar="I/N", help="Do only the I-th of N parts, into --out; `dmlbench merge` joins them.")
 @click.option("--plan", is_flag=True, help="Print the work and do nothing.")
 @json_option
 def evaluate(
@@ -74,14 +84,24 @@ def evaluate(
     surrogate: str | None,
     out: Path | None,
     csv: Path | None,
+    resume: bool,
+    shard: str | None,
     plan: bool,
     as_json: bool,
 ) -> None:
-    """Score a model: benign metrics, every attack part, ERS with its interval."""
+    """Score a model: benign metrics, every attack part, ERS with its interval.
+
+    Under torchrun the processes share the queries of each attack, and the first one writes.
+    """
     import dmlbench
     from dmlbench.datasets import load_dataset
     from dmlbench.evaluate import default_dataset, default_protocol, plan_of
+    from dmlbench.units import Shard, Units, Work
 
+    if (resume or shard) and out is None:
+        raise UsageError(f"{'--resume' if resume else '--shard'} needs --out, the run folder")
+    part = Shard.parse(shard) if shard else None
+    world, device = _join(device)
     embedder = dmlbench.load_model(model)
     images = load_dataset(dataset or default_dataset(embedder), split)
     rules = dmlbench.load_protocol(protocol or default_protocol(images))
@@ -94,23 +114,38 @@ def evaluate(
         prepare_folder(out)
     if csv:
         prepare_folder(csv.parent)
-    with progress() as bars:
-        evaluation = dmlbench.evaluate(
-            embedder,
-            images,
-            rules,
-            attacks=wanted,
-            limit=limit,
-            device=device,
-            batch_size=batch_size,
-            seed=seed,
-            eot=eot,
-            surrogate=surrogate,
-            progress=bars,
-            argv=["dmlbench", *sys.argv[1:]],
-        )
+    units = Units(out / "units") if out else None
+    try:
+        with progress() if world.leads else nullcontext() as bars:
+            evaluation = dmlbench.evaluate(
+                embedder,
+                images,
+                rules,
+                attacks=wanted,
+                limit=limit,
+                device=device,
+                batch_size=batch_size,
+                seed=seed,
+                eot=eot,
+                surrogate=surrogate,
+                progress=bars,
+                argv=["dmlbench", *sys.argv[1:]],
+                work=Work(units, world, part),
+                resume=resume,
+            )
+    except KeyboardInterrupt:
+        raise Interrupted(_how_to_go_on(out is not None)) from None
+    except ShardDone as done:
+        click.echo(f"{done}; when all are: dmlbench merge {out} … --out RUN", err=True)
+        return
+    finally:
+        world.leave()
+    if not world.leads:
+        return
     if out:
         save(evaluation, out)
+    if units:
+        units.remove()
     if csv:
         from dmlbench.leaderboard import add_row
 
@@ -118,9 +153,32 @@ def evaluate(
     if as_json:
         print_json(evaluation.model_dump(mode="json"))
     else:
-        _print_evaluation(evaluation)
+        print_evaluation(evaluation)
         if out:
             click.echo(f"run folder: {out}", err=True)
+
+
+def _join(device: str) -> tuple[World, str]:
+    """The processes of torchrun, if any, and the device of this one of them."""
+    from dmlbench.evaluate import resolve_device
+    from dmlbench.parallel import World
+
+    where = resolve_device(device)
+    local = os.environ.get("LOCAL_RANK")
+    if where.type == "cuda" and where.index is None and local is not None:
+        import torch
+
+        where = resolve_device(f"cuda:{int(local) % torch.cuda.device_count()}")
+        torch.cuda.set_device(where)
+    return World.join(where), str(where)
+
+
+def _how_to_go_on(kept: bool) -> str:
+    """What is said when the user stops a run."""
+    if not kept:
+        return "interrupted; nothing was kept (with --out a run can be gone on with)"
+    command = [word for word in sys.argv[1:] if word != "--resume"]
+    return f"interrupted; go on with: dmlbench {shlex.join([*command, '--resume'])}"
 
 
 def _print_plan(work: list[dict[str, object]], as_json: bool) -> None:
@@ -139,7 +197,7 @@ def _interval(ends: tuple[float, float] | None) -> str:
     return "" if ends is None else f"{ends[0]:.1f} – {ends[1]:.1f}"
 
 
-def _print_evaluation(e: Evaluation) -> None:
+def print_evaluation(e: Evaluation) -> None:
     out = console()
     d = e.dataset
     out.print(

@@ -1,0 +1,69 @@
+"""``dmlbench merge``: the units of several shards become one result."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from dmlbench.cli.evaluate import print_evaluation
+from dmlbench.cli.output import json_option, print_json, progress
+from dmlbench.results import prepare_folder, save
+
+EPILOG = "Example: dmlbench merge runs/cub-1 runs/cub-2 --out runs/cub"
+
+
+@click.command(epilog=EPILOG)
+@click.argument(
+    "shards", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="RUN..."
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Write the run folder here."
+)
+@click.option("--model", help="The model, where the shards measured one that is not registered.")
+@click.option("--protocol", help="The protocol's TOML file, where it is not a packaged one.")
+@click.option("--csv", type=click.Path(path_type=Path, dir_okay=False), help="Add or replace this model's row there.")
+@json_option
+def merge(
+    shards: tuple[Path, ...], out: Path, model: str | None, protocol: str | None, csv: Path | None, as_json: bool
+) -> None:
+    """Join run folders made with `evaluate --shard i/n` into one result, as if one process had made it.
+
+    Nothing is attacked here: a missing unit is an error. The model is loaded for its record only.
+    """
+    import dmlbench
+    from dmlbench.datasets import load_dataset
+    from dmlbench.units import Units, Work, collect
+
+    prepare_folder(out)
+    if csv:
+        prepare_folder(csv.parent)
+    units = Units(out / "units")
+    made = collect(shards, units)
+    rules = dmlbench.load_protocol(protocol or made["protocol"])
+    with progress() as bars:
+        evaluation = dmlbench.evaluate(
+            dmlbench.load_model(model or made["model"]),
+            load_dataset(made["dataset"], made["split"]),
+            rules,
+            attacks=made["attacks"],
+            limit=made["limit"],
+            device=made["device"],
+            batch_size=made["batch_size"],
+            seed=made["seed"],
+            eot=made["eot"],
+            surrogate=made["surrogate"],
+            progress=bars,
+            argv=["dmlbench", *sys.argv[1:]],
+            work=Work(units, gather=True),
+        )
+    save(evaluation, out)
+    units.remove()
+    if csv:
+        from dmlbench.leaderboard import add_row
+
+        add_row(evaluation, csv)
+    if as_json:
+        print_json(evaluation.model_dump(mode="json"))
+    else:
+        print_evaluation(evaluation)
+        click.echo(f"run folder: {out}", err=True)

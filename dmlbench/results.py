@@ -190,7 +190,7 @@ def npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """Arrays of an npz file; nothing is unpickled."""
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as data:
             return {name.replace("|", "/"): data[name] for name in data.files}
     except Exception as error:  # zipfile, zlib, numpy and OS errors alike mean: not readable
         raise DataError(f"{path} cannot be read: {error}") from None

@@ -77,7 +77,7 @@ class Units:
         """The file of a unit: readable, and different for every name."""
         name, a, b = unit
         digest = hashlib.sha256(name.encode()).hexdigest()[:10]
-        return self.folder / f"{re.sub(r'[^A-Za-z0-9+=-]+', '_', name)[:60]}.{digest}.{a:07d}-{b:07d}.npz"
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9+=-]+', '_', name)[:20]}.{digest}.{a:07d}-{b:07d}.npz"
 
     def get(self, unit: Unit) -> Arrays | None:
         """The arrays of a finished unit; None where it is not finished, or its file is damaged."""

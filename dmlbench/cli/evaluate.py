@@ -158,7 +158,7 @@ def evaluate(
             click.echo(f"run folder: {out}", err=True)
 
 
-def _join(device: str) -> tuple[World, str]:
+def _join(device: str) -> "tuple[World, str]":
     """The processes of torchrun, if any, and the device of this one of them."""
     from dmlbench.evaluate import resolve_device
     from dmlbench.parallel import World

@@ -1,0 +1,282 @@
+"""A run that is killed, interrupted, starved of disk, split or given damaged units ends with the same numbers."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dmlbench
+from dmlbench import results
+from dmlbench.errors import DataError, NotComparable, ShardDone, UsageError
+from dmlbench.evaluate import evaluate, halved
+from dmlbench.parallel import World
+from dmlbench.protocol import load_protocol
+from dmlbench.units import Shard, Units, Work, collect
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = "digits-smallcnn-triplet-none"
+OPTIONS = ["--model", MODEL, "--limit", "40", "--batch-size", "8", "--device", "cpu", "--attacks", "CA+,CA-,QA+,QA-"]
+
+
+@pytest.fixture(scope="module")
+def short():
+    """ers-digits with two steps, so that tests of the machinery do not wait for attacks."""
+    rules = load_protocol("ers-digits")
+    return rules.model_copy(update={"threat": {**rules.threat, "steps": 2}, "clustering_seeds": (0,)})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dmlbench.load_model(MODEL)
+
+
+def measured(model, short, **options):
+    return evaluate(model, "digits", short, limit=70, batch_size=16, device="cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def whole(model, short):
+    """What one undisturbed process gives."""
+    return measured(model, short)
+
+
+def record(evaluation):
+    """evaluation.json but for times and the command."""
+    content = evaluation.model_dump(mode="json")
+    content.update(date="", seconds=0)
+    content["environment"]["argv"] = []
+    for measurement in content["measurements"]:
+        measurement["seconds"] = 0
+    return results.json_bytes(content)
+
+
+def same(a, b):
+    """The same bytes but for times."""
+    assert record(a) == record(b)
+    assert results.npz_bytes(a.arrays) == results.npz_bytes(b.arrays)
+    assert results.npz_bytes(a.sample) == results.npz_bytes(b.sample)
+
+
+class Stop(Exception):
+    """Raised by a test in the middle of a run."""
+
+
+class StopAfter:
+    """A progress that stops the run after so many batches of attacks."""
+
+    def __init__(self, batches):
+        self.left = batches
+
+    def start(self, task, total):
+        pass
+
+    def advance(self, task, count):
+        if task != "embed":
+            self.left -= 1
+        if self.left < 0:
+            raise Stop
+
+
+def stopped(model, short, folder, batches=7):
+    """A run that ended in the middle; its units."""
+    units = Units(folder / "units")
+    with pytest.raises(Stop):
+        measured(model, short, work=Work(units), progress=StopAfter(batches))
+    return units
+
+
+def test_a_stopped_run_resumes_to_the_same_bytes_without_doing_work_twice(model, short, whole, tmp_path):
+    units = stopped(model, short, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in units.folder.glob("*.npz")}
+    assert len(before) >= 7
+    same(measured(model, short, work=Work(units), resume=True), whole)
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in units.folder.glob("*.npz")}.items()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "flip"])
+def test_a_damaged_unit_is_done_again(damage, model, short, whole, tmp_path):
+    units = stopped(model, short, tmp_path)
+    path = next(p for p in sorted(units.folder.glob("*.npz")) if p.name.startswith("CA"))
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 0xFF
+    path.write_bytes({"truncate": content[: len(content) // 2], "empty": b"", "flip": content}[damage])
+    same(measured(model, short, work=Work(units), resume=True), whole)
+
+
+def test_another_configuration_is_refused_with_the_differing_keys(model, short, tmp_path):
+    units = stopped(model, short, tmp_path, batches=1)
+    for change, key in (
+        ({"limit": 60}, "limit (70 there, 60 here)"),
+        ({"seed": 9}, "seed (0 there, 9 here)"),
+        ({"batch_size": 8}, "batch_size (16 there, 8 here)"),
+        ({"attacks": ["CA+"]}, "attacks"),
+        ({"eot": 2}, "eot (1 there, 2 here)"),
+    ):
+        options = {"limit": 70, "batch_size": 16, "device": "cpu", "resume": True, **change}
+        with pytest.raises(NotComparable) as refusal:
+            evaluate(model, "digits", short, work=Work(units), **options)
+        assert key in str(refusal.value) and str(tmp_path) in str(refusal.value)
+        assert str(refusal.value).count(" there, ") == 1
+    with pytest.raises(UsageError, match="--resume"):
+        measured(model, short, work=Work(units))
+
+
+def test_resume_takes_the_batch_size_of_the_run(model, short, whole, tmp_path):
+    units = stopped(model, short, tmp_path)
+    same(evaluate(model, "digits", short, limit=70, device="cpu", work=Work(units), resume=True), whole)
+
+
+def test_an_unreadable_configuration_is_an_error(model, short, tmp_path):
+    units = stopped(model, short, tmp_path, batches=1)
+    units.head.write_text("{")
+    with pytest.raises(DataError, match=r"configuration\.json cannot be read"):
+        measured(model, short, work=Work(units), resume=True)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_shards_merge_to_the_same_bytes(count, model, short, whole, tmp_path):
+    folders = [tmp_path / f"{i}" for i in range(count)]
+    for i, folder in enumerate(folders):
+        with pytest.raises(ShardDone, match=f"{i + 1}/{count}"):
+            measured(model, short, work=Work(Units(folder / "units"), shard=Shard(i + 1, count)))
+    if count > 1:
+        counts = [len(list((folder / "units").glob("CA*.npz"))) for folder in folders]
+        assert sum(counts) == 2 * 5 and max(counts) - min(counts) <= 2
+        part = Units(tmp_path / "part")
+        collect(folders[:-1], part)
+        with pytest.raises(DataError, match=r"1 of 5 units of .* are missing"):
+            measured(model, short, work=Work(part, gather=True))
+    merged = Units(tmp_path / "merged")
+    assert collect(folders, merged)["model"] == MODEL
+    same(measured(model, short, work=Work(merged, gather=True)), whole)
+
+
+def test_shards_of_different_runs_do_not_merge(model, short, tmp_path):
+    for i, seed in ((1, 0), (2, 5)):
+        with pytest.raises(ShardDone):
+            measured(model, short, seed=seed, work=Work(Units(tmp_path / f"{i}" / "units"), shard=Shard(i, 2)))
+    with pytest.raises(NotComparable, match=r"seed \(0 there, 5 here\)"):
+        collect([tmp_path / "1", tmp_path / "2"], Units(tmp_path / "merged"))
+    with pytest.raises(DataError, match="holds no units"):
+        collect([tmp_path], Units(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
+def test_a_shard_is_i_of_n(text):
+    with pytest.raises(UsageError, match="i/n"):
+        Shard.parse(text)
+
+
+@pytest.mark.parametrize("shards, ranks, count", [(1, 1, 5), (3, 2, 17), (2, 4, 3)])
+def test_every_unit_is_someones_and_only_theirs(shards, ranks, count):
+    workers = [Work(world=World(r, ranks), shard=Shard(i + 1, shards)) for i in range(shards) for r in range(ranks)]
+    assert [sum(w.mine(p) for w in workers) for p in range(count)] == [1] * count
+
+
+def test_out_of_memory_halves_the_batch_and_gives_up_at_one():
+    calls = []
+
+    def unit(a, b):
+        calls.append((a, b))
+        if b - a > 2:
+            raise torch.cuda.OutOfMemoryError
+        return {"x": np.arange(a, b)}
+
+    assert halved(unit, 3, 11)["x"].tolist() == list(range(3, 11))
+    assert (3, 11) in calls and (3, 7) in calls and (3, 5) in calls
+
+    def never(a, b):
+        raise torch.cuda.OutOfMemoryError
+
+    with pytest.raises(DataError, match="memory"):
+        halved(never, 0, 4)
+
+
+def begun(out, *options):
+    """A real process that evaluates into ``out``, in a group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dmlbench", "evaluate", *OPTIONS, "--out", str(out), *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_units(process, out, count):
+    """Until ``count`` units of attacks lie in ``out``."""
+    deadline = time.monotonic() + 120
+    while len(list((out / "units").glob("?A*.npz"))) < count:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The run folder of an undisturbed process."""
+    out = tmp_path_factory.mktemp("straight")
+    _, err = (process := begun(out)).communicate()
+    assert process.returncode == 0, err
+    return results.load(out)
+
+
+def test_a_killed_process_resumes_to_the_same_bytes(straight, run, tmp_path):
+    """SIGKILL in the middle of one, Ctrl-C in the middle of its continuation, then to the end."""
+    out = tmp_path / "run"
+    process = begun(out)
+    wait_for_units(process, out, 3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "evaluation.json").exists()
+
+    resumed = begun(out, "--resume")
+    wait_for_units(resumed, out, 9)
+    os.killpg(resumed.pid, signal.SIGINT)
+    _, err = resumed.communicate()
+    assert resumed.returncode == 130, err
+    line = err.strip().splitlines()[-1]
+    assert line.endswith(f"dmlbench evaluate {' '.join(OPTIONS)} --out {out} --resume"), err
+    assert "Traceback" not in err
+
+    run(*line[line.index("evaluate") :].split(), env={"OMP_NUM_THREADS": "1"})
+    same(results.load(out), straight)
+    assert not (out / "units").exists()
+    assert "--resume" not in results.load(out).environment.argv
+
+
+def test_a_full_disk_loses_nothing_that_was_finished(straight, run, tmp_path):
+    """On a tmpfs of 200 KiB, in a mount namespace of its own."""
+    disk, saved = tmp_path / "disk", tmp_path / "saved"
+    disk.mkdir()
+    if not shutil.which("unshare"):
+        pytest.skip("needs unshare to mount a small tmpfs")
+    probe = subprocess.run(["unshare", "-Urm", "mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True)
+    if probe.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {probe.stderr.decode().strip()}")
+    script = (
+        f"mount -t tmpfs -o size=200k tmpfs {disk}; "
+        f"{sys.executable} -m dmlbench evaluate {' '.join(OPTIONS)} --out {disk}/run; code=$?; "
+        f"cp -r {disk}/run {saved}; exit $code"
+    )
+    done = subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", script],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 4, done.stderr
+    assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
+    kept = list((saved / "units").glob("*.npz"))
+    assert len(kept) >= 2 and all(results.read_npz(path) for path in kept)
+    run("evaluate", *OPTIONS, "--out", saved, "--resume", env={"OMP_NUM_THREADS": "1"})
+    same(results.load(saved), straight)

@@ -422,7 +422,7 @@ def evaluate(
         "split": dataset.split,
         "dataset_sha256": dataset.sha256,
         "protocol": rules.name,
-        "protocol_sha256": rules.sha256,
+        "protocol_sha256": official.sha256,
         "surrogate": other and other.name,
         "surrogate_weights": other and (other.weights_sha256 or digest_of(other)),
         "attacks": list(attacks) if attacks else None,

@@ -118,7 +118,7 @@ def test_another_configuration_is_refused_with_the_differing_keys(model, short, 
         ({"seed": 9}, "seed (0 there, 9 here)"),
         ({"batch_size": 8}, "batch_size (16 there, 8 here)"),
         ({"attacks": ["CA+"]}, "attacks"),
-        ({"eot": 2}, "eot (1 there, 2 here)"),
+        ({"eot": 2}, "eot (null there, 2 here)"),
     ):
         options = {"limit": 70, "batch_size": 16, "device": "cpu", "resume": True, **change}
         with pytest.raises(NotComparable) as refusal:
@@ -255,7 +255,7 @@ def test_a_killed_process_resumes_to_the_same_bytes(straight, run, tmp_path):
 
 
 def test_a_full_disk_loses_nothing_that_was_finished(straight, run, tmp_path):
-    """On a tmpfs of 200 KiB, in a mount namespace of its own."""
+    """On a tmpfs of 272 KiB, in a mount namespace of its own."""
     disk, saved = tmp_path / "disk", tmp_path / "saved"
     disk.mkdir()
     if not shutil.which("unshare"):
@@ -264,7 +264,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(straight, run, tmp_path):
     if probe.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {probe.stderr.decode().strip()}")
     script = (
-        f"mount -t tmpfs -o size=200k tmpfs {disk}; "
+        f"mount -t tmpfs -o size=272k tmpfs {disk}; "
         f"{sys.executable} -m dmlbench evaluate {' '.join(OPTIONS)} --out {disk}/run; code=$?; "
         f"cp -r {disk}/run {saved}; exit $code"
     )

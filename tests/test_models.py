@@ -462,3 +462,40 @@ def test_lower_precision_is_for_gradients_only() -> None:
 def test_unknown_names(name: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         open_model(name)
+
+
+def test_the_published_checkpoints_wait_for_their_files(tmp_path: Path) -> None:
+    import csv
+
+    from conftest import reference
+
+    from dmlbench.checkpoints import checkpoints
+
+    manual = {name: c for name, c in checkpoints().items() if c.files and c.files[0].manual}
+    assert len(manual) == 3
+    with reference("published_ers_cvpr2022.csv").open(encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["table"] == "main" and row["pgd_steps_eta"] == "32"]
+    short = {"recall_at_1": "R@1", "recall_at_2": "R@2", "map": "mAP", "nmi": "NMI", "ers": "ERS"}
+    for name, card in manual.items():
+        dataset = {"cub": "cub200"}.get(card.dataset.name, card.dataset.name)
+        defense = "HM[S,g_LGA]" + ("&ICS" if name.endswith("-ics") else "")
+        row = next(r for r in rows if (r["dataset"], r["defense"]) == (dataset, defense))
+        assert len(card.claims) == 15
+        for claim in card.claims:
+            assert claim.value == float(row[short.get(claim.metric, claim.metric)]), (name, claim.metric)
+        with pytest.raises(DataError, match=r"drive.google.com/file/d/.* --weights FILE"):
+            open_model(name)
+
+
+def test_a_published_checkpoint_loads_by_its_id(tmp_path: Path) -> None:
+    network = resnet18_of_robrank()
+    path = lightning(tmp_path / "last.ckpt", network)
+    embedder = open_model("cub-resnet18-triplet-hm-lga", ModelOptions(weights=str(path)))
+    images = probe_images((3, 224, 224), 1)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    torch.testing.assert_close(embedder(images), nn.functional.normalize(network((images - mean) / std)))
+    assert embedder.card is not None and embedder.card.dataset.name == "cub"
+    assert embedder.preprocess.resize == (256, 256) and embedder.preprocess.size == (224, 224)
+    small = lightning(tmp_path / "other.ckpt", seeded(c2f2()))
+    with pytest.raises(DataError, match="does not fit the architecture"):
+        open_model("cub-resnet18-triplet-hm-lga", ModelOptions(weights=str(small)))

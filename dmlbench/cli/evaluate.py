@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
+from dmlbench.cli.model_options import MODEL_HELP, load_subject, model_options
 from dmlbench.cli.output import console, json_option, print_json, progress
 from dmlbench.errors import Interrupted, ShardDone, UsageError
 from dmlbench.results import Evaluation, prepare_folder, save
 
 if TYPE_CHECKING:
+    from dmlbench.models import ModelOptions
     from dmlbench.parallel import World
 
 BENIGN = {
@@ -48,8 +50,10 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
 
 
 @click.command(epilog=EPILOG)
-@click.option("--model", required=True, help="A registered model's id (see `dmlbench models list`).")
-@click.option("--dataset", help="A data set's id; by default the one that the model was trained on.")
+@click.option("--model", required=True, help=MODEL_HELP)
+@click.option(
+    "--dataset", help="A data set's id, folder:PATH or csv:FILE; by default the one that the model was trained on."
+)
 @click.option("--split", default="test", type=click.Choice(["test", "train"]), show_default=True)
 @click.option("--protocol", help="A protocol's name or TOML file; by default the data set's.")
 @click.option(
@@ -69,6 +73,7 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out.")
 @click.option("--shard", metavar="I/N", help="Do only the I-th of N parts, into --out; `dmlbench merge` joins them.")
 @click.option("--plan", is_flag=True, help="Print the work and do nothing.")
+@model_options
 @json_option
 def evaluate(
     model: str,
@@ -87,6 +92,7 @@ def evaluate(
     resume: bool,
     shard: str | None,
     plan: bool,
+    options: "ModelOptions",
     as_json: bool,
 ) -> None:
     """Score a model: benign metrics, every attack part, ERS with its interval.
@@ -94,16 +100,14 @@ def evaluate(
     Under torchrun the processes share the queries of each attack, and the first one writes.
     """
     import dmlbench
-    from dmlbench.datasets import load_dataset
-    from dmlbench.evaluate import default_dataset, default_protocol, plan_of
+    from dmlbench.evaluate import default_protocol, plan_of
     from dmlbench.units import Shard, Units, Work
 
     if (resume or shard) and out is None:
         raise UsageError(f"{'--resume' if resume else '--shard'} needs --out, the run folder")
     part = Shard.parse(shard) if shard else None
     world, device = _join(device)
-    embedder = dmlbench.load_model(model)
-    images = load_dataset(dataset or default_dataset(embedder), split)
+    embedder, images = load_subject(model, options, dataset, split, ready=not plan)
     rules = dmlbench.load_protocol(protocol or default_protocol(images))
     wanted = _names(attacks)
     if plan:

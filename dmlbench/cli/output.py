@@ -76,3 +76,28 @@ def progress(total: int | None = None) -> Iterator[RichProgress]:
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bars(*columns, console=err, disable=not err.is_terminal) as bars:
         yield RichProgress(bars, total)
+
+
+class Bar:
+    """One bar on stderr that appears with its first step; silent where stderr is not a terminal."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._bars: Bars | None = None
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def at(self, done: int, total: int) -> None:
+        """``done`` of ``total`` are done."""
+        if self._bars is None:
+            err = Console(file=sys.stderr)
+            columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bars = Bars(*columns, console=err, disable=not err.is_terminal)
+            self._bars.start()
+            self._bars.add_task(self._title, total=total)
+        self._bars.update(self._bars.task_ids[0], completed=done, total=total)

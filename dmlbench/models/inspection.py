@@ -149,3 +149,23 @@ def promising(file: WeightsFile) -> list[str]:
 def best_fit(file: WeightsFile) -> Fit | None:
     """The first architecture that the file fits wholly, if there is one."""
     return next((fit for fit in _each(file, promising(file)) if fit.whole), None)
+
+
+def describe(file: WeightsFile) -> dict[str, Any]:
+    """What is in a file, as plain values: format, keys, tensors, sizes."""
+    plain = {k: v for k, v in file.content.items() if isinstance(v, (int, float, str)) and not isinstance(v, bool)}
+    floating = [t for t in file.tensors.values() if t.is_floating_point()]
+    return {
+        "format": file.format,
+        "keys": [] if file.content is file.tensors or not file.key else list(file.content),
+        "values": plain,
+        "weights_under": file.key,
+        "tensors": len(file.tensors),
+        "parameters": sum(t.numel() for t in floating),
+        "types": sorted({str(t.dtype).removeprefix("torch.") for t in file.tensors.values()}),
+        "not_finite": [
+            k for k, t in file.tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())
+        ],
+        "first": next(iter(file.tensors)),
+        "last": next(reversed(list(file.tensors))),
+    }

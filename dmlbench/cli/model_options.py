@@ -1,0 +1,105 @@
+"""The options that say which model and on which images, shared by every verb that loads a model."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dmlbench.cli.output import Bar
+
+if TYPE_CHECKING:
+    from dmlbench.datasets import RetrievalDataset
+    from dmlbench.embedding import Embedder
+    from dmlbench.models import ModelOptions
+
+MODEL_HELP = (
+    "A registered id, timm:NAME, torchvision:NAME, hf-hub:NAME, a weights file, python:FILE.py:FUNCTION "
+    "(runs that code), or ensemble:A,B."
+)
+
+
+class _Numbers(click.ParamType):
+    """Numbers by comma, e.g. 0.485,0.456,0.406."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 0.485,0.456,0.406", param, ctx)
+
+
+class _Size(click.ParamType):
+    """A side, or height x width."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        sides = str(value).lower().split("x")
+        if len(sides) not in (1, 2) or not all(s.isdigit() and int(s) > 0 for s in sides):
+            self.fail(f"{value!r} is not a size such as 224 or 256x128 (height x width)", param, ctx)
+        return int(sides[0]), int(sides[-1])
+
+
+_OPTIONS = (
+    click.option("--weights", metavar="FILE|pretrained", help="Weights for --model; nothing in the file is run."),
+    click.option("--spec", type=click.Path(path_type=Path, dir_okay=False), help="JSON that describes a weights file."),
+    click.option("--embed-dim", type=int, help="Width of the last layer; 0 leaves it out."),
+    click.option("--checkpoint-key", help="Where in the weights file the state dictionary is, e.g. model or ema.net."),
+    click.option("--output-key", help="Which output is the embedding, if the model gives several."),
+    click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
+                 help="Of gradients; results are always float32."),
+    click.option("--input-size", type=_Size(), help="Side of the images in pixels, or HxW."),
+    click.option("--resize", metavar="exact:N|shorter:N|none", help="Before the centre crop; by default exact, 8/7 of the size."),
+    click.option("--interpolation", help="nearest, bilinear, bicubic or lanczos."),
+    click.option("--channel-order", "order", type=click.Choice(["rgb", "bgr"]), help="What the model was trained on."),
+    click.option("--mean", type=_Numbers(), help="Per channel, subtracted inside the model."),
+    click.option("--std", type=_Numbers(), help="Per channel, divided by inside the model."),
+    click.option("--distance", type=click.Choice(["euclidean", "cosine"]), help="How embeddings are compared."),
+    click.option("--normalize/--no-normalize", default=None, help="Scale embeddings to unit length."),
+    click.option("--name", help="What results call the model."),
+)  # fmt: skip
+_FIELDS = (
+    "weights", "spec", "embed_dim", "checkpoint_key", "output_key", "precision", "input_size", "resize",
+    "interpolation", "order", "mean", "std", "distance", "normalize", "name",
+)  # fmt: skip
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options above to a click command, which gets them as one argument ``options`` (:class:`ModelOptions`)."""
+
+    @functools.wraps(command)
+    def gathered(*args: Any, **kwargs: Any) -> Any:
+        from dmlbench.models import ModelOptions
+
+        options = ModelOptions(**{field: kwargs.pop(field) for field in _FIELDS})
+        return command(*args, options=options, **kwargs)
+
+    for option in reversed(_OPTIONS):
+        gathered = option(gathered)
+    return gathered
+
+
+def load_subject(
+    model: str, options: "ModelOptions", dataset: str | None, split: str, *, ready: bool = True
+) -> tuple["Embedder", "RetrievalDataset"]:
+    """The model and the images it is measured on, decoded if ``ready``; what was found is told on stderr."""
+    from dmlbench.datasets import decode, load_dataset
+    from dmlbench.evaluate import default_dataset
+    from dmlbench.models import open_model
+
+    embedder = open_model(model, options)
+    for note in embedder.notes:
+        click.echo(f"note: {note}", err=True)
+    images = load_dataset(dataset or default_dataset(embedder), split, embedder.preprocess)
+    if ready:
+        with Bar("decoding images") as bar:
+            decode(images, bar.at)
+    return embedder, images

@@ -1,0 +1,94 @@
+"""Is a data set whole? Counts against the published ones, and every image decoded."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dmlbench.datasets import CachedImages, RetrievalDataset, dataset_entry
+from dmlbench.datasets.base import Counts, counts_of
+from dmlbench.datasets.cache import Progress
+from dmlbench.datasets.pictures import Files, Undecodable, workers
+from dmlbench.errors import DataError, UsageError
+from dmlbench.preprocess import Preprocess
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What was found of one split.
+
+    Attributes:
+        split: "train" or "test".
+        found, expected: how many images and classes; expected is None where nobody knows.
+        lonely: classes of a single image, whose queries have nothing to find.
+        broken: a line for each image that is missing or cannot be decoded.
+        problem: why the split could not be read at all, else "".
+    """
+
+    split: str
+    found: Counts | None = None
+    expected: Counts | None = None
+    lonely: int = 0
+    broken: tuple[str, ...] = field(default=())
+    problem: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Nothing is missing, broken or too many."""
+        return not self.problem and not self.broken and (self.expected is None or self.found == self.expected)
+
+
+def verify(name: str, progress: Progress = lambda done, total: None) -> list[SplitReport]:
+    """Both splits of a data set; a user's own may lack the training split.
+
+    Raises:
+        UsageError: no such data set, or nothing in it.
+    """
+    entry = dataset_entry(name)
+    reports = []
+    for split in ("train", "test"):
+        try:
+            dataset = entry.load(split, Preprocess.standard(entry.shape))
+        except DataError as error:
+            reports.append(SplitReport(split, expected=entry.counts.get(split), problem=str(error)))
+            continue
+        except UsageError:
+            if split == "test" or entry.counts:
+                raise
+            continue
+        if ":" in name and split == "train" and not len(dataset):
+            continue
+        reports.append(
+            SplitReport(
+                split,
+                found=counts_of(dataset),
+                expected=entry.counts.get(split),
+                lonely=int((np.bincount(dataset.labels) == 1).sum()),
+                broken=tuple(_broken(dataset, progress)),
+            )
+        )
+    return reports
+
+
+def _broken(dataset: RetrievalDataset, progress: Progress) -> list[str]:
+    """A line for each image that cannot be decoded; pictures in memory were decoded when they were read."""
+    if not isinstance(dataset.images, CachedImages) or not isinstance(dataset.images.source, Files):
+        return []
+    images = dataset.images
+
+    def one(row: int) -> str | None:
+        try:
+            images.preprocess(images.source.picture(row))
+        except Undecodable as error:
+            return str(error)
+        except ValueError as error:
+            return f"image {row}: {error}"
+        return None
+
+    lines = []
+    with ThreadPoolExecutor(workers()) as pool:
+        for done, line in enumerate(pool.map(one, range(len(images))), 1):
+            progress(done, len(images))
+            if line is not None:
+                lines.append(line)
+    return lines

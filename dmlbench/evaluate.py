@@ -25,6 +25,7 @@ from dmlbench import clustering as clustering_attacks
 from dmlbench import strict
 from dmlbench.attacks import ATTACKS, aim, craft, measure
 from dmlbench.checks import doubts_about
+from dmlbench.closeup import closeup
 from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, ShardDone, UsageError
@@ -472,6 +473,7 @@ def evaluate(
         outcome = RUNNERS[rules.kind](subject, rules, base, size, progress, sample_positions(subject))
         parts, seconds = outcome.components, {**seconds, **outcome.seconds}
         arrays, sample = {**arrays, **outcome.arrays}, {**sample, **outcome.sample}
+    sample |= closeup(subject, sample)
     whole = chosen.runner if rules.kind in RUNNERS else len(parts) == len(rules.components)
 
     why = [f"--limit {limit}"] if len(subject.rows) < len(dataset.query) else []

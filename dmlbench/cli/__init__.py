@@ -23,6 +23,7 @@ VERBS = {
     "merge": "join the shards of an evaluation into one result",
     "train": "train a model from a recipe",
     "register": "put finished training runs into a registry",
+    "report": "make one HTML page of run folders",
     "models": "list, show and inspect models",
     "datasets": "list, show, prepare and verify data sets",
     "attacks": "list and show attacks",

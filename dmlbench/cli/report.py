@@ -1,0 +1,38 @@
+"""``dmlbench report``: run folders to one HTML page."""
+
+from pathlib import Path
+
+import click
+
+from dmlbench.errors import UsageError
+from dmlbench.results import load, write_whole
+
+_EXAMPLE = "Example: dmlbench report runs/mine runs/baseline --out mine.html"
+
+
+@click.command(epilog=_EXAMPLE)
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the page here; by default RUN/report.html."
+)
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """One self-contained HTML page: scores, curves, what was retrieved, projections, the environment.
+
+    The first RUN is shown in full, the others beside it.
+    """
+    from dmlbench.report import Run, page
+
+    if len(set(runs)) < len(runs):
+        raise UsageError("a run folder is named twice")
+    content = page([Run(_name(folder, runs), load(folder)) for folder in runs])
+    target = out or runs[0] / "report.html"
+    if not target.resolve().parent.is_dir():
+        raise UsageError(f"--out {target}: the folder does not exist")
+    write_whole(target, content.encode())
+    click.echo(str(target))
+
+
+def _name(folder: Path, runs: tuple[Path, ...]) -> str:
+    """The folder's own name, or its path where two have the same name."""
+    own = folder.resolve().name
+    return str(folder) if [f.resolve().name for f in runs].count(own) > 1 else own

@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Protocol as Interface
 from typing import runtime_checkable
@@ -24,6 +24,7 @@ from torch import Tensor
 from dmlbench import clustering as clustering_attacks
 from dmlbench import strict
 from dmlbench.attacks import ATTACKS, aim, craft, measure
+from dmlbench.audit import examine
 from dmlbench.checks import doubts_about
 from dmlbench.closeup import closeup
 from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
@@ -474,6 +475,7 @@ def evaluate(
         parts, seconds = outcome.components, {**seconds, **outcome.seconds}
         arrays, sample = {**arrays, **outcome.arrays}, {**sample, **outcome.sample}
     sample |= closeup(subject, sample)
+    findings = examine(subject, rules, outcome.broken_by, base, rules.audit) if outcome and rules.audit else []
     whole = chosen.runner if rules.kind in RUNNERS else len(parts) == len(rules.components)
 
     why = [f"--limit {limit}"] if len(subject.rows) < len(dataset.query) else []
@@ -484,6 +486,8 @@ def evaluate(
     measurements, ers, ers_interval = scores(parts, arrays, seconds, complete=rules.kind == "ers" and whole)
     measurements += scores(chosen.extra, arrays, seconds, complete=False)[0]
     extras = {**(outcome.extras if outcome else {}), "retention": retention(measurements, benign)}
+    if findings:
+        extras["audit"] = [asdict(f) for f in findings]
     if chosen.extra:
         extras["extra_parts"] = [c.name for c in chosen.extra]
     return Evaluation(
@@ -497,7 +501,7 @@ def evaluate(
         ers=ers,
         ers_interval=ers_interval,
         extras=extras,
-        warnings=(*doubts_about(subject, measurements), *(outcome.flags if outcome else ())),
+        warnings=(*doubts_about(subject, measurements), *(f.flag() for f in findings if f.verdict in ("warn", "fail"))),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seconds=time.monotonic() - began,
     ).with_arrays(arrays, sample)

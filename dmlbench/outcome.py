@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from dmlbench.protocol import Component
-from dmlbench.results import Flag
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class Outcome:
         arrays: per-query arrays by name.
         sample: adversarial images of the sampled queries by component.
         extras: what goes into :attr:`~dmlbench.results.Evaluation.extras`.
-        flags: doubts.
+        broken_by: of a strict run, by eps, how each query ended; what the audit looks at.
     """
 
     components: list[Component]
@@ -27,4 +26,4 @@ class Outcome:
     arrays: dict[str, np.ndarray]
     sample: dict[str, np.ndarray]
     extras: dict[str, Any]
-    flags: list[Flag] = field(default_factory=list)
+    broken_by: dict[str, np.ndarray] = field(default_factory=dict)

@@ -321,7 +321,8 @@ def run(
         "codes": {"survived": SURVIVED, "wrong when clean": CLEAN_WRONG, "broken at a smaller eps": CARRIED}
         | {step.name: i + 2 for i, step in enumerate(protocol.steps)},
     }
-    return Outcome(components, seconds, arrays, sample, {"strict": extras})
+    broken_by = {eps: arrays[f"strict@{eps}/broken_by"] for eps in grid}
+    return Outcome(components, seconds, arrays, sample, {"strict": extras}, broken_by=broken_by)
 
 
 def area(radii: Sequence[float], curve: Sequence[float]) -> float:

@@ -50,12 +50,17 @@ class Hunt(Divisible, Protocol):
 
 
 def autograd(loss: Loss, images: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
-    """Loss per image (b,) and its exact gradient; the sum over the batch exists only here."""
+    """Loss per image (b,) and its exact gradient; the sum over the batch exists only here.
+
+    The gradient is zero where the loss does not depend on the images through anything differentiable.
+    """
     with torch.enable_grad():
         x = images.detach().requires_grad_(True)
         values = loss(x)
-        (gradient,) = torch.autograd.grad(values.sum(), x)
-    return values.detach(), gradient
+        if not values.requires_grad:
+            return values, torch.zeros_like(images)
+        (gradient,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
+    return values.detach(), torch.zeros_like(images) if gradient is None else gradient
 
 
 def each(values: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,286 @@
+"""Does the number mean what it says? Checks of a model under attack, and of the harness itself.
+
+Gradient masking, randomness and breakdown make a model look robust that is not (Athalye, Carlini and
+Wagner, ICML 2018; Carlini et al., "On Evaluating Adversarial Robustness", 2019). Each check asks one
+question and answers with a number, a limit and a verdict in words; docs/audit.md is the page to read.
+"fail": the measured robustness is not to be believed; "warn": look again. A finding that is not a pass
+travels with the result as a flag.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmlbench.attacks import AttackLoss
+from dmlbench.checks import COLLAPSE, spread
+from dmlbench.metrics import READOUTS
+from dmlbench.objectives import margin
+from dmlbench.optimizers import OPTIMIZERS, autograd
+from dmlbench.protocol import Protocol, Step
+from dmlbench.registry import Registry
+from dmlbench.results import Flag
+from dmlbench.scene import Scene
+from dmlbench.strict import CLEAN_WRONG, SURVIVED, attempt
+from dmlbench.threat import Threat
+
+if TYPE_CHECKING:
+    from dmlbench.evaluate import Subject
+
+PAGE = "docs/audit.md"
+NOISE_DRAWS = 50
+"""Random images per query in F4 and A2."""
+FEW = 3
+"""Fewer queries than this are an accident, whatever share they are."""
+WHITE = ("pgd", "apgd", "fgsm", "r-fgsm", "mi-fgsm", "pgd-restarts", "cw")
+"""Optimizers that use the gradient."""
+
+Verdict = Literal["pass", "warn", "fail", "skip"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The answer to one question.
+
+    Attributes:
+        check: a name of :data:`CHECKS`.
+        verdict: "pass", "warn", "fail", or "skip" where the question does not arise.
+        value: what was measured, in the unit of the check; None where it was skipped.
+        limit: where a pass ends.
+        message: the evidence in words.
+    """
+
+    check: str
+    verdict: Verdict
+    value: float | None
+    limit: float
+    message: str
+
+    def flag(self) -> Flag:
+        """The finding as a doubt that travels with a result."""
+        return Flag(flag=f"audit-{self.check}", message=f"{self.verdict}: {self.message} ({PAGE})")
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What the checks look at: some queries that are right when clean, and a strict run on all.
+
+    Attributes:
+        subject: the model and every query measured.
+        protocol: the one that was run.
+        broken_by: by eps, how each query (Q,) ended.
+        positions: (B,) which queries the checks attack themselves.
+        images: (B, C, H, W) their clean images.
+        scene: the same queries.
+        seed: of the run.
+    """
+
+    subject: "Subject"
+    protocol: Protocol
+    broken_by: dict[str, np.ndarray]
+    positions: np.ndarray
+    images: Tensor
+    scene: Scene
+    seed: int
+
+    def loss(self) -> AttackLoss:
+        """The margin of R@1 of each image; 0 or less is misranked."""
+        return AttackLoss(self.subject.embedder, margin, self.scene)
+
+    def left(self, eps: str, steps: int) -> np.ndarray:
+        """(Q,) bool: right when clean and not broken at this eps by the first so many steps, or before."""
+        by = self.broken_by[eps]
+        return (by == SURVIVED) | (by >= 2 + steps)
+
+    @property
+    def white_steps(self) -> int:
+        """How many of the protocol's steps, from the first, use the gradient."""
+        flags = [step.optimizer in WHITE for step in self.protocol.steps]
+        return flags.index(False) if False in flags else len(flags)
+
+    def attacked(self, step: Step, threat: Threat, positions: np.ndarray) -> np.ndarray:
+        """(n,) bool: which queries one more search breaks."""
+        if not len(positions):
+            return np.zeros(0, dtype=bool)
+        return attempt(self.subject, step, threat, positions, self.seed).broken
+
+
+def randomness(evidence: Evidence) -> Finding:
+    """F1: do two passes of one batch differ by more than 1e-5 (of the embeddings' root mean square length)?"""
+    with torch.no_grad():
+        first, second = (evidence.subject.embedder(evidence.images) for _ in range(2))
+    gap = float((first - second).abs().amax() / evidence.scene.gallery.scale.clamp_min(1e-30))
+    if gap > 1e-5:
+        message = (
+            f"two passes of the same images differ by {gap:.1e}, so the model is random and a single gradient "
+            "says little: attack it with --eot N, which averages N passes"
+        )
+        return Finding("F1", "fail", gap, 1e-5, message)
+    return Finding("F1", "pass", gap, 1e-5, "two passes of the same images agree")
+
+
+def zero_gradients(evidence: Evidence) -> Finding:
+    """F2: have more than 1 % of the queries a gradient that is exactly zero in every pixel?"""
+    _, gradient = autograd(evidence.loss(), evidence.images, evidence.subject.rng(0))
+    share = 100.0 * float((gradient.flatten(1) == 0).all(1).float().mean())
+    if share > 1:
+        message = f"the gradient is exactly zero for {share:.1f} % of the queries: a search along it stands still"
+        return Finding("F2", "fail", share, 1.0, message)
+    return Finding("F2", "pass", share, 1.0, f"the gradient is exactly zero for {share:.1f} % of the queries")
+
+
+def unbounded(evidence: Evidence) -> Finding:
+    """F3: without a bound (eps 1, clean start, 50 steps of PGD), are more than 1 % of the queries (and at least 3) right still?"""
+    threat = Threat(norm="linf", eps=1, step=2.5 / 50, steps=50)
+    step = Step(name="F3", attack="WM", optimizer="pgd")
+    alive = ~evidence.attacked(step, threat, evidence.positions)
+    share = 100.0 * float(alive.mean())
+    if share > 1 and alive.sum() >= FEW:
+        message = (
+            f"with no bound at all, {share:.1f} % of the queries that were right stay right: any image could have "
+            "been reached, so the search fails and not the attack"
+        )
+        return Finding("F3", "fail", share, 1.0, message)
+    return Finding("F3", "pass", share, 1.0, f"with no bound, {share:.1f} % of the queries stay right")
+
+
+def black_beats_white(evidence: Evidence) -> Finding:
+    """F4: does an attack that sees values only (Square, 50 random images) break more than 1 %, and at least 3, of the
+    queries that all gradient searches leave?"""
+    worst, message = 0.0, "attacks without gradients break nothing that attacks with gradients left"
+    steps = evidence.white_steps
+    noise = Step(name="noise", attack="WM", optimizer="noise")
+    for eps in evidence.broken_by:
+        left = evidence.left(eps, steps)
+        mine = evidence.positions[left[evidence.positions]]
+        threat = evidence.protocol.threat_at(eps, {"queries": NOISE_DRAWS})
+        counts = {
+            "Square": (int((left & ~evidence.left(eps, len(evidence.protocol.steps))).sum()), int(left.sum())),
+            f"{NOISE_DRAWS} random images": (int(evidence.attacked(noise, threat, mine).sum()), len(mine)),
+        }
+        for name, (broken, of) in counts.items():
+            share = 100.0 * broken / of if broken >= FEW else 0.0
+            if share > worst:
+                worst = share
+                message = (
+                    f"{name} at eps {eps} breaks {broken} of the {of} queries ({share:.1f} %) that all searches along "
+                    "the gradient left: the gradient hides what is there"
+                )
+    return Finding("F4", "fail" if worst > 1 else "pass", worst, 1.0, message)
+
+
+def useful_gradient(evidence: Evidence) -> Finding:
+    """A1: does a small step along the gradient's sign beat 20 random sign directions on fewer than 90 % of queries?
+
+    The step is 4/255; 0.5/255 for images of less than 28 pixels a side, where few pixels let random
+    directions come near the best one before the loss bends.
+    """
+    loss, rng = evidence.loss(), evidence.subject.rng(evidence.seed, "A1")[torch.from_numpy(evidence.positions)]
+    x = evidence.images
+    step = (4 if max(x.shape[2:]) >= 28 else 0.5) / 255
+    _, gradient = autograd(loss, x, rng)
+    with torch.no_grad():
+        along = loss((x - step * gradient.sign()).clamp(0, 1))
+        beaten = torch.ones_like(along, dtype=torch.bool)
+        for _ in range(20):
+            beaten &= along < loss((x + step * rng.signs(*x.shape[1:])).clamp(0, 1))
+    share = 100.0 * float(beaten.float().mean())
+    message = f"a small step along the gradient beats 20 random directions on {share:.1f} % of the queries"
+    return Finding("A1", "warn" if share < 90 else "pass", share, 90.0, message)
+
+
+def noise_is_no_rival(evidence: Evidence) -> Finding:
+    """A2: do 50 random images leave hardly more (less than 2 points) than the first search, where that leaves 5 % or
+    more and the random images cost 5 points or more themselves?"""
+    nearest, message = float("inf"), "random images do far less harm than the first search"
+    noise = Step(name="noise", attack="WM", optimizer="noise")
+    for eps in evidence.broken_by:
+        first = 100.0 * float(evidence.left(eps, 1)[evidence.positions].mean())
+        threat = evidence.protocol.threat_at(eps, {"queries": NOISE_DRAWS})
+        left = 100.0 - 100.0 * float(evidence.attacked(noise, threat, evidence.positions).mean())
+        if first < 5 or left > 95:
+            continue
+        if left - first < nearest:
+            nearest = left - first
+            message = (
+                f"at eps {eps}, of the queries that are right when clean, {first:.1f} % survive the first search and "
+                f"{left:.1f} % survive {NOISE_DRAWS} random images"
+            )
+    if nearest == float("inf"):
+        return Finding("A2", "pass", None, 2.0, message)
+    return Finding("A2", "warn" if nearest < 2 else "pass", nearest, 2.0, message)
+
+
+def nothing_changes(evidence: Evidence) -> Finding:
+    """H1: at eps 0, is every image and every outcome that of the clean query, exactly?"""
+    threat = Threat(norm=evidence.protocol.threat_at(next(iter(evidence.broken_by))).norm, eps=0, steps=3)
+    with torch.no_grad():
+        moved = [
+            OPTIMIZERS[name](evidence.loss(), evidence.images, threat, evidence.subject.rng(0))
+            for name in ("pgd", "apgd")
+        ]
+        differing = sum(int((x != evidence.images).flatten(1).any(1).sum()) for x in moved)
+        wrong = int((READOUTS["recall_at_1"].read(evidence.subject.embedder(moved[0]), evidence.scene) != 100).sum())
+    if differing:
+        return Finding(
+            "H1", "fail", differing, 0.0, f"{differing} images were changed at eps 0: the harness is at fault"
+        )
+    if wrong:
+        message = f"{wrong} queries that were right are wrong when the unchanged image is embedded again"
+        return Finding("H1", "fail", wrong, 0.0, message)
+    return Finding("H1", "pass", 0.0, 0.0, "at eps 0 every image and outcome is the clean one")
+
+
+def inside_the_ball(evidence: Evidence) -> Finding:
+    """H2: is every adversarial image inside the ball and [0, 1]? An image outside ends the run, so a report says yes."""
+    return Finding("H2", "pass", 0.0, 0.0, "every adversarial image that was read lies inside the ball and [0, 1]")
+
+
+def not_collapsed(evidence: Evidence) -> Finding:
+    """H3: do the embeddings of the gallery differ at all? A constant embedding is collapsed, not robust."""
+    width = spread(evidence.subject)
+    if width < COLLAPSE:
+        message = (
+            f"the gallery's embeddings are (nearly) constant, spread {width:.1e} of their length: collapsed, not robust"
+        )
+        return Finding("H3", "fail", width, COLLAPSE, message)
+    return Finding(
+        "H3", "pass", width, COLLAPSE, f"the gallery's embeddings differ, spread {width:.2f} of their length"
+    )
+
+
+CHECKS: Registry[Callable[[Evidence], Finding]] = Registry(
+    "check",
+    {
+        "F1": randomness,
+        "F2": zero_gradients,
+        "F3": unbounded,
+        "F4": black_beats_white,
+        "A1": useful_gradient,
+        "A2": noise_is_no_rival,
+        "H1": nothing_changes,
+        "H2": inside_the_ball,
+        "H3": not_collapsed,
+    },
+)
+
+
+def examine(
+    subject: "Subject", protocol: Protocol, broken_by: dict[str, np.ndarray], seed: int, queries: int
+) -> list[Finding]:
+    """Every check, on up to ``queries`` of the queries that are right when clean, spread evenly over all."""
+    right = np.flatnonzero(next(iter(broken_by.values())) != CLEAN_WRONG)
+    positions = (
+        right[np.unique(np.linspace(0, len(right) - 1, min(queries, len(right))).astype(int))] if len(right) else right
+    )
+    at = torch.from_numpy(positions).to(subject.device)
+    images = subject.dataset.images[subject.rows[positions]].to(subject.device)
+    evidence = Evidence(subject, protocol, broken_by, positions, images, subject.scene[at], seed)
+    if not len(positions):
+        message = "no query is right when clean, so nothing can be attacked"
+        found = [Finding(name, "skip", None, 0.0, message) for name in CHECKS if name != "H3"]
+        return [*found, not_collapsed(evidence)]
+    return [check(evidence) for check in CHECKS.values()]

@@ -1,0 +1,73 @@
+"""``dmlbench audit``: does a model's measured robustness mean what it says?"""
+
+import sys
+
+import click
+
+from dmlbench.cli.kinds import print_findings
+from dmlbench.cli.output import console, json_option, print_json, progress
+
+EPILOG = """\b
+Examples:
+  dmlbench audit digits-smallcnn-triplet-hm-lga-ics
+  dmlbench audit digits-smallcnn-triplet-none --mask quantise-8"""
+SOUND = {
+    "pass": "no doubt: the measured robustness can be taken at its word",
+    "warn": "doubts: look again before the number is used",
+    "fail": "the measured robustness is not to be believed",
+}
+
+
+@click.command(epilog=EPILOG)
+@click.argument("model")
+@click.option("--dataset", help="A data set's id; by default the one that the model was trained on.")
+@click.option("--protocol", default="strict", show_default=True, help="Whose searches the checks build on.")
+@click.option("--queries", default=256, show_default=True, type=click.IntRange(min=1), help="Queries looked at.")
+@click.option("--mask", help="Put a known gradient mask before the model first, to see what the audit says of it.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:n.")
+@json_option
+def audit(
+    model: str, dataset: str | None, protocol: str, queries: int, mask: str | None, device: str, as_json: bool
+) -> None:
+    """Check MODEL for masked gradients, randomness and collapse; see docs/audit.md.
+
+    Exit code 0 whatever the verdict: the verdict is the output.
+    """
+    import dmlbench
+    from dmlbench.datasets import load_dataset
+    from dmlbench.errors import UsageError
+    from dmlbench.evaluate import default_dataset
+    from dmlbench.masks import MASKS
+
+    embedder = dmlbench.load_model(model)
+    images = load_dataset(dataset or default_dataset(embedder))
+    rules = dmlbench.load_protocol(protocol)
+    if rules.kind != "strict":
+        raise UsageError(f"protocol {protocol!r} is of kind {rules.kind!r}: the audit builds on one of kind 'strict'")
+    if mask is not None:
+        embedder = MASKS[mask](embedder)
+        embedder.name = f"{model} behind {mask}"
+    rules = rules.model_copy(update={"audit": queries})
+    with progress() as bars:
+        evaluation = dmlbench.evaluate(
+            embedder, images, rules, limit=queries, device=device, progress=bars, argv=["dmlbench", *sys.argv[1:]]
+        )
+    findings = evaluation.extras["audit"]
+    verdicts = {f["verdict"] for f in findings}
+    verdict = next(v for v in ("fail", "warn", "pass") if v in verdicts or v == "pass")
+    if as_json:
+        print_json(
+            {
+                "model": embedder.name,
+                "dataset": images.name,
+                "queries": evaluation.dataset.n_queries,
+                "verdict": verdict,
+                "findings": findings,
+                "curve": evaluation.extras["strict"]["curve"],
+            }
+        )
+        return
+    out = console()
+    out.print(f"[bold]{embedder.name}[/bold] on {images.name}, {evaluation.dataset.n_queries} queries")
+    print_findings(findings, out)
+    out.print(f"[bold]{verdict}[/bold]: {SOUND[verdict]} (docs/audit.md)")

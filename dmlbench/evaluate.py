@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any, runtime_checkable
 from typing import Protocol as Interface
-from typing import runtime_checkable
 
 import numpy as np
 import torch
@@ -485,7 +485,9 @@ def evaluate(
     why += [f"--surrogate {subject.surrogate.embedder.name}"] if subject.surrogate else []
     measurements, ers, ers_interval = scores(parts, arrays, seconds, complete=rules.kind == "ers" and whole)
     measurements += scores(chosen.extra, arrays, seconds, complete=False)[0]
-    extras = {**(outcome.extras if outcome else {}), "retention": retention(measurements, benign)}
+    extras: dict[str, Any] = dict(outcome.extras) if outcome else {}
+    if rules.kind != "clustering":  # whose recall is within the attacked set
+        extras["retention"] = retention(measurements, benign)
     if findings:
         extras["audit"] = [asdict(f) for f in findings]
     if chosen.extra:

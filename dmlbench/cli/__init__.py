@@ -21,6 +21,7 @@ INTERRUPTED = 130
 VERBS = {
     "evaluate": "score a model: benign metrics, every attack part, ERS",
     "merge": "join the shards of an evaluation into one result",
+    "audit": "does a model's measured robustness mean what it says?",
     "train": "train a model from a recipe",
     "register": "put finished training runs into a registry",
     "report": "make one HTML page of run folders",

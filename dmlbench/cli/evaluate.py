@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
+from dmlbench.cli.kinds import print_clustering, print_findings, print_strict
 from dmlbench.cli.model_options import MODEL_HELP, load_subject, model_options
 from dmlbench.cli.output import console, json_option, print_json, progress
 from dmlbench.errors import Interrupted, ShardDone, UsageError
@@ -217,7 +218,8 @@ def print_evaluation(e: Evaluation) -> None:
 
     parts = Table(box=None, pad_edge=False, title="under attack", title_justify="left")
     parts.add_column("part")
-    for column in ("raw", "better", "score", "95 % interval", "queries", "seconds"):
+    kept = e.extras.get("retention", {})
+    for column in ("raw", "better", "score", "95 % interval", "retention", "queries", "seconds"):
         parts.add_column(column, justify="right")
     for m in e.measurements:
         parts.add_row(
@@ -230,14 +232,24 @@ def print_evaluation(e: Evaluation) -> None:
             ARROW[m.better],
             "–" if m.score is None else f"{m.score:.1f}",
             _interval(m.interval),
+            f"{kept[m.component]:.1f}" if m.component in kept else "",
             str(m.n),
             f"{m.seconds:.1f}",
         )
     out.print(parts)
+    if "strict" in e.extras:
+        print_strict(e.extras["strict"], out)
+    if "clustering" in e.extras:
+        print_clustering(e.extras["clustering"], out)
+    if "audit" in e.extras:
+        print_findings(e.extras["audit"], out)
     if e.ers is not None:
         partial = f"  (partial: {', '.join(e.partial)})" if e.partial else ""
         out.print(f"[bold]ERS {e.ers:.1f}[/bold]  95 % interval {_interval(e.ers_interval)}{partial}")
-    else:
-        out.print(f"ERS –  (partial: {', '.join(e.partial) or 'a part has no value'})")
+    elif e.partial:
+        score = "" if e.extras.keys() & {"strict", "clustering"} else "ERS –  "
+        out.print(f"{score}(partial: {', '.join(e.partial)})")
+    elif any(m.value is None for m in e.measurements):
+        out.print("ERS –  (a part has no value)")
     for warning in e.warnings:
         out.print(f"[yellow]warning[/yellow] {warning.flag}: {warning.message}")

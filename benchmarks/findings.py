@@ -74,9 +74,9 @@ def planned() -> Iterator[Run]:
                 yield Run("grid", PREFIX + "hm-lga", seed, changes, f"+{s}{d}")
 
 
-def chosen(group: str | None, seed: int | None) -> list[Run]:
-    """The planned runs of one group or seed."""
-    return [r for r in planned() if group in (None, r.group) and seed in (None, r.seed)]
+def chosen(group: str | None, seed: int | None, only: str = "") -> list[Run]:
+    """The planned runs of one group or seed whose name holds ``only``."""
+    return [r for r in planned() if group in (None, r.group) and seed in (None, r.seed) and only in r.name]
 
 
 def load(folder: Path) -> Embedder:
@@ -102,9 +102,10 @@ def cli() -> None:
 @cli.command()
 @click.option("--group", type=click.Choice(["key", "rest", "eta", "grid"]))
 @click.option("--seed", type=int)
-def train(group: str | None, seed: int | None) -> None:
+@click.option("--only", default="", help="Part of the run's name.")
+def train(group: str | None, seed: int | None, only: str) -> None:
     """Train the runs that are missing."""
-    for run in chosen(group, seed):
+    for run in chosen(group, seed, only):
         folder = RUNS / run.name
         if (folder / "checkpoint.json").exists():
             continue

@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from dmlbench.attacks import ATTACKS, aim, craft, measure
 from dmlbench.embedding import Embedder
 from dmlbench.models import ARCHITECTURES
 from dmlbench.optimizers import OPTIMIZERS
+from dmlbench.plan import forget_peak, peak_mib, timed
 from dmlbench.rng import Rng
 from dmlbench.scene import Gallery, Scene
 from dmlbench.threat import Threat
@@ -66,46 +66,6 @@ NETS = {
     "resnet50": Net(_timm("resnet50"), (3, 224, 224), 6000, 32, "8/255", "3/255"),
     "vit_s": Net(_timm("vit_small_patch16_224"), (3, 224, 224), 6000, 32, "8/255", "3/255"),
 }
-
-
-class Clock:
-    """Times a call, waiting for a GPU to finish."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def __call__(self, call: Callable[[], object]) -> float:
-        self.settle()
-        start = time.perf_counter()
-        call()
-        self.settle()
-        return time.perf_counter() - start
-
-    def settle(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def forget_peak(device: torch.device) -> None:
-    """Start a new high-water mark of memory, where the system lets a process do so."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return
-
-
-def peak_mib(device: torch.device) -> float:
-    """Memory at its highest since :func:`forget_peak`, in MiB: of the GPU, or of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
 
 
 def ways(embedder: Embedder) -> dict[str, torch.nn.Module]:
@@ -159,7 +119,7 @@ def scene_for(embedder: Embedder, images: torch.Tensor, entries: int) -> Scene:
 
 def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
     """One row for each attack on one network."""
-    net, clock = NETS[name], Clock(device)
+    net = NETS[name]
     batch, entries = args.batch or net.batch, args.gallery or net.gallery
     torch.manual_seed(0)
     coloured = IMAGENET if net.shape[0] == 3 else {}
@@ -173,7 +133,7 @@ def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dic
     trials: dict[str, list[float]] = {way: [] for way in contenders}
     for _ in range(1 + max(2, args.repeats // 3)):
         for way, run in contenders.items():
-            trials[way].append(clock(run))
+            trials[way].append(timed(run, device))
     fastest = min(trials, key=lambda way: statistics.median(trials[way][1:]))
     floor = contenders[fastest]
     ready = embedder.frozen(device)
@@ -191,7 +151,7 @@ def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dic
         forget_peak(device)
         attacked()
         peak = peak_mib(device)
-        pairs = [(clock(floor), clock(attacked)) for _ in range(args.repeats)]
+        pairs = [(timed(floor, device), timed(attacked, device)) for _ in range(args.repeats)]
         seconds = statistics.median(a for _, a in pairs)
         rows.append(
             {

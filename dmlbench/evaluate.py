@@ -509,62 +509,6 @@ def evaluate(
     ).with_arrays(arrays, sample)
 
 
-def plan_of(
-    embedder: Embedder,
-    dataset: RetrievalDataset,
-    protocol: Protocol,
-    *,
-    attacks: Sequence[str] | None = None,
-    limit: int | None = None,
-    device: str = "auto",
-    batch_size: int | None = None,
-) -> list[dict[str, object]]:
-    """The searches that ``evaluate`` would run, without running them: one row each."""
-    resolve_device(device)
-    queries = min(limit or len(dataset.query), len(dataset.query))
-    chosen = protocol.chosen(attacks, max(dataset.images.shape[1:]))
-    return [
-        {
-            "id": search.name,
-            "attack": search.attack,
-            "optimizer": search.optimizer,
-            "eps": str(search.threat.eps),
-            "queries": queries,
-            "gallery": len(dataset.gallery),
-            "steps": search.threat.steps,
-            "gradients": queries * search.threat.steps * search.threat.restarts,
-        }
-        for search in searches(protocol, [*chosen.own, *chosen.extra])
-    ] + (_runner_plan(protocol, dataset, queries) if chosen.runner else [])
-
-
-def _runner_plan(protocol: Protocol, dataset: RetrievalDataset, queries: int) -> list[dict[str, object]]:
-    """As ``plan_of``, for protocols with a runner of their own; gradients are the most that can be needed."""
-    if protocol.kind not in RUNNERS:
-        return []
-    rows: list[dict[str, object]] = []
-    work = [(s.name, s.attack, s.optimizer, s.aims, s.threat) for s in protocol.steps] or [
-        (name, name, "pgd", 1, {}) for name in clustering_attacks.CLUSTER_ATTACKS
-    ]
-    for eps in protocol.eps_for(max(dataset.images.shape[1:])):
-        for name, attack, optimizer, aims, changes in work:
-            threat = protocol.threat_at(eps, changes)
-            black = optimizer == "square"
-            rows.append(
-                {
-                    "id": f"{name}@{eps}",
-                    "attack": attack,
-                    "optimizer": optimizer,
-                    "eps": eps,
-                    "queries": queries,
-                    "gallery": len(dataset.gallery),
-                    "steps": threat.queries if black else threat.steps,
-                    "gradients": 0 if black else queries * threat.steps * aims,
-                }
-            )
-    return rows
-
-
 RUNNERS = {"strict": strict.run, "clustering": clustering_attacks.run}
 """What runs the protocols of other kinds than components."""
 

@@ -79,6 +79,10 @@ def test_plan_does_nothing_but_plan(typed, tmp_path: Path) -> None:
     rows = plan if isinstance(plan, list) else plan["searches"]
     assert {"ES:D ES:R", "GTT"} <= {row["id"] for row in rows}
     assert not (tmp_path / "nowhere").exists()
+    assert rows[0]["id"] == "clean metrics" and rows[-1]["id"] == "total"
+    assert all(row["seconds"] > 0 and row["peak_mib"] > 0 for row in rows)
+    assert rows[-1]["seconds"] == pytest.approx(sum(row["seconds"] for row in rows[:-1]), abs=0.1)
+    assert rows[-1]["gradients"] == 9 * 32 * 896
 
 
 @pytest.mark.parametrize("kind", ["models", "datasets", "attacks", "protocols"])

@@ -73,7 +73,7 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
 @click.option("--csv", type=click.Path(path_type=Path, dir_okay=False), help="Add or replace this model's row there.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out.")
 @click.option("--shard", metavar="I/N", help="Do only the I-th of N parts, into --out; `dmlbench merge` joins them.")
-@click.option("--plan", is_flag=True, help="Print the work and do nothing.")
+@click.option("--plan", is_flag=True, help="Measure a few steps, print the expected time and memory, do nothing.")
 @model_options
 @json_option
 def evaluate(
@@ -101,7 +101,8 @@ def evaluate(
     Under torchrun the processes share the queries of each attack, and the first one writes.
     """
     import dmlbench
-    from dmlbench.evaluate import default_protocol, plan_of
+    from dmlbench.evaluate import default_protocol
+    from dmlbench.plan import plan_of
     from dmlbench.units import Shard, Units, Work
 
     if (resume or shard) and out is None:
@@ -190,12 +191,21 @@ def _print_plan(work: list[dict[str, object]], as_json: bool) -> None:
     if as_json:
         print_json(work)
         return
-    table = Table(box=None, pad_edge=False)
-    for column in work[0]:
-        table.add_column(column, justify="left" if column == "id" else "right")
+    table = Table(box=None, pad_edge=False, title="expected, from a few measured steps", title_justify="left")
+    table.add_column("search", no_wrap=True)
+    for column in ("optimizer", "eps", "queries", "steps", "time", "peak MiB"):
+        table.add_column(column, justify="right")
     for row in work:
-        table.add_row(*(str(value) for value in row.values()))
+        shown = [str(row[key] or "") for key in ("id", "optimizer", "eps", "queries", "steps")]
+        table.add_row(*shown, _clock(float(str(row["seconds"]))), str(row["peak_mib"] or "–"))
     console().print(table)
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
 def _interval(ends: tuple[float, float] | None) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from dmlbench.cli.evaluate import print_evaluation
+from dmlbench.cli.model_options import ModelOptions, load_subject, model_options
 from dmlbench.cli.output import json_option, print_json, progress
 from dmlbench.results import prepare_folder, save
 
@@ -22,16 +23,22 @@ EPILOG = "Example: dmlbench merge runs/cub-1 runs/cub-2 --out runs/cub"
 @click.option("--model", help="The model, where the shards measured one that is not registered.")
 @click.option("--protocol", help="The protocol's TOML file, where it is not a packaged one.")
 @click.option("--csv", type=click.Path(path_type=Path, dir_okay=False), help="Add or replace this model's row there.")
+@model_options
 @json_option
 def merge(
-    shards: tuple[Path, ...], out: Path, model: str | None, protocol: str | None, csv: Path | None, as_json: bool
+    shards: tuple[Path, ...],
+    out: Path,
+    model: str | None,
+    protocol: str | None,
+    csv: Path | None,
+    options: ModelOptions,
+    as_json: bool,
 ) -> None:
     """Join run folders made with `evaluate --shard i/n` into one result, as if one process had made it.
 
     Nothing is attacked here: a missing unit is an error. The model is loaded for its record only.
     """
     import dmlbench
-    from dmlbench.datasets import load_dataset
     from dmlbench.units import Units, Work, collect
 
     prepare_folder(out)
@@ -40,10 +47,11 @@ def merge(
     units = Units(out / "units")
     made = collect(shards, units)
     rules = dmlbench.load_protocol(protocol or made["protocol"])
+    embedder, images = load_subject(model or made["model"], options, made["dataset"], made["split"], ready=True)
     with progress() as bars:
         evaluation = dmlbench.evaluate(
-            dmlbench.load_model(model or made["model"]),
-            load_dataset(made["dataset"], made["split"]),
+            embedder,
+            images,
             rules,
             attacks=made["attacks"],
             limit=made["limit"],

@@ -1,0 +1,256 @@
+"""What a run will cost, from a few measured steps: seconds and memory of each search, before hours are spent.
+
+Nothing of the data set is embedded but one batch: the gallery is random points of the right number and
+dimension, which cost the same. A search is timed with one step and with three; the difference is what a
+step costs, the rest is paid once a batch. Where a batch is slow (large images on a CPU) a smaller one is
+timed and scaled.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmlbench import clustering as clustering_attacks
+from dmlbench.attacks import ATTACKS, Attack, aim, craft, measure
+from dmlbench.datasets import RetrievalDataset
+from dmlbench.embedding import Embedder
+from dmlbench.evaluate import EMBED_BLOCK, RUNNERS, auto_batch, query_order, resolve_device, searches
+from dmlbench.metrics import retrieval
+from dmlbench.optimizers import OPTIMIZERS
+from dmlbench.protocol import Protocol
+from dmlbench.rng import Rng
+from dmlbench.scene import Gallery, Scene
+from dmlbench.threat import Threat
+
+PROBE = 8
+"""Images timed at a time where images are large and there is no GPU."""
+LARGE = 4096
+"""Numbers in an image above which it is large."""
+_SHORT, _LONG = 1, 3
+_LLOYD = 40
+"""Iterations of k-means that are counted on."""
+
+
+def forget_peak(device: torch.device) -> None:
+    """Start a new high-water mark of memory, where the system lets a process do so."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            return
+
+
+def peak_mib(device: torch.device, field: str = "VmHWM") -> float:
+    """Memory at its highest since :func:`forget_peak`, in MiB: of the GPU, or of the whole process; NaN if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return float("nan")
+    return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(field)), float("nan"))
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call, waiting for a GPU to finish."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A batch of real images before a random gallery.
+
+    Attributes:
+        images: (b, C, H, W).
+        scene: its gallery has the right number of entries, classes and dimensions.
+    """
+
+    embedder: Embedder
+    images: torch.Tensor
+    scene: Scene
+    rng: Rng
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything happens."""
+        return self.images.device
+
+    def run(self, attack: Attack, optimizer: str, threat: Threat) -> None:
+        """One whole batch of a search."""
+        part = aim(attack, self.scene, self.rng)
+        found = craft(self.embedder, attack, OPTIMIZERS[optimizer], threat, self.images, part, self.rng)
+        measure(self.embedder, attack, threat, found, self.images, part)
+
+    def cost(self, attack: Attack, optimizer: str, threat: Threat) -> tuple[float, float]:
+        """Seconds of a whole search on this batch, and memory in MiB at its highest."""
+        whole = max(1, threat.steps)
+
+        def shortened(steps: int) -> Threat:
+            return threat.but(steps=steps, restarts=1, queries=max(1, math.ceil(threat.queries * steps / whole)))
+
+        self.run(attack, optimizer, shortened(_SHORT))
+        forget_peak(self.device)
+        short, long = (
+            timed(partial(self.run, attack, optimizer, shortened(steps)), self.device) for steps in (_SHORT, _LONG)
+        )
+        step = max(long - short, 0.0) / (_LONG - _SHORT)
+        return (max(short - step, 0.0) + step * threat.steps) * threat.restarts, peak_mib(self.device)
+
+
+def stage(embedder: Embedder, dataset: RetrievalDataset, device: torch.device, batch: int) -> Stage:
+    """The first queries of ``query_order``, embedded, before a random gallery."""
+    ready = embedder.frozen(device)
+    rows = dataset.query[query_order(len(dataset.query))[:batch]]
+    images = dataset.images[rows].to(device)
+    with torch.no_grad():
+        clean = ready(images)
+    n, dim = len(dataset.gallery), clean.shape[1]
+    points = torch.randn(n, dim, generator=torch.Generator().manual_seed(0)).to(device)
+    gallery = torch.nn.functional.normalize(points, dim=1) * clean.norm(dim=1).mean()
+    position = np.zeros(len(dataset), dtype=np.int64) - 1
+    position[dataset.gallery] = np.arange(n)
+    scene = Scene(
+        distance=ready.distance,
+        gallery=Gallery(gallery, torch.from_numpy(dataset.labels[dataset.gallery]).to(device)),
+        clean=clean,
+        labels=torch.from_numpy(dataset.labels[rows]).to(device),
+        row=torch.from_numpy(position[rows]).to(device),
+        chosen=torch.zeros(len(rows), 0, dtype=torch.int64, device=device),
+    )
+    return Stage(ready, images, scene, Rng(0, torch.from_numpy(rows).to(device)))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A search to be planned: its row without cost, and what is timed for it, ``weight`` times."""
+
+    row: dict[str, object]
+    attack: Attack
+    optimizer: str
+    threat: Threat
+    weight: float = 1.0
+
+
+def plan_of(
+    embedder: Embedder,
+    dataset: RetrievalDataset,
+    protocol: Protocol,
+    *,
+    attacks: Sequence[str] | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+) -> list[dict[str, object]]:
+    """The searches that ``evaluate`` would run, each with its expected ``seconds`` and ``peak_mib``.
+
+    The first row is the clean metrics, the last the total. Searches of kind "strict" are taken at their
+    most, as if every query survived.
+    """
+    where = resolve_device(device)
+    size = batch_size or auto_batch(dataset, where)
+    queries = min(limit or len(dataset.query), len(dataset.query))
+    large = int(np.prod(dataset.images.shape)) > LARGE and where.type == "cpu"
+    probe = min(PROBE if large else size, size, queries)
+    on = stage(embedder, dataset, where, probe)
+    rows = [_clean(on, dataset, protocol, queries)]
+    before = peak_mib(where, "VmRSS") if where.type == "cpu" else 0.0
+    for job in _jobs(protocol, dataset, queries, attacks):
+        seconds, peak = on.cost(job.attack, job.optimizer, job.threat)
+        peak = before + (peak - before) * min(size, queries) / probe if where.type == "cpu" else peak
+        rows.append({**job.row, **_cost(job.weight * seconds * queries / probe, peak)})
+    total = {"id": "total", **dict.fromkeys(("attack", "optimizer", "eps"), ""), "queries": queries}
+    total |= {"gallery": len(dataset.gallery), "steps": 0}
+    total["gradients"] = sum(int(str(row["gradients"])) for row in rows)
+    peaks = [float(str(row["peak_mib"])) for row in rows if row["peak_mib"] is not None]
+    return [*rows, {**total, **_cost(sum(float(str(r["seconds"])) for r in rows), max(peaks, default=math.nan))}]
+
+
+def _cost(seconds: float, peak: float) -> dict[str, object]:
+    return {"seconds": round(seconds, 1), "peak_mib": None if math.isnan(peak) else round(peak)}
+
+
+def _clean(on: Stage, dataset: RetrievalDataset, protocol: Protocol, queries: int) -> dict[str, object]:
+    """The row of the clean metrics: embedding, ranking, k-means."""
+    everyone = len(np.union1d(dataset.gallery, dataset.query))
+    embedder, images, gallery = on.embedder, on.images, on.scene.gallery
+    clusters = len(np.unique(dataset.labels[dataset.gallery]))
+    forget_peak(on.device)
+    with torch.no_grad():
+        embed = timed(lambda: embedder(images), on.device) / len(images)
+        rank = timed(lambda: retrieval(on.scene), on.device) / len(images)
+        block = gallery.embeddings[:EMBED_BLOCK]
+        centres = gallery.embeddings[torch.arange(clusters, device=on.device) % len(gallery)]
+        assign = timed(lambda: (block @ centres.t()).amax(1), on.device) / len(block)
+    means = assign * len(gallery) * _LLOYD * len(protocol.clustering_seeds)
+    row = _row("clean metrics", "", "", "", queries, dataset, 0, 0)
+    return {**row, **_cost(embed * everyone + rank * queries + means, peak_mib(on.device))}
+
+
+def _row(
+    name: str,
+    attack: str,
+    optimizer: str,
+    eps: str,
+    queries: int,
+    dataset: RetrievalDataset,
+    steps: int,
+    gradients: int,
+) -> dict[str, object]:
+    return {
+        "id": name,
+        "attack": attack,
+        "optimizer": optimizer,
+        "eps": eps,
+        "queries": queries,
+        "gallery": len(dataset.gallery),
+        "steps": steps,
+        "gradients": gradients,
+    }
+
+
+def _jobs(protocol: Protocol, dataset: RetrievalDataset, queries: int, attacks: Sequence[str] | None) -> Iterator[_Job]:
+    """Every search of the protocol."""
+    chosen = protocol.chosen(attacks, max(dataset.images.shape[1:]))
+    for search in searches(protocol, [*chosen.own, *chosen.extra]):
+        threat = search.threat
+        gradients = queries * threat.steps * threat.restarts
+        row = _row(
+            search.name, search.attack, search.optimizer, str(threat.eps), queries, dataset, threat.steps, gradients
+        )
+        yield _Job(row, ATTACKS[search.attack], search.optimizer, threat)
+    if chosen.runner and protocol.kind in RUNNERS:
+        yield from _runner_jobs(protocol, dataset, queries)
+
+
+def _runner_jobs(protocol: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[_Job]:
+    """Those of a protocol with a runner of its own; gradients are the most that can be needed."""
+    nothing: Mapping[str, Any] = {}
+    for eps in protocol.eps_for(max(dataset.images.shape[1:])):
+        for step in protocol.steps:
+            threat = protocol.threat_at(eps, step.threat)
+            black = step.optimizer == "square"
+            row = _row(
+                f"{step.name}@{eps}", step.attack, step.optimizer, eps, queries, dataset,
+                threat.queries if black else threat.steps, 0 if black else queries * threat.steps * step.aims,
+            )  # fmt: skip
+            one = replace(ATTACKS[step.attack], k=1) if ATTACKS[step.attack].targets else ATTACKS[step.attack]
+            yield _Job(row, one, step.optimizer, threat, step.aims)
+        for name, way in clustering_attacks.CLUSTER_ATTACKS.items() if not protocol.steps else ():
+            threat = protocol.threat_at(eps, nothing)
+            row = _row(f"{name}@{eps}", name, "pgd", eps, queries, dataset, threat.steps, queries * threat.steps)
+            yield _Job(row, ATTACKS["ES"], "pgd", threat, 1.5 if way.moving else 1.0)

@@ -2,13 +2,17 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from dmlbench.cli.evaluate import print_evaluation
-from dmlbench.cli.model_options import ModelOptions, load_subject, model_options
+from dmlbench.cli.model_options import load_subject, model_options
 from dmlbench.cli.output import json_option, print_json, progress
 from dmlbench.results import prepare_folder, save
+
+if TYPE_CHECKING:
+    from dmlbench.models import ModelOptions
 
 EPILOG = "Example: dmlbench merge runs/cub-1 runs/cub-2 --out runs/cub"
 
@@ -31,7 +35,7 @@ def merge(
     model: str | None,
     protocol: str | None,
     csv: Path | None,
-    options: ModelOptions,
+    options: "ModelOptions",
     as_json: bool,
 ) -> None:
     """Join run folders made with `evaluate --shard i/n` into one result, as if one process had made it.

@@ -8,6 +8,7 @@ Runs and rows that exist are kept, so each command can be stopped and started ag
 """
 
 import csv
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from dmlbench.evaluate import evaluate
 from dmlbench.models import build, fill, read_weights
 from dmlbench.recipe import load_recipe
 from dmlbench.registration import read_entry
+from dmlbench.results import write_whole
 from dmlbench.training import train as train_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,7 +92,10 @@ def load(folder: Path) -> Embedder:
 
 def rows_of(path: Path) -> list[dict[str, str]]:
     """The measured rows so far."""
-    return list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
 
 
 @click.group()
@@ -136,7 +141,7 @@ def measure(group: str | None, seed: int | None, protocol: str) -> None:
         result = evaluate(load(folder), None, protocol)
         values: dict[str, float | None] = {**result.benign, "ers": result.ers}
         values |= {m.component: m.value for m in result.measurements}
-        values["spread"] = float(list(csv.DictReader((folder / "log.csv").open()))[-1]["spread"])
+        values["spread"] = float(rows_of(folder / "log.csv")[-1]["spread"])
         fresh = not ROWS.exists()
         with ROWS.open("a", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream, lineterminator="\n")
@@ -149,6 +154,96 @@ def measure(group: str | None, seed: int | None, protocol: str) -> None:
                     )
         click.echo(f"{run.name}: {protocol} ERS {result.ers} R@1 {result.benign.get('recall_at_1')}", err=True)
 
+
+Table = dict[tuple[str, str, str, str], list[float]]
+"""(group, recipe and tag, protocol, quantity) to one value per seed."""
+
+
+def collected() -> Table:
+    """The rows, seeds together."""
+    table: Table = {}
+    for row in rows_of(ROWS):
+        key = (row["group"], row["recipe"] + row["tag"], row["protocol"], row["quantity"])
+        table.setdefault(key, []).append(float(row["value"]))
+    return table
+
+
+def cell(values: list[float] | None) -> str:
+    """Mean over the seeds, and their range where there are several."""
+    if not values:
+        return "–"
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f}–{max(values):.1f})"
+
+
+COLUMNS = (("ers-digits", "recall_at_1", "R@1"), ("ers-digits", "nmi", "NMI"), ("ers-digits", "ers", "ERS"))
+
+
+def markdown(table: Table, group: str) -> list[str]:
+    """One table of a group, best ERS first."""
+    names = sorted(
+        {name for g, name, *_ in table if g == group},
+        key=lambda name: -statistics.mean(table.get((group, name, "ers-digits", "ers"), [0.0])),
+    )
+    extra = sorted({(p, q, q) for g, _, p, q in table if g == group and p != "ers-digits" and ":" in q})
+    columns = (*COLUMNS, *extra)
+    lines = [
+        "| model | seeds | " + " | ".join(title for *_, title in columns) + " |",
+        "| --- | --- |" + " --- |" * len(columns),
+    ]
+    for name in names:
+        seeds = len(table.get((group, name, "ers-digits", "ers"), []))
+        cells = [cell(table.get((group, name, protocol, quantity))) for protocol, quantity, _ in columns]
+        lines.append(f"| `{name}` | {seeds} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def grid_markdown() -> list[str]:
+    """The spread of HM[S,D]'s embeddings at the last check, from the logs; below 0.02 is collapse."""
+    lines = ["| S \\ D | " + " | ".join(SAMPLINGS) + " |", "| --- |" + " --- |" * len(SAMPLINGS)]
+    for s in SAMPLINGS:
+        cells = []
+        for d in SAMPLINGS:
+            logs = [RUNS / r.name / "log.csv" for r in planned() if r.group == "grid" and r.tag == f"+{s}{d}"]
+            last = [rows_of(path)[-1] for path in logs if path.exists()]
+            cells.append(" / ".join(f"{float(r['spread']):.2f}" for r in last) or "–")
+        lines.append(f"| {s} | " + " | ".join(cells) + " |")
+    return lines
+
+
+@cli.command()
+def report() -> None:
+    """Write the tables and the figure from the rows."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    table = collected()
+    lines: list[str] = []
+    for group, title in GROUPS.items():
+        lines += [f"### {title}", "", *markdown(table, group), ""]
+    lines += ["### Spread of HM[S,D], 300 steps, one value per seed", "", *grid_markdown(), ""]
+    write_whole(ROOT / "docs" / "findings-tables.md", ("\n".join(lines)).encode())
+
+    matplotlib.rcParams["svg.hashsalt"] = "findings"
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for group, name in sorted({(g, n) for g, n, *_ in table if g in ("key", "rest")}):
+        recall, ers = (table.get((group, name, "ers-digits", q), []) for q in ("recall_at_1", "ers"))
+        if recall and ers:
+            x, y = statistics.mean(recall), statistics.mean(ers)
+            axes.plot([x, x], [min(ers), max(ers)], color="0.6", lw=1)
+            axes.plot([min(recall), max(recall)], [y, y], color="0.6", lw=1)
+            axes.plot(x, y, "o", color="C0", ms=5)
+            axes.annotate(name.split("-", 2)[2], (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    axes.set_xlabel("R@1, %")
+    axes.set_ylabel("ERS (ers-digits)")
+    axes.set_title("Digits: robustness against recall; lines: range over seeds", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "findings.svg", metadata={"Date": None})
+
+
+GROUPS = {"key": "The papers' defences", "rest": "Variants", "eta": "HM[S,g_LGA] over η (2/255 a step)"}
 
 if __name__ == "__main__":
     cli()

@@ -9,12 +9,12 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-import yaml
-from bundles import MODEL, card, edit_arrays, edit_json, edit_yaml, model, sealed, valid, zipped
+from bundles import EST, MODEL, card, edit_arrays, edit_json, edit_yaml, model, sealed, valid, weights_of, zipped
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 import dmlbench
+from dmlbench.checkpoints import checkpoints
 from dmlbench.cli.schema import schemas
 from dmlbench.intervals import cluster_bootstrap
 from dmlbench.protocol import load_protocol
@@ -265,7 +265,7 @@ YAML_EDITS = [
     (put(["checkpoint", "paper"], {"title": "t", "url": "http://x.org"}), "checkpoint.paper.url", "https"),
     (put(["checkpoint", "paper"], {"title": "-1", "url": None}), "checkpoint.paper.title", "spreadsheet"),
     (put(["checkpoint", "defense", "name"], "+SUM(A1)"), "checkpoint.defense.name", "spreadsheet"),
-    (put(["checkpoint", "arch", "embed_dim"], 999), "checkpoint.arch.embed_dim", "the run 16"),
+    (put(["checkpoint", "arch", "embed_dim"], 999), "checkpoint.arch.embed_dim", "the run 64"),
     (put(["checkpoint", "files", 0, "sha256"], "0" * 64), "checkpoint.files", "the run was made with"),
     (put(["checkpoint", "probe"], None), "checkpoint.probe", "4 or more values"),
     (put(["checkpoint", "probe", "atol"], 5.0), "checkpoint.probe.atol", "at most"),
@@ -472,17 +472,15 @@ def swap_weights(files, raw, keep_hash=False):
     return edit_yaml(changed, state)
 
 
-def test_weights_of_another_model(files, check, tmp_path):
-    model(tmp_path, seed=1)
-    other = (tmp_path / "weights.safetensors").read_bytes()
+def test_weights_of_another_model(files, check):
+    other = weights_of(EST)
     refused(check(swap_weights(files, other, keep_hash=True)), 1, "weights.safetensors", "the run was made with")
     refused(check(swap_weights(files, other)), 1, "checkpoint.probe", "another embedding for the probe input")
 
 
-def test_weights_of_another_model_with_its_own_probe(files, check, tmp_path):
-    _, entry = model(tmp_path, seed=1)
-    other = swap_weights(files, (tmp_path / "weights.safetensors").read_bytes())
-    other = edit_yaml(other, put(["checkpoint", "probe"], entry.probe.model_dump(mode="json")))
+def test_weights_of_another_model_with_its_own_probe(files, check):
+    other = swap_weights(files, weights_of(EST))
+    other = edit_yaml(other, put(["checkpoint", "probe"], checkpoints()[EST].probe.model_dump(mode="json")))
     report = check(other)
     assert report.passed == (0, 1)
     refused(report, 2, "benign/map", "another clean outcome")
@@ -549,11 +547,11 @@ def test_weights_may_lie_elsewhere_and_are_named(files, check, made):
 
 def test_repeats_on_the_board(files, check, tmp_path):
     board = tmp_path / "leaderboard"
-    write_folder(files, board / "submissions" / "digits-smallcnn-none-test-ers-digits")
+    write_folder(files, board / "submissions" / "digits-mine-ers-digits")
     refused(check(files, 0, board=board), 0, "submission.yaml id", "already on the board")
     renamed = edit_yaml(files, put(["id"], "another-id"))
     refused(check(renamed, 0, board=board), 0, "stated.weights_sha256", "already on the board under 'ers-digits'")
-    mine = board / "submissions" / "digits-smallcnn-none-test-ers-digits"
+    mine = board / "submissions" / "digits-mine-ers-digits"
     assert validate(mine, 0, board=board).status == "accepted"  # a folder does not repeat itself
     mine.rename(board / "submissions" / "other-name")
     refused(validate(board / "submissions" / "other-name", 0, board=board), 0, "id", "its folder is called")
@@ -573,7 +571,6 @@ def test_an_id_of_the_registry_with_other_weights(files, check, tmp_path, monkey
 def test_from_a_run_to_a_verified_bundle(typed, made, tmp_path):
     source = made[1]
     entry = source / "record.json"
-    entry.write_text(json.dumps(yaml.safe_load((source / "submission.yaml").read_text())["checkpoint"]))
     out = tmp_path / "mine"
     done = typed("submit", "init", source / "run", "--checkpoint", entry, "--out", out / "submission.yaml")
     assert "still to fill in: 1 field" in done.out

@@ -18,7 +18,7 @@ from dmlbench.checkpoints import checkpoints
 from dmlbench.cli.schema import schemas
 from dmlbench.intervals import cluster_bootstrap
 from dmlbench.protocol import load_protocol
-from dmlbench.results import npz_bytes, save
+from dmlbench.results import Evaluation, npz_bytes, save
 from dmlbench.submission import rerun
 from dmlbench.submission.bundle import LIMITS
 from dmlbench.submission.pack import write_folder
@@ -521,7 +521,7 @@ def test_weights_of_another_architecture(files, check):
     [
         (put(["checkpoint", "arch", "builder"], "smalcnn"), "checkpoint.arch", "smallcnn"),
         (put(["checkpoint", "arch", "builder"], "os.system"), "checkpoint.arch", "unknown architecture"),
-        (put(["checkpoint", "arch", "kwargs"], {"depth": 3}), "checkpoint.arch", "cannot be built"),
+        (put(["checkpoint", "arch", "kwargs"], {"depth": 3}), "checkpoint.arch", "argument 'depth'"),
         (put(["checkpoint", "arch", "kwargs", "width"], 100000), "checkpoint.arch", "at most 2000000000"),
         (put(["checkpoint", "arch", "kwargs", "width"], 8), "n_params", "the network has"),
         (put(["checkpoint", "normalize"], {"mean": [0.5], "std": [0.1]}), "checkpoint.probe", "another embedding"),
@@ -650,7 +650,8 @@ def test_a_full_rerun_that_does_not_agree_is_a_dispute(files, check, tmp_path, m
     checked = check_static(zipped(files, tmp_path / "b.zip"))
     arrays = {k: v.copy() for k, v in checked.evaluation.arrays.items()}
     arrays["CA+/value"] -= 2.0
-    monkeypatch.setattr(rerun, "evaluate", lambda *a, **k: checked.evaluation.model_copy().with_arrays(arrays))
+    again = Evaluation.model_validate(checked.evaluation.model_dump()).with_arrays(arrays)
+    monkeypatch.setattr(rerun, "evaluate", lambda *a, **k: again)
     embedder = rerun.load_submitted(checked)
     full = rerun.rerun_all(checked, embedder)
     assert [(p.level, p.field) for p in full.problems] == [(4, "run/evaluation.json measurements.CA+")]

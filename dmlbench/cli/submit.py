@@ -13,14 +13,15 @@ def submit() -> None:
     """Make a bundle to submit; docs/submitting.md goes through it step by step."""
 
 
-@submit.command(epilog="Example: dmlbench submit init runs/mine")
+@submit.command(epilog="Example: dmlbench submit init runs/mine --author 'Ada Lovelace'")
 @click.argument("run", type=_FOLDER)
 @click.option("--out", type=_FILE, help="Where to write; by default submission.yaml beside the run folder.")
 @click.option(
     "--checkpoint", type=_FILE, help="A JSON record of the model, as in checkpoints.json, where it is not registered."
 )
+@click.option("--author", "authors", multiple=True, help="Who submits; repeatable.")
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
-def init(run: Path, out: Path | None, checkpoint: Path | None, force: bool) -> None:
+def init(run: Path, out: Path | None, checkpoint: Path | None, authors: tuple[str, ...], force: bool) -> None:
     """Write submission.yaml for the run folder RUN, with what is known filled in."""
     from dmlbench.errors import UsageError
     from dmlbench.results import prepare_folder, write_whole
@@ -30,7 +31,7 @@ def init(run: Path, out: Path | None, checkpoint: Path | None, force: bool) -> N
     path = out or run.parent / "submission.yaml"
     if path.exists() and not force:
         raise UsageError(f"{path} is already there: --force replaces it, --out names another")
-    text = draft(run, read_card(checkpoint) if checkpoint else None)
+    text = draft(run, read_card(checkpoint) if checkpoint else None, authors)
     prepare_folder(path.parent)
     write_whole(path, text.encode())
     click.echo(f"wrote {path}")

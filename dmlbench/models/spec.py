@@ -17,7 +17,7 @@ PRECISIONS = ("float32", "bfloat16")
 class Spec(BaseModel):
     """A model in a file of its own: the parts of a registry entry that say how to build and feed it.
 
-    A whole entry of checkpoints.json is a spec too.
+    A whole entry of checkpoints.json is a spec too, and so is the checkpoint.json of a training run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,6 +41,8 @@ class Spec(BaseModel):
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"spec {path} cannot be read: {error}") from None
+        if isinstance(content, dict) and len(content) == 1:
+            (content,) = content.values()  # {id: entry}, as a training run writes it
         try:
             if isinstance(content, dict) and {"files", "train", "defense"} & set(content):
                 entry = Checkpoint.model_validate(content)

@@ -1,5 +1,7 @@
 """From a run folder to a bundle: ``submission.yaml`` with what is known filled in, then one zip file."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ HEAD = f"""# What you submit. `dmlbench submit pack` puts it into the bundle; `d
 """
 
 
-def draft(run: Path, checkpoint: Checkpoint | None = None) -> str:
+def draft(run: Path, checkpoint: Checkpoint | None = None, authors: Sequence[str] = ()) -> str:
     """The text of a submission.yaml for a run folder.
 
     Args:
         checkpoint: what the model is; by default the registry's record of the run's model.
+        authors: who submits; a mark to fill in where nobody is named.
 
     Raises:
         DataError: the run cannot be read. UsageError: it is a partial run, or has no weights to name.
@@ -37,7 +40,7 @@ def draft(run: Path, checkpoint: Checkpoint | None = None) -> str:
         "schema_version": 1,
         "id": f"{e.model.id}-{e.protocol.name}",
         "title": card.title if card else FILL_IN,
-        "authors": [FILL_IN],
+        "authors": list(authors) or [FILL_IN],
         "code_url": None,
         "stated": {
             "protocol": e.protocol.name,
@@ -54,15 +57,20 @@ def draft(run: Path, checkpoint: Checkpoint | None = None) -> str:
 
 
 def read_card(path: Path) -> Checkpoint:
-    """A checkpoint record from a JSON file.
+    """A checkpoint record from a JSON file: the record, or ``{id: record}`` as a training run writes it.
 
     Raises:
         DataError: the file is missing or not such a record; the field is named.
     """
     try:
-        return Checkpoint.model_validate_json(_read(path))
+        content = json.loads(_read(path))
+        if isinstance(content, dict) and len(content) == 1:
+            (content,) = content.values()
+        return Checkpoint.model_validate(content)
     except ValidationError as error:
         raise DataError(f"{path}: {first_problem(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
 
 
 def _blank(e: Evaluation) -> dict[str, Any]:

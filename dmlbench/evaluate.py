@@ -418,6 +418,8 @@ def evaluate(
         "torch": torch.__version__,
         "model": embedder.name,
         "weights": embedder.weights_sha256 or digest_of(embedder),
+        "arch": embedder.arch,
+        "normalisation": [embedder.mean.flatten().tolist(), embedder.std.flatten().tolist()],
         "space": embedder.distance.space,
         "gradient_precision": embedder.precision,
         "dataset": dataset.name,

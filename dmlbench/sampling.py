@@ -47,8 +47,13 @@ def class_batch(labels: np.ndarray, groups: int, per_class: int, rng: np.random.
         labels: (N,) that passed :func:`check_classes`.
         groups: number of groups, at least two, so that negatives exist.
         per_class: images in a group.
+
+    Raises:
+        DataError: a single group, or labels of a single class: a batch without negatives.
     """
     _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    if groups < 2 or len(counts) < 2:
+        raise DataError(f"a batch of {groups} group(s) from {len(counts)} class(es) has no negatives")
     order = np.lexsort((rng.random(len(labels)), inverse))  # each class's images, shuffled
     start = np.concatenate([[0], np.cumsum(counts)[:-1]])
     rounds = -(-groups // len(counts))

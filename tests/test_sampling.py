@@ -112,6 +112,9 @@ def test_class_batches(counts: list[int], groups: int, per_class: int, seed: int
 def test_batches_without_negatives_are_refused() -> None:
     with pytest.raises(DataError, match="no negatives"):
         check_classes(np.zeros(8, dtype=int), 2)
+    for labels, groups in ((np.arange(8) // 2, 1), (np.zeros(8, dtype=int), 4)):
+        with pytest.raises(DataError, match="no negatives"):
+            class_batch(labels, groups, 2, np.random.default_rng(0))
 
 
 def test_unknown_sampling() -> None:

@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS, ROWS = Path("runs/findings"), ROOT / "docs" / "findings.csv"
 SEEDS = (0, 1, 2)
 STEPS = 300
+QUERIES = 256
+"""Queries measured, of the 896; clustering takes them all."""
 PREFIX = "digits-smallcnn-triplet-"
 KEY = (
     *(PREFIX + d for d in ("none", "est", "act", "hm-lga", "hm-lga-ics", "robust-p")),
@@ -142,7 +144,7 @@ def measure(group: str | None, seed: int | None, protocol: str) -> None:
         folder = RUNS / run.name
         if (run.name, protocol) in known or not (folder / "checkpoint.json").exists():
             continue
-        result = evaluate(load(folder), None, protocol)
+        result = evaluate(load(folder), None, protocol, limit=None if protocol == "clustering" else QUERIES)
         values: dict[str, float | None] = {**result.benign, "ers": result.ers}
         values |= {m.component: m.value for m in result.measurements}
         for worst in result.extras.get("clustering", {}).get("worst", []):

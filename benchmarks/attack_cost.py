@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from dmlbench.attacks import ATTACKS, aim, craft, measure
-from dmlbench.embedding import Embedder
+from dmlbench.embedding import DISTANCES, Embedder
+from dmlbench.metrics import agreement, assignments, mean, retrieval
 from dmlbench.models import ARCHITECTURES
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.plan import forget_peak, peak_mib, timed
@@ -180,6 +181,37 @@ def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dic
     return rows
 
 
+def metric_costs(entries: int, classes: int, dimensions: int, device: torch.device, k_means: bool) -> None:
+    """Print what the clean metrics of a gallery of this size take; classes overlap as those of a fair model do."""
+    torch.manual_seed(0)
+    middles = F.normalize(torch.randn(classes, dimensions), dim=1)
+    labels = torch.arange(entries) % classes
+    points = F.normalize(middles[labels] + 0.045 * torch.randn(entries, dimensions), dim=1).to(device)
+    rows = torch.arange(entries, device=device)
+    scene = Scene(
+        distance=DISTANCES["N"],
+        gallery=Gallery(points, labels.to(device)),
+        clean=points,
+        labels=labels.to(device),
+        row=rows,
+        chosen=rows.new_zeros(entries, 0),
+    )
+    print(f"| metric of {entries} x {dimensions}, {classes} classes | seconds | peak MiB | value |")
+    print("| --- | --- | --- | --- |")
+    found: dict[str, object] = {}
+    forget_peak(device)
+    seconds = timed(lambda: found.update(retrieval(scene)), device)
+    shown = ", ".join(f"{name} {mean(values):.2f}" for name, values in found.items())  # type: ignore[arg-type]
+    print(f"| R@k, mAP, MAP@R | {seconds:.1f} | {peak_mib(device):.0f} | {shown} |", flush=True)
+    if k_means:
+        forget_peak(device)
+        seconds = timed(lambda: found.update(clusters=assignments(points, classes, (0,))), device)
+        print(f"| k-means, one start | {seconds:.1f} | {peak_mib(device):.0f} | |", flush=True)
+    clusters = found.get("clusters", torch.randint(classes, (entries, 1)).numpy())
+    seconds = timed(lambda: found.update(agreement(labels.numpy(), clusters)), device)  # type: ignore[arg-type]
+    print(f"| NMI and AMI | {seconds:.1f} | {peak_mib(device):.0f} | {found['nmi']:.2f}, {found['ami']:.2f} |")
+
+
 def main() -> None:
     """Parse, time, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -193,9 +225,15 @@ def main() -> None:
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--metrics", type=int, metavar="N", help="time the clean metrics of N entries instead")
+    parser.add_argument("--classes", type=int, default=11316, help="of --metrics; that many clusters")
+    parser.add_argument("--kmeans", action="store_true", help="of --metrics: k-means too, which takes minutes on a CPU")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    if args.metrics:
+        metric_costs(args.metrics, args.classes, 512, device, args.kmeans)
+        return
     print(f"torch {torch.__version__}, {platform.machine()}, {device}, {args.threads} threads, {args.steps} steps")
     print("| network | attack | batch | gallery | bare s | attack s | images/s | peak MiB | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")

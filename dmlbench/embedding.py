@@ -23,6 +23,14 @@ from dmlbench.registry import Registry
 _TINY = 1e-12
 
 
+def _euclidean(a: Tensor, b: Tensor, b_square: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """(n, m) distances from one product, no graph."""
+    if b_square is None:
+        b_square = b.square().sum(1)
+    d = torch.addmm(b_square[None, :], a, b.t(), alpha=-2.0, out=out)
+    return d.add_(a.square().sum(1, keepdim=True)).clamp_min_(0.0).sqrt_()
+
+
 class _Euclidean(torch.autograd.Function):
     """Euclidean distances of every a to every b: one product forward, one backward.
 
@@ -31,10 +39,7 @@ class _Euclidean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, b_square: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
-        if b_square is None:
-            b_square = b.square().sum(1)
-        d = torch.addmm(b_square[None, :], a, b.t(), alpha=-2.0)  # (n, m)
-        d = d.add_(a.square().sum(1, keepdim=True)).clamp_min_(0.0).sqrt_()
+        d = _euclidean(a, b, b_square)
         ctx.save_for_backward(a, b, d)
         return d
 
@@ -67,9 +72,20 @@ class Distance:
         return F.normalize(raw, dim=1) if self.normalized else raw
 
     def pairwise(
-        self, a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], b_square: Float[Tensor, " m"] | None = None
+        self,
+        a: Float[Tensor, "n d"],
+        b: Float[Tensor, "m d"],
+        b_square: Float[Tensor, " m"] | None = None,
+        out: Float[Tensor, "n m"] | None = None,
     ) -> Float[Tensor, "n m"]:
-        """Distances of every a to every b. ``b_square``, the squared lengths of b, saves a pass."""
+        """Distances of every a to every b. ``b_square``, the squared lengths of b, saves a pass.
+
+        ``out`` is memory to write them into, without a graph; a new large table costs more than filling it.
+        """
+        if out is not None and self.metric == "cosine":
+            return torch.mm(a, b.t(), out=out).neg_().add_(1.0)
+        if out is not None:
+            return _euclidean(a, b, b_square, out)
         if self.metric == "cosine":
             return 1.0 - a @ b.t()
         return _Euclidean.apply(a, b, b_square)  # type: ignore[no-any-return]

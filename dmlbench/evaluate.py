@@ -248,7 +248,7 @@ def benign_arrays(subject: Subject, seeds: Sequence[int]) -> dict[str, np.ndarra
     scene = subject.scene
     out = {f"benign/{name}": values for name, values in retrieval(scene, RECALL_AT).items()}
     classes = scene.gallery.labels.cpu().numpy()
-    clusters = assignments(scene.gallery.embeddings.cpu().numpy(), len(np.unique(classes)), seeds)
+    clusters = assignments(scene.gallery.embeddings, len(np.unique(classes)), seeds)
     out |= {f"benign/{name}": np.array([value]) for name, value in agreement(classes, clusters).items()}
     own = scene.row.cpu().numpy()
     if (own >= 0).all():  # every query is a gallery entry, so it fell into a cluster

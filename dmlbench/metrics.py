@@ -6,7 +6,6 @@ without another image of its class in the gallery has no recall: its outcome is 
 it out. Ties count against the model: a positive must be strictly nearer than every negative.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from dmlbench.kmeans import lloyd, mutual_information
 from dmlbench.objectives import KEPT
+from dmlbench.ranking import average_precisions, negatives_ahead, recalled
 from dmlbench.registry import Registry
 from dmlbench.scene import Scene
 
@@ -82,7 +83,7 @@ def kept_in_top_4(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
 
 def map_at_r(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """MAP@R of the attacked query (own entry left out), percent, NaN without positives."""
-    return _average_precision(scene.ranked(e), scene)[1]
+    return average_precisions(*negatives_ahead(scene.distances(e), scene))[1]
 
 
 def _right_when_clean(values: Tensor, scene: Scene) -> Tensor:
@@ -148,28 +149,20 @@ def retrieval(scene: Scene, ks: Sequence[int] = RECALL_AT) -> dict[str, np.ndarr
     ``recall_at_k``; ``map``: average precision over the whole ranking; ``map_at_r`` (Musgrave, Belongie
     and Lim, "A Metric Learning Reality Check", 2020): over the first R, R the number of positives.
     """
-    parts = [_retrieval_block(scene[a : a + BLOCK], ks) for a in range(0, len(scene), BLOCK)]
+    table = scene.clean.new_empty(min(BLOCK, len(scene)), len(scene.gallery))
+    parts = []
+    with torch.no_grad():
+        for a in range(0, len(scene), BLOCK):
+            part = scene[a : a + BLOCK]
+            parts.append(_retrieval_block(part.distances(part.clean, table[: len(part)]), part, ks))
     return {name: torch.cat([p[name] for p in parts]).cpu().numpy() for name in parts[0]}
 
 
-def _retrieval_block(scene: Scene, ks: Sequence[int]) -> dict[str, Tensor]:
-    d = scene.ranked(scene.clean)  # (b, N)
-    out = {f"recall_at_{k}": _margin_right(d, scene, k) for k in ks}
-    out["map"], out["map_at_r"] = _average_precision(d, scene)
+def _retrieval_block(d: Tensor, scene: Scene, ks: Sequence[int]) -> dict[str, Tensor]:
+    ahead, real = negatives_ahead(d, scene)
+    out = {f"recall_at_{k}": recalled(ahead, real, k) for k in ks}
+    out["map"], out["map_at_r"] = average_precisions(ahead, real)
     return out
-
-
-def _average_precision(d: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
-    """(B,) mAP and MAP@R, percent, of a ranking by ``d`` (B, N), own entries last; NaN without positives."""
-    order = d.sort(dim=1, stable=True).indices
-    right = scene.same.gather(1, order).float()  # (b, N), by rank
-    hits = right.cumsum(1)
-    position = torch.arange(1, d.shape[1] + 1, device=d.device)
-    precision = hits / position * right
-    positives = right.sum(1)
-    average = precision.sum(1) / positives
-    at_r = (precision * (position <= positives[:, None])).sum(1) / positives
-    return 100.0 * average, 100.0 * at_r  # 0/0 is NaN where there are no positives
 
 
 def mean(values: np.ndarray) -> float:
@@ -190,8 +183,15 @@ def kmeans(embeddings: np.ndarray, k: int, seed: int, iterations: int = 40) -> n
     return np.asarray(means.index.search(points, 1)[1][:, 0])
 
 
-def assignments(embeddings: np.ndarray, k: int, seeds: Sequence[int]) -> np.ndarray:
-    """(N, seeds) int32: the cluster that each embedding falls into, by k-means seed."""
+def assignments(embeddings: np.ndarray | Tensor, k: int, seeds: Sequence[int]) -> np.ndarray:
+    """(N, seeds) int32: the cluster that each embedding falls into, by k-means seed.
+
+    On the CPU by faiss; a tensor on a GPU stays there.
+    """
+    if isinstance(embeddings, Tensor):
+        if embeddings.device.type == "cuda":
+            return np.stack([lloyd(embeddings, k, seed).cpu().numpy() for seed in seeds], axis=1).astype(np.int32)
+        embeddings = embeddings.numpy()
     return np.stack([kmeans(embeddings, k, seed) for seed in seeds], axis=1).astype(np.int32)
 
 
@@ -205,12 +205,5 @@ def agreement(labels: np.ndarray, assigned: np.ndarray) -> dict[str, float]:
 
     AMI is corrected for chance; NMI of many small clusters is far above 0 for random ones.
     """
-    from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
-
-    found = {"nmi": [], "ami": []}  # type: dict[str, list[float]]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # scikit-learn takes integer labels for a regression target
-        for clusters in assigned.T:
-            found["nmi"].append(float(normalized_mutual_info_score(labels, clusters)))
-            found["ami"].append(float(adjusted_mutual_info_score(labels, clusters)))
-    return {name: 100.0 * float(np.mean(values)) for name, values in found.items()}
+    found = np.array([mutual_information(labels, clusters) for clusters in assigned.T])  # (seeds, 2)
+    return {"nmi": 100.0 * float(found[:, 0].mean()), "ami": 100.0 * float(found[:, 1].mean())}

@@ -35,6 +35,13 @@ class Gallery:
         return self.embeddings.square().sum(1)
 
     @cached_property
+    def by_class(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(N,) rows sorted by class; and of each class (C,) its label, its size and where it starts there."""
+        order = self.labels.argsort(stable=True)
+        classes, counts = self.labels[order].unique_consecutive(return_counts=True)
+        return order, classes, counts, counts.cumsum(0) - counts
+
+    @cached_property
     def scale(self) -> Tensor:
         """(): root mean square length of an entry; 1 where embeddings are normalised."""
         return self.square.mean().sqrt()
@@ -76,9 +83,9 @@ class Scene:
         """The same scene with these targets."""
         return replace(self, chosen=chosen)
 
-    def distances(self, embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B N"]:
-        """From each embedding to every gallery entry."""
-        return self.distance.pairwise(embeddings, self.gallery.embeddings, self.gallery.square)
+    def distances(self, embeddings: Float[Tensor, "B D"], out: Tensor | None = None) -> Float[Tensor, "B N"]:
+        """From each embedding to every gallery entry; into ``out``, without a graph, where it is given."""
+        return self.distance.pairwise(embeddings, self.gallery.embeddings, self.gallery.square, out)
 
     def ranked(self, embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B N"]:
         """As ``distances``, with each image's own entry at infinity: what a ranking is read from."""

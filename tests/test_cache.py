@@ -11,7 +11,7 @@ from PIL import Image
 from trees import class_tree, picture
 
 from dmlbench.datasets import CachedImages, decode, load_dataset
-from dmlbench.datasets.pictures import Files
+from dmlbench.datasets.pictures import BLOCK, Files, each
 from dmlbench.errors import DataError
 from dmlbench.preprocess import Preprocess
 
@@ -127,6 +127,14 @@ def test_a_broken_picture_is_named(kind: str, tmp_path: Path, cache: Path) -> No
     with pytest.raises(DataError, match=r"class1/002.jpg: .*datasets verify"):
         decode(load_dataset(f"folder:{tree}", preprocess=SMALL))
     assert not list((cache / "images").glob("*.npy"))
+
+
+def test_threads_do_not_run_ahead_of_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    got = each(lambda row: begun.append(row) or row, 10 * BLOCK)
+    assert [next(got) for _ in range(5)] == [0, 1, 2, 3, 4]
+    assert len(begun) <= BLOCK
+    assert list(got) == list(range(5, 10 * BLOCK)) and sorted(begun) == list(range(10 * BLOCK))
 
 
 def test_no_room_is_said_before_work_begins(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

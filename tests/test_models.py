@@ -499,3 +499,17 @@ def test_a_published_checkpoint_loads_by_its_id(tmp_path: Path) -> None:
     small = lightning(tmp_path / "other.ckpt", seeded(c2f2()))
     with pytest.raises(DataError, match="does not fit the architecture"):
         open_model("cub-resnet18-triplet-hm-lga", ModelOptions(weights=str(small)))
+
+
+@pytest.mark.parametrize(
+    ("name", "maker"),
+    [("timm:test_resnet", "timm"), ("hf-hub:someone/net", "timm"), ("torchvision:resnet18", "torchvision")],
+)
+def test_weights_that_cannot_be_fetched(name: str, maker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no route to host\nmore about it")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    monkeypatch.setattr("torchvision.models.get_model", offline)
+    with pytest.raises(DataError, match=f"^{maker} cannot fetch .*: ConnectionError: no route to host$"):
+        open_model(name, ModelOptions(weights="pretrained"))

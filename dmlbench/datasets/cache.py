@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +23,7 @@ from PIL import Image, features
 from torch import Tensor
 
 from dmlbench.datasets.base import ArrayImages, RetrievalDataset, user_folder
-from dmlbench.datasets.pictures import Arrays, Source, Undecodable, workers
+from dmlbench.datasets.pictures import Arrays, Source, Undecodable, each
 from dmlbench.errors import DataError
 from dmlbench.preprocess import Preprocess
 
@@ -125,10 +124,9 @@ class CachedImages:
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             pixels = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=self._expected)
-            with ThreadPoolExecutor(workers()) as pool:
-                for done, (row, image) in enumerate(pool.map(self._one, range(len(self))), 1):
-                    pixels[row] = image
-                    progress(done, len(self))
+            for done, (row, image) in enumerate(each(self._one, len(self)), 1):
+                pixels[row] = image
+                progress(done, len(self))
             pixels.flush()
             del pixels
             part.replace(path)

@@ -8,18 +8,22 @@ be decoded raises :class:`Undecodable` with the reason; which images of a data s
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from dmlbench.datasets.base import ArrayImages
 from dmlbench.errors import DataError
+
+T = TypeVar("T")
+BLOCK = 128
+"""How many pictures are worked on before the first of them is asked for."""
 
 
 def shown(path: Path | str) -> str:
@@ -122,8 +126,7 @@ class Files:
             except OSError as error:
                 raise DataError(f"image file {shown(self.path(row))} cannot be read: {error.strerror}") from None
 
-        with ThreadPoolExecutor(workers()) as pool:
-            return np.frombuffer(b"".join(pool.map(one, range(len(self)))), np.uint8).reshape(-1, 32)
+        return np.frombuffer(b"".join(each(one, len(self))), np.uint8).reshape(-1, 32)
 
     def crops(self) -> bytes:
         boxes = b"" if self.boxes is None else np.ascontiguousarray(self.boxes, dtype="<f8").tobytes()
@@ -161,6 +164,16 @@ class Arrays:
 def workers() -> int:
     """How many threads decode at once: Pillow gives up the interpreter lock while it works."""
     return max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+def each(work: Callable[[int], T], count: int) -> Iterator[T]:
+    """``work(0)`` to ``work(count - 1)`` in order, by several threads.
+
+    Threads run ahead by one block at most, so that memory stays bounded and a failure or an interruption ends it soon.
+    """
+    with ThreadPoolExecutor(workers()) as pool:
+        for start in range(0, count, BLOCK):
+            yield from pool.map(work, range(start, min(start + BLOCK, count)))
 
 
 def decoded(content: bytes) -> Image.Image:

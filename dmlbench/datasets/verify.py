@@ -1,6 +1,5 @@
 """Is a data set whole? Counts against the published ones, and every image decoded."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from dmlbench.datasets import CachedImages, RetrievalDataset, dataset_entry
 from dmlbench.datasets.base import Counts, counts_of
 from dmlbench.datasets.cache import Progress
-from dmlbench.datasets.pictures import Files, Undecodable, workers
+from dmlbench.datasets.pictures import Files, Undecodable, each
 from dmlbench.errors import DataError, UsageError
 from dmlbench.preprocess import Preprocess
 
@@ -86,9 +85,8 @@ def _broken(dataset: RetrievalDataset, progress: Progress) -> list[str]:
         return None
 
     lines = []
-    with ThreadPoolExecutor(workers()) as pool:
-        for done, line in enumerate(pool.map(one, range(len(images))), 1):
-            progress(done, len(images))
-            if line is not None:
-                lines.append(line)
+    for done, line in enumerate(each(one, len(images)), 1):
+        progress(done, len(images))
+        if line is not None:
+            lines.append(line)
     return lines

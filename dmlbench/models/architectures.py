@@ -176,6 +176,11 @@ def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
         return make()
 
 
+def _first_line(error: Exception) -> str:
+    """What an error of another package is and says, in one line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
+
+
 def _timm(name: str, embed_dim: int | None, pretrained: bool, kwargs: Mapping[str, Any]) -> Built:
     import timm
 
@@ -192,7 +197,7 @@ def _timm(name: str, embed_dim: int | None, pretrained: bool, kwargs: Mapping[st
     except Exception as error:  # a failed download raises whatever the hub's client raises
         if not pretrained and not hub:
             raise
-        raise DataError(f"timm cannot fetch {name}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        raise DataError(f"timm cannot fetch {name}: {_first_line(error)}") from None
     about = getattr(network, "pretrained_cfg", None) or {}
     return Built(
         network=network,
@@ -219,7 +224,7 @@ def _torchvision(name: str, embed_dim: int | None, pretrained: bool, kwargs: Map
     except Exception as error:
         if not pretrained:
             raise
-        raise DataError(f"torchvision cannot fetch {name}: {type(error).__name__}: {error}") from None
+        raise DataError(f"torchvision cannot fetch {name}: {_first_line(error)}") from None
     if embed_dim is not None:
         with_head(network, embed_dim)
     size = 299 if name == "inception_v3" else 224

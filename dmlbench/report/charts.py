@@ -57,6 +57,11 @@ def bars(rows: Sequence[Bar], width: int = 640) -> str:
     return "".join([*parts, "</svg>"])
 
 
+def length_255(eps: float) -> str:
+    """A length on the [0, 1] scale as the field writes it; longer ones, of the L2 norm, as they are."""
+    return f"{eps * 255:.3g}/255" if eps <= 1 else f"{eps:.3g}"
+
+
 @dataclass(frozen=True)
 class Line:
     """Points of one curve: eps on the [0, 1] scale, value 0 to 100, its interval."""
@@ -68,7 +73,7 @@ class Line:
 
 def curves(lines: Sequence[Line], y_title: str, width: int = 640, height: int = 280) -> str:
     """Values against eps in 1/255, each point with its interval; lines are joined in order of eps."""
-    left, right, top, bottom = 44, 16, 10, 58
+    left, right, top, bottom = 44, 36, 10, 58
     largest = max((p[0] for line in lines for p in line.points), default=0.0) or 1.0
 
     def x(eps: float) -> float:
@@ -84,7 +89,7 @@ def curves(lines: Sequence[Line], y_title: str, width: int = 640, height: int = 
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text class="tick" x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.0f}</text>')
     for eps in sorted({p[0] for line in lines for p in line.points}):
-        label = f"{eps * 255:.3g}/255" if largest <= 1 else f"{eps:.3g}"
+        label = length_255(eps)
         parts.append(
             f'<text class="tick" x="{x(eps):.1f}" y="{height - bottom + 16}" text-anchor="middle">{label}</text>'
         )

@@ -13,7 +13,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from dmlbench.report.charts import PALETTE, Bar, Line, bars, curves, plane
+from dmlbench.report.charts import PALETTE, Bar, Line, bars, curves, length_255, plane
 from dmlbench.report.pictures import data_uri, magnified
 from dmlbench.results import Evaluation, Measurement
 
@@ -85,6 +85,7 @@ def page(runs: Sequence[Run]) -> str:
     )
     environment.filters["number"] = _number
     environment.filters["interval"] = _interval
+    environment.filters["length_255"] = length_255
     return environment.get_template("report.html").render(
         runs=runs,
         first=runs[0],
@@ -133,9 +134,9 @@ def _comparison(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _curve(runs: Sequence[Run]) -> Markup | None:
-    """ERS against eps, a line for each model; None unless two runs have an ERS."""
+    """ERS against eps, a line for each model; None unless two runs have one at different eps."""
     scored = [run for run in runs if run.evaluation.ers is not None]
-    if len(scored) < 2:
+    if len({round(run.eps, 4) for run in scored}) < 2:
         return None
     models = list(dict.fromkeys(run.evaluation.model.id for run in scored))
     lines = [

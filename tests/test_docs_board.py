@@ -1,0 +1,192 @@
+"""The pages about the board and CI: every command in them runs and prints what they show.
+
+Lines that begin with ``$`` in a ``console`` block are commands, what follows is their output, and ``exit N``
+after it a code other than 0. Words must be the same; a number may differ by a point (another machine rounds
+otherwise), those of seconds and hashes altogether. ``DMLBENCH_UPDATE_DOCS=1`` rewrites the pages instead.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bundles import edit_json, zipped
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
+NUMBER = re.compile(r"(?<![\w.])[-+−]?\d+(?:\.\d+)?(?![\w.]*[a-z_])")
+UPDATE = os.environ.get("DMLBENCH_UPDATE_DOCS") == "1"
+
+
+def commands(text):
+    """(command, what it prints) of a block."""
+    out = []
+    for line in text.splitlines():
+        if line.startswith("$ "):
+            out.append((line[2:], []))
+        else:
+            out[-1][1].append(line)
+    return [(command, "\n".join(lines)) for command, lines in out]
+
+
+def execute(command, folder):
+    """Run one line as a shell would; what it printed on both streams, and its code if not 0."""
+    environment = {**os.environ, "COLUMNS": "160", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    for name in ("GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT"):
+        environment.pop(name, None)
+    words = shlex.split(command)
+    if words[0] == "dmlbench":
+        words = [sys.executable, "-m", *words]
+    elif words[0] == "cp":
+        shutil.copy(folder / words[1], folder / words[2])
+        return ""
+    else:
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        words = ["bash", "-c", command]
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert "Traceback" not in done.stderr, done.stderr
+    printed = (done.stdout + done.stderr).rstrip("\n")
+    return printed + (f"\nexit {done.returncode}" if done.returncode else "")
+
+
+def alike(shown, printed):
+    """The words of both, and the pairs of numbers that are too far apart."""
+
+    def plain(text):
+        text = re.sub(r"\d{4}-\d\d-\d\dT[\d:+]+|[0-9a-f]{8,64}|\d+ KiB|\d+(\.\d+)? ?s\b", "*", text)
+        return re.sub(r"[ \t]+", " ", text)
+
+    words = [NUMBER.sub("N", plain(t)) for t in (shown, printed)]
+    numbers = [[float(n.replace("−", "-")) for n in NUMBER.findall(plain(t))] for t in (shown, printed)]
+    far = [(a, b) for a, b in zip(*numbers, strict=False) if abs(a - b) > 1.0 + 0.1 * abs(a)]
+    return words, far
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with what a checkout has that the commands name."""
+    if not (ROOT / "leaderboard").is_dir() or not (ROOT / ".github").is_dir():
+        pytest.skip("the board lies in the repository, which is not at hand")
+    shutil.copytree(ROOT / "leaderboard", tmp_path / "leaderboard")
+    shutil.copytree(ROOT / ".github", tmp_path / ".github")
+    return tmp_path
+
+
+def tamper(folder):
+    """What somebody might do to the bundle that the page has just made."""
+    import zipfile
+
+    with zipfile.ZipFile(folder / "mine.zip") as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    zipped(edit_json(files, "run/evaluation.json", lambda c: c.update(ers=99.0)), folder / "tampered.zip")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["submitting.md", "ci.md", "leaderboard.md"])
+def test_the_page_tells_the_truth(name, folder):
+    path = ROOT / "docs" / name
+    text = path.read_text(encoding="utf-8")
+    updated = text
+    for block in BLOCK.finditer(text):
+        lines = []
+        for command, shown in commands(block[1]):
+            if "tampered.zip" in command:
+                tamper(folder)
+            printed = execute(command, folder)
+            lines.append(f"$ {command}\n" + (printed + "\n" if printed else ""))
+            if not UPDATE:
+                words, far = alike(shown, printed)
+                assert words[0] == words[1], f"{command}\n{printed}"
+                assert not far, f"{command}\n{printed}"
+        updated = updated.replace(block[0], "```console\n" + "".join(lines) + "```", 1)
+    if UPDATE:
+        path.write_text(updated, encoding="utf-8")
+
+
+def test_a_page_that_lies_is_found():
+    words, far = alike("ERS 24.9  passed", "ERS 30.9 passed")
+    assert words[0] == words[1] and far == [(24.9, 30.9)]
+    words, _ = alike("gate passed", "gate failed")
+    assert words[0] != words[1]
+
+
+# --- the scripts that CI runs ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repository(folder):
+    """A git repository with the board committed."""
+
+    def git(*words):
+        subprocess.run(
+            ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *words],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
+
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "board")
+    return folder
+
+
+def test_a_pull_request_is_checked(repository):
+    name = "digits-smallcnn-triplet-none-ers-digits"
+    source = repository / "leaderboard" / "submissions" / name
+    check = "bash .github/check-submissions.sh HEAD"
+    assert execute(check, repository).splitlines() == ["leaderboard: up to date"]
+
+    run = source / "run" / "evaluation.json"
+    run.write_text(run.read_text().replace('"ers": 2', '"ers": 9', 1))
+    printed = execute(check, repository)
+    assert "REFUSED level 0: run/evaluation.json: has sha256" in printed and printed.endswith("exit 1")
+    assert printed.count(": refused") == 1  # only what differs is validated
+
+    subprocess.run(["git", "checkout", "-q", "--", "."], cwd=repository, check=True)
+    shutil.copytree(source, source.with_name("a-copy"))
+    printed = execute(check, repository)
+    assert "already that of submissions/" in printed and printed.endswith("exit 1")
+
+
+def test_the_action_and_the_workflows_are_well_formed():
+    import yaml
+
+    action = yaml.safe_load((ROOT / "action.yml").read_text())
+    assert action["runs"]["using"] == "composite"
+    for step in action["runs"]["steps"]:
+        assert "${{" not in step.get("run", "")  # inputs reach the shell through the environment alone
+    used = set(re.findall(r"inputs\.([a-z-]+)", (ROOT / "action.yml").read_text()))
+    assert used == set(action["inputs"])
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "submission.yml").read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(path.read_text())
+        assert (
+            form["name"]
+            and form["body"]
+            and len({b["id"] for b in form["body"] if "id" in b}) == sum("id" in b for b in form["body"])
+        )
+
+
+def test_the_documented_workflow_uses_what_the_action_takes():
+    import yaml
+
+    action = yaml.safe_load((ROOT / "action.yml").read_text())
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "ci.md").read_text(), re.DOTALL)
+    steps = yaml.safe_load(blocks[0])["jobs"]["gate"]["steps"]
+    given = next(s["with"] for s in steps if "dmlbench@" in s.get("uses", ""))
+    assert set(given) <= set(action["inputs"]) and {n for n, i in action["inputs"].items() if i.get("required")} <= set(
+        given
+    )
+
+
+def test_json_of_the_gate(folder):
+    base = folder / "leaderboard" / "submissions" / "digits-smallcnn-triplet-none-ers-digits" / "run"
+    execute(f"dmlbench compare {base} {base} --json=out.json", folder)
+    assert json.loads((folder / "out.json").read_text())["exit_code"] == 0

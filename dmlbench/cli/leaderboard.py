@@ -76,7 +76,9 @@ def build(check: bool, site: Path | None, board: Path | None) -> int:
         changed = make(folder)
         for name in changed:
             click.echo(f"wrote {folder / name}")
-        click.echo(f"{folder}: {sum(map(len, load_boards(folder).values()))} rows, {len(changed)} files changed")
+        click.echo(
+            f"{folder}: {sum(map(len, load_boards(folder).values()))} rows, {len(changed)} file{'s' * (len(changed) != 1)} changed"
+        )
     if site:
         from dmlbench.site import write_site
 

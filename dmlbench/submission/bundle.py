@@ -263,8 +263,8 @@ def _array(raw: bytes, field: str) -> np.ndarray:
         shape, fortran, dtype = read(stream)
     except ValueError as error:
         raise refuse(0, field, f"is not an array: {error}") from None
-    if dtype.hasobject or dtype.kind not in "fiub":
-        raise refuse(0, field, f"has type {dtype}, where numbers are expected; nothing is unpickled")
+    if dtype.hasobject or dtype.kind not in "fiubU":
+        raise refuse(0, field, f"has type {dtype}, where numbers or plain text are expected; nothing is unpickled")
     body = raw[stream.tell() :]
     size = math.prod(shape) * dtype.itemsize
     if size != len(body):

@@ -136,11 +136,12 @@ FIELDS = ("run", "group", "recipe", "tag", "seed", "protocol", "quantity", "valu
 @cli.command()
 @click.option("--group", type=click.Choice(["key", "rest", "eta", "grid"]))
 @click.option("--seed", type=int)
+@click.option("--only", default="", help="Part of the run's name.")
 @click.option("--protocol", default="ers-digits", show_default=True)
-def measure(group: str | None, seed: int | None, protocol: str) -> None:
+def measure(group: str | None, seed: int | None, only: str, protocol: str) -> None:
     """Evaluate the finished runs that have no rows yet."""
     known = {(row["run"], row["protocol"]) for row in rows_of(ROWS)}
-    for run in chosen(group, seed):
+    for run in chosen(group, seed, only):
         folder = RUNS / run.name
         if (run.name, protocol) in known or not (folder / "checkpoint.json").exists():
             continue

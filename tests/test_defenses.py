@@ -1,18 +1,19 @@
 """Every defence's search and loss against plain loops on a hand-sized batch."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from dmlbench.defenses import DEFENSES, DESTINATIONS, Batch, Inner, Learner
+from dmlbench.defenses import DEFENSES, DESTINATIONS, Batch, Inner, Learner, base
 from dmlbench.defenses.base import Miner, frozen
 from dmlbench.defenses.manipulation import BOOST
 from dmlbench.embedding import Embedder
 from dmlbench.errors import UsageError
-from dmlbench.losses import build_loss, proxy_anchor_each
+from dmlbench.losses import build_loss, hardness, proxy_anchor_each, triplet
 from dmlbench.models import ARCHITECTURES
 from dmlbench.optimizers import pgd
 from dmlbench.rng import Rng
@@ -312,3 +313,19 @@ def test_bad_parameters(name: str, params: dict, message: str) -> None:
 def test_unknown_defence() -> None:
     with pytest.raises(UsageError, match="did you mean 'trades'"):
         DEFENSES["trade"]
+
+
+def test_the_defence_of_the_docs_works() -> None:
+    """The example of docs/training.md, as written there, moves the negative towards the anchor."""
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    names = {**vars(base), "triplet": triplet, "hardness": hardness}
+    exec(code, names)  # our own page
+    model, b = learner(), batch()
+    recorder = Recorder(model)
+    value = names["nearest_negative"](model, b, Inner(Threat(eps="40/255", step="8/255", steps=6), recorder)).detach()
+    ((_, moved, before, after, _),) = recorder.calls
+    assert float(after.sum()) < float(before.sum())
+    rows = Miner(model, b).triplets("R")
+    e = torch.stack([*embedded(model, b.images)[rows[:, :2]].unbind(1), embedded(model, moved)], 1)
+    assert value.item() == pytest.approx(triplet_mean(e), abs=1e-5)

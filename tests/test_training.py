@@ -276,3 +276,14 @@ def test_two_processes_learn_one_model(tmp_path: Path) -> None:
         optimizer.step()
     for key, value in learner.embedder.network.state_dict().items():
         torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-4)
+
+
+def test_the_shipped_digits_models_keep_the_papers_order() -> None:
+    """R@1 under the corrected LTM attack on the same 96 queries: none < ACT < HM[S,g_LGA] & ICS."""
+    from dmlbench import evaluate, load_model
+
+    found = []
+    for defense in ("none", "act", "hm-lga-ics"):
+        model = load_model(f"digits-smallcnn-triplet-{defense}")
+        found.append(evaluate(model, "digits", attacks=["LTM"], limit=96, device="cpu").part("LTM").value)
+    assert found[0] + 5 < found[1] < found[2] - 5

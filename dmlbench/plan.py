@@ -249,7 +249,7 @@ def _runner_jobs(protocol: Protocol, dataset: RetrievalDataset, queries: int) ->
                 threat.queries if black else threat.steps, 0 if black else queries * threat.steps * step.aims,
             )  # fmt: skip
             one = replace(ATTACKS[step.attack], k=1) if ATTACKS[step.attack].targets else ATTACKS[step.attack]
-            yield _Job(row, one, step.optimizer, threat, step.aims)
+            yield _Job(row, one, step.optimizer, threat, float(step.aims))
         for name, way in clustering_attacks.CLUSTER_ATTACKS.items() if not protocol.steps else ():
             threat = protocol.threat_at(eps, nothing)
             row = _row(f"{name}@{eps}", name, "pgd", eps, queries, dataset, threat.steps, queries * threat.steps)

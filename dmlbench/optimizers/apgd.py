@@ -1,5 +1,6 @@
 """Auto-PGD: a gradient search without a step length to choose (Croce and Hein, ICML 2020, algorithm 1)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ def checkpoints(steps: int) -> list[int]:
     last, now = 0.0, 0.22
     marks: list[int] = []
     while now <= 1.0:
-        mark = -int(-(now * steps) // 1)
+        mark = math.ceil(round(now * steps, 6))
         if mark > (marks[-1] if marks else 0):
             marks.append(mark)
         last, now = now, now + max(now - last - 0.03, 0.06)

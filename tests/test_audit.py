@@ -1,0 +1,140 @@
+"""The audit: honest models pass, masked ones are flagged, and every verdict says why."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from test_strict import shortened
+from torch import nn
+
+import dmlbench
+from dmlbench.audit import CHECKS, examine
+from dmlbench.embedding import DISTANCES, Embedder
+from dmlbench.errors import UsageError
+from dmlbench.evaluate import evaluate, prepare
+from dmlbench.masks import MASKS
+from dmlbench.models import ARCHITECTURES
+from dmlbench.strict import run
+
+TRAINED = [f"digits-smallcnn-triplet-{d}" for d in ("none", "est", "act", "hm-lga", "hm-lga-ics")]
+QUERIES = 64
+
+
+class Quiet:
+    def start(self, task: str, total: int) -> None: ...
+
+    def advance(self, task: str, count: int) -> None: ...
+
+
+def audited(model: Embedder) -> dict:
+    """Findings by check, from short searches at two eps."""
+    protocol = shortened(steps=20, queries=60, audit=QUERIES)
+    protocol = protocol.model_copy(update={"grid": {"8": ("10/255", "20/255")}})
+    subject = prepare(model, dmlbench.load_dataset("digits"), limit=QUERIES)
+    outcome = run(subject, protocol, 0, 256, Quiet(), np.arange(2))
+    return {f.check: f for f in examine(subject, protocol, outcome.broken_by, 0, QUERIES)}
+
+
+def other_net(activation: type[nn.Module], space: str = "N", pool: bool = False) -> Embedder:
+    """An untrained small network of another kind: it retrieves digits well enough."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1), activation(), nn.AvgPool2d(2) if pool else nn.Conv2d(12, 12, 2, stride=2),
+        nn.Flatten(), nn.Linear(12 * 16, 24),
+    )  # fmt: skip
+    return Embedder(net, (1, 8, 8), distance=DISTANCES[space], name=f"{activation.__name__}-{space}")
+
+
+HONEST = {
+    **{name: lambda name=name: dmlbench.load_model(name) for name in TRAINED},
+    "gelu": lambda: other_net(nn.GELU),
+    "tanh, not normalised": lambda: other_net(nn.Tanh, "E"),
+    "pooled relu, cosine": lambda: other_net(nn.ReLU, "C", pool=True),
+    "pixels": lambda: Embedder(nn.Flatten(), (1, 8, 8), distance=DISTANCES["E"], name="pixels"),
+}
+
+
+@pytest.mark.parametrize("name", list(HONEST))
+def test_no_honest_model_fails(name: str) -> None:
+    found = audited(HONEST[name]())
+    assert [c for c, f in found.items() if f.verdict == "fail"] == []
+    assert sum(f.verdict == "warn" for f in found.values()) <= 1
+    assert list(found) == list(CHECKS)
+
+
+FAILS = {
+    "quantise-8": {"F2", "F3", "F4"},
+    "quantise-16": {"F2", "F3"},
+    "binarise": {"F2", "F3"},
+    "steep-sigmoid": {"F3"},
+    "compress": {"F2", "F3"},
+    "detached": {"F2", "F3", "F4"},
+    "underflow": {"F2", "F3"},
+    "noisy-gradient": {"F4"},
+    "flipped-gradient": {"F3", "F4"},
+    "shuffled-gradient": {"F4"},
+    "input-noise": {"F1"},
+    "jitter": {"F1"},
+    "test-dropout": {"F1"},
+}
+
+
+@pytest.mark.parametrize("mask", list(MASKS))
+def test_masked_models_are_flagged(mask: str) -> None:
+    torch.manual_seed(1)
+    found = audited(MASKS[mask](dmlbench.load_model(TRAINED[0])))
+    failed = {c for c, f in found.items() if f.verdict == "fail"}
+    assert FAILS.get(mask, set()) <= failed
+    flagged = {c for c, f in found.items() if f.verdict in ("fail", "warn")}
+    assert flagged, "fails or warns"
+    for f in found.values():
+        assert f.message and (f.verdict == "pass" or f.flag().flag == f"audit-{f.check}")
+
+
+def test_masks_are_many_and_change_little() -> None:
+    assert len(MASKS) >= 12 and len(FAILS) >= 10 and len(HONEST) >= 8
+    dataset = dmlbench.load_dataset("digits")
+    torch.manual_seed(0)
+    for name, mask in MASKS.items():
+        scene = prepare(mask(dmlbench.load_model(TRAINED[0])), dataset, limit=120).scene
+        d = scene.ranked(scene.clean)
+        recall = float((scene.gallery.labels[d.argmin(1)] == scene.labels).float().mean())
+        assert recall > 0.6, f"{name} still retrieves"
+
+
+def test_findings_travel_with_the_result() -> None:
+    masked = MASKS["detached"](dmlbench.load_model(TRAINED[0]))
+    found = evaluate(masked, "digits", shortened(steps=6, audit=24), limit=24)
+    flags = {w.flag: w.message for w in found.warnings}
+    assert {"audit-F2", "audit-F3"} <= set(flags) and "docs/audit.md" in flags["audit-F2"]
+    assert [f["check"] for f in found.extras["audit"]] == list(CHECKS)
+    honest = evaluate(TRAINED[-1], "digits", shortened("strict-fast", steps=6), limit=24)
+    assert "audit" not in honest.extras
+
+
+def test_nothing_to_attack_is_skipped_not_passed() -> None:
+    subject = prepare(dmlbench.load_model(TRAINED[0]), dmlbench.load_dataset("digits"), limit=4)
+    found = examine(subject, shortened(), {"5/255": np.zeros(4, dtype=np.int8)}, 0, 4)
+    assert {f.check: f.verdict for f in found} == {**dict.fromkeys(CHECKS, "skip"), "H3": "pass"}
+
+
+def test_a_finding_is_plain_data() -> None:
+    found = audited(dmlbench.load_model(TRAINED[-1]))["F1"]
+    assert set(dataclasses.asdict(found)) == {"check", "verdict", "value", "limit", "message"}
+
+
+def test_from_the_command_line(typed) -> None:
+    honest = typed("audit", TRAINED[-1], "--queries", "12", "--protocol", "strict-fast", "--json").json
+    assert honest["verdict"] in ("pass", "warn") and honest["queries"] == 12
+    masked = typed("audit", TRAINED[0], "--mask", "binarise", "--queries", "12", "--protocol", "strict-fast")
+    assert "not to be believed" in masked.out and "F2" in masked.out and "fail" in masked.out
+    assert "did you mean 'binarise'" in typed("audit", TRAINED[0], "--mask", "binarize", code=2).err
+    assert "kind 'ers'" in typed("audit", TRAINED[0], "--protocol", "ers-digits", code=2).err
+    assert "unknown model" in typed("audit", "nobody", code=2).err
+
+
+def test_masks_are_no_way_around_names() -> None:
+    with pytest.raises(UsageError, match="unknown mask"):
+        MASKS["nothing"]
+    assert list(ARCHITECTURES)

@@ -14,7 +14,6 @@ from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import UsageError
 from dmlbench.evaluate import evaluate, prepare
 from dmlbench.masks import MASKS
-from dmlbench.models import ARCHITECTURES
 from dmlbench.strict import run
 
 TRAINED = [f"digits-smallcnn-triplet-{d}" for d in ("none", "est", "act", "hm-lga", "hm-lga-ics")]
@@ -137,4 +136,3 @@ def test_from_the_command_line(typed) -> None:
 def test_masks_are_no_way_around_names() -> None:
     with pytest.raises(UsageError, match="unknown mask"):
         MASKS["nothing"]
-    assert list(ARCHITECTURES)

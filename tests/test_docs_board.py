@@ -193,7 +193,7 @@ def test_the_documented_workflow_uses_what_the_action_takes():
     )
 
 
-def test_json_of_the_gate(folder):
+def test_json_of_the_gate(folder, typed):
     base = folder / "leaderboard" / "submissions" / "digits-smallcnn-triplet-none-ers-digits" / "run"
-    execute(f"dmlbench compare {base} {base} --json=out.json", folder)
+    execute(f"dmlbench compare {base} {base} --json=out.json", folder, typed)
     assert json.loads((folder / "out.json").read_text())["exit_code"] == 0

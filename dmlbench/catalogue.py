@@ -44,12 +44,12 @@ def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
     yield ""
 
 
-def number(value: float) -> str:
+def number(value: float | int) -> str:
     """Without a needless decimal point."""
     return f"{value:g}"
 
 
-def arrow(worst: float, best: float) -> str:
+def arrow(worst: float | int, best: float | int) -> str:
     """Which raw value is more robust."""
     return "↑ robust" if best > worst else "↓ robust"
 

@@ -51,7 +51,7 @@ def closeup(subject: "Subject", sample: Mapping[str, np.ndarray]) -> dict[str, n
     if not names or not len(at):
         return {}
     some = _spread(len(at), PLANE_QUERIES)  # (S',) places in the sample
-    few = _spread(len(some), QUERIES)  # (K,) places among those
+    few = _varied(subject.dataset.labels[subject.rows[at[some]]], QUERIES)  # (K,) places among those
     clean = subject.scene.clean[torch.from_numpy(at[some]).to(subject.device)]
     moved = [clean, *(_embedded(subject, sample[name][some]) for name in names)]  # each (S', D)
     shown_queries = at[some[few]]
@@ -81,6 +81,12 @@ def closeup(subject: "Subject", sample: Mapping[str, np.ndarray]) -> dict[str, n
 def _spread(count: int, most: int) -> np.ndarray:
     """At most ``most`` of 0 ... count - 1, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+
+
+def _varied(labels: np.ndarray, most: int) -> np.ndarray:
+    """At most ``most`` positions, in order: one of each class as far as that goes, then a second of each."""
+    earlier = np.array([(labels[:i] == label).sum() for i, label in enumerate(labels)])
+    return np.sort(np.lexsort((np.arange(len(labels)), earlier))[:most])
 
 
 def _embedded(subject: "Subject", images: np.ndarray) -> Tensor:

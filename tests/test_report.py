@@ -160,6 +160,7 @@ def test_the_projection_is_the_principal_one() -> None:
     theirs = PCA(2).fit(gallery).transform(subject.scene.clean.numpy())
     np.testing.assert_allclose(np.abs(found["closeup/plane"][0]), np.abs(theirs), atol=1e-3)
     np.testing.assert_array_equal(found["closeup/top"][0], found["closeup/top"][1])
+    assert set(found["closeup/query_label"]) == set(subject.dataset.labels[subject.rows])
 
 
 def test_pictures() -> None:

@@ -4,14 +4,17 @@ Kept in ``adversarial_sample.npz`` beside the sample itself, under names that be
 that a report needs neither the model nor the data set. Nothing of it enters a score.
 """
 
+import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from dmlbench.errors import DataError
 
 if TYPE_CHECKING:
     from dmlbench.evaluate import Subject
@@ -38,7 +41,8 @@ def closeup(subject: "Subject", sample: Mapping[str, np.ndarray]) -> dict[str, n
     Returns:
         With K = min(S, 6) queries, P components and U different retrieved images:
 
-        - ``closeup/components`` (P,) names;
+        - ``closeup/names`` (T,) uint8, the UTF-8 text of a JSON object: ``components``, the P names, and
+          ``classes``, the names of the classes below by label (see :func:`names_of`);
         - ``closeup/place`` (K,) where in the sample the shown queries are;
         - ``closeup/query`` (K, C, H, W) float16 clean images, ``closeup/query_label`` (K,);
         - ``closeup/top`` (1 + P, K, 5) data set rows retrieved by the clean image, then by each attacked one;
@@ -63,7 +67,7 @@ def closeup(subject: "Subject", sample: Mapping[str, np.ndarray]) -> dict[str, n
     gallery = torch.from_numpy(_spread(len(subject.scene.gallery), PLANE_GALLERY)).to(subject.device)
     labels = subject.dataset.labels
     return {
-        "closeup/components": np.array(names),
+        "closeup/names": _text({"components": names, "classes": _class_names(subject, rows, shown_queries)}),
         "closeup/place": some[few],
         "closeup/query": subject.dataset.images[subject.rows[shown_queries]].numpy().astype(np.float16),
         "closeup/query_label": labels[subject.rows[shown_queries]],
@@ -76,6 +80,32 @@ def closeup(subject: "Subject", sample: Mapping[str, np.ndarray]) -> dict[str, n
         "closeup/plane_gallery": _on(axes, subject.scene.gallery.embeddings[gallery]),
         "closeup/plane_gallery_labels": subject.scene.gallery.labels[gallery].cpu().numpy(),
     }
+
+
+def names_of(sample: Mapping[str, np.ndarray]) -> tuple[list[str], dict[int, str]]:
+    """Names of the components, and of classes by label, in a sample with a close-up; empty without one.
+
+    Raises:
+        DataError: the text is not what :func:`closeup` writes.
+    """
+    if "closeup/names" not in sample:
+        return [], {}
+    try:
+        content = json.loads(sample["closeup/names"].tobytes())
+        return [str(name) for name in content["components"]], {int(k): str(v) for k, v in content["classes"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"the close-up of this run cannot be read: {error!r}") from None
+
+
+def _text(value: Any) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def _class_names(subject: "Subject", rows: np.ndarray, queries: np.ndarray) -> dict[int, str]:
+    """The names of the classes that are shown, where the data set has names."""
+    names = subject.dataset.class_names
+    labels = np.unique(subject.dataset.labels[np.concatenate([rows, subject.rows[queries]])])
+    return {int(label): str(names[label]) for label in labels if label < len(names)}
 
 
 def _spread(count: int, most: int) -> np.ndarray:

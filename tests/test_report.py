@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import dmlbench
-from dmlbench.closeup import closeup
+from dmlbench.closeup import closeup, names_of
 from dmlbench.evaluate import prepare
 from dmlbench.report import Run, page
 from dmlbench.report.charts import Bar, Line, bars, curves
@@ -132,7 +132,7 @@ def test_frames_are_what_the_oracle_says(evaluations: list[Evaluation]) -> None:
     with torch.no_grad():
         gallery = embedder(dataset.images[np.arange(len(dataset))])
     expected: list[bool] = []
-    for index, name in enumerate(e.sample["closeup/components"]):
+    for index, name in enumerate(names_of(e.sample)[0]):
         for k, place in enumerate(e.sample["closeup/place"][:4]):
             row = int(e.sample["rows"][place])
             assert e.sample["closeup/query_label"][k] == dataset.labels[row]
@@ -160,6 +160,8 @@ def test_the_projection_is_the_principal_one() -> None:
     theirs = PCA(2).fit(gallery).transform(subject.scene.clean.numpy())
     np.testing.assert_allclose(np.abs(found["closeup/plane"][0]), np.abs(theirs), atol=1e-3)
     np.testing.assert_array_equal(found["closeup/top"][0], found["closeup/top"][1])
+    assert names_of(found) == (["nothing"], {label: str(label) for label in range(5, 10)})
+    assert all(array.dtype.kind in "fiu" for array in found.values())  # what a submission may hold
     assert set(found["closeup/query_label"]) == set(subject.dataset.labels[subject.rows])
 
 

@@ -28,7 +28,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     target = out or runs[0] / "report.html"
     if not target.resolve().parent.is_dir():
         raise UsageError(f"--out {target}: the folder does not exist")
-    write_whole(target, content.encode())
+    write_whole(target, content.encode("utf-8", "backslashreplace"))
     click.echo(str(target))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from dmlbench.closeup import names_of
 from dmlbench.report.charts import PALETTE, Bar, Line, bars, curves, length_255, plane
 from dmlbench.report.pictures import data_uri, magnified
 from dmlbench.results import Evaluation, Measurement
@@ -96,7 +97,7 @@ def page(runs: Sequence[Run]) -> str:
         comparison=_comparison(runs),
         curve=_curve(runs),
         strict=_strict(runs),
-        closeups=[_closeup(first, i, str(name)) for i, name in enumerate(first.sample.get("closeup/components", ()))],
+        closeups=[_closeup(first, i, name) for i, name in enumerate(names_of(first.sample)[0])],
         command=shlex.join(first.environment.argv) if first.environment.argv else "",
     )
 
@@ -180,7 +181,7 @@ def _eps(text: Any) -> float:
 
 def _closeup(e: Evaluation, index: int, name: str) -> dict[str, Any]:
     """The strips and the projection of one part."""
-    kept = e.sample
+    kept, classes = e.sample, names_of(e.sample)[1]
     labels = {int(row): int(label) for row, label in zip(kept["closeup/rows"], kept["closeup/labels"], strict=True)}
     pictures = dict(zip(kept["closeup/rows"].tolist(), kept["closeup/images"], strict=True))
     strips = []
@@ -190,7 +191,8 @@ def _closeup(e: Evaluation, index: int, name: str) -> dict[str, Any]:
 
         def found(rows: np.ndarray, wanted: int = label) -> tuple[Found, ...]:
             return tuple(
-                Found(data_uri(pictures[row]), labels[row] == wanted, f"class {labels[row]}") for row in rows.tolist()
+                Found(data_uri(pictures[row]), labels[row] == wanted, f"class {classes.get(labels[row], labels[row])}")
+                for row in rows.tolist()
             )
 
         original = clean.astype(np.float32)
@@ -198,7 +200,7 @@ def _closeup(e: Evaluation, index: int, name: str) -> dict[str, Any]:
         change, factor = magnified(attacked - original)
         strips.append(
             Strip(
-                label=f"class {label}",
+                label=f"class {classes.get(label, label)}",
                 query=data_uri(original),
                 attacked=data_uri(attacked),
                 change=data_uri(change),

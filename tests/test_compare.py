@@ -14,6 +14,7 @@ from synthetic import ENDS, evaluation, outcomes, rescale
 from dmlbench.compare import Gate, as_junit, as_markdown, as_text, compare, compare_rows
 from dmlbench.compare.gate import metric_name, named_gate, parse_drop, project_gate
 from dmlbench.compare.paired import nmi_by_weight, pair
+from dmlbench.compare.sources import find
 from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.leaderboard import add_row, from_evaluation
 from dmlbench.protocol import load_protocol
@@ -206,6 +207,74 @@ def test_a_true_drop_of_three_points_is_seen():
     assert all(metric(c, "ers").verdict != "better" for c in seen)
 
 
+def stored(defense):
+    """A real run on the board: 896 queries of digits, five classes."""
+    return find(f"digits-smallcnn-triplet-{defense}")
+
+
+def retrained(run, seed, drop=0.0):
+    """A run like ``run`` but with other outcomes: each query takes those of a random query of its class, as if the
+    model had been trained again, and every part then loses ``drop`` points in expectation."""
+    rng = np.random.default_rng((seed, 11))
+    label = run.arrays["label"]
+    picked = np.arange(len(label))
+    for c in np.unique(label):
+        rows = np.flatnonzero(label == c)
+        picked[rows] = rng.choice(rows, len(rows))
+    arrays = {k: v if k in ("query", "label") else v[picked] for k, v in run.arrays.items()}
+    for c, (worst, best) in ENDS.items():
+        values = arrays[f"{c}/value"].astype(np.float64)
+        if c in ("ES:R", "LTM", "GTM", "GTT"):
+            right = values > 0
+            values[right & (rng.random(len(values)) < min(1.0, drop / 100 / max(right.mean(), 1e-9)))] = 0.0
+        else:
+            values = values - drop / 100 * (best - worst)
+        arrays[f"{c}/value"] = values.astype(np.float32)
+    return evaluation(arrays, dataset_sha256=run.dataset.sha256)
+
+
+def test_false_alarms_on_real_outcomes_are_rare():
+    run = stored("hm-lga-ics")
+    verdicts = [metric(compare(run, retrained(run, seed)), "ers") for seed in range(20)]
+    assert sum(v.verdict in ("worse", "better") for v in verdicts) <= 2
+
+
+def test_a_drop_of_three_points_in_real_outcomes_is_seen():
+    run = stored("hm-lga-ics")
+    ers = [metric(compare(run, retrained(run, seed, drop=3.0)), "ers") for seed in range(20)]
+    assert np.mean([e.difference for e in ers]) == pytest.approx(-3.0, abs=0.5)  # GTT has nothing to lose
+    assert sum(e.regression for e in ers) >= 16
+
+
+def test_two_models_whose_classes_are_dealt_at_random_are_rarely_told_apart():
+    """ACT and HM, class by class to one side or the other: then neither side is better, and classes differ a lot."""
+    first, second = stored("act"), stored("hm-lga")
+    label = first.arrays["label"]
+    alarms = 0
+    for seed in range(40):
+        rng = np.random.default_rng((seed, 5))
+        swap = np.isin(label, [c for c in np.unique(label) if rng.random() < 0.5])
+        sides = [{}, {}]
+        for k, v in first.arrays.items():
+            if v.ndim == 1:
+                other = second.arrays[k]
+                sides[0][k], sides[1][k] = np.where(swap, other, v), np.where(swap, v, other)
+        c = compare(*(evaluation(side) for side in sides))
+        alarms += metric(c, "ers").verdict in ("worse", "better")
+    assert alarms <= 4
+
+
+@pytest.mark.slow
+def test_two_seeds_of_one_model_are_the_same():
+    """The packaged model, its targets drawn with another seed: really attacked again."""
+    import dmlbench
+
+    name = "digits-smallcnn-triplet-hm-lga-ics"
+    c = compare(find(name), dmlbench.evaluate(name, "digits", seed=1, device="cpu"))
+    assert metric(c, "ers").verdict == "same" and metric(c, "ers").difference != 0 and c.exit_code == 0
+    assert any("other seeds (0 and 1)" in n for n in c.notes)
+
+
 # --- NMI -------------------------------------------------------------------------------------------
 
 
@@ -365,6 +434,15 @@ def test_a_claimed_row_is_not_comparable():
 
 
 # --- the command -----------------------------------------------------------------------------------
+
+
+def test_registered_models_by_id(typed):
+    done = typed("compare", "digits-smallcnn-triplet-none", "digits-smallcnn-triplet-hm-lga-ics")
+    assert "Gate passed" in done.out and "paired by query" in done.out
+    done = typed("compare", "digits-smallcnn-triplet-none", "digits-smallcnn-triplet-hm-lga-icz", code=2)
+    assert "did you mean 'digits-smallcnn-triplet-hm-lga-ics'" in done.err
+    other = ["digits-smallcnn-triplet-none", "digits-smallcnn-triplet-act", "--protocol", "strict"]
+    assert "no stored run under protocol 'strict'" in typed("compare", *other, code=4).err
 
 
 @pytest.fixture

@@ -223,14 +223,18 @@ def nothing_changes(evidence: Evidence) -> Finding:
             for name in ("pgd", "apgd")
         ]
         differing = sum(int((x != evidence.images).flatten(1).any(1).sum()) for x in moved)
-        wrong = int((READOUTS["recall_at_1"].read(evidence.subject.embedder(moved[0]), evidence.scene) != 100).sum())
+        first, second = (evidence.subject.embedder(moved[0]) for _ in range(2))
+        wrong = int((READOUTS["recall_at_1"].read(first, evidence.scene) != 100).sum())
     if differing:
         return Finding(
-            "H1", "fail", differing, 0.0, f"{differing} images were changed at eps 0: the harness is at fault"
+            "H1", "fail", float(differing), 0.0, f"{differing} images were changed at eps 0: the harness is at fault"
         )
+    if not torch.equal(first, second):
+        message = "at eps 0 every image is the clean one; outcomes cannot be compared, since the model is random"
+        return Finding("H1", "skip", None, 0.0, message)
     if wrong:
         message = f"{wrong} queries that were right are wrong when the unchanged image is embedded again"
-        return Finding("H1", "fail", wrong, 0.0, message)
+        return Finding("H1", "fail", float(wrong), 0.0, message)
     return Finding("H1", "pass", 0.0, 0.0, "at eps 0 every image and outcome is the clean one")
 
 

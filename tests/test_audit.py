@@ -17,7 +17,7 @@ from dmlbench.masks import MASKS
 from dmlbench.strict import run
 
 TRAINED = [f"digits-smallcnn-triplet-{d}" for d in ("none", "est", "act", "hm-lga", "hm-lga-ics")]
-QUERIES = 64
+QUERIES = 48
 
 
 class Quiet:
@@ -27,9 +27,9 @@ class Quiet:
 
 
 def audited(model: Embedder) -> dict:
-    """Findings by check, from short searches at two eps."""
-    protocol = shortened(steps=20, queries=60, audit=QUERIES)
-    protocol = protocol.model_copy(update={"grid": {"8": ("10/255", "20/255")}})
+    """Findings by check, from short searches at one eps."""
+    protocol = shortened(steps=16, queries=50, audit=QUERIES)
+    protocol = protocol.model_copy(update={"grid": {"8": ("20/255",)}})
     subject = prepare(model, dmlbench.load_dataset("digits"), limit=QUERIES)
     outcome = run(subject, protocol, 0, 256, Quiet(), np.arange(2))
     return {f.check: f for f in examine(subject, protocol, outcome.broken_by, 0, QUERIES)}
@@ -84,6 +84,7 @@ def test_masked_models_are_flagged(mask: str) -> None:
     torch.manual_seed(1)
     found = audited(MASKS[mask](dmlbench.load_model(TRAINED[0])))
     failed = {c for c, f in found.items() if f.verdict == "fail"}
+    assert found["H1"].verdict == ("skip" if mask in ("input-noise", "jitter", "test-dropout") else "pass")
     assert FAILS.get(mask, set()) <= failed
     flagged = {c for c, f in found.items() if f.verdict in ("fail", "warn")}
     assert flagged, "fails or warns"
@@ -99,7 +100,7 @@ def test_masks_are_many_and_change_little() -> None:
         scene = prepare(mask(dmlbench.load_model(TRAINED[0])), dataset, limit=120).scene
         d = scene.ranked(scene.clean)
         recall = float((scene.gallery.labels[d.argmin(1)] == scene.labels).float().mean())
-        assert recall > 0.6, f"{name} still retrieves"
+        assert recall > 0.5, f"{name} still retrieves"
 
 
 def test_findings_travel_with_the_result() -> None:

@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file
 
 from dmlbench import Embedder, evaluate, load_dataset, load_protocol
-from dmlbench.evaluate import prepare
 from dmlbench.models import ARCHITECTURES
 from dmlbench.protocol import Component, Protocol, Step
 from dmlbench.strict import attempt
+from dmlbench.subject import prepare
 
 FIELD = ("LTM-published", "GTM-published", "LTM", "GTM", "WM")
 FIELD_EPS = ("16/255", "32/255")

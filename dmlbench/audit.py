@@ -9,7 +9,7 @@ travels with the result as a flag.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,10 +25,8 @@ from dmlbench.registry import Registry
 from dmlbench.results import Flag
 from dmlbench.scene import Scene
 from dmlbench.strict import CLEAN_WRONG, SURVIVED, attempt
+from dmlbench.subject import Subject
 from dmlbench.threat import Threat
-
-if TYPE_CHECKING:
-    from dmlbench.evaluate import Subject
 
 PAGE = "docs/audit.md"
 NOISE_DRAWS = 50
@@ -78,7 +76,7 @@ class Evidence:
         seed: of the run.
     """
 
-    subject: "Subject"
+    subject: Subject
     protocol: Protocol
     broken_by: dict[str, np.ndarray]
     positions: np.ndarray
@@ -273,7 +271,7 @@ CHECKS: Registry[Callable[[Evidence], Finding]] = Registry(
 
 
 def examine(
-    subject: "Subject", protocol: Protocol, broken_by: dict[str, np.ndarray], seed: int, queries: int
+    subject: Subject, protocol: Protocol, broken_by: dict[str, np.ndarray], seed: int, queries: int
 ) -> list[Finding]:
     """Every check, on up to ``queries`` of the queries that are right when clean, spread evenly over all."""
     right = np.flatnonzero(next(iter(broken_by.values())) != CLEAN_WRONG)

@@ -1,25 +1,22 @@
 """Doubts about a result, in words: what makes a number mean less than it says."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from dmlbench.results import Flag, Measurement
-
-if TYPE_CHECKING:
-    from dmlbench.evaluate import Subject
+from dmlbench.subject import Subject
 
 COLLAPSE = 1e-3
 """Spread of the gallery, relative to the length of its entries, under which a model counts as collapsed."""
 
 
-def spread(subject: "Subject") -> float:
+def spread(subject: Subject) -> float:
     """Root mean square distance of the gallery from its mean, relative to the length of its entries."""
     gallery = subject.scene.gallery
     around = gallery.embeddings - gallery.embeddings.mean(0)
     return float(around.square().sum(1).mean().sqrt() / gallery.scale.clamp_min(1e-30))
 
 
-def doubts_about(subject: "Subject", measurements: Sequence[Measurement]) -> Iterator[Flag]:
+def doubts_about(subject: Subject, measurements: Sequence[Measurement]) -> Iterator[Flag]:
     """Every doubt that the model and the numbers raise."""
     for flag, sentence in subject.embedder.doubts:
         yield Flag(flag=flag, message=sentence)

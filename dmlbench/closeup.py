@@ -6,7 +6,7 @@ that a report needs neither the model nor the data set. Nothing of it enters a s
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dmlbench.errors import DataError
-
-if TYPE_CHECKING:
-    from dmlbench.evaluate import Subject
+from dmlbench.subject import Subject
 
 QUERIES = 6
 """How many queries are shown with what they retrieve."""
@@ -30,7 +28,7 @@ PLANE_GALLERY = 400
 """How many points the projection has."""
 
 
-def closeup(subject: "Subject", sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def closeup(subject: Subject, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What a person wants to see of a sample of adversarial images.
 
     Args:
@@ -101,7 +99,7 @@ def _text(value: Any) -> np.ndarray:
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
-def _class_names(subject: "Subject", rows: np.ndarray, queries: np.ndarray) -> dict[int, str]:
+def _class_names(subject: Subject, rows: np.ndarray, queries: np.ndarray) -> dict[int, str]:
     """The names of the classes that are shown, where the data set has names."""
     names = subject.dataset.class_names
     labels = np.unique(subject.dataset.labels[np.concatenate([rows, subject.rows[queries]])])
@@ -119,7 +117,7 @@ def _varied(labels: np.ndarray, most: int) -> np.ndarray:
     return np.sort(np.lexsort((np.arange(len(labels)), earlier))[:most])
 
 
-def _embedded(subject: "Subject", images: np.ndarray) -> Tensor:
+def _embedded(subject: Subject, images: np.ndarray) -> Tensor:
     with torch.no_grad():
         parts = [
             subject.embedder(torch.from_numpy(images[a : a + 64]).to(subject.device)) for a in range(0, len(images), 64)
@@ -127,7 +125,7 @@ def _embedded(subject: "Subject", images: np.ndarray) -> Tensor:
     return torch.cat(parts)
 
 
-def _top(subject: "Subject", positions: np.ndarray, embeddings: Float[Tensor, "K D"]) -> np.ndarray:
+def _top(subject: Subject, positions: np.ndarray, embeddings: Float[Tensor, "K D"]) -> np.ndarray:
     """(K, 5) data set rows of the nearest gallery entries, each query's own left out."""
     scene = subject.scene[torch.from_numpy(positions).to(subject.device)]
     count = min(TOP, len(scene.gallery) - 1)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +30,8 @@ from dmlbench.outcome import Outcome
 from dmlbench.protocol import Component, Protocol
 from dmlbench.registry import Registry
 from dmlbench.scene import Gallery, Scene
+from dmlbench.subject import Progress, Subject
 from dmlbench.threat import Threat
-
-if TYPE_CHECKING:
-    from dmlbench.evaluate import Progress, Subject
 
 TEMPERATURE = 0.1
 """Of the cross-entropy of C2: logits are minus the distances over this."""
@@ -111,7 +109,7 @@ def pairwise_f1(labels: Integer[np.ndarray, " N"], clusters: Integer[np.ndarray,
     return 200.0 * both / (by_cluster + by_class) if by_cluster + by_class else 0.0
 
 
-def _embedded(subject: "Subject", images: Tensor, eot: int) -> Tensor:
+def _embedded(subject: Subject, images: Tensor, eot: int) -> Tensor:
     """(N, D) embeddings of ``images`` (N, C, H, W), means over ``eot`` passes."""
     with torch.no_grad():
         parts = [torch.stack([subject.embedder(x) for _ in range(eot)]).mean(0) for x in images.split(BLOCK)]
@@ -119,7 +117,7 @@ def _embedded(subject: "Subject", images: Tensor, eot: int) -> Tensor:
 
 
 def attacked(
-    subject: "Subject",
+    subject: Subject,
     attack: ClusterAttack,
     threat: Threat,
     groups: Tensor,
@@ -150,7 +148,7 @@ def attacked(
 
 
 def readings(
-    subject: "Subject", e: Tensor, labels: np.ndarray, seeds: tuple[int, ...]
+    subject: Subject, e: Tensor, labels: np.ndarray, seeds: tuple[int, ...]
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """What is read of a set of embeddings (N, D): numbers in percent, and arrays over the images."""
     clusters = assignments(e.cpu().numpy(), len(np.unique(labels)), seeds)
@@ -165,7 +163,7 @@ def readings(
 
 
 def run(
-    subject: "Subject", protocol: Protocol, seed: int, batch_size: int, progress: "Progress", kept: np.ndarray
+    subject: Subject, protocol: Protocol, seed: int, batch_size: int, progress: Progress, kept: np.ndarray
 ) -> Outcome:
     """Every clustering attack at every eps of the grid.
 

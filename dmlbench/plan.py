@@ -21,12 +21,14 @@ from dmlbench import clustering as clustering_attacks
 from dmlbench.attacks import ATTACKS, Attack, aim, craft, measure
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
-from dmlbench.evaluate import EMBED_BLOCK, RUNNERS, auto_batch, query_order, resolve_device, searches
+from dmlbench.evaluate import RUNNERS
 from dmlbench.metrics import retrieval
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Protocol
 from dmlbench.rng import Rng
 from dmlbench.scene import Gallery, Scene
+from dmlbench.search import auto_batch, searches
+from dmlbench.subject import EMBED_BLOCK, query_order, resolve_device
 from dmlbench.threat import Threat
 
 PROBE = 8

@@ -10,7 +10,7 @@ the end is the harness's own read-out of the image that a search stopped at (doc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +26,8 @@ from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.outcome import Outcome
 from dmlbench.protocol import Component, Protocol, Step
 from dmlbench.scene import Scene
+from dmlbench.subject import Progress, Subject
 from dmlbench.threat import Threat
-
-if TYPE_CHECKING:
-    from dmlbench.evaluate import Progress, Subject
 
 SURVIVED, CLEAN_WRONG, CARRIED = -1, 0, 1
 """``broken_by`` of a query that no step broke, that was wrong before any, and that a smaller eps broke;
@@ -130,7 +128,7 @@ class Attempt:
     values: int
 
 
-def attempt(subject: "Subject", step: Step, threat: Threat, positions: np.ndarray, seed: int) -> Attempt:
+def attempt(subject: Subject, step: Step, threat: Threat, positions: np.ndarray, seed: int) -> Attempt:
     """Run one step on the queries at ``positions``, each of its aims on what the ones before left.
 
     Raises:
@@ -166,7 +164,7 @@ def attempt(subject: "Subject", step: Step, threat: Threat, positions: np.ndarra
     return Attempt(images, broken, iteration, readouts, log.gradients, log.values)
 
 
-def read(subject: "Subject", scene: Scene, threat: Threat, images: Tensor, clean: Tensor) -> dict[str, np.ndarray]:
+def read(subject: Subject, scene: Scene, threat: Threat, images: Tensor, clean: Tensor) -> dict[str, np.ndarray]:
     """The retrieval metrics (b,) of attacked queries, means over ``threat.eot`` passes, the ball checked."""
     inside = threat.contains(images, clean)
     if not bool(inside.all()):
@@ -204,7 +202,7 @@ class Standing:
             values[positions] = np.minimum(values[positions], found.readouts[name])
 
 
-def begin(subject: "Subject") -> Standing:
+def begin(subject: Subject) -> Standing:
     """Every query before any attack.
 
     Raises:
@@ -224,13 +222,13 @@ def begin(subject: "Subject") -> Standing:
 
 
 def sweep(
-    subject: "Subject",
+    subject: Subject,
     standing: Standing,
     steps: Sequence[Step],
     threats: Sequence[Threat],
     seed: int,
     batch_size: int,
-    progress: "Progress",
+    progress: Progress,
     label: str,
     keep: dict[int, np.ndarray] | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -265,7 +263,7 @@ def sweep(
 
 
 def run(
-    subject: "Subject", protocol: Protocol, seed: int, batch_size: int, progress: "Progress", kept: np.ndarray
+    subject: Subject, protocol: Protocol, seed: int, batch_size: int, progress: Progress, kept: np.ndarray
 ) -> Outcome:
     """The whole curve: every step at every eps, on the queries that are right when clean.
 

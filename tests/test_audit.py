@@ -12,9 +12,10 @@ import dmlbench
 from dmlbench.audit import CHECKS, examine
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import UsageError
-from dmlbench.evaluate import evaluate, prepare
+from dmlbench.evaluate import evaluate
 from dmlbench.masks import MASKS
 from dmlbench.strict import run
+from dmlbench.subject import prepare
 
 TRAINED = [f"digits-smallcnn-triplet-{d}" for d in ("none", "est", "act", "hm-lga", "hm-lga-ics")]
 QUERIES = 48

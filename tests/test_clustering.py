@@ -14,11 +14,12 @@ from dmlbench.clustering import CLUSTER_ATTACKS, attacked, centroids, pairwise_f
 from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.embedding import DISTANCES
 from dmlbench.errors import UsageError
-from dmlbench.evaluate import evaluate, prepare
+from dmlbench.evaluate import evaluate
 from dmlbench.metrics import agreement
 from dmlbench.protocol import load_protocol
 from dmlbench.rng import Rng
 from dmlbench.scene import Gallery, Scene
+from dmlbench.subject import prepare
 from dmlbench.threat import Threat
 
 DEFAULT = "digits-smallcnn-triplet-hm-lga-ics"

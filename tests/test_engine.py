@@ -15,9 +15,10 @@ import torch
 import dmlbench
 from dmlbench import results
 from dmlbench.errors import DataError, NotComparable, ShardDone, UsageError
-from dmlbench.evaluate import evaluate, halved
+from dmlbench.evaluate import evaluate
 from dmlbench.parallel import World
 from dmlbench.protocol import load_protocol
+from dmlbench.search import halved
 from dmlbench.units import Shard, Units, Work, collect
 
 ROOT = Path(__file__).resolve().parent.parent

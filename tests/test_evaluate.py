@@ -10,12 +10,14 @@ import torch
 import dmlbench
 from dmlbench.datasets import ArrayImages, RetrievalDataset, TensorImages
 from dmlbench.errors import DataError, UsageError
-from dmlbench.evaluate import aimed, evaluate, prepare, searches
+from dmlbench.evaluate import evaluate
 from dmlbench.metrics import mean
 from dmlbench.models import ARCHITECTURES
 from dmlbench.protocol import load_protocol
 from dmlbench.results import Evaluation, load, save
 from dmlbench.rng import Rng
+from dmlbench.search import aimed, searches
+from dmlbench.subject import prepare
 
 DEFAULT = "digits-smallcnn-triplet-hm-lga-ics"
 

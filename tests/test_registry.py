@@ -102,7 +102,7 @@ def test_checkpoint_file_refuses_unknown_keys(tmp_path: Path, monkeypatch: pytes
 
 ORDER = [
     "errors", "version", "registry", "rng", "threat", "checkpoints", "embedding", "scene", "objectives", "targets",
-    "optimizers", "metrics", "attacks", "protocol", "results", "intervals", "checks", "evaluate",
+    "optimizers", "metrics", "attacks", "protocol", "results", "intervals", "subject", "search", "record", "checks", "strict", "clustering", "audit", "evaluate",
 ]  # fmt: skip
 
 

@@ -16,11 +16,11 @@ from PIL import Image
 
 import dmlbench
 from dmlbench.closeup import closeup, names_of
-from dmlbench.evaluate import prepare
 from dmlbench.report import Run, page
 from dmlbench.report.charts import Bar, Line, bars, curves
 from dmlbench.report.pictures import data_uri, magnified
 from dmlbench.results import Evaluation, save
+from dmlbench.subject import prepare
 
 MODELS = ("digits-smallcnn-triplet-none", "digits-smallcnn-triplet-hm-lga-ics")
 

@@ -9,12 +9,13 @@ import dmlbench
 from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, UsageError
-from dmlbench.evaluate import evaluate, prepare
+from dmlbench.evaluate import evaluate
 from dmlbench.models import ARCHITECTURES
 from dmlbench.protocol import load_protocol, read_protocol
 from dmlbench.results import load, save
 from dmlbench.rng import Rng
 from dmlbench.strict import CARRIED, CLEAN_WRONG, SURVIVED, area, attempt
+from dmlbench.subject import prepare
 
 DEFAULT = "digits-smallcnn-triplet-hm-lga-ics"
 

@@ -166,8 +166,8 @@ def evaluate(
 
 def _join(device: str) -> "tuple[World, str]":
     """The processes of torchrun, if any, and the device of this one of them."""
-    from dmlbench.evaluate import resolve_device
     from dmlbench.parallel import World
+    from dmlbench.subject import resolve_device
 
     where = resolve_device(device)
     local = os.environ.get("LOCAL_RANK")

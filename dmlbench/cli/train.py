@@ -12,9 +12,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from dmlbench.cli.output import json_option, print_json, print_list
 from dmlbench.errors import UsageError
-from dmlbench.evaluate import resolve_device
 from dmlbench.parallel import World
 from dmlbench.recipe import Recipe, load_recipe, make_recipe, packaged_recipes
+from dmlbench.subject import resolve_device
 from dmlbench.training import Progress as Row
 from dmlbench.training import train as run_training
 

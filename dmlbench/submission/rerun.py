@@ -23,12 +23,14 @@ from dmlbench.checkpoints import PACKAGE, sha256_of
 from dmlbench.datasets import RetrievalDataset, load_dataset
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, DmlbenchError
-from dmlbench.evaluate import Progress, Subject, aimed, evaluate, prepare, sample_positions, searches
+from dmlbench.evaluate import evaluate
 from dmlbench.intervals import cluster_bootstrap
 from dmlbench.metrics import RECALL_AT, agreement, assignments, retrieval
 from dmlbench.models import build, check_probe, fill, parameter_count
 from dmlbench.protocol import Component
 from dmlbench.results import Evaluation
+from dmlbench.search import aimed, searches
+from dmlbench.subject import Progress, Subject, prepare, sample_positions
 from dmlbench.submission.bundle import Problem, Refused, refuse
 from dmlbench.submission.static import QUERIES, RUN, SAMPLE, WEIGHTS, Checked
 from dmlbench.threat import Threat

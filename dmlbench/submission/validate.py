@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from dmlbench.evaluate import Progress, resolve_device
+from dmlbench.subject import Progress, resolve_device
 from dmlbench.submission.bundle import Problem, Refused
 from dmlbench.submission.rerun import (
     LEAST,

@@ -1,0 +1,78 @@
+"""What a result says of the model, the images and the machine it was measured with."""
+
+import hashlib
+import platform
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dmlbench.embedding import Embedder
+from dmlbench.results import DatasetInfo, Environment, ModelInfo
+from dmlbench.subject import Subject
+from dmlbench.version import __version__
+
+
+def digest_of(embedder: Embedder) -> str:
+    """Hash of every parameter and buffer, for a model that has no weights file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(embedder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_info(embedder: Embedder) -> ModelInfo:
+    """What the record says of the model."""
+    card = embedder.card
+    with torch.no_grad():
+        shape = (2, *embedder.input_shape)
+        dim = embedder.eval()(torch.zeros(shape, device=embedder.device)).shape[1]
+    if card is None:
+        return ModelInfo(
+            id=embedder.name,
+            weights_sha256=embedder.weights_sha256,
+            arch=embedder.arch,
+            space=embedder.distance.space,
+            embed_dim=dim,
+        )
+    return ModelInfo(
+        id=embedder.name,
+        weights_sha256=embedder.weights_sha256,
+        arch=card.arch.builder,
+        loss=card.train.loss,
+        defense=card.defense.name,
+        space=embedder.distance.space,
+        embed_dim=dim,
+    )
+
+
+def dataset_info(subject: Subject) -> DatasetInfo:
+    """What the record says of the images."""
+    d = subject.dataset
+    return DatasetInfo(
+        name=d.name,
+        split=d.split,
+        sha256=d.sha256,
+        n_queries=len(subject.rows),
+        n_queries_full=len(d.query),
+        n_gallery=len(d.gallery),
+        n_classes=len(np.unique(d.labels[d.gallery])),
+        n_without_positive=int((~subject.scene.has_positive).sum()),
+    )
+
+
+def environment(device: torch.device, argv: Sequence[str], precision: str = "float32") -> Environment:
+    """Software and machine."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return Environment(
+        dmlbench=__version__,
+        torch=torch.__version__,
+        numpy=np.__version__,
+        python=sys.version.split()[0],
+        device=device.type,
+        device_name=name,
+        gradient_precision=precision,
+        argv=tuple(word for word in argv if word != "--resume"),
+    )

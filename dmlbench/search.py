@@ -1,0 +1,125 @@
+"""One search: an attack, an optimizer and a threat, run on every query in batches.
+
+Components that share all three share the search. Targets are chosen for all queries before the first
+step, so they do not depend on batches, on other attacks or on which queries are measured.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from dmlbench.attacks import ATTACKS, aim, craft, measure
+from dmlbench.datasets import RetrievalDataset
+from dmlbench.errors import DataError
+from dmlbench.optimizers import OPTIMIZERS, WHOLE_SET
+from dmlbench.protocol import Component, Protocol
+from dmlbench.scene import Scene
+from dmlbench.subject import EMBED_BLOCK, Progress, Subject, sample_positions
+from dmlbench.threat import Threat
+from dmlbench.units import Work
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search that one or more components read: an attack, an optimizer, a threat."""
+
+    attack: str
+    optimizer: str
+    threat: Threat
+    components: tuple[Component, ...]
+
+    @property
+    def name(self) -> str:
+        """The components it serves, as a person reads them."""
+        return " ".join(c.name for c in self.components)
+
+
+def searches(protocol: Protocol, components: Sequence[Component]) -> list[Search]:
+    """The searches that serve the components, each run once."""
+    groups: dict[tuple[str, str, Threat], list[Component]] = {}
+    for c in components:
+        groups.setdefault((c.attack, c.optimizer, protocol.threat_of(c)), []).append(c)
+    return [Search(*key, tuple(members)) for key, members in groups.items()]
+
+
+def aimed(subject: Subject, search: Search, seed: int) -> Scene:
+    """The whole scene with the search's targets, chosen in blocks of fixed size."""
+    rng = subject.rng(seed, "targets", search.attack)
+    blocks = [slice(a, a + EMBED_BLOCK) for a in range(0, len(subject.rows), EMBED_BLOCK)]
+    chosen = torch.cat([aim(ATTACKS[search.attack], subject.scene[s], rng[s]).chosen for s in blocks])
+    return subject.scene.aimed(chosen)
+
+
+def auto_batch(dataset: RetrievalDataset, device: torch.device) -> int:
+    """Queries attacked at a time: as many as keep a CPU's caches or a GPU's multiprocessors busy."""
+    pixels = int(np.prod(dataset.images.shape))
+    if device.type == "cuda":
+        return 2048 if pixels <= 4096 else 256
+    return 256 if pixels <= 4096 else 32
+
+
+def batches(count: int, size: int) -> Iterator[tuple[int, int]]:
+    """Bounds of consecutive batches."""
+    for a in range(0, count, size):
+        yield a, min(a + size, count)
+
+
+def run_search(
+    subject: Subject, search: Search, seed: int, batch_size: int, progress: Progress, work: Work | None = None
+) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
+    """Attack every query: per-query arrays by name, and the adversarial images of the sample.
+
+    "seconds" (units,) is what each batch took. None where ``work`` is a shard and others are not done.
+    """
+    attack, optimizer = ATTACKS[search.attack], OPTIMIZERS[search.optimizer]
+    scene = aimed(subject, search, seed)
+    rng = subject.rng(seed, search.attack, search.optimizer)
+    source = subject.surrogate or subject
+    together = search.optimizer in WHOLE_SET
+    keep = sample_positions(subject)
+
+    def unit(a: int, b: int) -> dict[str, np.ndarray]:
+        images, part = subject.images(a, b), scene[a:b]
+        known = source.scene[a:b].aimed(part.chosen)
+        adversarial = craft(source.embedder, attack, optimizer, search.threat, images, known, rng[a:b])
+        found = dict(measure(subject.embedder, attack, search.threat, adversarial, images, part))
+        here = keep[(keep >= a) & (keep < b)] - a
+        found["images"] = adversarial[torch.from_numpy(here).to(adversarial.device)].cpu().numpy()
+        return found
+
+    progress.start(search.name, len(subject.rows))
+    bounds = [(0, len(subject.rows))] if together else list(batches(len(subject.rows), batch_size))
+    name = f"{search.name} {search.attack} {search.optimizer} {search.threat}"
+    found = (work or Work()).map(
+        name, bounds, unit if together else partial(halved, unit), lambda count: progress.advance(search.name, count)
+    )
+    units = [u for u in found if u is not None]
+    if len(units) < len(bounds):
+        return None
+    arrays = joined(units)
+    arrays["targets"] = scene.chosen.cpu().numpy()
+    return arrays, arrays.pop("images")
+
+
+def joined(units: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays of consecutive queries as one, by name."""
+    return {name: np.concatenate([u[name] for u in units]) for name in units[0]}
+
+
+def halved(unit: Callable[[int, int], dict[str, np.ndarray]], a: int, b: int) -> dict[str, np.ndarray]:
+    """``unit(a, b)``, in halves where the GPU's memory does not hold it whole.
+
+    Raises:
+        DataError: not even one query fits.
+    """
+    try:
+        return unit(a, b)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    if b - a <= 1:
+        raise DataError("the GPU's memory does not hold a single query; use --device cpu or a smaller model")
+    middle = (a + b) // 2
+    return joined([halved(unit, a, middle), halved(unit, middle, b)])

@@ -1,0 +1,186 @@
+"""Who is measured on what: a frozen model, the queries, and the scene that every search starts from.
+
+Everything clean is embedded once, in blocks whose size does not depend on the batch size, so that
+clean embeddings, and the targets chosen from them, are exactly the same at any batch size.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol as Interface
+from typing import runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmlbench.datasets import RetrievalDataset
+from dmlbench.embedding import Embedder
+from dmlbench.errors import DataError, UsageError
+from dmlbench.rng import Rng, seed_of
+from dmlbench.scene import Gallery, Scene
+from dmlbench.units import Work
+
+EMBED_BLOCK = 256
+"""Images embedded at a time, whatever the batch size: it fixes the rounding of the clean embeddings."""
+SAMPLE = 256
+"""How many queries' adversarial images a run keeps, at most ..."""
+SAMPLE_BYTES = 4 << 20
+"""... and how many bytes of them an attack."""
+
+
+@runtime_checkable
+class Progress(Interface):
+    """Who wants to know how far a run is."""
+
+    def start(self, task: str, total: int) -> None:
+        """``task`` begins and has ``total`` images to do."""
+        ...
+
+    def advance(self, task: str, count: int) -> None:
+        """``count`` more images of ``task`` are done."""
+        ...
+
+
+class Silent:
+    """Nobody wants to know."""
+
+    def start(self, task: str, total: int) -> None:
+        """Ignore."""
+
+    def advance(self, task: str, count: int) -> None:
+        """Ignore."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model and the images it is measured on, embedded once.
+
+    Attributes:
+        embedder: frozen, on its device.
+        rows: (Q,) data set rows of the queries measured.
+        scene: all of them, aimed at nobody.
+    """
+
+    embedder: Embedder
+    dataset: RetrievalDataset
+    rows: np.ndarray
+    scene: Scene
+    surrogate: "Subject | None" = None
+    """another model on the same queries, on which adversarial images are made instead"""
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything happens."""
+        return self.embedder.device
+
+    def rng(self, *parts: object) -> Rng:
+        """Streams for every query, by data set row."""
+        return Rng(seed_of(*parts), torch.from_numpy(self.rows).to(self.device))
+
+    def images(self, a: int, b: int) -> Tensor:
+        """The clean images of queries a to b."""
+        return self.dataset.images[self.rows[a:b]].to(self.device)
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:n``, checked."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device {device!r} is not auto, cpu, cuda or cuda:n") from None
+    if wanted.type == "cuda" and (not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(
+            f"device {device!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices here"
+        )
+    if wanted.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r} is not auto, cpu, cuda or cuda:n")
+    return wanted
+
+
+def query_order(count: int) -> np.ndarray:
+    """(count,) a fixed shuffle of the queries: ``--limit N`` takes its first N, so that classes are mixed."""
+    return np.random.default_rng(20220601).permutation(count)
+
+
+def embed(embedder: Embedder, dataset: RetrievalDataset, rows: np.ndarray, progress: Progress | None = None) -> Tensor:
+    """(len(rows), D) clean embeddings, in blocks of :data:`EMBED_BLOCK`.
+
+    Raises:
+        DataError: an embedding is NaN or infinite.
+    """
+    progress = progress or Silent()
+    progress.start("embed", len(rows))
+    parts = []
+    with torch.no_grad():
+        for a in range(0, len(rows), EMBED_BLOCK):
+            block = rows[a : a + EMBED_BLOCK]
+            parts.append(embedder(dataset.images[block].to(embedder.device)))
+            progress.advance("embed", len(block))
+    embeddings = torch.cat(parts)
+    broken = ~torch.isfinite(embeddings).all(1)
+    if bool(broken.any()):
+        raise DataError(
+            f"model {embedder.name!r} gives NaN or infinite embeddings for {int(broken.sum())} of {len(rows)} images"
+        )
+    return embeddings
+
+
+def prepare(
+    embedder: Embedder,
+    dataset: RetrievalDataset,
+    *,
+    limit: int | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+    work: Work | None = None,
+) -> Subject:
+    """Freeze the model, embed gallery and queries, and choose which queries are measured.
+
+    Raises:
+        UsageError: the model takes images of another shape, or ``limit`` is not positive.
+    """
+    if tuple(dataset.images.shape) != tuple(embedder.input_shape):
+        raise UsageError(
+            f"model {embedder.name!r} takes images of shape {embedder.input_shape}, "
+            f"data set {dataset.name!r} has {dataset.images.shape} (channels, height, width)"
+        )
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit} must be 1 or more")
+    ready = embedder.frozen(resolve_device(device))
+    wanted = np.arange(len(dataset.query))
+    if limit is not None and limit < len(wanted):
+        wanted = np.sort(query_order(len(dataset.query))[:limit])
+    everyone = np.union1d(dataset.gallery, dataset.query)
+    kept = (work or Work()).once(
+        f"embeddings {embedder.name} {embedder.weights_sha256}",
+        len(everyone),
+        lambda: {"embeddings": embed(ready, dataset, everyone, progress).cpu().numpy()},
+    )
+    embeddings = torch.from_numpy(kept["embeddings"]).to(ready.device)
+
+    def at(rows: np.ndarray) -> Tensor:
+        return embeddings[torch.from_numpy(np.searchsorted(everyone, rows)).to(ready.device)]
+
+    def column(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(ready.device)
+
+    rows = dataset.query[wanted]
+    scene = Scene(
+        distance=ready.distance,
+        gallery=Gallery(at(dataset.gallery), column(dataset.labels[dataset.gallery])),
+        clean=at(rows),
+        labels=column(dataset.labels[rows]),
+        row=column(dataset.own_entry[wanted]),
+        chosen=column(np.zeros((len(rows), 0), dtype=np.int64)),
+    )
+    return Subject(ready, dataset, rows, scene)
+
+
+def sample_positions(subject: Subject) -> np.ndarray:
+    """Which queries' adversarial images are kept: the first of :func:`query_order` that are measured."""
+    image = 4 * int(np.prod(subject.dataset.images.shape))
+    count = min(SAMPLE, max(1, SAMPLE_BYTES // image), len(subject.rows))
+    order = subject.dataset.query[query_order(len(subject.dataset.query))]
+    order = order[np.isin(order, subject.rows)][:count]
+    return np.flatnonzero(np.isin(subject.rows, order))

@@ -148,7 +148,7 @@ class Embedder(nn.Module):
         self.input_shape = input_shape
         self.distance = distance
         self.name = name
-        self.preprocess = preprocess or Preprocess.standard(input_shape)
+        self._preprocess = preprocess
         self.card: Checkpoint | None = None
         self.weights_sha256: str | None = None
         self.arch: str | None = None
@@ -171,6 +171,15 @@ class Embedder(nn.Module):
     def normalise(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """What the network is fed: images less mean, over std."""
         return images if self.identity else (images - self.mean) / self.std
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How pictures become this model's images.
+
+        Raises:
+            UsageError: it takes neither 1 nor 3 channels, so its images are not pictures.
+        """
+        return self._preprocess or Preprocess.standard(self.input_shape)
 
     @property
     def device(self) -> torch.device:

@@ -513,3 +513,10 @@ def test_weights_that_cannot_be_fetched(name: str, maker: str, monkeypatch: pyte
     monkeypatch.setattr("torchvision.models.get_model", offline)
     with pytest.raises(DataError, match=f"^{maker} cannot fetch .*: ConnectionError: no route to host$"):
         open_model(name, ModelOptions(weights="pretrained"))
+
+
+def test_images_that_are_not_pictures() -> None:
+    embedder = load_model(nn.Sequential(nn.Flatten(), nn.Linear(10 * 4, 3)), input_shape=(10, 2, 2))
+    assert embedder(probe_images((10, 2, 2), 2)).shape == (2, 3)
+    with pytest.raises(UsageError, match="1 or 3 channels, not 10"):
+        _ = embedder.preprocess

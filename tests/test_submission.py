@@ -620,7 +620,8 @@ def test_a_refused_bundle_on_the_command_line(typed, files, tmp_path):
     [
         (["submit", "init", "nowhere"], 4, "not a readable run folder"),
         (["submit", "pack", "nowhere", "--out", "b.zip"], 4, "not a readable run folder"),
-        (["validate", "nowhere.zip"], 1, "does not exist"),
+        (["validate", "nowhere.zip"], 4, "does not exist"),
+        (["verify", "nowhere.zip"], 4, "does not exist"),
         (["validate", "b.zip", "--level", "5"], 2, "level"),
         (["schema", "rwo"], 2, "did you mean 'row'"),
         (["submit", "inti"], 2, "inti"),

@@ -8,7 +8,7 @@ from dmlbench.cli.output import json_option, print_json, progress
 
 EPILOG = """Example: dmlbench validate mine.zip --level 3
 
-Exit codes: 0 accepted; 1 refused, with the level, the field and the reason; 4 the data set is not at hand."""
+Exit codes: 0 accepted; 1 refused, with the level, the field and the reason; 4 the bundle or the data set is not at hand."""
 
 
 @click.command(epilog=EPILOG)
@@ -51,8 +51,12 @@ def validate(
     as_json: bool,
 ) -> int:
     """Check BUNDLE, a zip file or a folder. Nothing in it is unpacked, unpickled or executed."""
+    from dmlbench.errors import DataError
     from dmlbench.submission.validate import LEVELS
     from dmlbench.submission.validate import validate as run
+
+    if not bundle.exists():
+        raise DataError(f"{bundle} does not exist")
 
     def passed(step: int) -> None:
         if not as_json:

@@ -8,7 +8,7 @@ from dmlbench.cli.output import json_option, print_json, progress
 
 EPILOG = """Example: dmlbench verify leaderboard/submissions/digits-mine-ers-digits
 
-Exit codes: 0 it agreed (the row becomes verified); 1 refused, or it did not agree (disputed)."""
+Exit codes: 0 it agreed (the row becomes verified); 1 refused, or it did not agree (disputed); 4 the bundle or the data set is not at hand."""
 
 
 @click.command(epilog=EPILOG)
@@ -25,20 +25,21 @@ Exit codes: 0 it agreed (the row becomes verified); 1 refused, or it did not agr
 @json_option
 def verify(bundle: Path, out: Path | None, weights: Path | None, device: str, as_json: bool) -> int:
     """Attack every query of BUNDLE again and record whether it agreed: level 4 for the people who keep the board."""
-    from dmlbench.errors import UsageError
+    from dmlbench.errors import DataError, UsageError
     from dmlbench.results import json_bytes, prepare_folder, write_whole
     from dmlbench.submission.bundle import VERIFICATION
     from dmlbench.submission.validate import validate
 
+    if not bundle.exists():
+        raise DataError(f"{bundle} does not exist")
     path = out or (bundle / VERIFICATION if bundle.is_dir() else None)
-    if path is None and bundle.exists():
+    if path is None:
         raise UsageError(f"{bundle} is no folder: say with --out where the record goes")
-    if path is not None and bundle.exists():
-        prepare_folder(path.parent)
+    prepare_folder(path.parent)
     with progress() as bars:
         report = validate(bundle, 4, weights=weights, device=device, progress=bars)
     record = report.verification
-    if record is not None and path is not None:
+    if record is not None:
         write_whole(path, json_bytes(record.model_dump(mode="json")))
     if as_json:
         print_json({**report.model_dump(mode="json"), "problems": [p._asdict() for p in report.problems]})

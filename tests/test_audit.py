@@ -73,7 +73,6 @@ FAILS = {
     "underflow": {"F2", "F3"},
     "noisy-gradient": {"F4"},
     "flipped-gradient": {"F3", "F4"},
-    "shuffled-gradient": {"F4"},
     "input-noise": {"F1"},
     "jitter": {"F1"},
     "test-dropout": {"F1"},

@@ -170,12 +170,12 @@ Table = dict[tuple[str, str, str, str], list[float]]
 
 
 def collected() -> Table:
-    """The rows, seeds together."""
-    table: Table = {}
+    """The rows, seeds together; of rows that are there twice the later counts."""
+    found: dict[tuple[str, str, str, str], dict[str, float]] = {}
     for row in rows_of(ROWS):
         key = (row["group"], row["recipe"] + row["tag"], row["protocol"], row["quantity"])
-        table.setdefault(key, []).append(float(row["value"]))
-    return table
+        found.setdefault(key, {})[row["seed"]] = float(row["value"])
+    return {key: list(by_seed.values()) for key, by_seed in found.items()}
 
 
 def cell(values: list[float] | None) -> str:
@@ -239,8 +239,10 @@ def report() -> None:
     table = collected()
     lines: list[str] = []
     for group, title in GROUPS.items():
-        lines += [f"### {title}", "", *markdown(table, group), ""]
-    lines += ["### Spread of HM[S,D], 300 steps, one value per seed", "", *grid_markdown(), ""]
+        if any(key[0] == group for key in table):
+            lines += [f"### {title}", "", *markdown(table, group), ""]
+    if any((RUNS / run.name / "log.csv").exists() for run in planned() if run.group == "grid"):
+        lines += ["### Spread of HM[S,D], 300 steps, one value per seed", "", *grid_markdown(), ""]
     write_whole(ROOT / "docs" / "findings-tables.md", ("\n".join(lines)).encode())
 
     matplotlib.rcParams["svg.hashsalt"] = "findings"

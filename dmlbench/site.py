@@ -18,6 +18,7 @@ from markupsafe import Markup
 from dmlbench.checkpoints import PACKAGE
 from dmlbench.leaderboard.build import CLAIMS, load_boards
 from dmlbench.leaderboard.row import COLUMNS, NUMBERS, STATUSES, Row
+from dmlbench.leaderboard.row import shown as cell_text
 from dmlbench.leaderboard.show import DEFAULT_COLUMNS
 from dmlbench.protocol import load_protocol, protocol_names
 from dmlbench.results import prepare_folder, write_whole
@@ -206,8 +207,6 @@ def _cell(row: Row, column: str, shown: bool) -> dict[str, Any]:
     value = getattr(row, column)
     if row.status == "claimed" and column in ("ers", "claim_gap"):
         value = None
-    digits = 3 if column in ("tma_raw", "es_d_raw", "eps") else 1
-    text = "" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
     extra = (
         f"{row.ers_lo:.1f} – {row.ers_hi:.1f}"
         if column == "ers" and value is not None and row.ers_lo is not None and row.ers_hi is not None
@@ -215,7 +214,7 @@ def _cell(row: Row, column: str, shown: bool) -> dict[str, Any]:
     )
     return {
         "name": column,
-        "text": text,
+        "text": cell_text(column, value),
         "value": "" if value is None else str(value),
         "extra": extra,
         "shown": shown,

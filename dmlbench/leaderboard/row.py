@@ -195,6 +195,15 @@ NUMBERS = frozenset(
 )
 """The columns that hold numbers."""
 
+_SMALL = ("tma_raw", "es_d_raw", "eps")
+
+
+def shown(column: str, value: Any) -> str:
+    """A cell as a person reads it: one digit after the point, three where the whole scale is about 1."""
+    if value is None:
+        return ""
+    return f"{value:.{3 if column in _SMALL else 1}f}" if isinstance(value, float) else str(value)
+
 
 def _neat(value: float | None, digits: int = 4) -> float | None:
     return None if value is None else round(value, digits)

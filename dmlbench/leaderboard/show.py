@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dmlbench.errors import UsageError
-from dmlbench.leaderboard.row import COLUMNS, NUMBERS, Row
+from dmlbench.leaderboard.row import COLUMNS, NUMBERS, Row, shown
 from dmlbench.registry import Registry, suggest
 
 DEFAULT_COLUMNS = (
@@ -89,15 +89,9 @@ def select(rows: Iterable[Row], filters: Sequence[str] = (), sort: str | None = 
     return kept
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
-
-
 def as_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """Aligned text, numbers to the right."""
-    cells = [list(columns)] + [[_cell(getattr(r, c)) for c in columns] for r in rows]
+    cells = [list(columns)] + [[shown(c, getattr(r, c)) for c in columns] for r in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     right = [any(isinstance(getattr(r, c), int | float) for r in rows) for c in columns]
     lines = [
@@ -115,7 +109,7 @@ def as_markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
         return "| " + " | ".join(re.sub(r"([\\|*_`\[\]])", r"\\\1", c) for c in cells) + " |"
 
     marks = ["---:" if any(isinstance(getattr(r, c), int | float) for r in rows) else "---" for c in columns]
-    body = [line(_cell(getattr(r, c)) for c in columns) for r in rows]
+    body = [line(shown(c, getattr(r, c)) for c in columns) for r in rows]
     return "\n".join([line(columns), "| " + " | ".join(marks) + " |", *body]) + "\n"
 
 
@@ -149,7 +143,7 @@ def as_latex(rows: Sequence[Row], columns: Sequence[str]) -> str:
         return " & ".join("".join(_TEX.get(ch, ch) for ch in c) for c in cells) + r" \\"
 
     kind = "".join("r" if any(isinstance(getattr(r, c), int | float) for r in rows) else "l" for c in columns)
-    body = [line(_cell(getattr(r, c)) for c in columns) for r in rows]
+    body = [line(shown(c, getattr(r, c)) for c in columns) for r in rows]
     return "\n".join([rf"\begin{{tabular}}{{{kind}}}", r"\toprule", line(columns), r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]) + "\n"  # fmt: skip
 
 

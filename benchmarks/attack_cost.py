@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,19 @@ NETS = {
     "resnet50": Net(_timm("resnet50"), (3, 224, 224), 6000, 32, "8/255", "3/255"),
     "vit_s": Net(_timm("vit_small_patch16_224"), (3, 224, 224), 6000, 32, "8/255", "3/255"),
 }
+
+
+def clock(name: str) -> Callable[[Callable[[], object], torch.device], float]:
+    """Seconds of a call: "wall", or "process" time, which other programs on a busy machine hardly change."""
+    if name == "wall":
+        return timed
+
+    def processed(call: Callable[[], object], device: torch.device) -> float:
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+
+    return processed
 
 
 def ways(embedder: Embedder) -> dict[str, torch.nn.Module]:
@@ -120,7 +134,7 @@ def scene_for(embedder: Embedder, images: torch.Tensor, entries: int) -> Scene:
 
 def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
     """One row for each attack on one network."""
-    net = NETS[name]
+    net, seconds_of = NETS[name], clock(args.clock)
     batch, entries = args.batch or net.batch, args.gallery or net.gallery
     torch.manual_seed(0)
     coloured = IMAGENET if net.shape[0] == 3 else {}
@@ -134,7 +148,7 @@ def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dic
     trials: dict[str, list[float]] = {way: [] for way in contenders}
     for _ in range(1 + max(2, args.repeats // 3)):
         for way, run in contenders.items():
-            trials[way].append(timed(run, device))
+            trials[way].append(seconds_of(run, device))
     fastest = min(trials, key=lambda way: statistics.median(trials[way][1:]))
     floor = contenders[fastest]
     ready = embedder.frozen(device)
@@ -152,7 +166,7 @@ def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dic
         forget_peak(device)
         attacked()
         peak = peak_mib(device)
-        pairs = [(timed(floor, device), timed(attacked, device)) for _ in range(args.repeats)]
+        pairs = [(seconds_of(floor, device), seconds_of(attacked, device)) for _ in range(args.repeats)]
         seconds = statistics.median(a for _, a in pairs)
         rows.append(
             {
@@ -165,6 +179,7 @@ def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dic
                 "device": device.type,
                 "precision": args.precision,
                 "threads": torch.get_num_threads(),
+                "clock": args.clock,
                 "fastest": fastest,
                 "bare_seconds": statistics.median(b for b, _ in pairs),
                 "seconds": seconds,
@@ -181,7 +196,25 @@ def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dic
     return rows
 
 
-def metric_costs(entries: int, classes: int, dimensions: int, device: torch.device, k_means: bool) -> None:
+def profile(name: str, attack_name: str, args: argparse.Namespace, device: torch.device) -> None:
+    """Print where the time of a few steps of one attack goes, by torch operation."""
+    net = NETS[name]
+    embedder = Embedder(net.make(), net.shape, name=name, **(IMAGENET if net.shape[0] == 3 else {})).eval()
+    ready = embedder.frozen(device)
+    images = torch.rand(args.batch or net.batch, *net.shape, device=device)
+    rng, attack = Rng(0, torch.arange(len(images), device=device)), ATTACKS[attack_name]
+    scene = aim(attack, scene_for(ready, images, args.gallery or net.gallery), rng)
+    threat = Threat("linf", net.eps, net.step, args.steps)
+    craft(ready, attack, OPTIMIZERS["pgd"], threat, images, scene, rng)
+    with torch.profiler.profile(acc_events=True) as seen:
+        craft(ready, attack, OPTIMIZERS["pgd"], threat, images, scene, rng)
+    column = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(seen.key_averages().table(sort_by=column, row_limit=16, max_name_column_width=44))
+
+
+def metric_costs(
+    entries: int, classes: int, dimensions: int, device: torch.device, k_means: bool, timed: Callable[..., float]
+) -> None:
     """Print what the clean metrics of a gallery of this size take; classes overlap as those of a fair model do."""
     torch.manual_seed(0)
     middles = F.normalize(torch.randn(classes, dimensions), dim=1)
@@ -223,18 +256,25 @@ def main() -> None:
     parser.add_argument("--attacks", type=lambda text: text.split(","), default=list(ERS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
+    parser.add_argument("--clock", choices=("wall", "process"), default="wall")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--profile", metavar="ATTACK", help="show where the time of one batch goes instead")
     parser.add_argument("--metrics", type=int, metavar="N", help="time the clean metrics of N entries instead")
     parser.add_argument("--classes", type=int, default=11316, help="of --metrics; that many clusters")
     parser.add_argument("--kmeans", action="store_true", help="of --metrics: k-means too, which takes minutes on a CPU")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    if args.metrics:
-        metric_costs(args.metrics, args.classes, 512, device, args.kmeans)
+    if args.profile:
+        profile((args.net or ["digits"])[0], args.profile, args, device)
         return
-    print(f"torch {torch.__version__}, {platform.machine()}, {device}, {args.threads} threads, {args.steps} steps")
+    if args.metrics:
+        metric_costs(args.metrics, args.classes, 512, device, args.kmeans, clock(args.clock))
+        return
+    print(
+        f"torch {torch.__version__}, {platform.machine()}, {device}, {args.threads} threads, {args.steps} steps, {args.clock} time"
+    )
     print("| network | attack | batch | gallery | bare s | attack s | images/s | peak MiB | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     rows = [row for name in args.net or ("digits", "golden") for row in costs(name, args, device)]

@@ -6,6 +6,7 @@ Euclidean; the default), ``C`` (L2-normalised, 1 - cosine), ``E`` (not normalise
 """
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -212,3 +213,12 @@ def _folded(network: nn.Module, shape: tuple[int, int, int], device: torch.devic
         return fused if torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())) else network
     except Exception:  # tracing refuses many kinds of module for many reasons; the unfolded network is right too
         return network
+
+
+def digest_of(embedder: Embedder) -> str:
+    """Hash of every parameter and buffer, for a model that has no weights file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(embedder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

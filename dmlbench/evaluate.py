@@ -20,13 +20,13 @@ from dmlbench.audit import examine
 from dmlbench.checks import doubts_about
 from dmlbench.closeup import closeup
 from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
-from dmlbench.embedding import Embedder
+from dmlbench.embedding import Embedder, digest_of
 from dmlbench.errors import ShardDone, UsageError
 from dmlbench.intervals import cluster_bootstrap
 from dmlbench.metrics import RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.models import load_model
 from dmlbench.protocol import Component, Protocol, load_protocol
-from dmlbench.record import dataset_info, digest_of, environment, model_info
+from dmlbench.record import dataset_info, environment, model_info
 from dmlbench.results import Evaluation, Measurement, ProtocolInfo, finite
 from dmlbench.search import Search, auto_batch, run_search, searches
 from dmlbench.subject import Progress, Silent, Subject, prepare, resolve_device, sample_positions
@@ -69,6 +69,7 @@ def evaluate(
     on_search: Callable[[Search], None] | None = None,
     work: Work | None = None,
     resume: bool = False,
+    cache: bool = False,
 ) -> Evaluation:
     """Measure how robust a model is.
 
@@ -90,6 +91,7 @@ def evaluate(
         on_search: told of each search before it begins.
         work: who does which unit of the work, and where finished ones are kept; see docs/running.md.
         resume: go on with the unfinished run that ``work`` keeps.
+        cache: keep the clean embeddings under the cache folder, for later runs of this model on this data set.
 
     Returns:
         The :class:`Evaluation`, its per-query arrays attached.
@@ -126,7 +128,11 @@ def evaluate(
             raise UsageError(f"protocol {rules.name!r} has no transfer: name attacks, such as WM@apgd, with --attacks")
         other = load_model(surrogate) if not isinstance(surrogate, torch.nn.Module) else as_embedder(surrogate)
     stored = work.units.configuration() if work.units else None
-    size = batch_size or (stored or {}).get("batch_size") or auto_batch(dataset, resolve_device(device))
+    size = (
+        batch_size
+        or (stored or {}).get("batch_size")
+        or auto_batch(dataset, resolve_device(device), embedder, work.world)
+    )
     configuration = {
         "dmlbench": __version__,
         "torch": torch.__version__,
@@ -151,9 +157,9 @@ def evaluate(
         "device": resolve_device(device).type,
     }
     work.agree(configuration, resume)
-    subject = prepare(embedder, dataset, limit=limit, device=device, progress=progress, work=work)
+    subject = prepare(embedder, dataset, limit=limit, device=device, progress=progress, work=work, cache=cache)
     if other is not None:
-        known = prepare(other, dataset, limit=limit, device=device, progress=progress, work=work)
+        known = prepare(other, dataset, limit=limit, device=device, progress=progress, work=work, cache=cache)
         subject = replace(subject, surrogate=known)
     scene = subject.scene
     planned = searches(rules, [*chosen.own, *chosen.extra])

@@ -62,3 +62,11 @@ class World:
             value = value.clone()
             dist.all_reduce(value)
         return float(value) / self.size
+
+    def agree_on(self, value: int) -> int:
+        """The leader's ``value``, for every process."""
+        if self.size > 1:
+            told = [value]
+            dist.broadcast_object_list(told, 0)
+            return told[0]
+        return value

@@ -27,14 +27,12 @@ from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Protocol
 from dmlbench.rng import Rng
 from dmlbench.scene import Gallery, Scene
-from dmlbench.search import auto_batch, searches
+from dmlbench.search import LARGE, auto_batch, searches
 from dmlbench.subject import EMBED_BLOCK, query_order, resolve_device
 from dmlbench.threat import Threat
 
 PROBE = 8
 """Images timed at a time where images are large and there is no GPU."""
-LARGE = 4096
-"""Numbers in an image above which it is large."""
 _SHORT, _LONG = 1, 3
 _LLOYD = 40
 """Iterations of k-means that are counted on."""
@@ -164,7 +162,7 @@ def plan_of(
     most, as if every query survived.
     """
     where = resolve_device(device)
-    size = batch_size or auto_batch(dataset, where)
+    size = batch_size or auto_batch(dataset, where, embedder)
     queries = min(limit or len(dataset.query), len(dataset.query))
     large = int(np.prod(dataset.images.shape)) > LARGE and where.type == "cpu"
     probe = min(PROBE if large else size, size, queries)

@@ -1,6 +1,5 @@
 """What a result says of the model, the images and the machine it was measured with."""
 
-import hashlib
 import platform
 import sys
 from collections.abc import Sequence
@@ -12,15 +11,6 @@ from dmlbench.embedding import Embedder
 from dmlbench.results import DatasetInfo, Environment, ModelInfo
 from dmlbench.subject import Subject
 from dmlbench.version import __version__
-
-
-def digest_of(embedder: Embedder) -> str:
-    """Hash of every parameter and buffer, for a model that has no weights file."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(embedder.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def model_info(embedder: Embedder) -> ModelInfo:

@@ -13,13 +13,18 @@ import torch
 
 from dmlbench.attacks import ATTACKS, aim, craft, measure
 from dmlbench.datasets import RetrievalDataset
+from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError
 from dmlbench.optimizers import OPTIMIZERS, WHOLE_SET
+from dmlbench.parallel import World
 from dmlbench.protocol import Component, Protocol
 from dmlbench.scene import Scene
 from dmlbench.subject import EMBED_BLOCK, Progress, Subject, sample_positions
 from dmlbench.threat import Threat
 from dmlbench.units import Work
+
+LARGE = 4096
+"""Numbers in an image above which it is large: 64x64 grey."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,35 @@ def aimed(subject: Subject, search: Search, seed: int) -> Scene:
     return subject.scene.aimed(chosen)
 
 
-def auto_batch(dataset: RetrievalDataset, device: torch.device) -> int:
-    """Queries attacked at a time: as many as keep a CPU's caches or a GPU's multiprocessors busy."""
-    pixels = int(np.prod(dataset.images.shape))
-    if device.type == "cuda":
-        return 2048 if pixels <= 4096 else 256
-    return 256 if pixels <= 4096 else 32
+def auto_batch(
+    dataset: RetrievalDataset, device: torch.device, embedder: Embedder | None = None, world: World | None = None
+) -> int:
+    """Queries attacked at a time: what keeps a CPU's caches busy; on a GPU as many as its memory holds.
+
+    With an ``embedder``, a GPU's memory is probed once, and all processes of ``world`` take the first one's answer.
+    """
+    large = int(np.prod(dataset.images.shape)) > LARGE
+    if device.type != "cuda":
+        return 32 if large else 256
+    most = 512 if large else 2048
+    if embedder is not None:
+        most = min(most, fitting(embedder.frozen(device), dataset, device))
+    return world.agree_on(most) if world else most
+
+
+def fitting(ready: Embedder, dataset: RetrievalDataset, device: torch.device) -> int:
+    """The power of two of queries whose attack takes at most half of the GPU's free memory, from two measured sizes."""
+    peaks = []
+    sizes = (4, 12)
+    for size in sizes:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        x = torch.zeros(size, *dataset.images.shape, device=device, requires_grad=True)
+        torch.autograd.grad(ready(x).sum(), x)
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+    each = max(1.0, (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])) + 32.0 * len(dataset.gallery)
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, 1 << int(np.log2(max(1.0, free / 2 / each))))
 
 
 def batches(count: int, size: int) -> Iterator[tuple[int, int]]:

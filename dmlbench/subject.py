@@ -5,6 +5,7 @@ clean embeddings, and the targets chosen from them, are exactly the same at any 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol as Interface
 from typing import runtime_checkable
 
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from dmlbench.datasets import RetrievalDataset
-from dmlbench.embedding import Embedder
+from dmlbench.embedding import Embedder, digest_of
 from dmlbench.errors import DataError, UsageError
 from dmlbench.rng import Rng, seed_of
 from dmlbench.scene import Gallery, Scene
-from dmlbench.units import Work
+from dmlbench.units import Work, remembered
+from dmlbench.version import __version__
 
 EMBED_BLOCK = 256
 """Images embedded at a time, whatever the batch size: it fixes the rounding of the clean embeddings."""
@@ -78,7 +80,8 @@ class Subject:
 
     def images(self, a: int, b: int) -> Tensor:
         """The clean images of queries a to b."""
-        return self.dataset.images[self.rows[a:b]].to(self.device)
+        images = self.dataset.images[self.rows[a:b]]
+        return images.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else images
 
 
 def resolve_device(device: str) -> torch.device:
@@ -134,6 +137,7 @@ def prepare(
     device: str = "auto",
     progress: Progress | None = None,
     work: Work | None = None,
+    cache: bool = False,
 ) -> Subject:
     """Freeze the model, embed gallery and queries, and choose which queries are measured.
 
@@ -152,11 +156,16 @@ def prepare(
     if limit is not None and limit < len(wanted):
         wanted = np.sort(query_order(len(dataset.query))[:limit])
     everyone = np.union1d(dataset.gallery, dataset.query)
-    kept = (work or Work()).once(
-        f"embeddings {embedder.name} {embedder.weights_sha256}",
-        len(everyone),
-        lambda: {"embeddings": embed(ready, dataset, everyone, progress).cpu().numpy()},
-    )
+
+    def clean() -> dict[str, np.ndarray]:
+        return {"embeddings": embed(ready, dataset, everyone, progress).cpu().numpy()}
+
+    weights = embedder.weights_sha256 or digest_of(embedder)
+    make = clean
+    if cache:
+        parts = (__version__, torch.__version__, weights, embedder.preprocess, embedder.distance.space, dataset.sha256)
+        make = partial(remembered, f"embeddings {parts} {ready.device.type}", len(everyone), clean)
+    kept = (work or Work()).once(f"embeddings {weights}", len(everyone), make)
     embeddings = torch.from_numpy(kept["embeddings"]).to(ready.device)
 
     def at(rows: np.ndarray) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from dmlbench.datasets.cache import cache_folder
 from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.parallel import World
 from dmlbench.results import json_bytes, npz_bytes, prepare_folder, read_npz, write_whole
@@ -76,7 +77,7 @@ class Units:
     def path(self, unit: Unit) -> Path:
         """The file of a unit: readable, and different for every name."""
         name, a, b = unit
-        digest = hashlib.sha256(name.encode()).hexdigest()[:10]
+        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
         return self.folder / f"{re.sub(r'[^A-Za-z0-9+=-]+', '_', name)[:20]}.{digest}.{a:07d}-{b:07d}.npz"
 
     def get(self, unit: Unit) -> Arrays | None:
@@ -102,6 +103,20 @@ class Units:
         for path in sorted(self.folder.glob("*.npz")) + sorted(self.folder.glob(".*.part")) + [self.head]:
             path.unlink(missing_ok=True)
         self.folder.rmdir()
+
+
+def remembered(name: str, count: int, compute: Callable[[], Arrays]) -> Arrays:
+    """Arrays from the cache folder, else computed and kept there; ``name`` says everything they depend on.
+
+    The cache is ``embeddings/`` under ``DMLBENCH_CACHE`` or ``~/.cache/dmlbench``. A damaged file is made again.
+    """
+    store = Units(cache_folder() / "embeddings")
+    kept = store.get((name, 0, count))
+    if kept is None:
+        kept = compute()
+        prepare_folder(store.folder)
+        store.put((name, 0, count), kept)
+    return kept
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dmlbench.errors import DataError, NotComparable, ShardDone, UsageError
 from dmlbench.evaluate import evaluate
 from dmlbench.parallel import World
 from dmlbench.protocol import load_protocol
-from dmlbench.search import halved
+from dmlbench.search import auto_batch, halved
 from dmlbench.units import Shard, Units, Work, collect
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,6 +201,47 @@ def test_out_of_memory_halves_the_batch_and_gives_up_at_one():
         halved(never, 0, 4)
 
 
+def test_cached_embeddings_are_found_again_and_remade_when_damaged(model, short, whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("DMLBENCH_CACHE", str(tmp_path))
+    same(measured(model, short, cache=True), whole)
+    (path,) = (tmp_path / "embeddings").iterdir()
+    before = path.stat().st_mtime_ns
+    same(measured(model, short, cache=True), whole)
+    assert path.stat().st_mtime_ns == before
+    path.write_bytes(path.read_bytes()[:1000])
+    same(measured(model, short, cache=True), whole)
+    other = dmlbench.load_model("digits-smallcnn-triplet-est")
+    measured(other, short, cache=True)
+    assert len(list((tmp_path / "embeddings").iterdir())) == 2
+
+
+def test_gradients_are_float32_unless_asked_for_and_results_always():
+    """In bfloat16 the ERS of a shipped model moved by 0.5 points (limit 192), so it is not the default."""
+    embedder = dmlbench.load_model(MODEL)
+    assert embedder.precision == "float32"
+    options = {"limit": 64, "device": "cpu", "attacks": ["GTM", "TMA"]}
+    exact = evaluate(embedder, **options)
+    embedder.precision = "bfloat16"
+    rough = evaluate(embedder, **options)
+    assert (exact.environment.gradient_precision, rough.environment.gradient_precision) == ("float32", "bfloat16")
+    assert rough.benign == exact.benign
+    assert abs(exact.part("TMA").score - rough.part("TMA").score) < 2.0
+    for name in ("GTM", "TMA"):
+        np.testing.assert_array_equal(exact.arrays[f"{name}/targets"], rough.arrays[f"{name}/targets"])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_ers_of_the_cpu_and_probes_its_batch_size():
+    on_cpu, on_gpu = (evaluate(MODEL, limit=192, device=device) for device in ("cpu", "cuda"))
+    for a, b in zip(on_cpu.measurements, on_gpu.measurements, strict=True):
+        np.testing.assert_array_equal(on_cpu.arrays[f"{a.component}/targets"], on_gpu.arrays[f"{b.component}/targets"])
+        assert abs(a.score - b.score) <= 1.0, a.component
+    data = dmlbench.load_dataset("digits")
+    size = auto_batch(data, torch.device("cuda"), dmlbench.load_model(MODEL))
+    assert 1 <= size <= 2048 and size & (size - 1) == 0
+
+
 def begun(out, *options):
     """A real process that evaluates into ``out``, in a group of its own."""
     return subprocess.Popen(
@@ -253,6 +294,18 @@ def test_a_killed_process_resumes_to_the_same_bytes(straight, run, tmp_path):
     same(results.load(out), straight)
     assert not (out / "units").exists()
     assert "--resume" not in results.load(out).environment.argv
+
+
+def test_shards_and_merge_as_a_user_types_them(straight, run, tmp_path):
+    env = {"OMP_NUM_THREADS": "1"}
+    for i in (1, 2):
+        done = run("evaluate", *OPTIONS, "--out", tmp_path / f"s{i}", "--shard", f"{i}/2", env=env)
+        assert f"shard {i}/2 is finished" in done.err and not done.out
+    merged = run("merge", tmp_path / "s1", tmp_path / "s2", "--out", tmp_path / "all", "--json", env=env)
+    same(results.load(tmp_path / "all"), straight)
+    assert merged.json["measurements"][0]["component"] == "CA+"
+    missing = run("merge", tmp_path / "s1", "--out", tmp_path / "half", code=4, env=env)
+    assert "units of" in missing.err and "missing" in missing.err
 
 
 def test_a_full_disk_loses_nothing_that_was_finished(straight, run, tmp_path):

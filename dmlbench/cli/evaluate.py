@@ -73,6 +73,7 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
 @click.option("--csv", type=click.Path(path_type=Path, dir_okay=False), help="Add or replace this model's row there.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out.")
 @click.option("--shard", metavar="I/N", help="Do only the I-th of N parts, into --out; `dmlbench merge` joins them.")
+@click.option("--cache", is_flag=True, help="Keep the clean embeddings on disk, for later runs of this model.")
 @click.option("--plan", is_flag=True, help="Measure a few steps, print the expected time and memory, do nothing.")
 @model_options
 @json_option
@@ -92,6 +93,7 @@ def evaluate(
     csv: Path | None,
     resume: bool,
     shard: str | None,
+    cache: bool,
     plan: bool,
     options: "ModelOptions",
     as_json: bool,
@@ -138,6 +140,7 @@ def evaluate(
                 argv=["dmlbench", *sys.argv[1:]],
                 work=Work(units, world, part),
                 resume=resume,
+                cache=cache,
             )
     except KeyboardInterrupt:
         raise Interrupted(_how_to_go_on(out is not None)) from None

@@ -12,7 +12,7 @@ import torch
 import dmlbench
 
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # pytest runs as many workers as there are cores
 
 
 def shared(*parts: str) -> Path:

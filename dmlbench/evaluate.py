@@ -120,7 +120,9 @@ def evaluate(
         raise UsageError(f"--batch-size {batch_size} must be 1 or more")
 
     if work.shard and rules.kind in RUNNERS and chosen.runner:
-        raise UsageError(f"protocol {rules.name!r} (kind {rules.kind!r}) cannot be run in shards: use torchrun")
+        raise UsageError(
+            f"protocol {rules.name!r} (kind {rules.kind!r}) cannot be run in shards: who is attacked depends on who survived"
+        )
 
     other: Embedder | None = None
     if surrogate is not None:

@@ -19,6 +19,7 @@ from dmlbench.results import Evaluation, prepare_folder, save
 if TYPE_CHECKING:
     from dmlbench.models import ModelOptions
     from dmlbench.parallel import World
+    from dmlbench.units import Units
 
 BENIGN = {
     "recall_at_1": "R@1",
@@ -151,6 +152,11 @@ def evaluate(
         world.leave()
     if not world.leads:
         return
+    deliver(evaluation, out, csv, as_json, units)
+
+
+def deliver(evaluation: Evaluation, out: Path | None, csv: Path | None, as_json: bool, units: "Units | None") -> None:
+    """Write the run folder and the row, delete the finished units, and print the result."""
     if out:
         save(evaluation, out)
     if units:
@@ -161,10 +167,10 @@ def evaluate(
         add_row(evaluation, csv)
     if as_json:
         print_json(evaluation.model_dump(mode="json"))
-    else:
-        print_evaluation(evaluation)
-        if out:
-            click.echo(f"run folder: {out}", err=True)
+        return
+    print_evaluation(evaluation)
+    if out:
+        click.echo(f"run folder: {out}", err=True)
 
 
 def _join(device: str) -> "tuple[World, str]":
@@ -216,6 +222,7 @@ def _interval(ends: tuple[float, float] | None) -> str:
 
 
 def print_evaluation(e: Evaluation) -> None:
+    """The tables of one result on stdout."""
     out = console()
     d = e.dataset
     out.print(

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dmlbench.cli.evaluate import print_evaluation
+from dmlbench.cli.evaluate import deliver
 from dmlbench.cli.model_options import load_subject, model_options
-from dmlbench.cli.output import json_option, print_json, progress
-from dmlbench.results import prepare_folder, save
+from dmlbench.cli.output import json_option, progress
+from dmlbench.results import prepare_folder
 
 if TYPE_CHECKING:
     from dmlbench.models import ModelOptions
@@ -68,14 +68,4 @@ def merge(
             argv=["dmlbench", *sys.argv[1:]],
             work=Work(units, gather=True),
         )
-    save(evaluation, out)
-    units.remove()
-    if csv:
-        from dmlbench.leaderboard import add_row
-
-        add_row(evaluation, csv)
-    if as_json:
-        print_json(evaluation.model_dump(mode="json"))
-    else:
-        print_evaluation(evaluation)
-        click.echo(f"run folder: {out}", err=True)
+    deliver(evaluation, out, csv, as_json, units)

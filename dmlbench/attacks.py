@@ -7,6 +7,7 @@ measures, never the attack). A new attack is an objective in ``objectives.py`` a
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dmlbench.embedding import Embedder
+from dmlbench.errors import UsageError
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import OBJECTIVES, Objective
 from dmlbench.optimizers import OPTIMIZERS, Optimizer
@@ -113,15 +115,30 @@ ATTACKS: Registry[Attack] = Registry(
 )  # fmt: skip
 
 
+@cache
 def load_plugins() -> None:
-    """Add the attacks that installed packages offer in the entry point group ``dmlbench.attacks``."""
+    """Add the attacks that installed packages offer in the entry point group ``dmlbench.attacks``, once.
+
+    Raises:
+        UsageError: one of them cannot be loaded, or is no :class:`Attack`.
+    """
     for point in entry_points(group="dmlbench.attacks"):
-        if point.name not in ATTACKS:
-            ATTACKS.add(point.name, point.load())
+        if point.name in ATTACKS:
+            continue
+        try:
+            found = point.load()
+        except Exception as error:  # another package's code, which can fail in any way
+            raise UsageError(
+                f"attack {point.name!r} of another package ({point.value}) does not load: {error}"
+            ) from None
+        if not isinstance(found, Attack):
+            raise UsageError(f"attack {point.name!r} of another package ({point.value}) is no dmlbench.attacks.Attack")
+        ATTACKS.add(point.name, found)
 
 
 def parse(name: str) -> tuple[str, str]:
     """``"QA+@square"`` to attack and optimizer names ("pgd" when none is given), both checked."""
+    load_plugins()
     attack, _, optimizer = name.partition("@")
     ATTACKS[attack]
     OPTIMIZERS[optimizer or "pgd"]

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dmlbench.attacks import ATTACKS, parse
+from dmlbench.attacks import ATTACKS, load_plugins, parse
 from dmlbench.checkpoints import PACKAGE, first_problem
 from dmlbench.errors import DataError, UsageError
 from dmlbench.metrics import READOUTS
@@ -197,6 +197,7 @@ class Chosen(NamedTuple):
 
 def read_protocol(path: Path) -> Protocol:
     """A protocol from a TOML file, every name in it checked."""
+    load_plugins()
     try:
         protocol = Protocol.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
         for c in protocol.components:
@@ -206,7 +207,7 @@ def read_protocol(path: Path) -> Protocol:
             if c.best == c.worst:
                 raise UsageError(f"component {c.name!r}: worst and best are both {c.worst}")
         for step in protocol.steps:
-            OPTIMIZERS[step.optimizer], ATTACKS[step.attack]
+            OPTIMIZERS[step.optimizer], ATTACKS[step.attack], protocol.threat_at("0", step.threat)
         for side, grid in protocol.grid.items():
             radii = [protocol.threat_at(eps).radius for eps in grid]
             if not side.isdigit() or not radii or radii != sorted(radii) or radii[0] <= 0:
@@ -218,7 +219,7 @@ def read_protocol(path: Path) -> Protocol:
         return protocol
     except ValidationError as error:
         raise DataError(f"protocol {path}: {first_problem(error)}") from None
-    except (OSError, tomllib.TOMLDecodeError, TypeError, UsageError) as error:
+    except (OSError, ValueError, TypeError, UsageError) as error:  # not TOML and not UTF-8 are ValueErrors
         raise DataError(f"protocol {path}: {error}") from None
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -222,3 +223,67 @@ def test_every_packaged_weights_file_is_registered_and_small() -> None:
     named = {f.path for c in checkpoints().values() for f in c.files if f.path}
     for path in (PACKAGE / "weights").glob("*.safetensors"):
         assert path.name in named and path.stat().st_size <= 500_000
+
+
+PLUGIN = """
+from dmlbench.attacks import Attack
+from dmlbench.objectives import OBJECTIVES
+
+OBJECTIVES.add("to_origin", lambda e, scene: e.square().sum(1) + (e * scene.clean).sum(1))
+attack = Attack("turn round", "to_origin", "", ("recall_at_1",), "a test")
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another package on the path, which offers the attack "turn" by an entry point."""
+    from dmlbench import attacks
+    from dmlbench.objectives import OBJECTIVES
+
+    def make(code: str) -> None:
+        info = tmp_path / "turning-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: turning\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[dmlbench.attacks]\nturn = turning:attack\n")
+        (tmp_path / "turning.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "turning", raising=False)
+        attacks.load_plugins.cache_clear()
+
+    yield make
+    attacks.load_plugins.cache_clear()
+    attacks.ATTACKS._entries.pop("turn", None)
+    OBJECTIVES._entries.pop("to_origin", None)
+    sys.modules.pop("turning", None)
+
+
+def test_another_packages_attack_is_listed_and_runs(typed, installed) -> None:
+    installed(PLUGIN)
+    done = typed("evaluate", "--model", DEFAULT, "--limit", "16", "--attacks", "turn@pgd", "--json")
+    (part,) = done.json["measurements"]
+    assert part["component"] == "turn@pgd" and part["value"] < done.json["benign"]["recall_at_1"]
+    assert "turn" in [a["id"] for a in typed("attacks", "list", "--json").json]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [("import nowhere", "No module named 'nowhere'"), ("attack = 7", "is no dmlbench.attacks.Attack")],
+)
+def test_another_packages_broken_attack_is_named(typed, installed, code: str, words: str) -> None:
+    installed(code)
+    done = typed("evaluate", "--model", DEFAULT, "--attacks", "turn@pgd", code=2)
+    assert "turn" in done.err and words in done.err and done.err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'name = "\xff"', "codec"),
+        (b"name = ", "Invalid value"),
+        (b'[[steps]]\nname = "W1"', "Field required"),
+    ],
+)
+def test_a_protocol_file_that_cannot_be_read(typed, tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "mine.toml").write_bytes(content)
+    done = typed("evaluate", "--model", DEFAULT, "--protocol", "mine.toml", code=4)
+    assert words in done.err and done.err.strip().count("\n") == 0

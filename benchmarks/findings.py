@@ -17,13 +17,9 @@ from typing import Any
 import click
 import torch
 
-from dmlbench.checkpoints import sha256_of
-from dmlbench.embedding import Embedder
 from dmlbench.errors import DmlbenchError
 from dmlbench.evaluate import evaluate
-from dmlbench.models import build, fill, read_weights
 from dmlbench.recipe import load_recipe
-from dmlbench.registration import read_entry
 from dmlbench.results import write_whole
 from dmlbench.training import train as train_run
 
@@ -87,15 +83,6 @@ def chosen(group: str | None, seed: int | None, only: str = "") -> list[Run]:
     return [r for r in planned() if group in (None, r.group) and seed in (None, r.seed) and only in r.name]
 
 
-def load(folder: Path) -> Embedder:
-    """The model of a finished run."""
-    name, entry = read_entry(folder)
-    embedder = build(entry, name)
-    fill(embedder.network, read_weights(folder / "last.safetensors"), str(folder))
-    embedder.card, embedder.weights_sha256 = entry, sha256_of(folder / "last.safetensors")
-    return embedder.eval()
-
-
 def rows_of(path: Path) -> list[dict[str, str]]:
     """The measured rows so far."""
     if not path.exists():
@@ -145,7 +132,7 @@ def measure(group: str | None, seed: int | None, only: str, protocol: str) -> No
         folder = RUNS / run.name
         if (run.name, protocol) in known or not (folder / "checkpoint.json").exists():
             continue
-        result = evaluate(load(folder), None, protocol, limit=None if protocol == "clustering" else QUERIES)
+        result = evaluate(str(folder), None, protocol, limit=None if protocol == "clustering" else QUERIES)
         values: dict[str, float | None] = {**result.benign, "ers": result.ers}
         values |= {m.component: m.value for m in result.measurements}
         for worst in result.extras.get("clustering", {}).get("worst", []):

@@ -20,7 +20,7 @@ from dmlbench.datasets import load_dataset
 from dmlbench.defenses import DEFENSES
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, UsageError
-from dmlbench.models import build, check_probe, fill, read_weights
+from dmlbench.models import build, check_probe, fill, load_model, read_weights
 from dmlbench.recipe import Recipe, load_recipe, make_recipe, packaged_recipes
 from dmlbench.registration import read_entry, register
 from dmlbench.rng import Rng
@@ -243,6 +243,22 @@ def test_register_adds_and_replaces(capsys, tmp_path: Path) -> None:
         register(tmp_path / "r", registry, tmp_path / "w", replace=True)
     with pytest.raises(DataError, match="not a finished training run"):
         register(tmp_path / "nowhere", registry, tmp_path / "w")
+
+
+def test_a_run_folder_is_a_model(capsys, tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "r")
+    model = load_model(str(tmp_path / "r"))
+    images = torch.rand(3, 1, 8, 8)
+    entry = read_entry(tmp_path / "r")[1]
+    assert model.card == entry and model.weights_sha256 == entry.files[0].sha256
+    by_hand = build(entry, "x")
+    by_hand.network.load_state_dict(load_file(tmp_path / "r" / "last.safetensors"))
+    assert torch.equal(model(images), by_hand.eval()(images))
+    said = command(capsys, "evaluate", "--model", tmp_path / "r", "--limit", 8, "--attacks", "CA+")[0]
+    assert HM in said
+    assert "not a finished training run" in command(capsys, "evaluate", "--model", tmp_path, code=4)[1]
+    weights = ["--weights", tmp_path / "r" / "last.safetensors"]
+    assert "own weights" in command(capsys, "evaluate", "--model", tmp_path / "r", *weights, code=2)[1]
 
 
 def test_two_processes_learn_one_model(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from dmlbench.models import ModelOptions
 
 MODEL_HELP = (
-    "A registered id, timm:NAME, torchvision:NAME, hf-hub:NAME, a weights file, python:FILE.py:FUNCTION "
-    "(runs that code), or ensemble:A,B."
+    "A registered id, timm:NAME, torchvision:NAME, hf-hub:NAME, a weights file, a run folder of "
+    "dmlbench train, python:FILE.py:FUNCTION (runs that code), or ensemble:A,B."
 )
 
 

@@ -4,6 +4,7 @@
 a registered id         checkpoints.json
 ``timm:NAME``           timm's network; ``torchvision:NAME`` and ``hf-hub:NAME`` alike
 a weights file          with ``--spec``, or of an architecture that is recognised (RobRank's ``.ckpt``)
+a run folder            what ``dmlbench train`` left: its last weights
 ``python:WHERE:NAME``   the user's own function; WHERE is a module or a ``.py`` file. Only this form runs code
 ``ensemble:A,B``        several of these, their embeddings side by side
 ======================  ===========================================================================
@@ -21,7 +22,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from dmlbench.checkpoints import Checkpoint, checkpoint, checkpoints, sha256_of
+from dmlbench.checkpoints import Checkpoint, checkpoint, checkpoints, sha256_of, verified
 from dmlbench.embedding import DISTANCES, Distance, Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.fetching import weights_path
@@ -31,6 +32,7 @@ from dmlbench.models.inspection import best_fit
 from dmlbench.models.spec import ModelOptions, Spec, preprocess_of
 from dmlbench.models.weights import SUFFIXES, WeightsFile, fill, fill_from, read_file, read_weights, strip
 from dmlbench.preprocess import Preprocess
+from dmlbench.registration import read_entry
 from dmlbench.registry import Registry, suggest
 
 
@@ -226,6 +228,19 @@ def _specified(path: Path, spec: Spec, options: ModelOptions) -> Embedder:
     return embedder
 
 
+def _trained(run: Path, options: ModelOptions) -> Embedder:
+    """The last weights of a finished run of ``dmlbench train``."""
+    if options.weights is not None or options.spec is not None:
+        raise UsageError(f"--model {run} is a training run with its own weights: leave --weights and --spec out")
+    name, entry = read_entry(run)
+    path = verified(run / "last.safetensors", entry.files[0])
+    embedder = build(entry, options.name or name)
+    fill(embedder.network, read_weights(path), f"weights file {path}")
+    embedder.card, embedder.arch, embedder.weights_sha256 = entry, entry.arch.builder, entry.files[0].sha256
+    check_probe(embedder, entry, str(run))
+    return embedder
+
+
 def _imported(where: str) -> ModuleType:
     """The module of a name or of a ``.py`` file; running it is what the user asked for."""
     path = Path(where).expanduser()
@@ -324,6 +339,8 @@ def open_model(name: str, options: ModelOptions | None = None) -> Embedder:
         embedder = _registered(name, options)
     elif Path(name).expanduser().is_file() or name.endswith(SUFFIXES):
         embedder = _file(Path(name).expanduser(), options)
+    elif Path(name).expanduser().is_dir():
+        embedder = _trained(Path(name).expanduser(), options)
     elif colon:
         raise UsageError(f"unknown form of model {kind + ':'!r}{suggest(kind, FORMS)}")
     else:

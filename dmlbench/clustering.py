@@ -10,7 +10,7 @@ The text of the paper was not at hand; the objectives are our own.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -147,19 +147,21 @@ def attacked(
     return x
 
 
-def readings(
-    subject: Subject, e: Tensor, labels: np.ndarray, seeds: tuple[int, ...]
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """What is read of a set of embeddings (N, D): numbers in percent, and arrays over the images."""
+def readings(subject: Subject, e: Tensor, labels: np.ndarray, seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """What is read of a set of embeddings (N, D): ``clusters`` (N, seeds) and ``value`` (N,), R@1 within the set."""
     clusters = assignments(e.cpu().numpy(), len(np.unique(labels)), seeds)
-    numbers = agreement(labels, clusters)
-    numbers["f1"] = float(np.mean([pairwise_f1(labels, c) for c in clusters.T]))
     own = torch.arange(len(e), device=e.device)
     scene = subject.scene
     among = Scene(scene.distance, Gallery(e, scene.labels), e, scene.labels, own, own.new_zeros(len(e), 0))
-    recall = retrieval(among, (1,))["recall_at_1"]
-    numbers["recall_at_1"] = mean(recall)
-    return numbers, {"clusters": clusters, "value": recall}
+    return {"clusters": clusters, "value": retrieval(among, (1,))["recall_at_1"]}
+
+
+def numbers(
+    labels: Integer[np.ndarray, " N"], clusters: Integer[np.ndarray, "N seeds"], recall: Float[np.ndarray, " N"]
+) -> dict[str, float]:
+    """NMI, AMI and pair F1 (means over the k-means seeds) and R@1 within the set, percent."""
+    f1 = float(np.mean([pairwise_f1(labels, c) for c in clusters.T]))
+    return {**agreement(labels, clusters), "f1": f1, "recall_at_1": mean(recall)}
 
 
 def run(
@@ -171,38 +173,86 @@ def run(
         UsageError: fewer than two classes are measured.
     """
     labels = subject.scene.labels.cpu().numpy()
-    names, true = np.unique(labels, return_inverse=True)
+    own = groups(subject, protocol)
+    clean = readings(subject, subject.scene.clean, labels, protocol.clustering_seeds)
+    arrays = {f"clustering/clean/{key}": values for key, values in clean.items()}
+    sample: dict[str, np.ndarray] = {}
+    seconds: dict[str, float] = {}
+    side = max(subject.dataset.images.shape[1:])
+    parts = components(protocol, side)
+    for part in parts:
+        started = time.monotonic()
+        progress.start(part.name, len(labels) * protocol.threat_of(part).steps)
+        x, found = measured(subject, protocol, part, own, seed, partial(progress.advance, part.name))
+        arrays |= {f"{part.name}/{key}": values for key, values in found.items()}
+        sample[part.name] = x[torch.from_numpy(kept).to(subject.device)].cpu().numpy()
+        seconds[part.name] = time.monotonic() - started
+    extras = {"clustering": summary(protocol, protocol.eps_for(side), labels, arrays)}
+    return Outcome(parts, seconds, arrays, sample, extras)
+
+
+def components(protocol: Protocol, side: int) -> list[Component]:
+    """One column for each eps of the grid and each attack, for images of this side in pixels."""
+    return [
+        Component(name=f"{name}@{eps}", attack=name, readout="recall_at_1", worst=0, best=100, threat={"eps": eps})
+        for eps in protocol.eps_for(side)
+        for name in CLUSTER_ATTACKS
+    ]
+
+
+def groups(subject: Subject, protocol: Protocol) -> dict[bool, np.ndarray]:
+    """(N,) the group of each image, from 0: True by class, False by cluster of the clean embeddings.
+
+    Raises:
+        UsageError: fewer than two classes are measured.
+    """
+    names, true = np.unique(subject.scene.labels.cpu().numpy(), return_inverse=True)
     if len(names) < 2:
         raise UsageError(f"data set {subject.dataset.name!r} has a single class: there is nothing to cluster")
-    k, device = len(names), subject.device
-    found = kmeans(subject.scene.clean.cpu().numpy(), k, protocol.clustering_seeds[0])
-    _, pseudo = np.unique(found, return_inverse=True)
-    clean, arrays = readings(subject, subject.scene.clean, labels, protocol.clustering_seeds)
-    arrays = {f"clustering/clean/{name}": values for name, values in arrays.items()}
-    sample: dict[str, np.ndarray] = {}
-    components, seconds, table = [], {}, []  # type: list[Component], dict[str, float], list[dict[str, Any]]
-    for eps in protocol.eps_for(max(subject.dataset.images.shape[1:])):
-        radius = protocol.threat_at(eps).radius
-        for name, attack in CLUSTER_ATTACKS.items():
-            title, started = f"{name}@{eps}", time.monotonic()
-            threat = protocol.threat_at(eps)
-            threat = threat.but(step=STEP * radius / max(1, threat.steps))
-            groups = torch.from_numpy(true if attack.labelled else pseudo).to(device)
-            others = max(1, int(groups.max()))
-            drawn = subject.rng(seed, "clustering", name).integers(others, 1)
-            wrong = (drawn + (drawn >= groups[:, None]).long()).clamp(max=int(groups.max()))
-            progress.start(title, len(labels) * threat.steps)
-            x = attacked(subject, attack, threat, groups, wrong, partial(progress.advance, title))
-            e = _embedded(subject, x, threat.eot)
-            numbers, per_image = readings(subject, e, labels, protocol.clustering_seeds)
-            arrays |= {f"{title}/{key}": values for key, values in per_image.items()}
-            arrays[f"{title}/norm"] = threat.ball.size(x - subject.images(0, len(labels))).cpu().numpy()
-            sample[title] = x[torch.from_numpy(kept).to(device)].cpu().numpy()
-            components.append(Component(name=title, attack=name, readout="recall_at_1", worst=0, best=100))
-            seconds[title] = time.monotonic() - started
-            table.append({"eps": eps, "attack": name, "labelled": attack.labelled, **numbers})
-    extras = {"clean": clean, "attacks": table, "worst": worst(table), "seeds": list(protocol.clustering_seeds)}
-    return Outcome(components, seconds, arrays, sample, {"clustering": extras})
+    found = kmeans(subject.scene.clean.cpu().numpy(), len(names), protocol.clustering_seeds[0])
+    return {True: true, False: np.unique(found, return_inverse=True)[1]}
+
+
+def measured(
+    subject: Subject,
+    protocol: Protocol,
+    part: Component,
+    own: dict[bool, np.ndarray],
+    seed: int,
+    progress: Callable[[int], None] = lambda count: None,
+) -> tuple[Float[Tensor, "N C H W"], dict[str, np.ndarray]]:
+    """One attack at one eps: the adversarial images, and ``value``, ``clusters`` and ``norm`` of each."""
+    attack, threat = CLUSTER_ATTACKS[part.attack], protocol.threat_of(part)
+    threat = threat.but(step=STEP * threat.radius / max(1, threat.steps))
+    mine = torch.from_numpy(own[attack.labelled]).to(subject.device)
+    last = int(mine.max())
+    drawn = subject.rng(seed, "clustering", part.attack).integers(max(1, last), 1)
+    wrong = (drawn + (drawn >= mine[:, None]).long()).clamp(max=last)
+    x = attacked(subject, attack, threat, mine, wrong, progress)
+    labels = subject.scene.labels.cpu().numpy()
+    found = readings(subject, _embedded(subject, x, threat.eot), labels, protocol.clustering_seeds)
+    return x, {**found, "norm": threat.ball.size(x - subject.images(0, len(labels))).cpu().numpy()}
+
+
+def summary(
+    protocol: Protocol, grid: Sequence[str], labels: Integer[np.ndarray, " N"], arrays: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """All that a run says of its images' clusters: what goes into ``extras.clustering``.
+
+    Args:
+        arrays: ``clusters`` (N, seeds) and ``value`` (N,) of ``clustering/clean/`` and of each ``<attack>@<eps>/``.
+    """
+
+    def of(name: str) -> dict[str, float]:
+        return numbers(labels, arrays[f"{name}/clusters"], arrays[f"{name}/value"])
+
+    table = [
+        {"eps": eps, "attack": name, "labelled": attack.labelled, **of(f"{name}@{eps}")}
+        for eps in grid
+        for name, attack in CLUSTER_ATTACKS.items()
+    ]
+    seeds = list(protocol.clustering_seeds)
+    return {"clean": of("clustering/clean"), "attacks": table, "worst": worst(table), "seeds": seeds}
 
 
 def worst(table: list[dict[str, Any]]) -> list[dict[str, Any]]:

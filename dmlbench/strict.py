@@ -8,7 +8,7 @@ the end is the harness's own read-out of the image that a search stopped at (doc
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -269,58 +269,110 @@ def run(
 
     ``kept`` lists the positions of the queries whose adversarial images are wanted.
     """
-    grid = protocol.eps_for(max(subject.dataset.images.shape[1:]))
+    side = max(subject.dataset.images.shape[1:])
+    grid, parts = protocol.eps_for(side), components(protocol, side)
     standing = begin(subject)
     arrays: dict[str, np.ndarray] = {}
     sample: dict[str, np.ndarray] = {}
-    rows: list[dict[str, Any]] = []
-    clean = retrieval(subject.scene, RECALL_AT)
-    answerable = ~np.isnan(clean["recall_at_1"])
-    right, count = int(standing.alive.sum()), max(1, int(answerable.sum()))
+    spent: list[list[dict[str, Any]]] = []
+    clean = retrieval(subject.scene, RECALL_AT)["recall_at_1"]
     images = {int(p): subject.dataset.images[subject.rows[[p]]][0].numpy() for p in kept}
-    components, seconds = [], {}
-    for eps in grid:
-        name = f"strict@{eps}"
-        started = time.monotonic()
+    seconds = {}
+    for eps, part in zip(grid, parts, strict=True):
+        name, started = part.name, time.monotonic()
         standing.broken_by[standing.broken_by > CARRIED] = CARRIED
-        carried = int((standing.broken_by == CARRIED).sum())
         threats = [protocol.threat_at(eps, step.threat) for step in protocol.steps]
-        done = list(sweep(subject, standing, protocol.steps, threats, seed, batch_size, progress, f"eps {eps}", images))
-        value = np.where(standing.alive, 100.0, 0.0)
-        arrays[f"{name}/value"] = np.where(answerable, value, np.nan).astype(np.float32)
+        spent.append(
+            list(sweep(subject, standing, protocol.steps, threats, seed, batch_size, progress, f"eps {eps}", images))
+        )
+        arrays[f"{name}/value"] = outcome(standing.broken_by, clean)
         arrays[f"{name}/norm"] = standing.norm.copy()
         arrays[f"{name}/broken_by"] = standing.broken_by.copy()
         arrays[f"{name}/iteration"] = standing.iteration.copy()
         for proxy in PROXIES:
             arrays[f"{name}/{proxy}"] = standing.worst[proxy].copy()
         sample[name] = np.stack([images[int(p)] for p in kept])
-        components.append(
-            Component(name=name, attack=protocol.name, optimizer="worst case", readout="recall_at_1", worst=0, best=100)
-        )
         seconds[name] = time.monotonic() - started
+    broken_by = {eps: arrays[f"{part.name}/broken_by"] for eps, part in zip(grid, parts, strict=True)}
+    extras = {"strict": summary(protocol, grid, clean, arrays, spent)}
+    return Outcome(parts, seconds, arrays, sample, extras, broken_by=broken_by)
+
+
+def components(protocol: Protocol, side: int) -> list[Component]:
+    """One column for each eps of the grid, ascending, for images of this side in pixels."""
+    return [
+        Component(
+            name=f"strict@{eps}",
+            attack=protocol.name,
+            optimizer="worst case",
+            readout="recall_at_1",
+            worst=0,
+            best=100,
+            threat={"eps": eps},
+        )
+        for eps in protocol.eps_for(side)
+    ]
+
+
+def outcome(broken_by: Int[np.ndarray, " Q"], clean: Float[np.ndarray, " Q"]) -> Float[np.ndarray, " Q"]:
+    """100 where nothing broke the query, else 0; NaN where it has no outcome when clean. Percent."""
+    value = np.where(broken_by == SURVIVED, 100.0, 0.0)
+    return np.where(np.isnan(clean), np.nan, value).astype(np.float32)
+
+
+def codes(protocol: Protocol) -> dict[str, int]:
+    """What the numbers in ``broken_by`` mean."""
+    plain = {"survived": SURVIVED, "wrong when clean": CLEAN_WRONG, "broken at a smaller eps": CARRIED}
+    return plain | {step.name: i + 2 for i, step in enumerate(protocol.steps)}
+
+
+def summary(
+    protocol: Protocol,
+    grid: Sequence[str],
+    clean: Float[np.ndarray, " Q"],
+    arrays: Mapping[str, np.ndarray],
+    spent: Sequence[Sequence[Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """All that a run says of its queries' outcomes: what goes into ``extras.strict``.
+
+    Args:
+        clean: R@1 of each query before any attack, percent, NaN without positives.
+        arrays: per eps ``strict@<eps>/`` value, broken_by and the :data:`PROXIES`, (Q,) each.
+        spent: by eps and step the ``gradients``, ``values`` (passes over all queries) and ``seconds`` it cost.
+    """
+    count = max(1, int((~np.isnan(clean)).sum()))
+    rows: list[dict[str, Any]] = []
+    for eps, costs in zip(grid, spent, strict=True):
+        by = arrays[f"strict@{eps}/broken_by"]
+        left, done = int(np.isin(by, (CLEAN_WRONG, CARRIED), invert=True).sum()), []
+        carried = int((by == CARRIED).sum())
+        for index, (step, cost) in enumerate(zip(protocol.steps, costs, strict=True)):
+            broken = int((by == index + 2).sum())
+            row = {"step": step.name, "attacked": left, "broken": broken}
+            row |= {name: cost[name] for name in ("gradients", "values", "seconds")}
+            done.append({**row, "points": 100.0 * broken / count})
+            left -= broken
         rows.append(
             {
                 "eps": eps,
-                "recall_at_1": mean(arrays[f"{name}/value"]),
-                **{proxy: mean(standing.worst[proxy]) for proxy in PROXIES},
+                "recall_at_1": mean(arrays[f"strict@{eps}/value"]),
+                **{proxy: mean(arrays[f"strict@{eps}/{proxy}"]) for proxy in PROXIES},
                 "carried": 100.0 * carried / count,
-                "steps": [{**row, "points": 100.0 * row["broken"] / count} for row in done],
+                "steps": done,
             }
         )
-    curve = [mean(clean["recall_at_1"]), *(row["recall_at_1"] for row in rows)]
+    curve = [mean(clean), *(row["recall_at_1"] for row in rows)]
     radii = [0.0, *(protocol.threat_at(eps).radius for eps in grid)]
-    extras = {
+    right = max(1, int((clean == 100.0).sum()))
+    return {
         "norm": protocol.threat_at(grid[0]).norm,
         "clean": curve[0],
         "curve": rows,
         "area": area(radii, curve),
-        "gradients_per_query": sum(s["gradients"] for row in rows for s in row["steps"]) / max(1, right) / len(grid),
-        "values_per_query": sum(s["values"] for row in rows for s in row["steps"]) / max(1, right) / len(grid),
-        "codes": {"survived": SURVIVED, "wrong when clean": CLEAN_WRONG, "broken at a smaller eps": CARRIED}
-        | {step.name: i + 2 for i, step in enumerate(protocol.steps)},
+        "gradients_per_query": sum(s["gradients"] for row in rows for s in row["steps"]) / right / len(grid),
+        "values_per_query": sum(s["values"] for row in rows for s in row["steps"]) / right / len(grid),
+        "codes": codes(protocol),
     }
-    broken_by = {eps: arrays[f"strict@{eps}/broken_by"] for eps in grid}
-    return Outcome(components, seconds, arrays, sample, {"strict": extras}, broken_by=broken_by)
 
 
 def area(radii: Sequence[float], curve: Sequence[float]) -> float:

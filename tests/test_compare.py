@@ -18,7 +18,7 @@ from dmlbench.compare.sources import find
 from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.leaderboard import add_row, from_evaluation
 from dmlbench.protocol import load_protocol
-from dmlbench.results import Flag, save
+from dmlbench.results import Flag, Measurement, save
 
 RECALL = ("benign/recall_at_1", "benign/recall_at_2", "benign/recall_at_4", "benign/recall_at_8")
 
@@ -324,6 +324,30 @@ def test_ers_of_a_run_without_all_parts_is_not_compared():
     assert "ers" not in names and "TMA" in names
 
 
+def with_extra(raw: float):
+    """A run of one class-spread CA-@square column (0 is safest) beside the protocol's parts."""
+    e = evaluation(seed=4)
+    values = np.full(400, raw, dtype=np.float32) + np.arange(400, dtype=np.float32) % 3
+    part = Measurement(
+        component="CA-@square", attack="CA-", optimizer="square", readout="candidate_rank", better="lower",
+        value=float(values.mean()), score=100.0 - float(values.mean()), n=400,
+    )  # fmt: skip
+    added = e.model_copy(update={"measurements": (*e.measurements, part), "extras": {"extra_parts": ["CA-@square"]}})
+    return added.with_arrays({**e.arrays, "CA-@square/value": values})
+
+
+def test_an_extra_part_is_compared_by_its_score():
+    """CA- lowers a candidate's rank: a higher raw rank is worse, also where the part is not the protocol's."""
+    c = compare(with_extra(50.0), with_extra(80.0))
+    part = metric(c, "CA-@square")
+    assert (part.base, part.candidate) == pytest.approx((49.0, 19.0), abs=0.01)
+    assert part.verdict == "worse" and part.regression
+    unknown = with_extra(50.0)
+    named = [m.model_copy(update={"attack": "CA-gone"}) if "@" in m.component else m for m in unknown.measurements]
+    with pytest.raises(NotComparable, match="'CA-gone'"):
+        compare(unknown.model_copy(update={"measurements": tuple(named)}), with_extra(50.0))
+
+
 # --- the gate --------------------------------------------------------------------------------------
 
 
@@ -475,6 +499,8 @@ def test_exit_codes_and_files(typed, runs):
     assert content["exit_code"] == 1 and content["passed"] is False and content["failures"][0]["subject"] == "ers"
     assert ET.parse(runs / "r.xml").getroot().get("failures") == str(len(content["failures"]))
     assert typed("compare", "base", "worse", "--json", code=1).json["failures"] == content["failures"]
+    done = typed("compare", "base", "worse", code=4, env={"GITHUB_STEP_SUMMARY": str(runs / "none" / "s.md")})
+    assert "GITHUB_STEP_SUMMARY" in done.err and len(done.err.splitlines()) == 1
 
 
 def test_the_gate_of_the_command_line_and_of_pyproject(typed, runs):

@@ -61,6 +61,7 @@ def compare(
     from dmlbench.compare.gate import metric_name, named_gate, parse_drop, project_gate
     from dmlbench.compare.sources import find
     from dmlbench.compare.verdict import as_row, compare_rows, rescalers
+    from dmlbench.errors import DataError
     from dmlbench.results import Evaluation, json_bytes, prepare_folder, write_whole
 
     gate = named_gate(config) if config else project_gate(Path.cwd())[0]
@@ -91,8 +92,11 @@ def compare(
     if json_file and str(json_file) != "-":
         write_whole(json_file, json_bytes(content))
     if step := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(step).open("a", encoding="utf-8") as stream:
-            stream.write(as_markdown(result) + "\n")
+        try:
+            with Path(step).open("a", encoding="utf-8") as stream:
+                stream.write(as_markdown(result) + "\n")
+        except OSError as error:
+            raise DataError(f"$GITHUB_STEP_SUMMARY {step} cannot be written: {error.strerror}") from None
     if json_file and str(json_file) == "-":
         print_json(content)
     else:

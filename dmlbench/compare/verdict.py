@@ -136,12 +136,12 @@ def judge(paired: Paired, gate: Gate) -> Difference:
 def rescalers(
     evaluation: Evaluation, protocol_file: Path | None = None
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """By component, from raw outcome to score: as the run's protocol says.
+    """By component, from raw outcome to score: as the run's protocol says; extra parts as their attack's ends say.
 
     Raises:
         NotComparable: the protocol is none of the packaged ones (nor ``protocol_file``), or has changed.
     """
-    from dmlbench.protocol import load_protocol, protocol_names
+    from dmlbench.protocol import Component, load_protocol, protocol_names
 
     stated = evaluation.protocol
     if protocol_file is None and stated.name not in protocol_names():
@@ -153,7 +153,29 @@ def rescalers(
             f"(sha256 {stated.sha256[:12]}…) than the one here ({protocol.sha256[:12]}…)"
         )
     plain = {m.component: _as_it_is for m in evaluation.measurements}  # R@1 of the other kinds of protocol
-    return {**plain, **{c.name: c.rescale for c in protocol.components}}
+    extra = set(evaluation.extras.get("extra_parts", ()))
+    added = {
+        m.component: Component(
+            name=m.component, attack=m.attack, readout=m.readout, worst=ends[0], best=ends[1]
+        ).rescale
+        for m in evaluation.measurements
+        if m.component in extra and (ends := _ends(m.attack, m.readout))
+    }
+    return {**plain, **added, **{c.name: c.rescale for c in protocol.components}}
+
+
+def _ends(attack: str, readout: str) -> tuple[int | float, int | float]:
+    """The raw values that score 0 and 100 where an attack is an extra part.
+
+    Raises:
+        NotComparable: the attack is not at hand, or is not read so.
+    """
+    from dmlbench.attacks import ATTACKS, load_plugins
+
+    load_plugins()
+    if attack not in ATTACKS or readout not in ATTACKS[attack].readouts:
+        raise NotComparable(f"attack {attack!r} read by {readout!r} is not known here: its raw values have no score")
+    return ATTACKS[attack].ends[ATTACKS[attack].readouts.index(readout)]
 
 
 def _as_it_is(value: np.ndarray) -> np.ndarray:

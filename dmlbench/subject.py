@@ -186,10 +186,10 @@ def prepare(
     return Subject(ready, dataset, rows, scene)
 
 
-def sample_positions(subject: Subject) -> np.ndarray:
-    """Which queries' adversarial images are kept: the first of :func:`query_order` that are measured."""
+def sample_positions(subject: Subject, most: int = SAMPLE) -> np.ndarray:
+    """Which queries' adversarial images are kept: the first ``most`` of :func:`query_order` that are measured."""
     image = 4 * int(np.prod(subject.dataset.images.shape))
-    count = min(SAMPLE, max(1, SAMPLE_BYTES // image), len(subject.rows))
+    count = min(most, max(1, SAMPLE_BYTES // image), len(subject.rows))
     order = subject.dataset.query[query_order(len(subject.dataset.query))]
     order = order[np.isin(order, subject.rows)][:count]
     return np.flatnonzero(np.isin(subject.rows, order))

@@ -16,12 +16,13 @@ from safetensors.torch import save as save_tensors
 import dmlbench
 from dmlbench.checkpoints import checkpoints
 from dmlbench.cli.schema import schemas
+from dmlbench.errors import UsageError
 from dmlbench.intervals import cluster_bootstrap
 from dmlbench.protocol import load_protocol
 from dmlbench.results import Evaluation, npz_bytes, save
 from dmlbench.submission import rerun
 from dmlbench.submission.bundle import LIMITS
-from dmlbench.submission.pack import write_folder
+from dmlbench.submission.pack import pack, write_folder
 from dmlbench.submission.static import check_static
 from dmlbench.submission.validate import validate
 
@@ -59,6 +60,22 @@ def refused(report, level, field, reason):
 def test_a_valid_bundle_is_accepted(check, files):
     report = check(files, 3, seed=0)
     assert report.status == "accepted" and report.passed == (0, 1, 2, 3) and not report.problems
+
+
+def test_a_shorter_sample_is_accepted_down_to_32_queries(made, check, tmp_path):
+    run = made[1]
+    options = [run / "run", run / "submission.yaml", run / "weights.safetensors"]
+    files = pack(*options, sample=40)
+    held = np.load(io.BytesIO(files[SAMPLE]))
+    whole = np.load(io.BytesIO(made[0][SAMPLE]))
+    assert len(held["rows"]) == 40 and np.isin(held["rows"], whole["rows"]).all()
+    assert np.array_equal(held["LTM"], whole["LTM"][np.isin(whole["rows"], held["rows"])])
+    assert len(files[SAMPLE]) < len(made[0][SAMPLE]) / 4
+    assert check(files, 2).status == "accepted"
+    cut = {name: held[name][:31] for name in held.files}
+    refused(check(edit_arrays(files, SAMPLE, tmp_path, lambda a: a.update(cut)), 2), 2, "rows", "not the fixed sample")
+    with pytest.raises(UsageError, match="at least 32"):
+        pack(*options, sample=31)
 
 
 def test_a_folder_is_as_good_as_a_zip(files, tmp_path):

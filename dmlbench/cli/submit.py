@@ -45,13 +45,16 @@ def init(run: Path, out: Path | None, checkpoint: Path | None, authors: tuple[st
 @click.option("--submission", type=_FILE, help="By default submission.yaml beside the run folder.")
 @click.option("--weights", type=_FILE, help="The model's safetensors file; by default the registered one.")
 @click.option("--no-weights", is_flag=True, help="Leave the weights out: the package holds the same file.")
+@click.option("--sample", type=int, help="Keep the adversarial images of only so many sampled queries, 32 or more.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     required=True,
     help="A .zip file, or a folder as under leaderboard/submissions.",
 )
-def pack(run: Path, submission: Path | None, weights: Path | None, no_weights: bool, out: Path) -> int:
+def pack(
+    run: Path, submission: Path | None, weights: Path | None, no_weights: bool, sample: int | None, out: Path
+) -> int:
     """Put the run folder RUN, its submission.yaml and the weights into one bundle, and check it (level 0)."""
     from dmlbench.errors import UsageError
     from dmlbench.results import prepare_folder
@@ -61,7 +64,7 @@ def pack(run: Path, submission: Path | None, weights: Path | None, no_weights: b
 
     if weights and no_weights:
         raise UsageError("--weights and --no-weights exclude each other")
-    files = packing.pack(run, submission or run.parent / "submission.yaml", weights, not no_weights)
+    files = packing.pack(run, submission or run.parent / "submission.yaml", weights, not no_weights, sample)
     if out.suffix == ".zip":
         prepare_folder(out.parent)
         packing.write_zip(files, out)

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from pydantic import ValidationError
 
 from dmlbench.checkpoints import PACKAGE, Checkpoint, checkpoints, first_problem, sha256_of
 from dmlbench.errors import DataError, UsageError
-from dmlbench.results import Evaluation, json_bytes, load, write_whole
-from dmlbench.submission.bundle import LIMITS, MANIFEST, make_manifest, zip_bytes
+from dmlbench.results import Evaluation, json_bytes, load, npz_bytes, write_whole
+from dmlbench.subject import query_order
+from dmlbench.submission.bundle import LEAST_SAMPLE, LIMITS, MANIFEST, make_manifest, zip_bytes
 from dmlbench.submission.record import FILL_IN, LICENSES
 from dmlbench.submission.static import WEIGHTS
 
@@ -88,15 +90,23 @@ def _blank(e: Evaluation) -> dict[str, Any]:
     }
 
 
-def pack(run: Path, submission: Path, weights: Path | None = None, with_weights: bool = True) -> dict[str, bytes]:
+def pack(
+    run: Path,
+    submission: Path,
+    weights: Path | None = None,
+    with_weights: bool = True,
+    sample: int | None = None,
+) -> dict[str, bytes]:
     """The files of the bundle.
 
     Args:
         weights: the model's file; by default the registered one that lies in this package.
         with_weights: False leaves them out, which the board accepts where the package holds the same file.
+        sample: keep the adversarial images of only so many of the sampled queries, for a smaller bundle.
 
     Raises:
         DataError: a file is missing, or the weights are not those of the run.
+        UsageError: ``sample`` is below :data:`LEAST_SAMPLE`.
     """
     e = load(run)
     files: dict[str, bytes] = {}
@@ -104,6 +114,13 @@ def pack(run: Path, submission: Path, weights: Path | None = None, with_weights:
         if name.startswith("run/"):
             files[name] = _read(run / name.removeprefix("run/"))
     files["submission.yaml"] = _read(submission)
+    if sample is not None:
+        if sample < LEAST_SAMPLE:
+            raise UsageError(f"--sample {sample}: a bundle holds the images of at least {LEAST_SAMPLE} queries")
+        files["run/adversarial_sample.npz"] = npz_bytes(shortened(e, sample))
+        inner = {name.removeprefix("run/"): raw for name, raw in files.items() if name.startswith("run/")}
+        inner.pop(MANIFEST)
+        files["run/manifest.json"] = json_bytes(make_manifest(inner))
     if with_weights:
         path = weights or packaged_weights(e)
         if sha256_of(path) != e.model.weights_sha256:
@@ -111,6 +128,13 @@ def pack(run: Path, submission: Path, weights: Path | None = None, with_weights:
         files[WEIGHTS] = path.read_bytes()
     files[MANIFEST] = json_bytes(make_manifest(files))
     return files
+
+
+def shortened(e: Evaluation, count: int) -> dict[str, np.ndarray]:
+    """The stored adversarial images of the first ``count`` sampled queries, without what a report shows of them."""
+    first = e.arrays["query"][query_order(len(e.arrays["query"]))[:count]]
+    keep = np.isin(e.sample["rows"], first)
+    return {name: values[keep] for name, values in e.sample.items() if not name.startswith("closeup/")}
 
 
 def packaged_weights(e: Evaluation) -> Path:

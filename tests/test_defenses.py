@@ -37,11 +37,10 @@ def learner(loss: str = "triplet", ensemble: bool = False) -> Learner:
     return Learner(embedder.train(), nn.ModuleList(criteria), loss, MARGIN)
 
 
-def batch(iteration: int = 0) -> Batch:
-    rows = np.array([4, 9, 2, 3, 11, 6])
+def batch(iteration: int = 0, rows: tuple[int, ...] = (4, 9, 2, 3, 11, 6)) -> Batch:
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     images = Rng(8, torch.arange(6)).uniform(1, 8, 8)
-    return Batch(images, labels, torch.tensor([0, 2, 4]), rows, seed=21, iteration=iteration)
+    return Batch(images, labels, torch.tensor([0, 2, 4]), np.array(rows), seed=21, iteration=iteration)
 
 
 class Recorder:
@@ -196,6 +195,15 @@ def test_hm_starts_with_the_gentlest_adversary() -> None:
     assert float(DESTINATIONS["LGA"](model, miner, 0.0)) == 0.0
 
 
+def test_hm_with_a_small_margin_minds_the_constant_only_where_it_is_used() -> None:
+    model = learner()
+    model.margin = 0.05
+    inner = Inner(Threat(eps="40/255", step="8/255", steps=1))
+    assert torch.isfinite(DEFENSES["hm"].step(model, batch(), inner, destination="LGA"))
+    with pytest.raises(UsageError, match=r"constant -0.1 must lie in \[-0.05, 0\]"):
+        DEFENSES["hm"].step(model, batch(), inner, destination="constant")
+
+
 @pytest.mark.parametrize("loss", ["triplet", "contrastive"])
 @pytest.mark.parametrize("element", ["a", "p", "n"])
 def test_robust_moves_one_element_against_fixed_others(element: str, loss: str) -> None:
@@ -273,6 +281,36 @@ def test_eat_trains_members_on_their_split_and_on_everyones_adversaries() -> Non
     assert value.item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_eat_keeps_members_and_splits_together_where_a_split_is_empty() -> None:
+    """All rows are odd: member 0 has no image of its own, and member 1 must not be taken for it."""
+    model, b = learner("proxy-anchor", ensemble=True), batch(rows=(5, 9, 1, 3, 11, 7))
+    recorder = Recorder(model)
+    value = DEFENSES["eat"].step(model, b, Inner(Threat(eps="40/255", step="8/255", steps=6), recorder))
+    members = model.embedder.network.members
+    (images, moved, before, _, _), (_, whole, *_) = recorder.calls
+    assert torch.equal(images, b.images)
+    with torch.no_grad():
+        e = [[nn.functional.normalize(m(x), dim=1) for x in (images, moved, whole)] for m in members]
+        torch.testing.assert_close(-before, proxy_anchor_each(e[1][0], b.labels, model.criteria[1].proxies))
+        loss = [[float(model.criteria[m](x, b.labels)) for x in e[m]] for m in range(2)]
+    expected = loss[1][0] + sum(loss[m][k] for m in range(2) for k in (1, 2)) / 2
+    assert value.item() == pytest.approx(expected, rel=1e-4)
+    value.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_search_follows_the_loss_that_is_trained() -> None:
+    """alpha and margin of the proxy-anchor loss are the adversary's too."""
+    model, b = learner("proxy-anchor"), batch()
+    model.criteria[0] = build_loss("proxy-anchor", 3, 6, model.embedder.distance, {"alpha": 4.0, "margin": 0.3})
+    recorder = Recorder(model)
+    DEFENSES["at"].step(model, b, Inner(Threat(eps="40/255", step="8/255", steps=2), recorder))
+    ((images, _, before, *_),) = recorder.calls
+    e = embedded(model, images)
+    expected = proxy_anchor_each(e, b.labels, model.criteria[0].proxies, margin=0.3, alpha=4.0).detach()
+    torch.testing.assert_close(-before, expected)
+
+
 def test_ensemble_distance_is_the_mean_of_its_members() -> None:
     model = learner("proxy-anchor", ensemble=True)
     x = batch().images
@@ -301,6 +339,9 @@ def test_frozen_restores_modes_and_gradients() -> None:
         ("hm", {"destination": "LGB"}, "did you mean 'LGA'"),
         ("hm", {"ics": "much"}, "must be a float"),
         ("hm", {"destination": "constant", "constant": 0.5}, "must lie in"),
+        ("hm", {"ics": -0.5}, "ics -0.5 must be 0"),
+        ("hm", {"ics": math.nan}, "ics nan must be 0"),
+        ("ca-tride", {"temperature": 0.0}, "must be above 0"),
         ("robust", {"element": "q"}, "must be one of a, p, n"),
         ("robust", {"attack_rate": 1.5}, "must lie in"),
     ],

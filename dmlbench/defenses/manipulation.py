@@ -82,8 +82,10 @@ def hm(
     The loss of the step before is, as we read it, the HM triplet loss without the ICS term. a and p
     of the ICS term are the clean images, embedded in the same pass as the perturbed triplet.
     """
-    if not -learner.margin <= constant <= 0:
+    if destination == "constant" and not -learner.margin <= constant <= 0:
         raise UsageError(f"constant {constant} must lie in [-{learner.margin}, 0]")
+    if not ics >= 0:
+        raise UsageError(f"ics {ics} must be 0 (none) or more")
     miner = Miner(learner, batch)
     distance = learner.embedder.distance
     rows = miner.triplets(source)

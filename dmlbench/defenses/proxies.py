@@ -7,7 +7,7 @@ the images.
 """
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from dmlbench.defenses.base import Batch, Inner, Learner, embed, search
 from dmlbench.losses import proxy_anchor_each
 
 
-def _proxies(learner: Learner, member: int = 0) -> Tensor:
-    return learner.criteria[member].proxies  # type: ignore[return-value]
+def _each(learner: Learner, embeddings: Tensor, labels: Tensor, member: int = 0) -> Tensor:
+    """(b,) the proxy-anchor loss of each image by itself, with the criterion's own proxies, margin and alpha."""
+    criterion: Any = learner.criteria[member]
+    return proxy_anchor_each(embeddings, labels, criterion.proxies, float(criterion.margin), float(criterion.alpha))
 
 
 def at(learner: Learner, batch: Batch, inner: Inner) -> Tensor:
@@ -27,7 +29,7 @@ def at(learner: Learner, batch: Batch, inner: Inner) -> Tensor:
         batch,
         inner,
         batch.images,
-        lambda x: -proxy_anchor_each(learner.embedder(x), batch.labels, _proxies(learner)),
+        lambda x: -_each(learner, learner.embedder(x), batch.labels),
     )
     return learner.criteria[0](learner.embedder(moved), batch.labels)  # type: ignore[no-any-return]
 
@@ -52,12 +54,12 @@ def eat(learner: Learner, batch: Batch, inner: Inner) -> Tensor:
     Member m's split is the data set's rows r with r mod members = m. The loss is the sum over members
     of proxy-anchor on the clean split + the mean of proxy-anchor on each set of adversarial images:
     those that each member's own split gives against that member, and those that the whole batch gives
-    against the sum of all members' losses. This is our reading of the abstract.
+    against the sum of all members' losses. A member of whose split the batch has no image learns from
+    the adversarial images alone. This is our reading of the abstract.
     """
     members = cast(nn.ModuleList, learner.embedder.network.members)
     count = len(members)
     splits = [torch.from_numpy((batch.rows % count == m).nonzero()[0]).to(batch.labels.device) for m in range(count)]
-    splits = [s for s in splits if len(s)]
 
     def of(m: int, x: Tensor) -> Tensor:
         embedder = learner.embedder
@@ -68,10 +70,12 @@ def eat(learner: Learner, batch: Batch, inner: Inner) -> Tensor:
         return lambda x: -each(m, x, labels)
 
     def each(m: int, x: Tensor, labels: Tensor) -> Tensor:
-        return proxy_anchor_each(of(m, x), labels, _proxies(learner, m))
+        return _each(learner, of(m, x), labels, m)
 
     hard = []
     for m, split in enumerate(splits):
+        if not len(split):
+            continue
         labels = batch.labels[split]
         moved = search(learner, batch, inner, batch.images[split], against(m, labels))
         hard.append((moved, labels))
@@ -89,7 +93,8 @@ def eat(learner: Learner, batch: Batch, inner: Inner) -> Tensor:
     for m, split in enumerate(splits):
         criterion = learner.criteria[m]
         clean, *attacked = of(m, torch.cat([batch.images[split], stacked])).split([len(split), *sizes])
-        loss = loss + criterion(clean, batch.labels[split])
+        if len(split):
+            loss = loss + criterion(clean, batch.labels[split])
         for e, (_, labels) in zip(attacked, hard, strict=True):
             loss = loss + criterion(e, labels) / len(hard)
     return loss

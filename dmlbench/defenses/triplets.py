@@ -98,7 +98,7 @@ def robust(
     miner = Miner(learner, batch)
     rows = miner.triplets(sampling)
     distance = learner.embedder.distance
-    fixed = list((miner.embeddings if sampling != "R" else embed(learner, batch.images))[rows].unbind(1))
+    fixed = list(miner.embeddings[rows].unbind(1))
 
     def easier(x: Tensor) -> Tensor:
         parts = [*fixed[:which], learner.embedder(x), *fixed[which + 1 :]]
@@ -134,11 +134,13 @@ def ca_tride(learner: Learner, batch: Batch, inner: Inner, *, sampling: str = "S
     The paper's text was not at hand: the alternation by single steps, the temperature and scaling the
     finished perturbation (which stays inside the ball) are our reading of its abstract.
     """
+    if not temperature > 0:
+        raise UsageError(f"temperature {temperature} must be above 0")
     miner = Miner(learner, batch)
     rows = miner.triplets(sampling)
     distance = learner.embedder.distance
     clean = batch.images[rows]  # (t, 3, C, H, W)
-    fixed = (miner.embeddings if sampling != "R" else embed(learner, batch.images))[rows]  # (t, 3, d)
+    fixed = miner.embeddings[rows]  # (t, 3, d)
     strength = 1.0 - collapseness(hardness(distance, fixed), temperature)  # (t,)
     part = slice(0, 1) if batch.iteration % 2 == 0 else slice(1, 3)
     source = clean[:, part].flatten(0, 1)

@@ -7,6 +7,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT_DATA = ("checkpoints.json", "leaderboard")
+LEFT_OUT = ("adversarial_sample.npz",)
+"""Large, and of use only to who validates a submission, from a checkout."""
 
 
 class BuildWithRootData(build_py):
@@ -21,7 +23,7 @@ class BuildWithRootData(build_py):
         for name in ROOT_DATA:
             source = here / name
             if source.is_dir():
-                shutil.copytree(source, target / name)
+                shutil.copytree(source, target / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
             elif source.exists():
                 shutil.copy2(source, target / name)
 

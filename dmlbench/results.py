@@ -20,6 +20,7 @@ from dmlbench.checkpoints import first_problem, sha256_of
 from dmlbench.errors import DataError
 
 SCHEMA = 1
+SAMPLE = "adversarial_sample.npz"
 
 
 class _Record(BaseModel):
@@ -224,7 +225,7 @@ def save(evaluation: Evaluation, folder: Path) -> Path:
         "evaluation.json": json_bytes(evaluation.model_dump(mode="json")),
     }
     if evaluation.sample:
-        files["adversarial_sample.npz"] = npz_bytes(evaluation.sample)
+        files[SAMPLE] = npz_bytes(evaluation.sample)
     (folder / "manifest.json").unlink(missing_ok=True)
     for name, content in files.items():
         write_whole(folder / name, content)
@@ -235,8 +236,12 @@ def save(evaluation: Evaluation, folder: Path) -> Path:
     return folder
 
 
-def load(folder: Path, arrays: bool = True) -> Evaluation:
-    """Read a run folder, every file checked against the manifest.
+def load(folder: Path, arrays: bool = True, sample: bool = True) -> Evaluation:
+    """Read a run folder, every file that is wanted checked against the manifest.
+
+    Args:
+        arrays: whether to read the per-query arrays and the sample.
+        sample: whether the adversarial images are wanted; the board in the wheel is without them.
 
     Raises:
         DataError: a file is missing, changed since it was written, or not what the schema says.
@@ -249,14 +254,16 @@ def load(folder: Path, arrays: bool = True) -> Evaluation:
         raise DataError(f"{folder}/evaluation.json: {first_problem(error)}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} is not a readable run folder: {error}") from None
+    if not sample:
+        files.pop(SAMPLE, None)
     for name, stated in files.items():
         path = folder / Path(name).name
         if not path.is_file() or sha256_of(path) != stated.get("sha256"):
             raise DataError(f"{path} is missing or differs from the manifest")
     if arrays:
         evaluation.with_arrays(read_npz(folder / "per_query.npz"))
-        if "adversarial_sample.npz" in files:
-            evaluation.with_arrays({}, read_npz(folder / "adversarial_sample.npz"))
+        if SAMPLE in files:
+            evaluation.with_arrays({}, read_npz(folder / SAMPLE))
     return evaluation
 
 

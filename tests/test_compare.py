@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import ENDS, evaluation, outcomes, rescale
 
-from dmlbench.compare import Gate, as_junit, as_markdown, as_text, compare, compare_rows
+from dmlbench.checkpoints import packaged
+from dmlbench.compare import Gate, as_junit, as_markdown, as_text, compare, compare_rows, sources
 from dmlbench.compare.gate import metric_name, named_gate, parse_drop, project_gate
 from dmlbench.compare.paired import nmi_by_weight, pair
 from dmlbench.compare.sources import find
 from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.leaderboard import add_row, from_evaluation
 from dmlbench.protocol import load_protocol
-from dmlbench.results import Flag, Measurement, save
+from dmlbench.results import Flag, Measurement, load, save
 
 RECALL = ("benign/recall_at_1", "benign/recall_at_2", "benign/recall_at_4", "benign/recall_at_8")
 
@@ -467,6 +468,27 @@ def test_registered_models_by_id(typed):
     assert "did you mean 'digits-smallcnn-triplet-hm-lga-ics'" in done.err
     other = ["digits-smallcnn-triplet-none", "digits-smallcnn-triplet-act", "--protocol", "strict"]
     assert "no stored run under protocol 'strict'" in typed("compare", *other, code=4).err
+
+
+def test_by_id_the_usual_protocol_is_meant_and_no_sample_needed(tmp_path, monkeypatch):
+    """As in the wheel, whose board holds no adversarial images."""
+    name = "digits-smallcnn-triplet-none"
+    source = packaged("leaderboard") / "submissions" / f"{name}-ers-digits" / "run"
+    if not source.is_dir():
+        pytest.skip("the board lies in the repository, which is not at hand")
+    usual = load(source)
+    other = usual.protocol.model_copy(update={"name": "strict"})
+    for folder, e in (
+        ("a", usual),
+        ("b", usual.model_copy(update={"protocol": other}).with_arrays(usual.arrays, usual.sample)),
+    ):
+        save(e, tmp_path / "submissions" / folder / "run")
+        (tmp_path / "submissions" / folder / "run" / "adversarial_sample.npz").unlink()
+    monkeypatch.setattr(sources, "packaged", lambda _: tmp_path)
+    assert find(name) == usual
+    assert find(name, "strict").protocol == other
+    with pytest.raises(DataError, match=r"adversarial_sample\.npz is missing"):
+        load(tmp_path / "submissions" / "a" / "run")
 
 
 @pytest.fixture

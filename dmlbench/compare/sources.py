@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dmlbench.checkpoints import checkpoints, packaged
+from dmlbench.datasets import DATASETS
 from dmlbench.errors import DataError, UsageError
 from dmlbench.leaderboard.row import Row
 from dmlbench.leaderboard.table import from_csv
@@ -16,7 +17,7 @@ def find(text: str, protocol: str | None = None) -> Evaluation | Row:
     Args:
         text: a run folder; ``FILE.csv:MODEL``, a row of a board; or the id of a registered model, whose
             stored run on the packaged board is taken.
-        protocol: which one, where a model has several.
+        protocol: which one, where a model has several; by default the data set's own.
 
     Raises:
         UsageError: nothing of that name, or several.
@@ -49,14 +50,21 @@ def stored_runs() -> list[Path]:
     return sorted(p.parent for p in packaged("leaderboard").glob("submissions/*/run/evaluation.json"))
 
 
+def _usual(dataset: str) -> str | None:
+    """The protocol that a data set is measured by when none is named."""
+    return DATASETS[dataset].protocol if dataset in DATASETS else None
+
+
 def _stored(model: str, protocol: str | None) -> Evaluation:
-    runs = [(folder, load(folder, arrays=False)) for folder in stored_runs()]
+    runs = [(folder, load(folder, arrays=False, sample=False)) for folder in stored_runs()]
     mine = [(folder, e) for folder, e in runs if e.model.id == model and protocol in (None, e.protocol.name)]
+    if len(mine) > 1:  # the data set's own protocol is what evaluate runs when nothing else is said
+        mine = [run for run in mine if run[1].protocol.name == _usual(run[1].dataset.name)] or mine
     if len(mine) > 1:
         names = ", ".join(sorted(e.protocol.name for _, e in mine))
         raise UsageError(f"model {model!r} has stored runs under several protocols ({names}): choose with --protocol")
     if mine:
-        return load(mine[0][0])
+        return load(mine[0][0], sample=False)
     if model in checkpoints():
         under = f" under protocol {protocol!r}" if protocol else ""
         raise DataError(f"model {model!r} is registered but has no stored run{under}: evaluate it first")

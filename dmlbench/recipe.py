@@ -3,6 +3,8 @@
 The packaged recipes lie in ``dmlbench/recipes``; a recipe may extend another by naming it.
 """
 
+import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +86,11 @@ class Recipe(BaseModel):
             ARCHITECTURES[self.arch]
         entry = DEFENSES[self.defense]
         entry.parameters(self.defense_params)
+        if self.loss_params and "triplet" in entry.losses:
+            raise UsageError(
+                f"defence {self.defense!r} makes its own loss: loss_params would do nothing; its parameters are "
+                f"margin and those of the defence ({', '.join(entry.defaults)})"
+            )
         if entry.losses and self.loss not in entry.losses:
             raise UsageError(f"defence {self.defense!r} needs the loss {' or '.join(entry.losses)}, not {self.loss!r}")
         if entry.ensemble != (self.arch == "ensemble"):
@@ -150,3 +157,28 @@ def load_recipe(name: str, changes: dict[str, Any] | None = None) -> Recipe:
             raise UsageError(f"recipe file {name} does not exist")
         raise UsageError(f"unknown recipe {name!r}{suggest(name, packaged_recipes())}")
     return make_recipe({**_table(path), "id": path.stem, **(changes or {})}, f"recipe {name}")
+
+
+def command_of(recipe: Recipe) -> str:
+    """The command that trains by this recipe again: the packaged one of its id or the bare options, and
+    every key that differs."""
+    if recipe.id in packaged_recipes():
+        words, base = [recipe.id], load_recipe(recipe.id).model_dump(mode="json")
+    else:
+        words = [w for key in ("defense", "dataset", "arch") for w in (f"--{key}", getattr(recipe, key))]
+        base = {k: f.default for k, f in Recipe.model_fields.items()}
+        base |= {key: getattr(recipe, key) for key in ("defense", "dataset", "arch")}
+    for key, value in recipe.model_dump(mode="json").items():
+        if value != base[key]:
+            words += ["--set", f"{key}={_setting(value)}"]
+    return shlex.join(["dmlbench", "train", *words, "--out", f"runs/{recipe.id}"])
+
+
+def _setting(value: Any) -> str:
+    """A value as ``--set KEY=VALUE`` reads it: JSON, or text that is not JSON as it is."""
+    if isinstance(value, str):
+        try:
+            json.loads(value)
+        except ValueError:
+            return value
+    return json.dumps(value)

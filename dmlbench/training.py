@@ -32,7 +32,7 @@ from dmlbench.losses import build_loss
 from dmlbench.models import build, parameter_count, probe_images, write_weights
 from dmlbench.optimizers import pgd
 from dmlbench.parallel import World
-from dmlbench.recipe import Recipe
+from dmlbench.recipe import Recipe, command_of
 from dmlbench.results import json_bytes, prepare_folder, write_whole
 from dmlbench.rng import Rng, seed_of
 from dmlbench.sampling import check_classes, class_batch
@@ -98,7 +98,7 @@ def checkpoint_entry(recipe: Recipe, dataset: RetrievalDataset) -> registry.Chec
             steps=None if clean else recipe.steps,
             iterations=recipe.iterations,
             seed=recipe.seed,
-            command=f"dmlbench train {recipe.id} --out runs/{recipe.id}",
+            command=command_of(recipe),
         ),
         arch=registry.Arch(builder=recipe.arch, kwargs=kwargs, embed_dim=recipe.embed_dim),
         input=registry.Input(size=h, channels=c),
@@ -295,7 +295,7 @@ def train(
     Raises:
         UsageError: the recipe does not fit the data or an earlier run.
         DataError: data or folder cannot be used.
-        TrainingFailed: a loss that is not a number (the last good checkpoint stays), or collapse.
+        TrainingFailed: a loss or weights that are not numbers (the last good checkpoint stays), or collapse.
     """
     began = time.monotonic()
     world = world or World()
@@ -356,11 +356,13 @@ def train(
         if done % recipe.check_every and done != recipe.iterations:
             continue
         mean = world.mean(total) / since
-        if not math.isfinite(mean):
+        whole = all(bool(torch.isfinite(p).all()) for p in learner.parameters())
+        if not (math.isfinite(mean) and whole):
+            what = "the model's weights are" if math.isfinite(mean) else "the loss is"
             kept = (
                 f"the last good checkpoint, of step {rows[-1].iteration}, is kept" if rows else "no checkpoint was made"
             )
-            raise TrainingFailed(f"the loss is not a number at or before step {done}; {kept} in {folder}")
+            raise TrainingFailed(f"{what} not a number at or before step {done}; {kept} in {folder}")
         benign, attacked, spread = quick_check(learner, recipe, seen, seen_labels)
         total.zero_()
         since = 0

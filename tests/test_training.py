@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,8 @@ from dmlbench.datasets import load_dataset
 from dmlbench.defenses import DEFENSES
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, UsageError
-from dmlbench.models import build, check_probe, fill, load_model, read_weights
-from dmlbench.recipe import Recipe, load_recipe, make_recipe, packaged_recipes
+from dmlbench.models import build, check_probe, fill, load_model, read_weights, write_weights
+from dmlbench.recipe import Recipe, command_of, load_recipe, make_recipe, packaged_recipes
 from dmlbench.registration import read_entry, register
 from dmlbench.rng import Rng
 from dmlbench.training import TrainingFailed, learning_rate, margins, train
@@ -141,6 +142,49 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(tmp_path: Pa
     assert not (tmp_path / "checkpoint.json").exists()
 
 
+def test_weights_that_are_no_numbers_are_not_kept_either(tmp_path: Path, monkeypatch) -> None:
+    """The loss of every step is finite; the gradient of the last one is not."""
+    step = DEFENSES["none"].step
+
+    def breaks(learner, batch, inner, **params):
+        loss = step(learner, batch, inner, **params)
+        weight = next(learner.embedder.parameters())
+        return loss + ((weight - weight).square().sum().sqrt() if batch.iteration == 5 else 0.0)
+
+    monkeypatch.setattr(training, "DEFENSES", {"none": training.DEFENSES["none"].__class__(breaks, "breaks")})
+    monkeypatch.setattr(type(training.DEFENSES["none"]), "parameters", lambda self, given: {})
+    with pytest.raises(TrainingFailed, match=r"weights are not a number .* of step 3, is kept"):
+        train(recipe("digits-smallcnn-triplet-none"), tmp_path)
+    assert all(bool(torch.isfinite(v).all()) for v in load_file(tmp_path / "last.safetensors").values())
+    assert [row["iteration"] for row in log_of(tmp_path)] == ["3"]
+
+
+def test_weights_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a.safetensors cannot be written"):
+        write_weights(tmp_path / "gone" / "a.safetensors", torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [HM, "--seed", "3", "--set", "eps=30/255", "--set", "defense_params.ics=0.25", "--set", "mean=[0.5]"],
+        ["--defense", "at", "--dataset", "digits", "--arch", "smallcnn", "--set", 'title="12"', "--set", "lr=0.5"],
+        [HM],
+    ],
+)
+def test_the_recorded_command_makes_the_same_recipe(arguments: list[str], monkeypatch) -> None:
+    """What a checkpoint says it was trained by is read back by the command line to the same recipe."""
+    seen: list[Recipe] = []
+    monkeypatch.setattr("dmlbench.cli.train.run_training", lambda chosen, out, **rest: seen.append(chosen) or 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            main(["train", *arguments, "--out", "unused"])
+        command, verb, *arguments = shlex.split(command_of(seen[-1]))
+        assert (command, verb) == ("dmlbench", "train")
+        arguments = arguments[: arguments.index("--out")]
+    assert seen[0] == seen[1]
+
+
 def collapsing(tmp_path: Path, **options):
     """min-max with a ball of the whole range and a large learning rate collapses at once."""
     changes = {"eps": "255/255", "step": "64/255", "steps": 8, "lr": 0.02, "iterations": 160, "check_every": 40}
@@ -165,6 +209,7 @@ def test_collapse_ends_the_run_unless_allowed(tmp_path: Path) -> None:
         ([HM, "--set", "groups=1"], 2, "groups"),
         ([HM, "--set", "groups"], 2, "KEY=VALUE"),
         ([HM, "--set", "loss=proxy-anchor"], 2, "needs the loss triplet"),
+        ([HM, "--set", "loss_params.swap=true"], 2, "loss_params would do nothing"),
         ([HM, "--set", "arch_kwargs.depth=3"], 2, "depth"),
         ([HM, "--defense", "eat", "--set", "loss=proxy-anchor"], 2, "defence"),
         ([HM, "--set", "eps=9"], 2, "outside [0, 1]"),

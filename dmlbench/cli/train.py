@@ -152,7 +152,8 @@ def train(
                 world=world,
             )
     except KeyboardInterrupt:
-        click.echo(f"go on with the same command and --resume; {out} holds the last check", err=True)
+        if (out / "state.pt").exists():
+            click.echo(f"go on with the same command and --resume; {out} holds the last check", err=True)
         raise
     finally:
         world.leave()

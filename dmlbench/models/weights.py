@@ -6,6 +6,7 @@ few harmless types that Lightning and numpy leave in checkpoints are allowed by 
 stand-ins that hold values and do nothing.
 """
 
+import os
 import re
 import warnings
 from collections import OrderedDict
@@ -94,10 +95,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def write_weights(path: Path, network: nn.Module, metadata: dict[str, str] | None = None) -> None:
-    """Write a network's tensors as safetensors, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, str(part), metadata)
-    part.replace(path)
+    """Write a network's tensors as safetensors, whole or not at all.
+
+    Raises:
+        DataError: it cannot be written, for example because the disk is full.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, str(part), metadata)
+        part.replace(path)
+    except (SafetensorError, OSError) as error:
+        part.unlink(missing_ok=True)
+        raise DataError(f"{path} cannot be written: {error}") from None
 
 
 def _torch_content(path: Path) -> Any:

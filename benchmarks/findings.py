@@ -65,8 +65,7 @@ def planned() -> Iterator[Run]:
     for seed in SEEDS:
         for group, recipes in (("key", KEY), ("rest", REST)):
             for recipe in recipes:
-                steps = STEPS // 3 if recipe.endswith("-eat") else STEPS  # three members, four searches a step
-                yield Run(group, recipe, seed, {"iterations": steps, "check_every": steps})
+                yield Run(group, recipe, seed, {"iterations": STEPS, "check_every": STEPS})
         for eta in ETAS:
             # 2/255 a step, so that more steps reach further: 4/255 at η = 2, the whole ball from η = 20 on.
             yield Run(

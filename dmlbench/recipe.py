@@ -6,8 +6,9 @@ The packaged recipes lie in ``dmlbench/recipes``; a recipe may extend another by
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -46,7 +47,7 @@ class Recipe(BaseModel):
     embed_dim: int = Field(default=64, ge=1)
     space: str = "N"
     mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     loss: str = "triplet"
     loss_params: dict[str, Any] = {}
     margin: float = Field(default=0.2, gt=0)
@@ -144,8 +145,24 @@ def make_recipe(table: dict[str, Any], where: str) -> Recipe:
         raise UsageError(f"{where}: {first_problem(error)}") from None
 
 
+def changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's keys with some changed; ``defense_params.ics`` changes one key of a table and keeps the others.
+
+    Raises:
+        UsageError: something before a dot is not a table.
+    """
+    out = dict(table)
+    for key, value in changes.items():
+        outer, dot, inner = key.partition(".")
+        held = out.get(outer, {})
+        if dot and not isinstance(held, dict):
+            raise UsageError(f"{key} cannot be set: {outer} is {held!r}, not a table")
+        out[outer] = {**held, inner: value} if dot else value
+    return out
+
+
 def load_recipe(name: str, changes: dict[str, Any] | None = None) -> Recipe:
-    """A recipe by packaged id or by the path of a TOML file, with some keys changed.
+    """A recipe by packaged id or by the path of a TOML file, with some keys :func:`changed`.
 
     Raises:
         UsageError: no such recipe, or something in it is wrong.
@@ -156,7 +173,7 @@ def load_recipe(name: str, changes: dict[str, Any] | None = None) -> Recipe:
         if name.endswith(".toml"):
             raise UsageError(f"recipe file {name} does not exist")
         raise UsageError(f"unknown recipe {name!r}{suggest(name, packaged_recipes())}")
-    return make_recipe({**_table(path), "id": path.stem, **(changes or {})}, f"recipe {name}")
+    return make_recipe(changed({**_table(path), "id": path.stem}, changes or {}), f"recipe {name}")
 
 
 def command_of(recipe: Recipe) -> str:

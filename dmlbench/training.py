@@ -113,18 +113,32 @@ def checkpoint_entry(recipe: Recipe, dataset: RetrievalDataset) -> registry.Chec
 
 
 def make_learner(recipe: Recipe, dataset: RetrievalDataset) -> Learner:
-    """The untrained embedder and its losses, from the recipe's seed."""
+    """The untrained embedder and its losses, from the recipe's seed.
+
+    Raises:
+        UsageError: the network does not take its arguments, or the data set's images.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(recipe.seed, "init"))
         try:
             embedder = build(checkpoint_entry(recipe, dataset), recipe.id)
         except TypeError as error:
             raise UsageError(f"arch_kwargs of {recipe.arch!r}: {error}") from None
+        c, h, w = dataset.images.shape
+        for what, values in (("mean", recipe.mean), ("std", recipe.std)):
+            if values is not None and len(values) not in (1, c):
+                raise UsageError(f"{what} has {len(values)} values for images of {c} channel{'s' * (c != 1)}")
         members = getattr(embedder.network, "members", None)
         parts: list[nn.Module] = list(members) if members is not None else [embedder.network]
-        with torch.no_grad():
-            probe = probe_images(embedder.input_shape, 2)
-            dims = [int(part.eval()(probe).shape[1]) for part in parts]
+        probe = probe_images((c, h, w), 2)
+        try:
+            with torch.no_grad():
+                dims = [int(part.eval()(probe).shape[1]) for part in parts]
+        except Exception as error:  # a network says in any way that it does not take these images
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UsageError(
+                f"network {recipe.arch!r} does not take images of {c}x{h}x{w} of data set {recipe.dataset!r}: {first}"
+            ) from None
         classes = len(np.unique(dataset.labels))
         params = {"margin": recipe.margin} if recipe.loss == "triplet" else {}
         criteria = [

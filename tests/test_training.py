@@ -209,6 +209,11 @@ def test_collapse_ends_the_run_unless_allowed(tmp_path: Path) -> None:
         ([HM, "--set", "groups=1"], 2, "groups"),
         ([HM, "--set", "groups"], 2, "KEY=VALUE"),
         ([HM, "--set", "loss=proxy-anchor"], 2, "needs the loss triplet"),
+        ([HM, "--set", "arch_kwargs.size=28"], 2, "does not take images of 1x8x8 of data set 'digits'"),
+        ([HM, "--set", "mean=[0.5,0.5]"], 2, "mean has 2 values for images of 1 channel"),
+        ([HM, "--set", "std=[0]"], 2, "std"),
+        ([HM, "--set", "defense_params=3", "--set", "defense_params.ics=1"], 2, "not a table"),
+        (["--defense", "act", "--dataset", "folder:x", "--arch", "smallcnn"], 2, "unknown data set 'folder:x'"),
         ([HM, "--set", "loss_params.swap=true"], 2, "loss_params would do nothing"),
         ([HM, "--set", "arch_kwargs.depth=3"], 2, "depth"),
         ([HM, "--defense", "eat", "--set", "loss=proxy-anchor"], 2, "defence"),
@@ -248,6 +253,13 @@ def test_recipes_extend_each_other(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("dataset = ")
     with pytest.raises(DataError, match="cannot be read"):
         load_recipe(str(tmp_path / "broken.toml"))
+
+
+def test_one_key_of_a_table_is_changed_and_the_others_stay(tmp_path: Path) -> None:
+    given = {"defense_params.ics": 0.25, "arch_kwargs.width": 4}
+    found = load_recipe("digits-smallcnn-triplet-hm-constant", given)
+    assert found.defense_params == {"source": "S", "destination": "constant", "constant": -0.1, "ics": 0.25}
+    assert found.arch_kwargs == {"width": 4}
 
 
 def test_schedules() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from dmlbench.cli.output import json_option, print_json, print_list
 from dmlbench.errors import UsageError
 from dmlbench.parallel import World
-from dmlbench.recipe import Recipe, load_recipe, make_recipe, packaged_recipes
+from dmlbench.recipe import Recipe, changed, load_recipe, make_recipe, packaged_recipes
 from dmlbench.subject import resolve_device
 from dmlbench.training import Progress as Row
 from dmlbench.training import train as run_training
@@ -38,15 +39,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def settings(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """Changed keys from ``--set``; ``table.key=value`` changes one key of a table."""
-    changes: dict[str, Any] = {}
-    for key, value in map(parse_setting, pairs):
-        table, dot, inner = key.partition(".")
-        if dot:
-            changes.setdefault(table, {})[inner] = value
-        else:
-            changes[key] = value
-    return changes
+    """Changed keys from ``--set``, as :func:`dmlbench.recipe.changed` takes them."""
+    return dict(map(parse_setting, pairs))
 
 
 def own_device(name: str) -> torch.device:
@@ -68,8 +62,9 @@ def gather(recipe: str | None, changes: dict[str, Any], named: dict[str, Any]) -
         raise UsageError(f"name a RECIPE, or give {', '.join(missing)} (dmlbench train --list shows the recipes)")
     if named["defense"] in ("at", "trades", "eat"):
         changes = {"loss": "proxy-anchor", **changes}
-    name = f"{named['dataset']}-{named['arch'].replace(':', '-')}-{changes.get('loss', 'triplet')}-{named['defense']}"
-    return make_recipe({"id": name.lower(), **named, **changes}, "the options")
+    name = f"{named['dataset']}-{named['arch']}-{changes.get('loss', 'triplet')}-{named['defense']}"
+    table = {"id": re.sub(r"[^a-z0-9._-]+", "-", name.lower()), **named}
+    return make_recipe(changed(table, changes), "the options")
 
 
 @click.command(epilog=EXAMPLE)

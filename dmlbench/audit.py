@@ -33,6 +33,8 @@ NOISE_DRAWS = 50
 """Random images per query in F4 and A2."""
 FEW = 3
 """Fewer queries than this are an accident, whatever share they are."""
+HIDDEN = 1.0
+"""Percent of the queries that searches with gradients leave, beyond which F4 fails."""
 WHITE = ("pgd", "apgd", "fgsm", "r-fgsm", "mi-fgsm", "pgd-restarts", "cw")
 """Optimizers that use the gradient."""
 
@@ -60,6 +62,23 @@ class Finding:
     def flag(self) -> Flag:
         """The finding as a doubt that travels with a result."""
         return Flag(flag=f"audit-{self.check}", message=f"{self.verdict}: {self.message} ({PAGE})")
+
+
+def left_by(broken_by: np.ndarray, steps: int) -> np.ndarray:
+    """(Q,) bool: right when clean and not broken by the first so many steps, or at a smaller eps."""
+    return (broken_by == SURVIVED) | (broken_by >= 2 + steps)
+
+
+def white_steps(protocol: Protocol) -> int:
+    """How many of the protocol's steps, from the first, use the gradient."""
+    flags = [step.optimizer in WHITE for step in protocol.steps]
+    return flags.index(False) if False in flags else len(flags)
+
+
+def last_resort(protocol: Protocol, broken_by: np.ndarray) -> tuple[int, int]:
+    """How many queries the steps without a gradient break, and how many the steps with one had left."""
+    left = left_by(broken_by, white_steps(protocol))
+    return int((left & ~left_by(broken_by, len(protocol.steps))).sum()), int(left.sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,14 +109,7 @@ class Evidence:
 
     def left(self, eps: str, steps: int) -> np.ndarray:
         """(Q,) bool: right when clean and not broken at this eps by the first so many steps, or before."""
-        by = self.broken_by[eps]
-        return (by == SURVIVED) | (by >= 2 + steps)
-
-    @property
-    def white_steps(self) -> int:
-        """How many of the protocol's steps, from the first, use the gradient."""
-        flags = [step.optimizer in WHITE for step in self.protocol.steps]
-        return flags.index(False) if False in flags else len(flags)
+        return left_by(self.broken_by[eps], steps)
 
     def attacked(self, step: Step, threat: Threat, positions: np.ndarray) -> np.ndarray:
         """(n,) bool: which queries one more search breaks."""
@@ -149,14 +161,14 @@ def black_beats_white(evidence: Evidence) -> Finding:
     """F4: does an attack that sees values only (Square, 50 random images) break more than 1 %, and at least 3, of the
     queries that all gradient searches leave?"""
     worst, message = 0.0, "attacks without gradients break nothing that attacks with gradients left"
-    steps = evidence.white_steps
+    steps = white_steps(evidence.protocol)
     noise = Step(name="noise", attack="WM", optimizer="noise")
     for eps in evidence.broken_by:
         left = evidence.left(eps, steps)
         mine = evidence.positions[left[evidence.positions]]
         threat = evidence.protocol.threat_at(eps, {"queries": NOISE_DRAWS})
         counts = {
-            "Square": (int((left & ~evidence.left(eps, len(evidence.protocol.steps))).sum()), int(left.sum())),
+            "Square": last_resort(evidence.protocol, evidence.broken_by[eps]),
             f"{NOISE_DRAWS} random images": (int(evidence.attacked(noise, threat, mine).sum()), len(mine)),
         }
         for name, (broken, of) in counts.items():
@@ -167,7 +179,7 @@ def black_beats_white(evidence: Evidence) -> Finding:
                     f"{name} at eps {eps} breaks {broken} of the {of} queries ({share:.1f} %) that all searches along "
                     "the gradient left: the gradient hides what is there"
                 )
-    return Finding("F4", "fail" if worst > 1 else "pass", worst, 1.0, message)
+    return Finding("F4", "fail" if worst > HIDDEN else "pass", worst, HIDDEN, message)
 
 
 def useful_gradient(evidence: Evidence) -> Finding:

@@ -50,11 +50,10 @@ def verify(bundle: Path, out: Path | None, weights: Path | None, device: str, as
         click.echo(f"{bundle}: refused before anything was measured again")
         return 1
     said = "verified" if record.agreed else "disputed"
-    ers = (
-        ""
-        if record.ers_stated is None or record.ers_measured is None
-        else f": ERS {record.ers_stated:.2f} stated, {record.ers_measured:.2f} measured"
-    )
-    click.echo(f"{report.id}: {said}{ers}")
+    name, stated, measured = "ERS", record.ers_stated, record.ers_measured
+    if record.headline:
+        name, stated, measured = record.headline, record.stated, record.measured
+    told = "" if stated is None or measured is None else f": {name} {stated:.2f} stated, {measured:.2f} measured"
+    click.echo(f"{report.id}: {said}{told}")
     click.echo(f"wrote {path}")
     return 0 if record.agreed else 1

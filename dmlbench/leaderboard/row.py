@@ -320,6 +320,12 @@ def extra_numbers(e: Evaluation) -> dict[str, float]:
     return found
 
 
+def headline(e: Evaluation) -> tuple[str, float] | None:
+    """What the evaluation's row is ranked by: column and number; None where it has none."""
+    numbers = {**extra_numbers(e), **({} if e.ers is None else {"ers": e.ers})}
+    return next(((name, numbers[name]) for name in HEADLINES if name in numbers), None)
+
+
 def _extra_columns(e: Evaluation) -> dict[str, Any]:
     found: dict[str, Any] = {name: _neat(value) for name, value in extra_numbers(e).items()}
     if "worst_case_recall_at_1" in found:

@@ -11,10 +11,11 @@ from pydantic import ValidationError
 
 from dmlbench.checkpoints import PACKAGE, Checkpoint, checkpoints, first_problem, sha256_of
 from dmlbench.errors import DataError, UsageError
+from dmlbench.leaderboard.row import extra_numbers
 from dmlbench.results import Evaluation, json_bytes, load, npz_bytes, write_whole
 from dmlbench.subject import query_order
 from dmlbench.submission.bundle import LEAST_SAMPLE, LIMITS, MANIFEST, make_manifest, zip_bytes
-from dmlbench.submission.record import FILL_IN, LICENSES
+from dmlbench.submission.record import FILL_IN, LICENSES, STATED_EXTRA
 from dmlbench.submission.static import WEIGHTS
 
 HEAD = f"""# What you submit. `dmlbench submit pack` puts it into the bundle; `dmlbench validate` checks it.
@@ -52,6 +53,7 @@ def draft(run: Path, checkpoint: Checkpoint | None = None, authors: Sequence[str
             "weights_sha256": e.model.weights_sha256,
             "recall_at_1": e.benign["recall_at_1"],
             "ers": e.ers,
+            **{name: value for name, value in extra_numbers(e).items() if name in STATED_EXTRA},
         },
         "checkpoint": card.model_dump(mode="json", exclude_none=True) if card else _blank(e),
     }

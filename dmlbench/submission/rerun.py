@@ -1,16 +1,16 @@
-"""Levels 1 to 4: the model is loaded and made to do again what the bundle says it did.
+"""Levels 1, 3 and 4: the model is loaded and made to do again what the bundle says it did.
 
-1 the weights fit the architecture and the probe agrees; 2 the stored adversarial images lie where they
-must and score the same, and the clean outcomes come out again; 3 a random share of the queries is
-attacked again; 4 all of them.
+1 the weights fit the architecture and the probe agrees; 3 a random share of the queries is attacked
+again, or under a clustering protocol, where a share of the images would cluster otherwise, all of them
+by one attack that is drawn; 4 all of it. Level 2 is in ``replay.py``.
 """
 
 import dataclasses
 import hashlib
 import secrets
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,33 +18,27 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from dmlbench.attacks import ATTACKS, measure
+from dmlbench import clustering, strict
 from dmlbench.checkpoints import PACKAGE, sha256_of
-from dmlbench.datasets import RetrievalDataset, load_dataset
+from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, DmlbenchError
 from dmlbench.evaluate import evaluate
 from dmlbench.intervals import cluster_bootstrap
-from dmlbench.metrics import RECALL_AT, agreement, assignments, retrieval
+from dmlbench.leaderboard.row import headline
 from dmlbench.models import build, check_probe, fill, parameter_count
-from dmlbench.protocol import Component
+from dmlbench.protocol import Component, Protocol
 from dmlbench.results import Evaluation
-from dmlbench.search import aimed, searches
-from dmlbench.subject import Progress, Subject, prepare, sample_positions
-from dmlbench.submission.bundle import LEAST_SAMPLE, Problem, Refused, refuse
-from dmlbench.submission.static import QUERIES, RUN, SAMPLE, WEIGHTS, Checked
-from dmlbench.threat import Threat
+from dmlbench.subject import Progress, Silent, Subject, prepare
+from dmlbench.submission.bundle import Problem, refuse
+from dmlbench.submission.replay import AGREE, clusters_differ, dataset_of
+from dmlbench.submission.static import RUN, WEIGHTS, Checked
 
 MOST_PARAMETERS = 2_000_000_000
 SHARE = 0.05
 """Share of the queries that level 3 attacks again ..."""
 LEAST = 64
 """... and how many at the least."""
-AGREE = 1.0
-"""Points by which a mean over rerun queries may always differ: other hardware rounds otherwise, and 32
-signed steps turn rounding into other pixels."""
-DIFFER = 0.02
-"""Share of replayed outcomes that may differ (a tie broken by rounding); one always may."""
 
 
 def load_submitted(checked: Checked, weights: Path | None = None) -> Embedder:
@@ -111,109 +105,16 @@ def _elsewhere(checked: Checked, weights: Path | None) -> Path:
     raise refuse(1, WEIGHTS, "is not in the bundle and not in this package: name the file with --weights")
 
 
-def dataset_of(checked: Checked, level: int) -> RetrievalDataset:
-    """The images, which must be those of the run.
-
-    Raises:
-        DataError: they are not on this machine. Refused: they are others.
-    """
-    d = checked.evaluation.dataset
-    dataset = load_dataset(d.name, d.split)
-    if dataset.sha256 != d.sha256:
-        raise refuse(
-            level, f"{RUN} dataset.sha256", f"{d.sha256[:12]}…, data set {d.name!r} here is {dataset.sha256[:12]}…"
-        )
-    return dataset
-
-
-def replay(checked: Checked, embedder: Embedder, device: str = "auto") -> None:
-    """Level 2: look at the stored adversarial images again.
-
-    Raises:
-        Refused: an image outside the ball or [0, 1], a norm or an outcome that is not the stated one.
-    """
-    e, rules = checked.evaluation, checked.protocol
-    dataset = dataset_of(checked, 2)
-    subject = prepare(embedder, dataset, device=device)
-    if not np.array_equal(subject.rows, e.arrays["query"]):
-        raise refuse(2, f"{QUERIES} query", "are not the queries of the data set, in its order")
-    problems = list(_clean_problems(e, subject, rules.clustering_seeds))
-    keep = sample_positions(subject, max(LEAST_SAMPLE, len(e.sample["rows"])))
-    if not np.array_equal(e.sample["rows"], subject.rows[keep]):
-        raise refuse(2, f"{SAMPLE} rows", f"are not the fixed sample of queries, or its first {LEAST_SAMPLE} or more")
-    for search in searches(rules, rules.components):
-        scene = aimed(subject, search, rules.seed)[torch.from_numpy(keep).to(subject.device)]
-        clean = subject.dataset.images[subject.rows[keep]].to(subject.device)
-        for c in search.components:
-            images = e.sample.get(c.name)
-            if images is None or images.shape != tuple(clean.shape) or images.dtype != np.float32:
-                problems.append(
-                    Problem(2, f"{SAMPLE} {c.name}", f"is not float32 images of shape {tuple(clean.shape)}")
-                )
-                continue
-            adversarial = torch.from_numpy(images.copy()).to(subject.device)
-            if reason := _outside(adversarial, clean, search.threat):
-                problems.append(Problem(2, f"{SAMPLE} {c.name}", reason))
-                continue
-            found = measure(subject.embedder, ATTACKS[search.attack], search.threat, adversarial, clean, scene)
-            problems += _replay_problems(e, c, found, keep)
-    if problems:
-        raise Refused(problems)
-
-
-def _outside(adversarial: torch.Tensor, clean: torch.Tensor, threat: Threat) -> str | None:
-    flat = adversarial.flatten(1)
-    if not bool(torch.isfinite(flat).all()):
-        return "holds pixels that are NaN or infinite"
-    if float(flat.min()) < -1e-5 or float(flat.max()) > 1 + 1e-5:
-        return f"holds pixels outside [0, 1]: {float(flat.min()):.4f} to {float(flat.max()):.4f}"
-    inside = threat.contains(adversarial, clean)
-    if not bool(inside.all()):
-        far = float(threat.ball.size(adversarial - clean).max())
-        return f"{int((~inside).sum())} images are outside the {threat.norm} ball of {threat.eps} (up to {far:.4f})"
-    return None
-
-
-def _replay_problems(
-    e: Evaluation, c: Component, found: Mapping[str, np.ndarray], keep: np.ndarray
-) -> Iterator[Problem]:
-    stated = e.arrays[f"{c.name}/value"][keep].astype(np.float64)
-    again = found[c.readout].astype(np.float64)
-    points = np.abs(c.rescale(stated) - c.rescale(again))
-    differing = (np.isnan(stated) != np.isnan(again)) | (points > AGREE)
-    if differing.sum() > max(1, DIFFER * len(keep)):
-        said = f"{int(differing.sum())} of {len(keep)} stored images score otherwise than stated"
-        yield Problem(2, f"{QUERIES} {c.name}/value", said)
-    if np.abs(found["norm"] - e.arrays[f"{c.name}/norm"][keep]).max() > 1e-4:
-        yield Problem(2, f"{QUERIES} {c.name}/norm", "are not the norms of the stored images")
-
-
-def _clean_problems(e: Evaluation, subject: Subject, seeds: tuple[int, ...]) -> Iterator[Problem]:
-    """The clean outcomes of every query, and the clustering metrics."""
-    for name, values in retrieval(subject.scene, RECALL_AT).items():
-        stated = e.arrays[f"benign/{name}"].astype(np.float64)
-        differing = (np.isnan(stated) != np.isnan(values)) | (np.abs(stated - values) > AGREE)
-        if differing.mean() > DIFFER:
-            said = f"{int(differing.sum())} of {len(stated)} queries have another clean outcome than stated"
-            yield Problem(2, f"{QUERIES} benign/{name}", said)
-    gallery = subject.scene.gallery
-    labels = gallery.labels.cpu().numpy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        found = agreement(labels, assignments(gallery.embeddings.cpu().numpy(), len(np.unique(labels)), seeds))
-    for name, value in found.items():
-        if abs(value - e.benign.get(name, value)) > 3 * AGREE:
-            yield Problem(2, f"{RUN} benign.{name}", f"says {e.benign[name]:.2f}, k-means here gives {value:.2f}")
-
-
 @dataclass(frozen=True)
 class Rerun:
     """What attacking queries again gave."""
 
-    queries: int
+    what: str
+    """what was attacked again, in words"""
     seed: int | None
     """of the choice of queries; None where all were"""
-    ers: float | None
+    headline: tuple[str, float] | None
+    """the number that the board ranks by, of what was attacked again"""
     problems: tuple[Problem, ...]
 
 
@@ -232,50 +133,95 @@ def rerun_share(
     Args:
         seed: which ones; by default the machine's own randomness, so that nobody knows beforehand.
     """
-    dataset = dataset_of(checked, 3)
+    dataset = dataset_of(checked, embedder, 3)
     chosen = secrets.randbits(32) if seed is None else seed
+    draw = np.random.default_rng(chosen)
+    if checked.protocol.kind == "clustering":
+        part = checked.parts[draw.integers(len(checked.parts))]
+        return _one_cluster_attack(checked, prepare(embedder, dataset, device=device), part, chosen, progress)
     count = min(len(dataset.query), max(least, int(np.ceil(share * len(dataset.query)))))
-    picked = np.sort(np.random.default_rng(chosen).choice(dataset.query, size=count, replace=False))
-    return _rerun(checked, embedder, dataclasses.replace(dataset, query=picked), 3, chosen, device, progress)
+    picked = np.sort(draw.choice(dataset.query, size=count, replace=False))
+    few = dataclasses.replace(dataset, query=picked)
+    rules = checked.protocol.model_copy(update={"audit": 0})  # a share is too few for it
+    return _rerun(checked, embedder, few, rules, 3, chosen, device, progress)
 
 
 def rerun_all(checked: Checked, embedder: Embedder, *, device: str = "auto", progress: Progress | None = None) -> Rerun:
     """Level 4: attack every query again."""
-    return _rerun(checked, embedder, dataset_of(checked, 4), 4, None, device, progress)
+    dataset = dataset_of(checked, embedder, 4)
+    return _rerun(checked, embedder, dataset, checked.protocol, 4, None, device, progress)
 
 
 def _rerun(
     checked: Checked,
     embedder: Embedder,
     dataset: RetrievalDataset,
+    rules: Protocol,
     level: int,
     seed: int | None,
     device: str,
     progress: Progress | None,
 ) -> Rerun:
-    found = evaluate(embedder, dataset, checked.protocol, device=device, progress=progress)
+    found = evaluate(embedder, dataset, rules, device=device, progress=progress)
     at = np.searchsorted(checked.evaluation.arrays["query"], found.arrays["query"])
-    return Rerun(len(at), seed, found.ers, tuple(_disagreements(checked, found, at, level)))
+    compare = _cluster_disagreements if rules.kind == "clustering" else _disagreements
+    problems = [*compare(checked, found, at, level), *(_new_flags(checked, found) if level == 4 else ())]
+    said = f"attacked {len(at)} queries again"
+    return Rerun(said, seed, headline(found), tuple(problems))
+
+
+def _one_cluster_attack(
+    checked: Checked, subject: Subject, part: Component, seed: int, progress: Progress | None
+) -> Rerun:
+    """One attack at one eps on all images, and its clusters."""
+    rules, labels, progress = checked.protocol, subject.scene.labels.cpu().numpy(), progress or Silent()
+    progress.start(part.name, len(labels) * rules.threat_of(part).steps)
+    own = clustering.groups(subject, rules)
+    _, found = clustering.measured(subject, rules, part, own, rules.seed, partial(progress.advance, part.name))
+    problems = clusters_differ(3, part.name, checked.evaluation, found, labels)
+    return Rerun(f"attacked all {len(labels)} images again by {part.name}", seed, None, tuple(problems))
+
+
+def _cluster_disagreements(checked: Checked, found: Evaluation, at: np.ndarray, level: int) -> Iterator[Problem]:
+    """Attacks whose clusters are not the stated ones within the tolerance."""
+    for name in ("clustering/clean", *(c.name for c in checked.parts)):
+        again = {key: found.arrays[f"{name}/{key}"] for key in ("clusters", "value")}
+        yield from clusters_differ(level, name, checked.evaluation, again, checked.evaluation.arrays["label"][at])
+
+
+def _new_flags(checked: Checked, found: Evaluation) -> Iterator[Problem]:
+    """What the audit doubts now and did not doubt in the run."""
+    stated = {f.flag for f in checked.evaluation.warnings}
+    for f in found.warnings:
+        if f.flag.startswith("audit-") and f.flag not in stated:
+            yield Problem(4, f"{RUN} warnings.{f.flag}", f"is missing; the audit says again: {f.message}")
 
 
 def _disagreements(checked: Checked, found: Evaluation, at: np.ndarray, level: int) -> Iterator[Problem]:
-    """Parts (and ERS) whose mean over the same queries differs by more than :data:`AGREE` points and whose
-    paired interval excludes zero."""
-    stated, rules = checked.evaluation, checked.protocol
+    """Parts (and ERS, or the area of the worst-case curve) whose mean over the same queries differs by more than
+    :data:`AGREE` points and whose paired interval excludes zero."""
+    stated, rules, parts = checked.evaluation, checked.protocol, checked.parts
     sides = [
-        np.stack([c.rescale(e.arrays[f"{c.name}/value"][rows].astype(np.float64)) for c in rules.components], axis=1)
+        np.stack([c.rescale(e.arrays[f"{c.name}/value"][rows].astype(np.float64)) for c in parts], axis=1)
         for e, rows in ((stated, at), (found, np.arange(len(at))))
     ]
     difference = sides[1] - sides[0]
     # single queries, not classes, are the unit: the model is the same, only rounding can differ
     intervals = cluster_bootstrap(difference, np.arange(len(at)))
     means = np.nanmean(difference, axis=0)
-    for c, mean, ends in zip(rules.components, means, intervals.columns, strict=True):
-        if abs(mean) > AGREE and (ends is None or ends[0] > 0 or ends[1] < 0):
-            yield Problem(level, f"{RUN} measurements.{c.name}", _said(mean, len(at), "points of score"))
-    whole, ends = float(means.mean()), intervals.mean
-    if abs(whole) > AGREE / 2 and (ends is None or ends[0] > 0 or ends[1] < 0):
-        yield Problem(level, f"{RUN} ers", _said(whole, len(at), "points of ERS"))
+    whole, ends, name, unit = float(means.mean()), intervals.mean, "ers", "ERS"
+    if rules.kind == "strict":
+        radii = [0.0, *(rules.threat_of(c).radius for c in parts)]
+        share = np.array([strict.area(radii, [0.0, *one]) for one in np.eye(len(parts))])  # the area is linear
+        of_area = cluster_bootstrap((difference @ share)[:, None], np.arange(len(at))).mean
+        whole, ends, name, unit = float(means @ share), of_area, "extras.strict.area", "the area"
+    rows = [
+        (f"measurements.{c.name}", mean, of_part, AGREE, "score")
+        for c, mean, of_part in zip(parts, means, intervals.columns, strict=True)
+    ]
+    for field, mean, found_ends, allowed, of in [*rows, (name, whole, ends, AGREE / 2, unit)]:
+        if abs(mean) > allowed and (found_ends is None or found_ends[0] > 0 or found_ends[1] < 0):
+            yield Problem(level, f"{RUN} {field}", _said(mean, len(at), f"points of {of}"))
 
 
 def _said(mean: float, queries: int, unit: str) -> str:
@@ -292,6 +238,10 @@ class Verification(BaseModel):
     agreed: bool
     ers_stated: float | None
     ers_measured: float | None
+    headline: str | None = None
+    """what a protocol without an ERS is ranked by: its column on the board, and ..."""
+    stated: float | None = None
+    measured: float | None = None
     problems: tuple[str, ...] = ()
     dmlbench: str
     torch: str

@@ -5,7 +5,7 @@ them; who edits one has to invent 896 outcomes that fit, and those are measured 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,21 +15,18 @@ from pydantic import ValidationError
 from dmlbench.checkpoints import checkpoints
 from dmlbench.datasets import DATASETS, load_dataset
 from dmlbench.intervals import cluster_bootstrap
-from dmlbench.leaderboard.row import Row, Status, from_evaluation
-from dmlbench.protocol import Protocol, load_protocol, protocol_names
+from dmlbench.leaderboard.row import Row, Status, extra_numbers, from_evaluation
+from dmlbench.protocol import Component, Protocol, load_protocol, protocol_names
 from dmlbench.registry import suggest
 from dmlbench.results import Evaluation
+from dmlbench.submission import extras
 from dmlbench.submission.bundle import Bundle, Problem, Refused, manifest_of, read_arrays, read_bundle
-from dmlbench.submission.record import Submission, read_submission
+from dmlbench.submission.extras import CLOSE, QUERIES, RUN, SAMPLE
+from dmlbench.submission.record import STATED_EXTRA, Submission, read_submission
 from dmlbench.threat import TOLERANCE
 
-RUN = "run/evaluation.json"
-QUERIES = "run/per_query.npz"
-SAMPLE = "run/adversarial_sample.npz"
 WEIGHTS = "weights.safetensors"
 
-CLOSE = 1e-3
-"""How far a stated number may be from the one computed again, in points: rounding of sums."""
 INTERVAL_CLOSE = 1.0
 """The same for ends of intervals, which hang on a random stream that another numpy may draw otherwise."""
 
@@ -42,10 +39,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "embedding_shift": (0, float("inf")),
 }
 """What a query's outcome may be, by read-out; others only have to be numbers."""
-SUBMITTED = ("ers", "parts")
-"""Kinds of protocol whose results can be replayed query by query."""
-MAY_BE_MISSING = ("recall_at_1",)
-"""Read-outs without a value for a query that has no other image of its class."""
+MAY_BE_MISSING = ("recall_at_1", "recall_of_right", "map_at_r_of_right")
+"""Read-outs without a value for a query that has no other image of its class, or that is wrong when clean."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +54,10 @@ class Opened:
 
 @dataclass(frozen=True, eq=False)
 class Checked(Opened):
-    """A bundle that passed level 0."""
+    """A bundle that passed level 0; ``parts`` are the columns of its run."""
 
     protocol: Protocol
+    parts: tuple[Component, ...]
     row: Row
 
 
@@ -91,15 +87,16 @@ def check_static(path: Path, board: Path | None = None) -> Checked:
     opened = open_bundle(path)
     submission, evaluation = opened.submission, opened.evaluation
     rules = _protocol(evaluation)
-    shapes = list(_shape_problems(evaluation, rules))
+    parts = extras.parts_of(rules, evaluation)
+    shapes = [*_shape_problems(evaluation, parts), *extras.shape_problems(evaluation, rules, parts)]
     problems = [*shapes, *_identity_problems(submission, evaluation)]
     if not shapes:
-        problems += _number_problems(evaluation, rules)
+        problems += _number_problems(evaluation, rules, parts)
     if board is not None:
         problems += _repeats(submission, evaluation, board, path)
     if problems:
         raise Refused(problems)
-    return Checked(opened.bundle, submission, evaluation, rules, _row(submission, evaluation))
+    return Checked(opened.bundle, submission, evaluation, rules, tuple(parts), _row(submission, evaluation))
 
 
 def _row(submission: Submission, evaluation: Evaluation) -> Row:
@@ -150,6 +147,8 @@ def _evaluation(bundle: Bundle) -> Evaluation:
         raise Refused(Problem(0, f"{RUN} {'.'.join(map(str, e['loc']))}", e["msg"]) for e in error.errors()) from None
     except (ValueError, RecursionError) as error:
         raise Refused([Problem(0, RUN, f"is not JSON: {error}")]) from None
+    if problems := list(extras.form_problems(evaluation)):
+        raise Refused(problems)
     return evaluation.with_arrays(
         read_arrays(files["per_query.npz"], QUERIES), read_arrays(files["adversarial_sample.npz"], SAMPLE)
     )
@@ -176,9 +175,6 @@ def _protocol(e: Evaluation) -> Protocol:
         problems.append(Problem(0, f"{RUN} protocol.seed", f"{e.protocol.seed}, the protocol's is {rules.seed}"))
     if rules.superseded_by:
         problems.append(Problem(0, f"{RUN} protocol.name", f"{name!r} is superseded by {rules.superseded_by!r}"))
-    if rules.kind not in SUBMITTED:
-        said = f"{name!r} is of kind {rules.kind!r}; the board takes submissions of kind {' and '.join(SUBMITTED)}"
-        problems.append(Problem(0, f"{RUN} protocol.name", said))
     if problems:
         raise Refused(problems)
     return rules
@@ -198,9 +194,11 @@ def _identity_problems(s: Submission, e: Evaluation) -> Iterator[Problem]:
     for name, (said, found) in pairs.items():
         if said != found:
             yield Problem(0, f"{file} stated.{name}", f"says {said!r}, the run {found!r}")
+    ran_extra = extra_numbers(e)
     for name, number, ran in (
         ("recall_at_1", stated.recall_at_1, e.benign.get("recall_at_1")),
         ("ers", stated.ers, e.ers),
+        *((name, getattr(stated, name), ran_extra.get(name)) for name in STATED_EXTRA),
     ):
         if (number is None) != (ran is None) or abs((number or 0.0) - (ran or 0.0)) > CLOSE:
             yield Problem(0, f"{file} stated.{name}", f"says {number}, the run {ran}")
@@ -244,7 +242,7 @@ def _repeats(s: Submission, e: Evaluation, board: Path, path: Path) -> Iterator[
         yield Problem(0, "submission.yaml id", f"is {s.id!r}, its folder is called {here.name!r}")
 
 
-def _shape_problems(e: Evaluation, rules: Protocol) -> Iterator[Problem]:
+def _shape_problems(e: Evaluation, parts: Sequence[Component]) -> Iterator[Problem]:
     """Is it a full run of this protocol on this data set, with every array that it must have?"""
     d = e.dataset
     if e.partial:
@@ -277,10 +275,10 @@ def _shape_problems(e: Evaluation, rules: Protocol) -> Iterator[Problem]:
         elif not np.array_equal(label, images.labels[query]):
             yield Problem(0, f"{QUERIES} label", "are not the classes of the data set")
     found = [m.component for m in e.measurements]
-    wanted = [c.name for c in rules.components]
+    wanted = [c.name for c in parts]
     if found != wanted:
         yield Problem(0, f"{RUN} measurements", f"are {', '.join(found)}; the protocol has {', '.join(wanted)}")
-    for c in rules.components:
+    for c in parts:
         for kind in ("value", "norm"):
             values = e.arrays.get(f"{c.name}/{kind}")
             if values is None or values.shape != query.shape or values.dtype.kind != "f":
@@ -290,11 +288,15 @@ def _shape_problems(e: Evaluation, rules: Protocol) -> Iterator[Problem]:
         yield Problem(0, f"{SAMPLE} rows", "are not rows of queries")
 
 
-def _number_problems(e: Evaluation, rules: Protocol) -> Iterator[Problem]:
+def _number_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) -> Iterator[Problem]:
     """Does every stated number come out again, and is every one possible?"""
-    yield from _outcome_problems(e, rules)
-    scores = np.empty((e.dataset.n_queries, len(rules.components)))
-    for i, (m, c) in enumerate(zip(e.measurements, rules.components, strict=True)):
+    outcomes = [*_benign_problems(e), *_outcome_problems(e, rules, parts)]
+    outcomes += extras.outcome_problems(e, rules, parts) if not outcomes else []
+    yield from outcomes
+    if outcomes and rules.kind in extras.ARRAYS:  # sums of what is wrong would be wrong in many more lines
+        return
+    scores = np.empty((e.dataset.n_queries, len(parts)))
+    for i, (m, c) in enumerate(zip(e.measurements, parts, strict=True)):
         where = f"{RUN} measurements.{c.name}"
         named = (m.attack, m.optimizer, m.readout, m.better)
         if named != (c.attack, c.optimizer, c.readout, c.better):
@@ -306,23 +308,24 @@ def _number_problems(e: Evaluation, rules: Protocol) -> Iterator[Problem]:
             yield Problem(0, f"{where}.n", f"says {m.n}, the arrays hold {len(kept)} outcomes")
         yield from _same(f"{where}.value", m.value, float(kept.mean()) if len(kept) else None)
         yield from _same(f"{where}.score", m.score, float(c.rescale(kept.mean())) if len(kept) else None)
-        if m.value is not None and c.readout == "recall_at_1" and m.score is not None:
+        within = rules.kind == "clustering"  # R@1 within the attacked set may rise
+        if m.value is not None and c.readout == "recall_at_1" and m.score is not None and not within:
             clean, high = e.benign.get("recall_at_1", 100.0), m.interval[1] if m.interval else m.score
             if m.score - (high - m.score) > clean + CLOSE:
                 yield Problem(0, f"{where}.value", f"R@1 of {m.value:.2f} under attack is above the clean {clean:.2f}")
-    intervals = cluster_bootstrap(scores, e.arrays["label"]) if rules.components else None
+    intervals = cluster_bootstrap(scores, e.arrays["label"]) if parts else None
     if intervals is not None:
         for m, ends in zip(e.measurements, intervals.columns, strict=True):
             yield from _same_ends(f"{RUN} measurements.{m.component}.interval", m.interval, ends)
-        yield from _same_ends(f"{RUN} ers_interval", e.ers_interval, intervals.mean if e.ers is not None else None)
-        parts = [m.score for m in e.measurements]
-        complete = all(p is not None for p in parts)
-        yield from _same(f"{RUN} ers", e.ers, float(np.mean([p or 0.0 for p in parts])) if complete else None)
-    yield from _benign_problems(e)
+        ers = [m.score for m in e.measurements] if rules.kind == "ers" else [None]
+        mean = None if any(p is None for p in ers) else float(np.mean([p for p in ers if p is not None]))
+        yield from _same(f"{RUN} ers", e.ers, mean)
+        yield from _same_ends(f"{RUN} ers_interval", e.ers_interval, None if mean is None else intervals.mean)
+    yield from extras.number_problems(e, rules, parts)
 
 
-def _outcome_problems(e: Evaluation, rules: Protocol) -> Iterator[Problem]:
-    for c in rules.components:
+def _outcome_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) -> Iterator[Problem]:
+    for c in parts:
         values = e.arrays[f"{c.name}/value"]
         where = f"{QUERIES} {c.name}/value"
         missing = np.isnan(values)
@@ -350,7 +353,7 @@ def _benign_problems(e: Evaluation) -> Iterator[Problem]:
             yield Problem(0, f"{RUN} benign.{name}", f"{value} is not a percentage")
         per_query = e.arrays.get(f"benign/{name}")
         if per_query is not None:
-            if per_query.shape != e.arrays["query"].shape:
+            if per_query.shape != e.arrays["query"].shape or per_query.dtype.kind != "f":
                 yield Problem(0, f"{QUERIES} benign/{name}", "is not one number for each query")
                 continue
             kept = per_query.astype(np.float64)
@@ -358,7 +361,7 @@ def _benign_problems(e: Evaluation) -> Iterator[Problem]:
             yield from _same(f"{RUN} benign.{name}", value, float(kept.mean()) if len(kept) else None)
         elif name not in ("nmi", "ami"):
             yield Problem(0, f"{QUERIES} benign/{name}", "is missing, though the run states its mean")
-    for required in ("recall_at_1", "recall_at_2", "map", "map_at_r", "nmi"):
+    for required in ("recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "map", "map_at_r", "nmi"):
         if required not in e.benign:
             yield Problem(0, f"{RUN} benign.{required}", "is missing")
     for a, b in (("recall_at_1", "recall_at_2"), ("recall_at_2", "recall_at_4"), ("recall_at_4", "recall_at_8")):

@@ -8,15 +8,16 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from dmlbench.leaderboard.row import headline
 from dmlbench.subject import Progress, resolve_device
 from dmlbench.submission.bundle import Problem, Refused
+from dmlbench.submission.replay import replay
 from dmlbench.submission.rerun import (
     LEAST,
     SHARE,
     Rerun,
     Verification,
     load_submitted,
-    replay,
     rerun_all,
     rerun_share,
 )
@@ -97,7 +98,7 @@ def validate(
             again = rerun_share(
                 checked, embedder, share=share, least=least, seed=seed, device=device, progress=progress
             )
-            notes.append(f"level 3 attacked {again.queries} queries again, chosen by --seed {again.seed}")
+            notes.append(f"level 3 {again.what}, chosen by --seed {again.seed}")
             if again.problems:
                 raise Refused(again.problems)
             done(3)
@@ -132,11 +133,17 @@ def validate(
 
 
 def _verification(checked: Checked, full: Rerun, device: str) -> Verification:
+    name, stated = headline(checked.evaluation) or (None, None)
+    measured = full.headline[1] if full.headline else None
+    plain = name in (None, "ers")
     return Verification(
         bundle_sha256=checked.bundle.sha256,
         agreed=not full.problems,
         ers_stated=checked.evaluation.ers,
-        ers_measured=full.ers,
+        ers_measured=measured if plain else None,
+        headline=None if plain else name,
+        stated=None if plain else stated,
+        measured=None if plain else measured,
         problems=tuple(f"{p.field}: {p.reason}" for p in full.problems),
         dmlbench=__version__,
         torch=torch.__version__,

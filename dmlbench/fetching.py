@@ -1,10 +1,11 @@
 """Where a registered model's weights lie on this machine; fetched where they are not in the package.
 
 A fetched file gets its name only once its size and sha256 are those of the registry. It is kept under
-the cache folder's ``checkpoints``.
+the cache folder's ``checkpoints``. Processes that fetch the same file at once (torchrun) each write their own.
 """
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,18 +48,19 @@ def fetch(name: str, file: File) -> Path:
         try:
             return verified(kept, file)
         except DataError:
-            kept.unlink()
+            kept.unlink(missing_ok=True)
     troubles: list[str] = []
     for address in addresses(file):
         try:
             if not address.startswith(("https://", "http://")):
                 return verified(Path(address), file)
-            return download(Download(kept.name, [address], file.bytes, file.sha256), folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as own:
+                return download(Download(kept.name, [address], file.bytes, file.sha256), Path(own)).replace(kept)
         except DataError as error:
             troubles.append(str(error).removeprefix(f"{kept.name} cannot be downloaded: "))
-        finally:  # what one mirror began, another does not go on with
-            for part in folder.glob(f".{kept.name}*"):
-                part.unlink()
+        except OSError as error:
+            raise DataError(f"{folder} cannot be written: {error.strerror} (DMLBENCH_CACHE names another)") from None
     raise DataError(
         f"the weights of {name!r} cannot be had: {'; '.join(troubles)} ({BASE} names an address or a folder that has them)"
     )

@@ -28,6 +28,7 @@ else:
     import tomli as tomllib
 
 RECIPES = PACKAGE / "recipes"
+ID = r"^[a-z0-9][a-z0-9._-]*$"
 
 
 class Recipe(BaseModel):
@@ -39,7 +40,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    id: str = Field(pattern=ID)
     title: str = ""
     dataset: str
     arch: str

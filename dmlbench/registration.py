@@ -1,6 +1,7 @@
 """From a finished training run to an entry of a registry file and its weights file."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from pydantic import ValidationError
 
 from dmlbench.checkpoints import Checkpoint, CheckpointFile, first_problem, verified
 from dmlbench.errors import DataError, UsageError
+from dmlbench.recipe import ID
 from dmlbench.results import json_bytes, write_whole
 
 
@@ -16,6 +18,8 @@ def read_entry(run: Path) -> tuple[str, Checkpoint]:
     path = run / "checkpoint.json"
     try:
         ((name, raw),) = json.loads(path.read_text(encoding="utf-8")).items()
+        if not re.fullmatch(ID, name):
+            raise DataError(f"{path}: {name!r} is not an id (small letters, digits, '.', '_' and '-')")
         return name, Checkpoint.model_validate(raw)
     except ValidationError as error:
         raise DataError(f"{path}: {first_problem(error)}") from None
@@ -38,11 +42,12 @@ def register(run: Path, registry: Path, weights: Path, *, url: str | None = None
     try:
         known: dict[str, Any] = json.loads(registry.read_text(encoding="utf-8"))
         CheckpointFile.model_validate(known)
+        held = known.setdefault("checkpoints", {})
     except ValidationError as error:
         raise DataError(f"{registry}: {first_problem(error)}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{registry} cannot be read: {error}") from None
-    if name in known["checkpoints"] and not replace:
+    if name in held and not replace:
         raise UsageError(f"{registry} already has {name!r}; --replace overwrites it")
     (file,) = entry.files
     source = verified(run / "last.safetensors", file)
@@ -56,7 +61,7 @@ def register(run: Path, registry: Path, weights: Path, *, url: str | None = None
     except OSError as error:
         raise DataError(f"{weights} cannot be written: {error.strerror or error}") from None
     write_whole(weights / stored, content)
-    known["checkpoints"][name] = entry.model_dump(mode="json", exclude_defaults=True)
-    known["checkpoints"] = dict(sorted(known["checkpoints"].items()))
+    held[name] = entry.model_dump(mode="json", exclude_defaults=True)
+    known["checkpoints"] = dict(sorted(held.items()))
     write_whole(registry, json_bytes(known))
     return name

@@ -3,8 +3,9 @@
 import hashlib
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from http.server import HTTPServer, SimpleHTTPRequestHandler
+from http.server import HTTPServer, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,39 @@ def test_download_is_checked_and_kept(served, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"{address}/m.safetensors cannot be reached"):
         fetch("m", file)
     assert list(path.parent.iterdir()) == []
+
+
+def test_two_that_fetch_the_same_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the processes of torchrun do with an empty cache: neither spoils what the other writes."""
+    monkeypatch.setenv("DMLBENCH_CACHE", str(tmp_path / "cache"))
+    facts = weights(tmp_path)
+    both = threading.Barrier(2)
+
+    class Together(Quiet):
+        def do_GET(self) -> None:
+            both.wait(10)
+            super().do_GET()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Together, directory=str(tmp_path))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        file = File(url=f"http://127.0.0.1:{server.server_port}/m.safetensors", **facts)
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                paths = list(pool.map(lambda _: fetch("m", file), range(2)))
+        finally:
+            server.shutdown()
+            thread.join()
+    assert paths[0] == paths[1] and paths[0].read_bytes() == (tmp_path / "m.safetensors").read_bytes()
+    assert list(paths[0].parent.iterdir()) == [paths[0]]
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address, folder = served
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DMLBENCH_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match="DMLBENCH_CACHE names another"):
+        fetch("m", File(url=f"{address}/m.safetensors", **weights(folder)))
 
 
 def test_mirrors_in_order_and_every_trouble_told(served) -> None:

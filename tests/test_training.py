@@ -298,6 +298,13 @@ def test_register_adds_and_replaces(capsys, tmp_path: Path) -> None:
     (tmp_path / "r" / "last.safetensors").write_bytes(b"short")
     with pytest.raises(DataError, match="truncated"):
         register(tmp_path / "r", registry, tmp_path / "w", replace=True)
+    registry.write_text('{"schema_version": 1}')
+    (entry,) = json.loads((tmp_path / "r" / "checkpoint.json").read_text()).values()
+    (tmp_path / "r" / "checkpoint.json").write_text(json.dumps({"../evil": entry}))
+    with pytest.raises(DataError, match="evil' is not an id"):
+        register(tmp_path / "r", registry, tmp_path / "w")
+    train(recipe(), tmp_path / "s")
+    assert register(tmp_path / "s", registry, tmp_path / "w") == HM
     with pytest.raises(DataError, match="not a finished training run"):
         register(tmp_path / "nowhere", registry, tmp_path / "w")
 

@@ -68,16 +68,14 @@ def approach(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     return scene.distance.paired(e, scene.targets[:, 0])
 
 
-def _extreme_gap(e: Tensor, scene: Scene, shut: Tensor, answerable: Tensor) -> Tensor:
-    """relu(farthest entry of another class - nearest entry where ``shut`` is 0); 0 unless ``answerable``.
+def _extreme_gap(e: Tensor, scene: Scene, near: Bool[Tensor, "B P"]) -> Tensor:
+    """relu(farthest entry of another class - nearest of the image's class where ``near``); 0 where either is missing.
 
     The two entries are found without a graph; the gradient is that of their two distances.
     """
-    far, near = extreme_entries(e, scene, scene.kin_shut, shut)
-    gap = scene.distance.paired(e, scene.gallery.embeddings[far]) - scene.distance.paired(
-        e, scene.gallery.embeddings[near]
-    )
-    return F.relu(gap) * answerable
+    farthest, nearest = (scene.gallery.embeddings[rows] for rows in extreme_entries(e, scene, near))
+    gap = scene.distance.paired(e, farthest) - scene.distance.paired(e, nearest)
+    return F.relu(gap) * (near.any(1) & scene.has_negative)
 
 
 def spread(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
@@ -85,7 +83,7 @@ def spread(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
 
     relu(max over other-class X of d - min over same-class X of d).
     """
-    return _extreme_gap(e, scene, scene.all_but_same_shut, scene.has_positive & scene.has_negative)
+    return _extreme_gap(e, scene, scene.positive_rows)
 
 
 def spread_published(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
@@ -93,7 +91,7 @@ def spread_published(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B
 
     It is usually the nearest one, so the attack only moves away from itself and is easier to survive.
     """
-    return _extreme_gap(e, scene, scene.other_shut, scene.has_kin & scene.has_negative)
+    return _extreme_gap(e, scene, scene.kin_rows[1])
 
 
 def nearest_entry(d: Float[Tensor, "B N"], among: Bool[Tensor, "B N"]) -> tuple[Tensor, Tensor]:

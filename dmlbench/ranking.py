@@ -8,7 +8,7 @@ sorted. Ties count against the model. The query's own entry is nowhere in its li
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dmlbench.scene import Scene
@@ -18,24 +18,13 @@ MANY = 64
 """Positives a query from which sorting its list is cheaper than comparing it with each of them."""
 
 
-def positives(scene: Scene) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
-    """Gallery rows of each query's positives, padded to the most that any has, and which are not padding."""
-    gallery = scene.gallery
-    order, classes, counts, starts = gallery.by_class
-    at = torch.searchsorted(classes, scene.labels).clamp_max(len(classes) - 1)  # (B,)
-    size = torch.where(classes[at] == scene.labels, counts[at], 0)
-    place = torch.arange(int(size.max()) if len(size) else 0, device=order.device)  # (P,)
-    rows = order[(starts[at][:, None] + place).clamp_max(len(order) - 1)]
-    return rows, (place < size[:, None]) & (rows != scene.row[:, None])
-
-
 def negatives_ahead(d: Float[Tensor, "B N"], scene: Scene) -> tuple[Float[Tensor, "B P"], Bool[Tensor, "B P"]]:
     """For each positive, nearest first, the number of negatives that are not farther; and which are positives.
 
     Args:
         d: distances to the whole gallery.
     """
-    rows, real = positives(scene)
+    rows, real = scene.kin_rows[0], scene.positive_rows
     near = d.gather(1, rows).masked_fill(~real, torch.inf).sort(1).values  # (B, P)
     real = torch.arange(near.shape[1], device=d.device) < real.sum(1, keepdim=True)
     ahead = _not_farther(d, near) if near.shape[1] <= MANY else _not_farther_sorted(d, near)
@@ -67,8 +56,6 @@ def _not_farther_sorted(d: Tensor, near: Tensor) -> Tensor:
 
 def recalled(ahead: Float[Tensor, "B P"], real: Bool[Tensor, "B P"], k: int) -> Float[Tensor, " B"]:
     """R@k: 100 where fewer than k negatives are before the first positive, else 0; NaN without positives."""
-    if ahead.shape[1] == 0:
-        return ahead.new_full((len(ahead),), torch.nan)
     return torch.where(real[:, 0], (ahead[:, 0] < k).float() * 100.0, torch.nan)
 
 

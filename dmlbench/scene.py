@@ -124,27 +124,30 @@ class Scene:
     @cached_property
     def has_negative(self) -> Bool[Tensor, " B"]:
         """False where every entry is of the image's class."""
-        return self.other.any(1)
+        return self.kin_rows[1].sum(1) < len(self.gallery)
 
     @cached_property
-    def has_kin(self) -> Bool[Tensor, " B"]:
-        """False where no entry at all is of the image's class, not even its own."""
-        return self.kin.any(1)
+    def kin_rows(self) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
+        """Gallery rows of the entries of each image's class, its own among them, and which are not padding.
+
+        Padded to the most that any image has by repeating the last one (by any row where there is none).
+        """
+        order, classes, counts, starts = self.gallery.by_class
+        at = torch.searchsorted(classes, self.labels).clamp_max(len(classes) - 1)  # (B,)
+        size = torch.where(classes[at] == self.labels, counts[at], 0)[:, None]  # (B, 1)
+        place = torch.arange(max(1, int(size.max())) if len(size) else 1, device=order.device)  # (P,)
+        return order[starts[at][:, None] + torch.minimum(place, (size - 1).clamp_min(0))], place < size
 
     @cached_property
-    def kin_shut(self) -> Float[Tensor, "B N"]:
-        """inf at entries of the image's class, 0 elsewhere: added, it is many times cheaper than a mask."""
-        return _shut(self.kin)
+    def positive_rows(self) -> Bool[Tensor, "B P"]:
+        """Which of ``kin_rows`` are positives: neither padding nor the image's own entry."""
+        rows, real = self.kin_rows
+        return real & (rows != self.row[:, None])
 
     @cached_property
-    def other_shut(self) -> Float[Tensor, "B N"]:
-        """inf at entries of another class, 0 elsewhere."""
-        return _shut(self.other)
-
-    @cached_property
-    def all_but_same_shut(self) -> Float[Tensor, "B N"]:
-        """0 at the positives, inf elsewhere."""
-        return _shut(~self.same)
+    def table(self) -> Float[Tensor, "B N"]:
+        """Memory for a number for each image and entry, whatever it holds: to make a new one costs as much as filling it."""
+        return self.gallery.embeddings.new_empty(len(self), len(self.gallery))
 
     @cached_property
     def targets(self) -> Float[Tensor, "B K D"]:
@@ -157,8 +160,3 @@ class Scene:
         b, k, d = self.targets.shape
         flat = self.distance.pairwise(self.targets.reshape(b * k, d), self.gallery.embeddings, self.gallery.square)
         return flat.view(b, k, -1).scatter(2, self.chosen[:, :, None], 0.0)
-
-
-def _shut(mask: Bool[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-    """inf where ``mask`` is true, else 0."""
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(mask, torch.inf)

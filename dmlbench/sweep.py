@@ -10,14 +10,14 @@ zero the gradient is zero.
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dmlbench.scene import Scene
 
-CPU_BLOCK = 1 << 19
-"""(image, entry) pairs in a block on a CPU: 2 MiB of distances, about a core's cache."""
+CPU_BLOCK = 1 << 18
+"""(image, entry) pairs in a block on a CPU: 1 MiB of distances, about a core's cache."""
 CUDA_BLOCK = 1 << 26
 """The same on a GPU: 256 MiB."""
 _WIDTH = 64
@@ -32,6 +32,17 @@ def blocks(pairs: int, entries: int, device: torch.device) -> Iterator[slice]:
     size = -(-entries // (count * _WIDTH)) * _WIDTH
     for a in range(0, entries, size):
         yield slice(a, min(a + size, entries))
+
+
+def _touched(slope: Float[Tensor, "B n"], entries: Float[Tensor, "n D"]) -> tuple[Tensor, Tensor]:
+    """Both without the entries whose slope (0 or more) is 0 for every image, where leaving them out saves a product.
+
+    Not on a GPU, which would have to wait to know their number.
+    """
+    if slope.device.type != "cpu":
+        return slope, entries
+    some = slope.amax(0).nonzero()[:, 0]
+    return (slope[:, some], entries[some]) if 4 * len(some) < 3 * len(entries) else (slope, entries)
 
 
 class _QueryHinge(torch.autograd.Function):
@@ -64,7 +75,7 @@ class _QueryHinge(torch.autograd.Function):
             if euclidean:
                 slope = slope.div_(d)
                 weight += slope.sum(1, keepdim=True)
-            pull.addmm_(slope, entries)
+            pull.addmm_(*_touched(slope, entries))
         if wanted:
             if euclidean:  # each distance pulls along (e - X) / d
                 to_targets = torch.where(c > floor.sqrt(), count / c.clamp_min(1e-30), 0.0)  # (B, K)
@@ -114,12 +125,11 @@ def candidate_hinge(e: Float[Tensor, "B D"], scene: Scene, sign: float) -> Float
     return _LevelHinge.apply(d, scene.target_distances, sign).mean(1)  # type: ignore[no-any-return]
 
 
-def _highest(t: Float[Tensor, "B n"]) -> tuple[Float[Tensor, " B"], Int[Tensor, " B"]]:
-    """Largest value of each row and where it is: by groups, since finding places costs far more than values."""
+def _highest(t: Float[Tensor, "B n"]) -> Int[Tensor, " B"]:
+    """Where the largest value of each row is: by groups, since finding places costs far more than values."""
     even = t.shape[1] // _WIDTH * _WIDTH
     if even < 4 * _WIDTH:
-        top, at = t.max(1)
-        return top, at
+        return t.argmax(1)
     table = t[:, :even].unflatten(1, (-1, _WIDTH))  # (B, lines, width)
     top, column = table.amax(1).max(1)  # (B,)
     line = table.gather(2, column[:, None, None].expand(-1, table.shape[1], 1))[:, :, 0].argmax(1)
@@ -127,36 +137,28 @@ def _highest(t: Float[Tensor, "B n"]) -> tuple[Float[Tensor, " B"], Int[Tensor, 
     if even < t.shape[1]:
         rest, place = t[:, even:].max(1)
         at = torch.where(rest > top, place + even, at)
-        top = torch.maximum(rest, top)
-    return top, at
+    return at
 
 
 def extreme_entries(
-    e: Float[Tensor, "B D"], scene: Scene, far_shut: Float[Tensor, "B N"], near_shut: Float[Tensor, "B N"]
+    e: Float[Tensor, "B D"], scene: Scene, near: Bool[Tensor, "B P"]
 ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
-    """The farthest entry where ``far_shut`` is 0 and the nearest where ``near_shut`` is 0 (inf elsewhere).
+    """The farthest entry of another class, and the nearest of those of ``scene.kin_rows`` where ``near`` is true.
 
-    Without a graph. A row that is shut everywhere gets any entry. Each row's own squared length, the
-    same for all entries, is left out of the distances.
+    Without a graph. Where there is none, any entry is given. Each row's own squared length, the same for
+    all entries, is left out of the distances. Entries of the image's class are few: they are looked at by
+    their rows and then put out of the way, so that one pass finds the farthest of the rest.
     """
-    gallery, euclidean = scene.gallery, scene.distance.metric == "euclidean"
-    found: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]] = ([], [])
+    gallery = scene.gallery
+    kin, _ = scene.kin_rows
     with torch.no_grad():
+        d = scene.table
         for s in blocks(len(e), len(gallery), e.device):
-            entries = gallery.embeddings[s]
-            if euclidean:
-                d = torch.addmm(gallery.square[s], e, entries.t(), alpha=-2.0)  # (B, n)
+            entries = gallery.embeddings[s].t()
+            if scene.distance.metric == "euclidean":
+                torch.addmm(gallery.square[s], e, entries, alpha=-2.0, out=d[:, s])  # (B, n)
             else:
-                d = torch.mm(e, entries.t()).neg_()
-            for kept, t in zip(found, (d - far_shut[:, s], d.neg_().sub_(near_shut[:, s])), strict=True):
-                top, at = _highest(t)
-                kept.append((top, at + s.start))
-    far, near = (_best(kept) for kept in found)
-    return far, near
-
-
-def _best(kept: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """(B,) the place of the highest of the blocks' tops."""
-    tops = torch.stack([top for top, _ in kept], 1)  # (B, blocks)
-    places = torch.stack([at for _, at in kept], 1)
-    return places.gather(1, tops.argmax(1, keepdim=True))[:, 0]
+                torch.mm(e, entries, out=d[:, s]).neg_()
+        at = d.gather(1, kin).masked_fill_(~near, torch.inf).argmin(1, keepdim=True)  # (B, 1)
+        far = _highest(d.scatter_(1, kin, -torch.inf))
+    return far, kin.gather(1, at)[:, 0]

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
 from dmlbench import kmeans, metrics, ranking, sweep
@@ -123,6 +125,44 @@ def test_a_lone_image_and_a_single_class_give_spread_nothing_to_do():
     assert 0 < int(alone.has_positive.sum()) < len(e)
     one = scene_of(classes=1)
     assert (OBJECTIVES["spread"](moved(one), one) == 0).all()
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=12),
+    st.lists(st.integers(-1, 6), min_size=1, max_size=5),
+    st.data(),
+)
+def test_rows_of_a_class_are_those_a_loop_finds(classes, asked, data):
+    """Padding repeats a row; classes the gallery lacks have none; the image's own entry is no positive."""
+    row = [data.draw(st.sampled_from([-1, *(i for i, c in enumerate(classes) if c == y)])) for y in asked]
+    gallery = Gallery(torch.zeros(len(classes), 2), torch.tensor(classes))
+    scene = replace(scene_of(), gallery=gallery, labels=torch.tensor(asked), row=torch.tensor(row))
+    rows, real = scene.kin_rows
+    for i, y in enumerate(asked):
+        kin = [j for j, c in enumerate(classes) if c == y]
+        assert rows[i][real[i]].tolist() == kin
+        assert rows[i][scene.positive_rows[i]].tolist() == [j for j in kin if j != row[i]]
+        assert not kin or set(rows[i].tolist()) == set(kin)
+        assert bool(scene.has_negative[i]) == (len(kin) < len(classes))
+
+
+@pytest.mark.parametrize("space", ["N", "C", "E"])
+def test_entries_that_no_image_wants_are_left_out_of_the_product(space, monkeypatch):
+    """QA+ close to its end: few entries are nearer than the candidate; both ways give the plain gradient."""
+    monkeypatch.setattr(sweep, "CPU_BLOCK", 7 * 64)
+    scene = scene_of(space, entries=200)
+    e = moved(scene)
+    nearest = scene.distances(e.detach()).topk(3, largest=False).indices[:, 2:]
+    scene = scene.aimed(nearest)
+    slow = plain("raise_in_query", space, e, scene)
+    (g_slow,) = torch.autograd.grad(slow.sum(), e)
+    widths = []
+    pruned = sweep._touched
+    monkeypatch.setattr(sweep, "_touched", lambda a, b: widths.append((out := pruned(a, b))[0].shape[1]) or out)
+    fast = OBJECTIVES["raise_in_query"](e, scene)
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(torch.autograd.grad(fast.sum(), e)[0], g_slow)
+    assert 0 < sum(widths) <= 3 * len(e)  # a candidate counts before itself where its distance is rounded
 
 
 @pytest.mark.parametrize("pairs, entries", [(1, 1), (7, 70), (256, 60502), (3, 1 << 20)])

@@ -45,6 +45,18 @@ def test_decoded_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPat
     assert isinstance(again._pixels, np.memmap)
 
 
+@pytest.mark.parametrize("taken", ["images", "digests"])
+def test_a_cache_that_cannot_be_written_is_one_line(taken: str, tmp_path: Path, cache: Path) -> None:
+    found = images(class_tree(tmp_path / "mine"))
+    found.decode()
+    again = images(tmp_path / "mine")
+    for file in (cache / taken).iterdir():  # a folder where a file should be: nobody can write it, root neither
+        file.unlink()
+        file.mkdir()
+    with pytest.raises(DataError, match="DMLBENCH_CACHE names another"):
+        again.decode()
+
+
 def test_keyed_by_content_and_preprocessing(tmp_path: Path, cache: Path) -> None:
     tree = class_tree(tmp_path / "mine")
     before = images(tree)

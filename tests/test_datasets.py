@@ -1,8 +1,10 @@
 """Every data set in its real layout, whole and broken."""
 
 import gzip
+import io
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +170,23 @@ def test_omniglot_full_reads_both_archives(real: Path, root: Path) -> None:
         unchecked("omniglot", "train")
 
 
+@pytest.mark.parametrize("spoilt", [40, 90])
+def test_an_omniglot_archive_that_is_broken_inside(spoilt: int, root: Path) -> None:
+    """One byte of a compressed drawing is another: zlib says so in an error of its own kind."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 2, (105, 105), np.uint8) * 255).save(buffer, "PNG")
+    folder = root / "omniglot"
+    folder.mkdir()
+    file = folder / "images_background_small2.zip"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as bundle:
+        bundle.writestr("a/Sanskrit/character01/1.png", buffer.getvalue() * 3)
+    content = bytearray(file.read_bytes())
+    content[spoilt + 28] ^= 0xFF
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"small2.zip cannot be read"):
+        unchecked("omniglot-small", "test")
+
+
 def test_omniglot_small_is_whole(data: Path) -> None:
     assert counts_of(load_dataset("omniglot-small", "train")) == Counts(2720, 136)
     assert counts_of(load_dataset("omniglot-small", "test")) == Counts(2120, 106)
@@ -252,6 +271,15 @@ def test_names_that_are_not_utf8(tmp_path: Path, root: Path) -> None:
 def csv(path: Path, *lines: str) -> Path:
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def test_a_csv_whose_labels_are_not_utf_8(tmp_path: Path, root: Path) -> None:
+    """Class names can be written into a report."""
+    Image.new("L", (20, 20)).save(tmp_path / "a.png")
+    lines = "label,path,split,is_query,is_gallery\nM\xfcll,a.png,validation,1,1\nB,a.png,validation,1,1\n"
+    (tmp_path / "df.csv").write_bytes(lines.encode("latin-1"))
+    names = load_dataset(f"csv:{tmp_path / 'df.csv'}", preprocess=SMALL).class_names
+    assert [name.encode() for name in names] == [b"B", b"M\\xfcll"]
 
 
 def test_a_csv_with_boxes(tmp_path: Path, root: Path) -> None:

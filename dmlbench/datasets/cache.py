@@ -103,9 +103,13 @@ class CachedImages:
         digests = self.source.digests()
         _folder(remembered.parent)
         part = remembered.with_name(f".{remembered.name}.{os.getpid()}.part")
-        with part.open("wb") as stream:
-            np.save(stream, digests)
-        part.replace(remembered)
+        try:
+            with part.open("wb") as stream:
+                np.save(stream, digests)
+            part.replace(remembered)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise _unwritable(remembered.parent, error) from None
         return digests
 
     @cached_property
@@ -130,6 +134,8 @@ class CachedImages:
             pixels.flush()
             del pixels
             part.replace(path)
+        except OSError as error:
+            raise _unwritable(path.parent, error) from None
         except Undecodable as error:
             raise DataError(
                 f"an image cannot be decoded: {error} ('dmlbench datasets verify' lists all such images)"
@@ -166,9 +172,11 @@ def _folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(
-            f"the cache folder {folder} cannot be made: {error.strerror} (DMLBENCH_CACHE names another)"
-        ) from None
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> DataError:
+    return DataError(f"the cache folder {folder} cannot be written: {error.strerror} (DMLBENCH_CACHE names another)")
 
 
 @contextlib.contextmanager
@@ -178,7 +186,11 @@ def _alone(path: Path) -> Iterator[None]:
     Where the system has no such locks two processes may both decode; each still writes its own file.
     """
     _folder(path.parent)
-    with path.with_suffix(".lock").open("wb") as lock:
+    try:
+        lock = path.with_suffix(".lock").open("wb")
+    except OSError as error:
+        raise _unwritable(path.parent, error) from None
+    with lock:
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 

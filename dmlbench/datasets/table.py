@@ -51,7 +51,7 @@ def table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
     for column in ("label", "path"):
         if len(empty := rows.index[rows[column] == ""]):
             raise DataError(f"{shown(file)}, line {empty[0] + 2}: {column} is empty")
-    labels, names = numbered(list(rows["label"]))
+    labels, names = numbered([shown(label) for label in rows["label"]])
     root = file.resolve().parent
     paths = [os.path.normpath(p) for p in rows["path"]]
     query = np.empty(0, dtype=np.int64)

@@ -12,7 +12,7 @@ from browser import chromium
 from dmlbench.errors import DataError
 from dmlbench.leaderboard import Row, from_csv, rank, to_csv
 from dmlbench.leaderboard.row import NUMBERS
-from dmlbench.site import ORDER, write_site
+from dmlbench.site import ORDER, _plot, write_site
 
 BOARD = Path(__file__).resolve().parent.parent / "leaderboard"
 CUB, DIGITS = "ers-224-published/cub.html", "ers-digits/digits.html"
@@ -255,7 +255,8 @@ def test_worst_case_recall_joins_from_the_strict_board(tmp_path):
         "ers-digits": [
             row(protocol="ers-digits", ers=40.0, ers_lo=35.0, ers_hi=45.0, recall_at_1=90.0, flags="collapsed")
         ],
-        "strict": [row(protocol="strict", worst_case_recall_at_1=12.0, worst_case_area=40.0)],
+        "strict": [row(protocol="strict", worst_case_recall_at_1=15.0, worst_case_area=40.0)],
+        "strict-fast": [row(protocol="strict-fast", worst_case_recall_at_1=12.0, worst_case_area=41.0)],
     }.items():
         (folder / protocol).mkdir(parents=True)
         (folder / protocol / "digits.csv").write_bytes(to_csv(rank(rows)))
@@ -265,9 +266,17 @@ def test_worst_case_recall_joins_from_the_strict_board(tmp_path):
     assert 'href="#flag-collapsed"' in text and 'id="flag-collapsed"' in text and "nearly constant" in text
 
 
+def test_an_interval_that_ends_at_zero_stays_on_the_axis():
+    row = Row(
+        protocol="p", dataset="d", model="m", status="reproduced", recall_at_1=90.0, ers=25.0, ers_lo=0.0, ers_hi=28.0
+    )
+    (point,) = (plot := _plot([row], "recall_at_1", "ers", "x", "y", "", ""))["points"]
+    assert point["low"] == max(tick["at"] for tick in plot["ticks_y"])
+
+
 def test_the_site_from_the_command_line(typed, board, tmp_path):
     done = typed("leaderboard", "build", "--check", "--board", board, "--site", tmp_path / "s")
-    assert "7 pages" in done.out or re.search(r"\d+ pages", done.out)
+    assert re.search(rf"{len(list((tmp_path / 's').rglob('*.html')))} pages", done.out)
     assert (tmp_path / "s" / "index.html").is_file()
     (tmp_path / "file").write_text("x")
     assert (

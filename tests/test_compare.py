@@ -343,6 +343,7 @@ def test_an_extra_part_is_compared_by_its_score():
     part = metric(c, "CA-@square")
     assert (part.base, part.candidate) == pytest.approx((49.0, 19.0), abs=0.01)
     assert part.verdict == "worse" and part.regression
+    assert not c.notes  # the extra column has no interval of its own, which says nothing of the classes
     unknown = with_extra(50.0)
     named = [m.model_copy(update={"attack": "CA-gone"}) if "@" in m.component else m for m in unknown.measurements]
     with pytest.raises(NotComparable, match="'CA-gone'"):

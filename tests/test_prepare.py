@@ -307,3 +307,10 @@ def test_verify_and_prepare_as_typed(run, tmp_path: Path) -> None:  # type: igno
     (tmp_path / "out" / "test" / "class0" / "000.png").write_bytes(b"")
     bad = run("datasets", "verify", f"folder:{tmp_path}/out", env=env, code=4)
     assert "class0/000.png: not an image" in bad.out and bad.err.endswith("is not whole\n")
+
+
+@pytest.mark.parametrize(("top", "kept"), [("train", "train"), ("pictures", "class0")])
+def test_a_single_top_folder_is_a_wrapping_unless_it_names_a_split(top: str, kept: str, tmp_path: Path) -> None:
+    archive = zipped(tmp_path / "a.zip", {f"{top}/class0/1.png": b"x", f"{top}/class1/1.png": b"x"})
+    prepare(f"folder:{tmp_path / 'out'}", archive)
+    assert (tmp_path / "out" / kept).is_dir()

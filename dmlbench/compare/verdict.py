@@ -253,7 +253,7 @@ def _notes(base: Evaluation, candidate: Evaluation) -> tuple[str, ...]:
     for name, e in (("base", base), ("candidate", candidate)):
         if e.partial:
             notes.append(f"the {name} is a partial run: {', '.join(e.partial)}")
-    if any(m.interval is None for m in base.measurements):
+    if len(np.unique(base.arrays["label"])) < 2:
         notes.append("with one test class there are no intervals")
     return tuple(notes)
 
@@ -276,7 +276,7 @@ def compare_rows(
     difference is that of two independent results, which is wider than a paired one.
 
     Raises:
-        NotComparable: protocol, data set or number of queries differ, or a row is a claim.
+        NotComparable: protocol, data set or gallery differ, or a row is a claim.
     """
     gate = gate or Gate()
     keys = ("protocol", "protocol_sha256", "dataset", "split", "dataset_sha256", "n_gallery")

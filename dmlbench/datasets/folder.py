@@ -18,7 +18,8 @@ from dmlbench.preprocess import Preprocess
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jpe", ".jp2")
 _TEST_FOLDERS = ("test", "val", "validation", "valid")
-_PARTS = ("train", *_TEST_FOLDERS, "query", "gallery")
+PARTS = ("train", *_TEST_FOLDERS, "query", "gallery")
+"""Folders that are a part of a data set, not a class."""
 
 
 def class_folder(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
@@ -31,7 +32,7 @@ def class_folder(path: str, split: str, preprocess: Preprocess) -> RetrievalData
     root = Path(path).expanduser()
     if not root.is_dir():
         raise UsageError(f"folder:{path} is not a folder")
-    parts = [name for name in _PARTS if (root / name).is_dir()]
+    parts = [name for name in PARTS if (root / name).is_dir()]
     if split == "train":
         wanted = ["train"]
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dmlbench.datasets import DATASETS, load_dataset
 from dmlbench.datasets.base import data_roots
+from dmlbench.datasets.folder import PARTS
 from dmlbench.datasets.pictures import shown
 from dmlbench.datasets.unpack import unpack
 from dmlbench.downloads import Download, Heard, fetch
@@ -94,7 +95,8 @@ def _own_folder(kind: str, target: Path, source: Path | None, heard: Heard) -> s
         raise UsageError(f"{shown(target)} exists already: name a folder that does not")
     unpack(source, target, lambda files: heard(files, 0))
     only = list(target.iterdir())
-    if len(only) == 1 and only[0].is_dir() and any(d.is_dir() for d in only[0].iterdir()):
+    wrapped = len(only) == 1 and only[0].is_dir() and only[0].name not in PARTS
+    if wrapped and any(d.is_dir() for d in only[0].iterdir()):
         lifted = target.with_name(f".{target.name}.lifted")
         only[0].rename(lifted)
         target.rmdir()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dmlbench.embedding import Embedder
 from dmlbench.errors import UsageError
+from dmlbench.exact import true_float32
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import OBJECTIVES, Objective
 from dmlbench.optimizers import OPTIMIZERS, Optimizer
@@ -179,6 +180,7 @@ def craft(
         return optimizer(AttackLoss(embedder, OBJECTIVES[attack.objective], scene, threat.eot), images, threat, rng)
 
 
+@true_float32()
 def measure(
     embedder: Embedder, attack: Attack, threat: Threat, adversarial: Tensor, images: Tensor, scene: Scene
 ) -> Mapping[str, np.ndarray]:

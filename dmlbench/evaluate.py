@@ -22,6 +22,7 @@ from dmlbench.closeup import closeup
 from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
 from dmlbench.embedding import Embedder, digest_of
 from dmlbench.errors import ShardDone, UsageError
+from dmlbench.exact import true_float32
 from dmlbench.intervals import cluster_bootstrap
 from dmlbench.metrics import RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.models import load_model
@@ -52,6 +53,7 @@ def benign_arrays(subject: Subject, seeds: Sequence[int]) -> dict[str, np.ndarra
     return out
 
 
+@true_float32()
 def evaluate(
     model: Embedder | torch.nn.Module | str,
     dataset: RetrievalDataset | str | None = None,

@@ -16,6 +16,7 @@ from torch import Tensor
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder, digest_of
 from dmlbench.errors import DataError, UsageError
+from dmlbench.exact import true_float32
 from dmlbench.rng import Rng, seed_of
 from dmlbench.scene import Gallery, Scene
 from dmlbench.units import Work, remembered
@@ -106,6 +107,7 @@ def query_order(count: int) -> np.ndarray:
     return np.random.default_rng(20220601).permutation(count)
 
 
+@true_float32()
 def embed(embedder: Embedder, dataset: RetrievalDataset, rows: np.ndarray, progress: Progress | None = None) -> Tensor:
     """(len(rows), D) clean embeddings, in blocks of :data:`EMBED_BLOCK`.
 

@@ -24,6 +24,7 @@ from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, DmlbenchError
 from dmlbench.evaluate import evaluate
+from dmlbench.exact import true_float32
 from dmlbench.intervals import cluster_bootstrap
 from dmlbench.leaderboard.row import headline
 from dmlbench.models import build, check_probe, fill, parameter_count
@@ -170,6 +171,7 @@ def _rerun(
     return Rerun(said, seed, headline(found), tuple(problems))
 
 
+@true_float32()
 def _one_cluster_attack(
     checked: Checked, subject: Subject, part: Component, seed: int, progress: Progress | None
 ) -> Rerun:

@@ -9,7 +9,6 @@ so what counts is the lowest NMI and the lowest AMI over C1 to C3 (docs/strict.m
 The text of the paper was not at hand; the objectives are our own.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +31,7 @@ from dmlbench.registry import Registry
 from dmlbench.scene import Gallery, Scene
 from dmlbench.subject import Progress, Subject
 from dmlbench.threat import Threat
+from dmlbench.units import Arrays, Work
 
 TEMPERATURE = 0.1
 """Of the cross-entropy of C2: logits are minus the distances over this."""
@@ -39,6 +39,8 @@ STEP = 2.5
 """A step is this many times eps / steps."""
 BLOCK = 256
 """Images embedded at a time."""
+READ = ("value", "clusters", "norm")
+"""What is kept of each image."""
 
 
 def push(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
@@ -127,24 +129,40 @@ def attacked(
     """Every measured image after ``threat.steps`` steps; ``groups`` (N,) own centroid, ``wrong`` (N, 1) another."""
     count, k = len(groups), int(groups.max()) + 1
     scene, rng = subject.scene, subject.rng("clustering")
-    clean = subject.images(0, count)
-    x = clean.clone()
+    blocks = [slice(a, min(a + BLOCK, count)) for a in range(0, count, BLOCK)]
+    x = torch.empty((count, *subject.dataset.images.shape), device=subject.device)
+    for part in blocks:
+        x[part] = subject.images(part.start, part.stop)
     middle = centroids(scene.clean, groups, k)
     for _ in range(threat.steps):
         if attack.moving:
             middle = centroids(_embedded(subject, x, threat.eot), groups, k)
         gallery = Gallery(middle, torch.arange(k, device=middle.device))
         around = Scene(scene.distance, gallery, scene.clean, groups, groups, wrong)
-        for a in range(0, count, BLOCK):
-            part = slice(a, a + BLOCK)
+        for part in blocks:
             loss = AttackLoss(subject.embedder, attack.objective, around[part], threat.eot)
             _, g = autograd(loss, x[part], rng)
-            x[part] = threat.project(x[part] - threat.stride * threat.ball.ascent(g), clean[part])
+            clean = subject.images(part.start, part.stop)
+            x[part] = threat.project(x[part] - threat.stride * threat.ball.ascent(g), clean)
         progress(count)
-    inside = threat.contains(x, clean)
-    if not bool(inside.all()):
-        raise AssertionError(f"{int((~inside).sum())} adversarial images are outside the threat {threat}")
     return x
+
+
+def sizes(subject: Subject, threat: Threat, x: Float[Tensor, "N C H W"]) -> Float[np.ndarray, " N"]:
+    """How far each image was moved, the ball checked.
+
+    Raises:
+        AssertionError: an image left the ball or [0, 1].
+    """
+    found = []
+    for a in range(0, len(x), BLOCK):
+        part = x[a : a + BLOCK]
+        clean = subject.images(a, a + len(part))
+        inside = threat.contains(part, clean)
+        if not bool(inside.all()):
+            raise AssertionError(f"{int((~inside).sum())} adversarial images are outside the threat {threat}")
+        found.append(threat.ball.size(part - clean))
+    return torch.cat(found).cpu().numpy()
 
 
 def readings(subject: Subject, e: Tensor, labels: np.ndarray, seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -165,28 +183,41 @@ def numbers(
 
 
 def run(
-    subject: Subject, protocol: Protocol, seed: int, batch_size: int, progress: Progress, kept: np.ndarray
-) -> Outcome:
-    """Every clustering attack at every eps of the grid.
+    subject: Subject,
+    protocol: Protocol,
+    seed: int,
+    batch_size: int,
+    progress: Progress,
+    kept: np.ndarray,
+    work: Work | None = None,
+) -> Outcome | None:
+    """Every clustering attack at every eps of the grid; None where ``work`` is a shard, whose part is then done.
+
+    A unit is one attack at one eps on all images, since current centroids need the whole set.
 
     Raises:
         UsageError: fewer than two classes are measured.
     """
-    labels = subject.scene.labels.cpu().numpy()
-    own = groups(subject, protocol)
-    clean = readings(subject, subject.scene.clean, labels, protocol.clustering_seeds)
-    arrays = {f"clustering/clean/{key}": values for key, values in clean.items()}
-    sample: dict[str, np.ndarray] = {}
-    seconds: dict[str, float] = {}
-    side = max(subject.dataset.images.shape[1:])
+    work = work or Work()
+    labels, side = subject.scene.labels.cpu().numpy(), max(subject.dataset.images.shape[1:])
+    own = groups(subject, protocol, work)
     parts = components(protocol, side)
-    for part in parts:
-        started = time.monotonic()
+
+    def unit(i: int) -> Arrays:
+        if i == 0:
+            return readings(subject, subject.scene.clean, labels, protocol.clustering_seeds)
+        part = parts[i - 1]
         progress.start(part.name, len(labels) * protocol.threat_of(part).steps)
         x, found = measured(subject, protocol, part, own, seed, partial(progress.advance, part.name))
-        arrays |= {f"{part.name}/{key}": values for key, values in found.items()}
-        sample[part.name] = x[torch.from_numpy(kept).to(subject.device)].cpu().numpy()
-        seconds[part.name] = time.monotonic() - started
+        return {**found, "images": x[torch.from_numpy(kept).to(x.device)].cpu().numpy()}
+
+    names = ["clustering/clean", *(part.name for part in parts)]
+    done = work.each("clustering", {i: (name, 0, len(labels)) for i, name in enumerate(names)}, unit)
+    if work.shard:
+        return None
+    arrays = {f"{name}/{key}": done[i][key] for i, name in enumerate(names) for key in READ if key in done[i]}
+    sample = {name: done[i]["images"] for i, name in enumerate(names) if i}
+    seconds = {name: float(done[i]["seconds"].sum()) for i, name in enumerate(names) if i}
     extras = {"clustering": summary(protocol, protocol.eps_for(side), labels, arrays)}
     return Outcome(parts, seconds, arrays, sample, extras)
 
@@ -200,7 +231,7 @@ def components(protocol: Protocol, side: int) -> list[Component]:
     ]
 
 
-def groups(subject: Subject, protocol: Protocol) -> dict[bool, np.ndarray]:
+def groups(subject: Subject, protocol: Protocol, work: Work | None = None) -> dict[bool, np.ndarray]:
     """(N,) the group of each image, from 0: True by class, False by cluster of the clean embeddings.
 
     Raises:
@@ -209,8 +240,12 @@ def groups(subject: Subject, protocol: Protocol) -> dict[bool, np.ndarray]:
     names, true = np.unique(subject.scene.labels.cpu().numpy(), return_inverse=True)
     if len(names) < 2:
         raise UsageError(f"data set {subject.dataset.name!r} has a single class: there is nothing to cluster")
-    found = kmeans(subject.scene.clean.cpu().numpy(), len(names), protocol.clustering_seeds[0])
-    return {True: true, False: np.unique(found, return_inverse=True)[1]}
+
+    def found() -> Arrays:
+        return {"clusters": kmeans(subject.scene.clean.cpu().numpy(), len(names), protocol.clustering_seeds[0])}
+
+    kept = (work or Work()).once("clean clusters", len(true), found)
+    return {True: true, False: np.unique(kept["clusters"], return_inverse=True)[1]}
 
 
 def measured(
@@ -231,7 +266,7 @@ def measured(
     x = attacked(subject, attack, threat, mine, wrong, progress)
     labels = subject.scene.labels.cpu().numpy()
     found = readings(subject, _embedded(subject, x, threat.eot), labels, protocol.clustering_seeds)
-    return x, {**found, "norm": threat.ball.size(x - subject.images(0, len(labels))).cpu().numpy()}
+    return x, {**found, "norm": sizes(subject, threat, x)}
 
 
 def summary(

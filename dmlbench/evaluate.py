@@ -26,7 +26,7 @@ from dmlbench.exact import true_float32
 from dmlbench.intervals import cluster_bootstrap
 from dmlbench.metrics import RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.models import load_model
-from dmlbench.protocol import Component, Protocol, load_protocol
+from dmlbench.protocol import Chosen, Component, Protocol, load_protocol
 from dmlbench.record import dataset_info, environment, model_info
 from dmlbench.results import Evaluation, Measurement, ProtocolInfo, finite
 from dmlbench.search import Search, auto_batch, run_search, searches
@@ -121,11 +121,6 @@ def evaluate(
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} must be 1 or more")
 
-    if work.shard and rules.kind in RUNNERS and chosen.runner:
-        raise UsageError(
-            f"protocol {rules.name!r} (kind {rules.kind!r}) cannot be run in shards: who is attacked depends on who survived"
-        )
-
     other: Embedder | None = None
     if surrogate is not None:
         if rules.kind in RUNNERS and chosen.runner:
@@ -192,23 +187,22 @@ def evaluate(
             arrays[f"{c.name}/targets"] = found["targets"]
             sample[c.name] = kept
             seconds[c.name] = float(found["seconds"].sum()) / len(search.components)
-    if work.shard:
-        raise ShardDone(f"shard {work.shard.index}/{work.shard.count} is finished")
-
     parts, outcome = list(chosen.own), None
     if rules.kind in RUNNERS and chosen.runner:
-        outcome = RUNNERS[rules.kind](subject, rules, base, size, progress, sample_positions(subject))
+        outcome = RUNNERS[rules.kind](subject, rules, base, size, progress, sample_positions(subject), work)
+    if work.shard:
+        raise ShardDone(f"shard {work.shard.index}/{work.shard.count} is finished")
+    if outcome:
         parts, seconds = outcome.components, {**seconds, **outcome.seconds}
         arrays, sample = {**arrays, **outcome.arrays}, {**sample, **outcome.sample}
     sample |= closeup(subject, sample)
-    findings = examine(subject, rules, outcome.broken_by, base, rules.audit) if outcome and rules.audit else []
-    whole = chosen.runner if rules.kind in RUNNERS else len(parts) == len(rules.components)
-
-    why = [f"--limit {limit}"] if len(subject.rows) < len(dataset.query) else []
-    why += [] if whole else [f"--attacks {','.join(attacks or ())}"]
-    why += [f"--seed {seed}"] if base != rules.seed else []
-    why += [f"--eot {eot}"] if rules != official else []
-    why += [f"--surrogate {subject.surrogate.embedder.name}"] if subject.surrogate else []
+    findings = (
+        examine(subject, rules, outcome.broken_by, base, rules.audit)
+        if outcome and rules.audit and work.world.leads
+        else []
+    )
+    why = reasons(official, chosen, dataset, attacks, limit, seed, eot, other)
+    whole = complete(rules, chosen)
     measurements, ers, ers_interval = scores(parts, arrays, seconds, complete=rules.kind == "ers" and whole)
     measurements += scores(chosen.extra, arrays, seconds, complete=False)[0]
     extras: dict[str, Any] = dict(outcome.extras) if outcome else {}
@@ -223,7 +217,7 @@ def evaluate(
         dataset=dataset_info(subject),
         protocol=ProtocolInfo(name=rules.name, version=rules.version, sha256=official.sha256, seed=base),
         environment=environment(subject.device, argv, embedder.precision),
-        partial=tuple(why),
+        partial=why,
         benign={name: value for name, value in benign.items() if np.isfinite(value)},
         measurements=measurements,
         ers=ers,
@@ -237,6 +231,63 @@ def evaluate(
 
 RUNNERS = {"strict": strict.run, "clustering": clustering_attacks.run}
 """What runs the protocols of other kinds than components."""
+
+
+def complete(rules: Protocol, chosen: Chosen) -> bool:
+    """Is everything chosen that the protocol itself measures?"""
+    return chosen.runner if rules.kind in RUNNERS else len(chosen.own) == len(rules.components)
+
+
+def reasons(
+    rules: Protocol,
+    chosen: Chosen,
+    dataset: RetrievalDataset,
+    attacks: Sequence[str] | None,
+    limit: int | None,
+    seed: int | None,
+    eot: int | None,
+    surrogate: Embedder | None,
+) -> tuple[str, ...]:
+    """Why a result is not a full one; empty where it is."""
+    why = [f"--limit {limit}"] if limit is not None and limit < len(dataset.query) else []
+    why += [] if complete(rules, chosen) else [f"--attacks {','.join(attacks or ())}"]
+    why += [f"--seed {seed}"] if seed not in (None, rules.seed) else []
+    why += [f"--eot {eot}"] if eot not in (None, rules.threat.get("eot")) else []
+    return (*why, *([f"--surrogate {surrogate.name}"] if surrogate else []))
+
+
+def asked(
+    embedder: Embedder,
+    dataset: RetrievalDataset,
+    rules: Protocol,
+    *,
+    attacks: Sequence[str] | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    seed: int | None = None,
+    eot: int | None = None,
+    surrogate: str | None = None,
+) -> dict[str, Any]:
+    """What :func:`~dmlbench.record.told` says of the finished result of :func:`evaluate` with these arguments."""
+    chosen = rules.chosen(attacks, max(dataset.images.shape[1:]))
+    other = load_model(surrogate) if surrogate is not None else None
+    return {
+        "dmlbench": __version__,
+        "torch": torch.__version__,
+        "model": embedder.name,
+        "weights": embedder.weights_sha256,
+        "space": embedder.distance.space,
+        "gradient_precision": embedder.precision,
+        "dataset": dataset.name,
+        "split": dataset.split,
+        "dataset_sha256": dataset.sha256,
+        "protocol": rules.name,
+        "protocol_sha256": rules.sha256,
+        "seed": rules.seed if seed is None else seed,
+        "partial": list(reasons(rules, chosen, dataset, attacks, limit, seed, eot, other)),
+        "extra_parts": [c.name for c in chosen.extra],
+        "device": resolve_device(device).type,
+    }
 
 
 def scores(

@@ -3,12 +3,13 @@
 import platform
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from dmlbench.embedding import Embedder
-from dmlbench.results import DatasetInfo, Environment, ModelInfo
+from dmlbench.results import DatasetInfo, Environment, Evaluation, ModelInfo
 from dmlbench.subject import Subject
 from dmlbench.version import __version__
 
@@ -66,3 +67,25 @@ def environment(device: torch.device, argv: Sequence[str], precision: str = "flo
         gradient_precision=precision,
         argv=tuple(word for word in argv if word != "--resume"),
     )
+
+
+def told(evaluation: Evaluation) -> dict[str, Any]:
+    """What a finished result says of its configuration; its batch size, for one, it does not."""
+    e = evaluation
+    return {
+        "dmlbench": e.environment.dmlbench,
+        "torch": e.environment.torch,
+        "model": e.model.id,
+        "weights": e.model.weights_sha256,
+        "space": e.model.space,
+        "gradient_precision": e.environment.gradient_precision,
+        "dataset": e.dataset.name,
+        "split": e.dataset.split,
+        "dataset_sha256": e.dataset.sha256,
+        "protocol": e.protocol.name,
+        "protocol_sha256": e.protocol.sha256,
+        "seed": e.protocol.seed,
+        "partial": list(e.partial),
+        "extra_parts": list(e.extras.get("extra_parts", ())),
+        "device": e.environment.device,
+    }

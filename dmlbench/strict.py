@@ -7,9 +7,11 @@ at the smallest eps first: what breaks a query at one eps breaks it at every lar
 the end is the harness's own read-out of the image that a search stopped at (docs/strict.md).
 """
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,14 +28,20 @@ from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.outcome import Outcome
 from dmlbench.protocol import Component, Protocol, Step
 from dmlbench.scene import Scene
-from dmlbench.subject import Progress, Subject
+from dmlbench.search import batches, halved, joined
+from dmlbench.subject import Progress, Subject, query_order
 from dmlbench.threat import Threat
+from dmlbench.units import Arrays, Work
 
 SURVIVED, CLEAN_WRONG, CARRIED = -1, 0, 1
 """``broken_by`` of a query that no step broke, that was wrong before any, and that a smaller eps broke;
 the protocol's steps count from 2."""
 PROXIES = ("recall_at_2", "recall_at_4", "recall_at_8", "map_at_r")
 """Read at the images that the searches for R@1 stopped at: no search aimed at them, so the true worst is lower."""
+BATCHES = 2
+"""Batches in a unit at most: few enough to be dealt out, enough that a batch is not almost empty once few survive."""
+FOLLOWED = ("recall_at_1", *PROXIES)
+"""What is followed at every image that a search stopped at."""
 
 
 class Log:
@@ -191,15 +199,15 @@ class Standing:
     norm: np.ndarray
     worst: dict[str, np.ndarray]
 
-    def absorb(self, positions: np.ndarray, index: int, found: Attempt, norm: np.ndarray) -> None:
-        """What step ``index`` made of the queries at ``positions``, all alive until now."""
-        hit = positions[found.broken]
+    def absorb(self, positions: np.ndarray, index: int, found: Arrays) -> None:
+        """What step ``index`` made of the queries at ``positions``, all alive until now; see :func:`piece`."""
+        hit = positions[found["broken"]]
         self.alive[hit] = False
         self.broken_by[hit] = index + 2
-        self.iteration[hit] = found.iteration[found.broken]
-        self.norm[positions] = norm
+        self.iteration[hit] = found["iteration"][found["broken"]]
+        self.norm[positions] = found["norm"]
         for name, values in self.worst.items():
-            values[positions] = np.minimum(values[positions], found.readouts[name])
+            values[positions] = np.minimum(values[positions], found[name])
 
 
 def begin(subject: Subject) -> Standing:
@@ -217,58 +225,94 @@ def begin(subject: Subject) -> Standing:
         broken_by=np.where(alive, SURVIVED, CLEAN_WRONG).astype(np.int8),
         iteration=np.zeros(len(alive), dtype=np.int32),
         norm=np.zeros(len(alive), dtype=np.float32),
-        worst={name: clean[name].copy() for name in ("recall_at_1", *PROXIES)},
+        worst={name: clean[name].copy() for name in FOLLOWED},
     )
 
 
-def sweep(
+def piece(subject: Subject, step: Step, threat: Threat, seed: int, keep: np.ndarray, positions: np.ndarray) -> Arrays:
+    """One step on some queries, as it is kept on disk.
+
+    Returns:
+        ``broken``, ``iteration`` and ``norm``, and by name the read-outs that :class:`Standing` follows, (n,) each;
+        ``gradients`` and ``values`` (1,); ``images`` (m, C, H, W) of those of ``positions`` that are in ``keep``.
+    """
+    found = attempt(subject, step, threat, positions, seed)
+    clean = subject.dataset.images[subject.rows[positions]].to(subject.device)
+    return {
+        "broken": found.broken,
+        "iteration": found.iteration.astype(np.int32),
+        "norm": threat.ball.size(found.images - clean).cpu().numpy(),
+        **{name: found.readouts[name] for name in FOLLOWED},
+        "gradients": np.array([found.gradients]),
+        "values": np.array([found.values]),
+        "images": found.images[torch.from_numpy(np.isin(positions, keep)).to(subject.device)].cpu().numpy(),
+    }
+
+
+def settle(
     subject: Subject,
     standing: Standing,
-    steps: Sequence[Step],
-    threats: Sequence[Threat],
+    index: int,
+    step: Step,
+    threat: Threat,
     seed: int,
     batch_size: int,
     progress: Progress,
-    label: str,
-    keep: dict[int, np.ndarray] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Run the steps one after another on the survivors; after each one a row of what it did.
+    keep: dict[int, np.ndarray],
+    work: Work,
+) -> dict[str, Any]:
+    """Run the protocol's step ``index`` on the survivors; what it cost, as :func:`summary` takes it.
 
-    ``keep`` holds the adversarial image of some queries by position, replaced as they are attacked.
+    A unit is a step on the survivors of a fixed block of queries, :data:`BATCHES` times ``batch_size`` drawn from
+    all over the set, so that blocks thin out alike. Who survived is part of its name: what is kept counts for
+    nobody else. ``keep`` holds the adversarial image of some queries by position, replaced as they are attacked.
     """
-    for index, (step, threat) in enumerate(zip(steps, threats, strict=True)):
-        positions, started = np.flatnonzero(standing.alive), time.monotonic()
-        broken = gradients = values = 0
-        task = f"{label} {step.name}"
-        progress.start(task, len(positions))
-        for a in range(0, len(positions), batch_size):
-            part = positions[a : a + batch_size]
-            found = attempt(subject, step, threat, part, seed)
-            clean = subject.dataset.images[subject.rows[part]].to(subject.device)
-            standing.absorb(part, index, found, threat.ball.size(found.images - clean).cpu().numpy())
-            broken += int(found.broken.sum())
-            gradients, values = gradients + found.gradients, values + found.values
-            for i, p in enumerate(part):
-                if keep is not None and int(p) in keep:
-                    keep[int(p)] = found.images[i].cpu().numpy()
-            progress.advance(task, len(part))
-        yield {
-            "step": step.name,
-            "attacked": len(positions),
-            "broken": broken,
-            "gradients": gradients,
-            "values": values,
-            "seconds": time.monotonic() - started,
-        }
+    name, wanted = f"{step.name}@{threat.eps}", np.array(list(keep))
+    order, alive = query_order(len(subject.rows)), standing.alive
+    bounds = list(batches(len(order), BATCHES * batch_size))
+    left = {i: np.sort(order[a:b][alive[order[a:b]]]) for i, (a, b) in enumerate(bounds)}
+    left = {i: positions for i, positions in left.items() if len(positions)}
+    units = {i: (f"{name} {index} of {_digest(positions)}", *bounds[i]) for i, positions in left.items()}
+
+    def unit(i: int) -> Arrays:
+        def part(a: int, b: int) -> Arrays:
+            return piece(subject, step, threat, seed, wanted, left[i][a:b])
+
+        count = len(left[i])
+        ends = np.linspace(0, count, -(-count // batch_size) + 1).astype(int).tolist()
+        return joined([halved(part, a, b) for a, b in pairwise(ends)])
+
+    progress.start(name, sum(b - a for _, a, b in units.values()))
+    found = work.each(name, units, unit, partial(progress.advance, name))
+    for i, arrays in found.items():
+        standing.absorb(left[i], index, arrays)
+        keep.update(zip(left[i][np.isin(left[i], wanted)].tolist(), arrays["images"], strict=True))
+    return {
+        **{key: sum(int(arrays[key].sum()) for arrays in found.values()) for key in ("gradients", "values")},
+        "seconds": float(sum(arrays["seconds"].sum() for arrays in found.values())),
+    }
+
+
+def _digest(positions: np.ndarray) -> str:
+    """Short for a list of queries."""
+    return hashlib.sha256(positions.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def run(
-    subject: Subject, protocol: Protocol, seed: int, batch_size: int, progress: Progress, kept: np.ndarray
-) -> Outcome:
+    subject: Subject,
+    protocol: Protocol,
+    seed: int,
+    batch_size: int,
+    progress: Progress,
+    kept: np.ndarray,
+    work: Work | None = None,
+) -> Outcome | None:
     """The whole curve: every step at every eps, on the queries that are right when clean.
 
-    ``kept`` lists the positions of the queries whose adversarial images are wanted.
+    ``kept`` lists the positions of the queries whose adversarial images are wanted. None where ``work`` is a
+    shard: what it does not attack is unknown.
     """
+    work = work or Work()
     side = max(subject.dataset.images.shape[1:])
     grid, parts = protocol.eps_for(side), components(protocol, side)
     standing = begin(subject)
@@ -277,13 +321,15 @@ def run(
     spent: list[list[dict[str, Any]]] = []
     clean = retrieval(subject.scene, RECALL_AT)["recall_at_1"]
     images = {int(p): subject.dataset.images[subject.rows[[p]]][0].numpy() for p in kept}
-    seconds = {}
     for eps, part in zip(grid, parts, strict=True):
-        name, started = part.name, time.monotonic()
+        name = part.name
         standing.broken_by[standing.broken_by > CARRIED] = CARRIED
         threats = [protocol.threat_at(eps, step.threat) for step in protocol.steps]
         spent.append(
-            list(sweep(subject, standing, protocol.steps, threats, seed, batch_size, progress, f"eps {eps}", images))
+            [
+                settle(subject, standing, i, step, threat, seed, batch_size, progress, images, work)
+                for i, (step, threat) in enumerate(zip(protocol.steps, threats, strict=True))
+            ]
         )
         arrays[f"{name}/value"] = outcome(standing.broken_by, clean)
         arrays[f"{name}/norm"] = standing.norm.copy()
@@ -292,7 +338,9 @@ def run(
         for proxy in PROXIES:
             arrays[f"{name}/{proxy}"] = standing.worst[proxy].copy()
         sample[name] = np.stack([images[int(p)] for p in kept])
-        seconds[name] = time.monotonic() - started
+    if work.shard:
+        return None
+    seconds = {part.name: sum(cost["seconds"] for cost in costs) for part, costs in zip(parts, spent, strict=True)}
     broken_by = {eps: arrays[f"{part.name}/broken_by"] for eps, part in zip(grid, parts, strict=True)}
     extras = {"strict": summary(protocol, grid, clean, arrays, spent)}
     return Outcome(parts, seconds, arrays, sample, extras, broken_by=broken_by)

@@ -1,6 +1,6 @@
 """Finished pieces of a run on disk, and who does which.
 
-A unit is one search on one batch of queries. ``RUN/units/`` holds ``configuration.json``, which says
+A unit is one search on one batch of queries, or on all of them. ``RUN/units/`` holds ``configuration.json``, which says
 what is being measured, and one npz file a unit, each written whole or not at all. A run that was killed
 goes on from there; a unit that cannot be read is done again. :class:`Work` deals units out to the
 processes of a ``torchrun``, to the shards of a job array, or to the one process there is.
@@ -206,10 +206,7 @@ class Work:
         compute: Callable[[int, int], Arrays],
         done: Callable[[int], None] = lambda count: None,
     ) -> list[Arrays | None]:
-        """The arrays of every unit, in order: read where they are kept, else computed where they are mine.
-
-        Each unit also holds ``seconds`` (1,), what it took. With several processes all of them return all
-        units; under a shard those of other shards are None unless they are kept already.
+        """The arrays of one search's batches, in order: :meth:`each`, None where a batch is another shard's.
 
         Args:
             name: what is searched; with the bounds it names the unit.
@@ -217,27 +214,52 @@ class Work:
             compute: the arrays of the queries a to b.
             done: told how many queries have just been finished.
         """
+        units = {position: (name, a, b) for position, (a, b) in enumerate(bounds)}
+        found = self.each(name, units, lambda position: compute(*bounds[position]), done)
+        return [found.get(position) for position in units]
+
+    def each(
+        self,
+        what: str,
+        units: Mapping[int, Unit],
+        compute: Callable[[int], Arrays],
+        done: Callable[[int], None] = lambda count: None,
+    ) -> dict[int, Arrays]:
+        """The arrays of every unit by position: read where they are kept, else computed where they are mine.
+
+        Each unit also holds ``seconds`` (1,), what it took. With several processes all of them return all
+        units; under a shard those of other shards are left out unless they are kept already.
+
+        Args:
+            what: what the units are of, for messages.
+            units: by position, which says whose each one is.
+            compute: the arrays of the unit at a position.
+            done: told how many queries have just been finished.
+
+        Raises:
+            DataError: only what is kept may be taken, and a unit is not.
+        """
         found: dict[int, Arrays] = {}
-        for position, (a, b) in enumerate(bounds):
+        for position, unit in units.items():
             mine = self.mine(position)
             if not mine and (self.world.size > 1 or self.units is None):
                 continue
-            kept = self.units.get((name, a, b)) if self.units else None
+            kept = self.units.get(unit) if self.units else None
             if kept is None and self.gather:
-                missing = sum(self.units is None or self.units.get((name, *ends)) is None for ends in bounds)
-                raise DataError(f"{missing} of {len(bounds)} units of {name!r} are missing: has every shard finished?")
+                missing = sum(self.units is None or self.units.get(other) is None for other in units.values())
+                raise DataError(f"{missing} of {len(units)} units of {what!r} are missing: has every shard finished?")
             if kept is None and mine:
                 began = time.monotonic()
-                kept = dict(sorted(compute(a, b).items()))
+                kept = dict(sorted(compute(position).items()))
                 kept["seconds"] = np.array([time.monotonic() - began])
                 if self.units:
-                    self.units.put((name, a, b), kept)
+                    self.units.put(unit, kept)
             if kept is not None:
                 found[position] = kept
-                done(b - a)
+                done(unit[2] - unit[1])
         for theirs in self._exchange(found):
             found.update(theirs)
-        return [found.get(position) for position in range(len(bounds))]
+        return dict(sorted(found.items()))
 
     def _exchange(self, found: dict[int, Arrays]) -> list[dict[int, Arrays]]:
         """What every process of the world has found."""

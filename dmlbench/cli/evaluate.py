@@ -5,7 +5,7 @@ import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
@@ -14,7 +14,7 @@ from dmlbench.cli.kinds import print_clustering, print_findings, print_strict
 from dmlbench.cli.model_options import MODEL_HELP, load_subject, model_options
 from dmlbench.cli.output import console, json_option, print_json, progress
 from dmlbench.errors import Interrupted, ShardDone, UsageError
-from dmlbench.results import Evaluation, prepare_folder, save
+from dmlbench.results import Evaluation, load, prepare_folder, save
 
 if TYPE_CHECKING:
     from dmlbench.models import ModelOptions
@@ -104,9 +104,10 @@ def evaluate(
     Under torchrun the processes share the queries of each attack, and the first one writes.
     """
     import dmlbench
-    from dmlbench.evaluate import default_protocol
+    from dmlbench.evaluate import asked, default_protocol
     from dmlbench.plan import plan_of
-    from dmlbench.units import Shard, Units, Work
+    from dmlbench.record import told
+    from dmlbench.units import Shard, Units, Work, refuse_other
 
     if (resume or shard) and out is None:
         raise UsageError(f"{'--resume' if resume else '--shard'} needs --out, the run folder")
@@ -124,19 +125,25 @@ def evaluate(
     if csv:
         prepare_folder(csv.parent)
     units = Units(out / "units") if out else None
+    asked_for: dict[str, Any] = {
+        "attacks": wanted, "limit": limit, "device": device, "seed": seed, "eot": eot, "surrogate": surrogate,
+    }  # fmt: skip
+    if out and units and resume and not part and (out / "manifest.json").exists() and units.configuration() is None:
+        done = load(out)
+        refuse_other(told(done), asked(embedder, images, rules, **asked_for), out)
+        world.leave()
+        if world.leads:
+            click.echo(f"{out} holds the finished result of this command: nothing is done again", err=True)
+            present(done, out, csv, as_json)
+        return
     try:
         with progress() if world.leads else nullcontext() as bars:
             evaluation = dmlbench.evaluate(
                 embedder,
                 images,
                 rules,
-                attacks=wanted,
-                limit=limit,
-                device=device,
+                **asked_for,
                 batch_size=batch_size,
-                seed=seed,
-                eot=eot,
-                surrogate=surrogate,
                 progress=bars,
                 argv=["dmlbench", *sys.argv[1:]],
                 work=Work(units, world, part),
@@ -145,8 +152,8 @@ def evaluate(
             )
     except KeyboardInterrupt:
         raise Interrupted(_how_to_go_on(out is not None)) from None
-    except ShardDone as done:
-        click.echo(f"{done}; when all are: dmlbench merge {out} … --out RUN", err=True)
+    except ShardDone as finished:
+        click.echo(f"{finished}; when all are: dmlbench merge {out} … --out RUN", err=True)
         return
     finally:
         world.leave()
@@ -161,6 +168,11 @@ def deliver(evaluation: Evaluation, out: Path | None, csv: Path | None, as_json:
         save(evaluation, out)
     if units:
         units.remove()
+    present(evaluation, out, csv, as_json)
+
+
+def present(evaluation: Evaluation, out: Path | None, csv: Path | None, as_json: bool) -> None:
+    """Write the row and print the result."""
     if csv:
         from dmlbench.leaderboard import add_row
 

@@ -40,7 +40,8 @@ def merge(
 ) -> None:
     """Join run folders made with `evaluate --shard i/n` into one result, as if one process had made it.
 
-    Nothing is attacked here: a missing unit is an error. The model is loaded for its record only.
+    Nothing is attacked here: a missing unit is an error. The model is loaded for its record, and for the audit of
+    a strict protocol.
     """
     import dmlbench
     from dmlbench.units import Units, Work, collect

@@ -36,6 +36,11 @@ TITLES = {
     "claimed_ers": "ERS claimed",
     "claim_gap": "Gap",
     "worst_case_recall_at_1": "Worst-case R@1 %",
+    "worst_case_area": "Area of the worst-case curve %",
+    "clustering_ami": "AMI clean %",
+    "clustering_ami_attacked": "AMI attacked %",
+    "clustering_nmi": "NMI clean %",
+    "clustering_nmi_attacked": "NMI attacked %",
     "worst_part": "Weakest part",
     "status": "Status",
     "flags": "Flags",
@@ -45,8 +50,23 @@ TITLES = {
 }
 """Titles of columns; the others are called by their name in the CSV."""
 
-FIRST = ("rank", "model", "defense", "recall_at_1", "ers", "claimed_ers", "claim_gap", "surely_behind")
-SHOWN = {*DEFAULT_COLUMNS, "claim_gap"} - {"ers_lo", "ers_hi"}
+WORST_CASE = ("worst_case_area", "worst_case_recall_at_1")
+CLUSTERS = ("clustering_ami_attacked", "clustering_nmi_attacked", "clustering_ami", "clustering_nmi")
+FIRST = (
+    "rank",
+    "model",
+    "defense",
+    "recall_at_1",
+    "ers",
+    "claimed_ers",
+    "claim_gap",
+    *WORST_CASE,
+    *CLUSTERS,
+    "surely_behind",
+)
+SHOWN = {*DEFAULT_COLUMNS, *WORST_CASE, *CLUSTERS, "claim_gap"} - {"ers_lo", "ers_hi"}
+STRICT = ("strict", "strict-fast")
+"""The protocols whose worst-case R@1 stands beside ERS; Euclidean balls are another question."""
 LEFT_OUT = ("protocol", "dataset", "schema_version")
 ORDER = (*FIRST, *(c for c in COLUMNS if c not in FIRST and c not in LEFT_OUT))
 FLAGS = {
@@ -155,30 +175,44 @@ def _board(
         "csv": f"{dataset}.csv",
         "columns": columns,
         "rows": [_row(i, r, shown, sources) for i, r in enumerate(rows)],
-        "plots": [
-            _plot(rows, "recall_at_1", "ers", "R@1, clean, %", "ERS", "ERS against clean R@1", "No row has both ERS and R@1."),
-            _plot(
-                rows, "worst_case_recall_at_1", "ers", "worst-case R@1, %", "ERS", "ERS against worst-case R@1",
-                "ERS against worst-case R@1: no model here has been measured under a strict protocol on this data set yet.",
-            ),
-        ],
-    }  # fmt: skip
+        "plots": _plots(rows),
+    }
+
+
+def _plots(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What the board ranks by against clean R@1 (or clean AMI), and ERS against worst-case R@1."""
+    if any(r.worst_case_area is not None for r in rows):
+        title = "area of the worst-case curve, %"
+        return [
+            _plot(rows, "recall_at_1", "worst_case_area", "R@1, clean, %", title, "Worst case against clean R@1", "")
+        ]
+    if any(r.clustering_ami_attacked is not None for r in rows):
+        titles = "AMI, clean, %", "AMI, attacked, %"
+        return [_plot(rows, "clustering_ami", "clustering_ami_attacked", *titles, "AMI attacked against clean", "")]
+    return [
+        _plot(rows, "recall_at_1", "ers", "R@1, clean, %", "ERS", "ERS against clean R@1", "No row has both ERS and R@1."),
+        _plot(
+            rows, "worst_case_recall_at_1", "ers", "worst-case R@1, %", "ERS", "ERS against worst-case R@1",
+            "ERS against worst-case R@1: no model here has been measured under a strict protocol on this data set yet.",
+        ),
+    ]  # fmt: skip
 
 
 def _shown(column: str, rows: Sequence[Row]) -> bool:
     """Is the column shown at first? The usual ones are, where any row has a value."""
     if column in ("model", "status"):
         return True
-    usual = column in SHOWN or column == "worst_case_recall_at_1"
-    return usual and any(getattr(r, column) is not None for r in rows)
+    if column == "worst_part" and all(r.ers is None for r in rows):
+        return False
+    return column in SHOWN and any(getattr(r, column) is not None for r in rows)
 
 
 def _worst_case(dataset: str, boards: Mapping[str, Sequence[Row]]) -> dict[str, float]:
-    """By model: worst-case R@1 on this data set, the lowest where several protocols looked for it."""
+    """By model: worst-case R@1 on this data set, the lowest where several of :data:`STRICT` looked for it."""
     found: dict[str, float] = {}
-    for name, rows in boards.items():
-        for r in rows:
-            if name.partition("/")[2] == dataset and r.worst_case_recall_at_1 is not None:
+    for protocol in STRICT:
+        for r in boards.get(f"{protocol}/{dataset}", ()):
+            if r.worst_case_recall_at_1 is not None:
                 found[r.model] = min(r.worst_case_recall_at_1, found.get(r.model, r.worst_case_recall_at_1))
     return found
 
@@ -206,11 +240,8 @@ def _cell(row: Row, column: str, shown: bool) -> dict[str, Any]:
     value = getattr(row, column)
     if row.status == "claimed" and column in ("ers", "claim_gap"):
         value = None
-    extra = (
-        f"{row.ers_lo:.1f} – {row.ers_hi:.1f}"
-        if column == "ers" and value is not None and row.ers_lo is not None and row.ers_hi is not None
-        else ""
-    )
+    ends = _ends(row, column) if value is not None else None
+    extra = f"{ends[0]:.1f} – {ends[1]:.1f}" if ends else ""
     return {
         "name": column,
         "text": cell_text(column, value),
@@ -239,6 +270,12 @@ def _ticks(low: float, high: float, ends: tuple[float, float]) -> list[dict[str,
     ]
 
 
+def _ends(row: Row, column: str) -> tuple[float, float] | None:
+    """The interval of a column, where it has one."""
+    low, high = getattr(row, f"{column}_lo", None), getattr(row, f"{column}_hi", None)
+    return None if low is None or high is None else (low, high)
+
+
 def _plot(rows: Sequence[Row], x: str, y: str, title_x: str, title_y: str, caption: str, empty: str) -> dict[str, Any]:
     """One scatter plot as numbers for the template, in the units of its view box."""
     there = [(i, r, getattr(r, x), getattr(r, y)) for i, r in enumerate(rows)]
@@ -247,11 +284,11 @@ def _plot(rows: Sequence[Row], x: str, y: str, title_x: str, title_y: str, capti
         return {"points": [], "empty": empty, "caption": caption}
     xs, ys = (
         _range([a for _, _, a, _ in there]),
-        _range([b if v is None else v for _, r, _, b in there for v in (r.ers_lo, r.ers_hi)]),
+        _range([v for _, r, _, b in there for v in (b, *(_ends(r, y) or ()))]),
     )
     points = []
     for i, r, a, b in there:
-        ends = (r.ers_lo, r.ers_hi) if r.ers_lo is not None and r.ers_hi is not None else None
+        ends = _ends(r, y)
         points.append(
             {
                 "row": f"row-{i}-{re.sub(r'[^A-Za-z0-9.-]+', '-', r.model)}",

@@ -65,13 +65,13 @@ def weights_of(name: str) -> bytes:
     return (PACKAGE / "weights" / f"{name}.safetensors").read_bytes()
 
 
-def valid(folder: Path) -> dict[str, bytes]:
+def valid(folder: Path, protocol="ers-digits") -> dict[str, bytes]:
     """The files of a bundle that passes every level: a run on the board under a name that is not registered.
 
     ``folder`` then holds what a submitter has: ``run``, ``record.json`` (the model's), ``submission.yaml``
     and ``weights.safetensors``.
     """
-    source = SUBMISSIONS / f"{NONE}-ers-digits"
+    source = SUBMISSIONS / f"{NONE}-{protocol}"
     if not source.is_dir():
         pytest.skip("the board lies in the repository, which is not at hand")
     run = load(source / "run")

@@ -37,7 +37,7 @@ def show(
     """Print rows of the board, of every protocol and data set unless filtered."""
     from dmlbench.leaderboard.build import board_folder, load_boards
     from dmlbench.leaderboard.row import COLUMNS
-    from dmlbench.leaderboard.show import DEFAULT_COLUMNS, FORMATS, column, select
+    from dmlbench.leaderboard.show import FORMATS, column, default_columns, select
     from dmlbench.leaderboard.table import from_csv
 
     boards = {str(file): from_csv(file)} if file else load_boards(board or board_folder())
@@ -48,7 +48,7 @@ def show(
         chosen = [column(c.strip()) for c in columns.split(",") if c.strip()]
     else:
         several = len({(r.protocol, r.dataset) for r in rows}) > 1
-        chosen = [*(("protocol", "dataset") if several else ()), *DEFAULT_COLUMNS]
+        chosen = [*(("protocol", "dataset") if several else ()), *default_columns(rows)]
     click.echo(FORMATS["json" if as_json else form or "table"](rows, chosen), nl=False)
 
 

@@ -26,6 +26,22 @@ DEFAULT_COLUMNS = (
     "status",
     "flags",
 )
+OWN_COLUMNS = (
+    "ers",
+    "ers_lo",
+    "ers_hi",
+    "worst_part",
+    "claimed_ers",
+    "worst_case_recall_at_1",
+    "worst_case_area",
+    "worst_case_area_lo",
+    "worst_case_area_hi",
+    "clustering_ami",
+    "clustering_ami_attacked",
+    "clustering_nmi",
+    "clustering_nmi_attacked",
+)
+"""Columns that belong to protocols of one kind: shown at first where a row has a value."""
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "!=": operator.ne,
     "<=": operator.le,
@@ -36,6 +52,18 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "~": lambda value, wanted: str(wanted).casefold() in str(value).casefold(),
 }
 """Filters: ``ers>=40``, ``status=verified``, ``defense~hm``; all but ``!=`` leave out rows without a value."""
+
+
+def default_columns(rows: Sequence[Row]) -> list[str]:
+    """The usual columns, and in place of ERS the numbers that these rows have."""
+    there = [c for c in OWN_COLUMNS if any(getattr(r, c) is not None for r in rows)]
+    if all(r.ers is None for r in rows):  # without ERS there are no parts of it
+        there = [c for c in there if c != "worst_part"]
+    if not there:
+        return list(DEFAULT_COLUMNS)
+    before = [c for c in DEFAULT_COLUMNS if c not in OWN_COLUMNS]
+    at = before.index("recall_at_1") + 1
+    return [*before[:at], *there, *before[at:]]
 
 
 def column(name: str) -> str:

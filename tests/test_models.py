@@ -520,3 +520,18 @@ def test_images_that_are_not_pictures() -> None:
     assert embedder(probe_images((10, 2, 2), 2)).shape == (2, 3)
     with pytest.raises(UsageError, match="1 or 3 channels, not 10"):
         _ = embedder.preprocess
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"mean": (0.1,)}, "--mean"),
+        ({"distance": "cosine"}, "--distance"),
+        ({"normalize": False}, "--normalize"),
+        ({"name": "x"}, "--name"),
+    ],
+)
+def test_a_registered_model_is_what_its_record_says(option: dict, said: str) -> None:
+    """An option that would be passed over is refused: the number would be taken for another model's."""
+    with pytest.raises(UsageError, match=f"is registered: .*{said} does not go with it"):
+        open_model("digits-smallcnn-triplet-none", ModelOptions(**option))

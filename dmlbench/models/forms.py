@@ -74,9 +74,21 @@ def check_probe(embedder: Embedder, entry: Checkpoint, name: str) -> None:
         )
 
 
+_OF_THE_RECORD = (
+    "embed_dim", "output_key", "input_size", "resize", "interpolation", "order", "channels",
+    "mean", "std", "distance", "normalize", "name",
+)  # fmt: skip
+"""Options that a registered model does not take."""
+
+
 def _registered(name: str, options: ModelOptions) -> Embedder:
     """A model of checkpoints.json; ``--weights`` gives the file of one that is downloaded by hand."""
     entry = checkpoint(name)
+    if said := [key for key in _OF_THE_RECORD if getattr(options, key) is not None]:
+        raise UsageError(
+            f"model {name!r} is registered: its record says how it is fed and compared, so "
+            f"--{said[0].replace('_', '-').replace('order', 'channel-order')} does not go with it (--model FILE --spec takes other settings)"
+        )
     embedder = build(entry, name)
     if options.weights is not None:
         file = _weights_file(options)

@@ -15,6 +15,7 @@ from dmlbench.attacks import ATTACKS, aim, craft, measure
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError
+from dmlbench.loading import Loader
 from dmlbench.optimizers import OPTIMIZERS, WHOLE_SET
 from dmlbench.parallel import World
 from dmlbench.protocol import Component, Protocol
@@ -109,8 +110,12 @@ def run_search(
     together = search.optimizer in WHOLE_SET
     keep = sample_positions(subject)
 
-    def unit(a: int, b: int) -> dict[str, np.ndarray]:
-        images, part = subject.images(a, b), scene[a:b]
+    work = work or Work()
+    bounds = [(0, len(subject.rows))] if together else list(batches(len(subject.rows), batch_size))
+    expected = [ends for position, ends in enumerate(bounds) if work.mine(position)]
+
+    def unit(load: Loader, a: int, b: int) -> dict[str, np.ndarray]:
+        images, part = load(a, b), scene[a:b]
         known = source.scene[a:b].aimed(part.chosen)
         adversarial = craft(source.embedder, attack, optimizer, search.threat, images, known, rng[a:b])
         found = dict(measure(subject.embedder, attack, search.threat, adversarial, images, part))
@@ -119,11 +124,11 @@ def run_search(
         return found
 
     progress.start(search.name, len(subject.rows))
-    bounds = [(0, len(subject.rows))] if together else list(batches(len(subject.rows), batch_size))
     name = f"{search.name} {search.attack} {search.optimizer} {search.threat}"
-    found = (work or Work()).map(
-        name, bounds, unit if together else partial(halved, unit), lambda count: progress.advance(search.name, count)
-    )
+    with Loader(subject.dataset.images, subject.rows, subject.device, expected) as load:
+        one = partial(unit, load)
+        compute = one if together else partial(halved, one)
+        found = work.map(name, bounds, compute, lambda count: progress.advance(search.name, count))
     units = [u for u in found if u is not None]
     if len(units) < len(bounds):
         return None

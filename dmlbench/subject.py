@@ -17,6 +17,7 @@ from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder, digest_of
 from dmlbench.errors import DataError, UsageError
 from dmlbench.exact import true_float32
+from dmlbench.loading import Loader
 from dmlbench.rng import Rng, seed_of
 from dmlbench.scene import Gallery, Scene
 from dmlbench.units import Work, remembered
@@ -117,11 +118,11 @@ def embed(embedder: Embedder, dataset: RetrievalDataset, rows: np.ndarray, progr
     progress = progress or Silent()
     progress.start("embed", len(rows))
     parts = []
-    with torch.no_grad():
-        for a in range(0, len(rows), EMBED_BLOCK):
-            block = rows[a : a + EMBED_BLOCK]
-            parts.append(embedder(dataset.images[block].to(embedder.device)))
-            progress.advance("embed", len(block))
+    bounds = [(a, min(a + EMBED_BLOCK, len(rows))) for a in range(0, len(rows), EMBED_BLOCK)]
+    with torch.no_grad(), Loader(dataset.images, rows, embedder.device, bounds) as images:
+        for a, b in bounds:
+            parts.append(embedder(images(a, b)))
+            progress.advance("embed", b - a)
     embeddings = torch.cat(parts)
     broken = ~torch.isfinite(embeddings).all(1)
     if bool(broken.any()):

@@ -8,7 +8,7 @@ travels with the result as a flag.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -35,6 +35,8 @@ FEW = 3
 """Fewer queries than this are an accident, whatever share they are."""
 HIDDEN = 1.0
 """Percent of the queries that searches with gradients leave, beyond which F4 fails."""
+BEYOND, TRIED = 1.5, 64
+"""F4 asks whether gradients break the same queries, so many at the most, in a ball this much larger."""
 WHITE = ("pgd", "apgd", "fgsm", "r-fgsm", "mi-fgsm", "pgd-restarts", "cw")
 """Optimizers that use the gradient."""
 
@@ -159,27 +161,46 @@ def unbounded(evidence: Evidence) -> Finding:
 
 def black_beats_white(evidence: Evidence) -> Finding:
     """F4: does an attack that sees values only (Square, 50 random images) break more than 1 %, and at least 3, of the
-    queries that all gradient searches leave?"""
-    worst, message = 0.0, "attacks without gradients break nothing that attacks with gradients left"
+    queries that all gradient searches leave?
+
+    It fails where the gradient searches break so few of these even in a ball half as large again that more than
+    1 % stays hidden from them, else it warns: on a rugged loss they miss by a hair what others hit by a hair.
+    """
     steps = white_steps(evidence.protocol)
     noise = Step(name="noise", attack="WM", optimizer="noise")
-    for eps in evidence.broken_by:
+    found = [Finding("F4", "pass", 0.0, HIDDEN, "attacks without gradients break next to nothing that others left")]
+    for eps, broken_by in evidence.broken_by.items():
         left = evidence.left(eps, steps)
         mine = evidence.positions[left[evidence.positions]]
         threat = evidence.protocol.threat_at(eps, {"queries": NOISE_DRAWS})
-        counts = {
-            "Square": last_resort(evidence.protocol, evidence.broken_by[eps]),
-            f"{NOISE_DRAWS} random images": (int(evidence.attacked(noise, threat, mine).sum()), len(mine)),
-        }
-        for name, (broken, of) in counts.items():
-            share = 100.0 * broken / of if broken >= FEW else 0.0
-            if share > worst:
-                worst = share
-                message = (
-                    f"{name} at eps {eps} breaks {broken} of the {of} queries ({share:.1f} %) that all searches along "
-                    "the gradient left: the gradient hides what is there"
-                )
-    return Finding("F4", "fail" if worst > HIDDEN else "pass", worst, HIDDEN, message)
+        by_square = np.flatnonzero(left & ~left_by(broken_by, len(evidence.protocol.steps)))
+        for name, hit, of in (
+            ("Square", by_square, int(left.sum())),
+            (f"{NOISE_DRAWS} random images", mine[evidence.attacked(noise, threat, mine)], len(mine)),
+        ):
+            share = 100.0 * len(hit) / of if len(hit) >= FEW else 0.0
+            if share <= HIDDEN:
+                found.append(replace(found[0], value=share))
+                continue
+            beyond = _broken_beyond(evidence, eps, hit)
+            message = (
+                f"{name} at eps {eps} breaks {len(hit)} of the {of} queries ({share:.1f} %) that all searches along "
+                f"the gradient left; these break {100 * beyond:.0f} % of them where the ball is half as large again"
+            )
+            hidden = share * (1 - beyond) > HIDDEN and len(hit) * (1 - beyond) >= FEW
+            end = ": the gradient hides what is there" if hidden else ": the loss is rugged"
+            found.append(Finding("F4", "fail" if hidden else "warn", share, HIDDEN, message + end))
+    return max(found, key=lambda f: (("pass", "warn", "fail").index(f.verdict), f.value or 0.0))
+
+
+def _broken_beyond(evidence: Evidence, eps: str, queries: np.ndarray) -> float:
+    """The share of the queries, or of some of them, that searches along the gradient break in a larger ball."""
+    some = queries[np.unique(np.linspace(0, len(queries) - 1, min(TRIED, len(queries))).astype(int))]
+    rest = some
+    for step in evidence.protocol.steps[: white_steps(evidence.protocol)]:
+        threat = evidence.protocol.threat_at(eps, step.threat)
+        rest = rest[~evidence.attacked(step, threat.but(eps=BEYOND * threat.radius), rest)]
+    return 1.0 - len(rest) / len(some)
 
 
 def useful_gradient(evidence: Evidence) -> Finding:

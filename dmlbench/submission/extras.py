@@ -296,7 +296,7 @@ def _audit_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) 
             said = "is in one of warnings and extras.audit alone, or in other words"
             yield Problem(0, f"{RUN} warnings.{flag}", said)
     for f in findings:
-        if f.check == "F4" and f.verdict != "fail":
+        if f.check == "F4" and f.verdict not in ("warn", "fail"):
             for c in parts:
                 broken, left = last_resort(rules, e.arrays[f"{c.name}/broken_by"])
                 share = 100.0 * broken / left if broken >= FEW else 0.0

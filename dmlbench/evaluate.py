@@ -313,7 +313,7 @@ def scores(
                 better=c.better,
                 value=value,
                 score=None if value is None else c.rescale(value),
-                interval=intervals.columns[i],
+                interval=c.possible(intervals.columns[i]),
                 n=int((~np.isnan(raw)).sum()),
                 seconds=seconds.get(c.name, 0.0),
             )

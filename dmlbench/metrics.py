@@ -33,6 +33,20 @@ class Readout:
     read: Callable[[Tensor, Scene], Tensor]
     unit: str
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The lowest and the highest value that there can be."""
+        return UNITS[self.unit]
+
+
+UNITS: dict[str, tuple[float, float]] = {
+    "percent": (0.0, 100.0),
+    "cosine": (-1.0, 1.0),
+    "correlation": (-1.0, 1.0),
+    "distance": (0.0, float("inf")),
+}
+"""The units of read-outs, and between what their values lie."""
+
 
 def _margin_right(d: Tensor, scene: Scene, k: int = 1) -> Tensor:
     """(B,) 100 where a positive is among the k nearest, else 0, NaN without positives; d is (B, N)."""

@@ -58,6 +58,13 @@ class Component(_Record):
         """Raw value, number or array, to a score."""
         return 100.0 * (value - self.worst) / (self.best - self.worst)
 
+    def possible(self, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+        """An interval of the score without what no score can be: intervals over few classes are stretched."""
+        if ends is None:
+            return None
+        low, high = sorted(float(self.rescale(limit)) for limit in READOUTS[self.readout].limits)
+        return min(max(ends[0], low), high), min(max(ends[1], low), high)
+
 
 class Step(_Record):
     """One step of a worst case: an attack on the queries that survived the steps before it.

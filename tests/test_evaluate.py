@@ -13,7 +13,7 @@ from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate
 from dmlbench.metrics import mean
 from dmlbench.models import ARCHITECTURES
-from dmlbench.protocol import load_protocol
+from dmlbench.protocol import Component, load_protocol
 from dmlbench.results import Evaluation, load, save
 from dmlbench.rng import Rng
 from dmlbench.search import aimed, searches
@@ -223,3 +223,12 @@ def test_small_galleries_and_other_shapes_are_refused(model, short) -> None:
         evaluate(ARCHITECTURES["smallcnn"](), tiny(), short)
     with pytest.raises(UsageError, match="did you mean 'QA-'"):
         evaluate(model, tiny(), short, attacks=["QA_-"])
+
+
+def test_intervals_of_parts_hold_possible_scores_only() -> None:
+    part = Component(name="x", attack="LTM", readout="recall_at_1", worst=0, best=100)
+    assert part.possible((-1.4, 10.3)) == (0.0, 10.3) and part.possible((97.0, 104.0)) == (97.0, 100.0)
+    rank = Component(name="x", attack="CA+", readout="candidate_rank", worst=0, best=50)
+    assert rank.possible((-3.0, 190.0)) == (0.0, 190.0) and rank.possible((90.0, 210.0)) == (90.0, 200.0)
+    shift = Component(name="x", attack="ES", readout="embedding_shift", worst=2, best=0)
+    assert shift.possible((-30.0, 102.0)) == (-30.0, 100.0) and shift.possible(None) is None

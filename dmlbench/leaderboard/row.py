@@ -331,7 +331,8 @@ def _extra_columns(e: Evaluation) -> dict[str, Any]:
     if "worst_case_recall_at_1" in found:
         ends = e.measurements[-1].interval
         if ends is not None:
-            found["worst_case_recall_at_1_lo"], found["worst_case_recall_at_1_hi"] = map(_neat, ends)
+            lo, hi = np.clip(ends, 0.0, 100.0)
+            found["worst_case_recall_at_1_lo"], found["worst_case_recall_at_1_hi"] = _neat(float(lo)), _neat(float(hi))
         if (ends := _area_interval(e)) is not None:
             found["worst_case_area_lo"], found["worst_case_area_hi"] = map(_neat, ends)
     return found

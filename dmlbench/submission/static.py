@@ -5,7 +5,7 @@ them; who edits one has to invent 896 outcomes that fit, and those are measured 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from dmlbench.checkpoints import checkpoints
 from dmlbench.datasets import DATASETS, load_dataset
 from dmlbench.intervals import cluster_bootstrap
 from dmlbench.leaderboard.row import Row, Status, extra_numbers, from_evaluation
+from dmlbench.metrics import READOUTS
 from dmlbench.protocol import Component, Protocol, load_protocol, protocol_names
 from dmlbench.registry import suggest
 from dmlbench.results import Evaluation
@@ -30,15 +31,6 @@ WEIGHTS = "weights.safetensors"
 INTERVAL_CLOSE = 1.0
 """The same for ends of intervals, which hang on a random stream that another numpy may draw otherwise."""
 
-RANGES: Mapping[str, tuple[float, float]] = {
-    "recall_at_1": (0, 100),
-    "candidate_rank": (0, 100),
-    "rank_in_query": (0, 100),
-    "kept_in_top_4": (0, 100),
-    "target_cosine": (-1.0001, 1.0001),
-    "embedding_shift": (0, float("inf")),
-}
-"""What a query's outcome may be, by read-out; others only have to be numbers."""
 MAY_BE_MISSING = ("recall_at_1", "recall_of_right", "map_at_r_of_right")
 """Read-outs without a value for a query that has no other image of its class, or that is wrong when clean."""
 
@@ -315,8 +307,9 @@ def _number_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component])
                 yield Problem(0, f"{where}.value", f"R@1 of {m.value:.2f} under attack is above the clean {clean:.2f}")
     intervals = cluster_bootstrap(scores, e.arrays["label"]) if parts else None
     if intervals is not None:
-        for m, ends in zip(e.measurements, intervals.columns, strict=True):
-            yield from _same_ends(f"{RUN} measurements.{m.component}.interval", m.interval, ends)
+        for m, c, ends in zip(e.measurements, parts, intervals.columns, strict=True):
+            where = f"{RUN} measurements.{c.name}.interval"
+            yield from _same_ends(where, c.possible(m.interval), c.possible(ends))
         ers = [m.score for m in e.measurements] if rules.kind == "ers" else [None]
         mean = None if any(p is None for p in ers) else float(np.mean([p for p in ers if p is not None]))
         yield from _same(f"{RUN} ers", e.ers, mean)
@@ -331,7 +324,7 @@ def _outcome_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]
         missing = np.isnan(values)
         if missing.any() and c.readout not in MAY_BE_MISSING:
             yield Problem(0, where, f"{int(missing.sum())} outcomes are NaN")
-        low, high = RANGES.get(c.readout, (-np.inf, np.inf))
+        low, high = READOUTS[c.readout].limits
         bad = ~missing & (~np.isfinite(values) | (values < low - 1e-4) | (values > high + 1e-4))
         if bad.any():
             yield Problem(0, where, f"{int(bad.sum())} outcomes are outside {low:g} to {high:g}")

@@ -154,9 +154,9 @@ class Evaluation(_Record):
     def with_arrays(
         self, arrays: Mapping[str, np.ndarray], sample: Mapping[str, np.ndarray] | None = None
     ) -> "Evaluation":
-        """The same record with its arrays attached."""
-        self._arrays.update(arrays)
-        self._sample.update(sample or {})
+        """The same record with these arrays attached, beside those that it has; a record it was copied from keeps its own."""
+        self._arrays = {**self._arrays, **arrays}
+        self._sample = {**self._sample, **(sample or {})}
         return self
 
 

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import normalized_mutual_info_score
 from synthetic import ENDS, evaluation, outcomes, rescale
 
 from dmlbench.checkpoints import packaged
 from dmlbench.compare import Gate, as_junit, as_markdown, as_text, compare, compare_rows, sources
 from dmlbench.compare.gate import metric_name, named_gate, parse_drop, project_gate
-from dmlbench.compare.paired import nmi_by_weight, pair
+from dmlbench.compare.paired import nmi_by_weight, pair, worst_clusters
 from dmlbench.compare.sources import find
 from dmlbench.errors import DataError, NotComparable, UsageError
+from dmlbench.intervals import cluster_bootstrap
 from dmlbench.leaderboard import add_row, from_evaluation
+from dmlbench.leaderboard.row import extra_numbers
 from dmlbench.protocol import load_protocol
 from dmlbench.results import Flag, Measurement, load, save
 
@@ -490,6 +493,57 @@ def test_by_id_the_usual_protocol_is_meant_and_no_sample_needed(tmp_path, monkey
     assert find(name, "strict").protocol == other
     with pytest.raises(DataError, match=r"adversarial_sample\.npz is missing"):
         load(tmp_path / "submissions" / "a" / "run")
+
+
+def undefended_under(protocol):
+    folder = packaged("leaderboard") / "submissions" / f"digits-smallcnn-triplet-none-{protocol}" / "run"
+    if not folder.is_dir():
+        pytest.skip("the board lies in the repository, which is not at hand")
+    return load(folder, sample=False)
+
+
+def test_the_area_of_a_worst_case_is_paired_and_gated():
+    base = undefended_under("strict")
+    assert metric(compare(base, base), "worst_case_area").interval == (0.0, 0.0)
+    arrays = dict(base.arrays)
+    names = [f"{m.component}/value" for m in base.measurements]
+    for name in names:  # every query falls at the smallest eps
+        arrays[name] = 0 * arrays[name]
+    radii = [0, *(int(m.component.split("@")[1].split("/")[0]) for m in base.measurements)]
+    curve = [float(np.mean(arrays[n])) for n in ("benign/recall_at_1", *names)]
+    area = sum((radii[k + 1] - radii[k]) * (curve[k] + curve[k + 1]) / 2 for k in range(len(radii) - 1)) / radii[-1]
+    extras = {**base.extras, "strict": {**base.extras["strict"], "area": area}}
+    worse = base.model_copy(update={"extras": extras}).with_arrays(arrays)
+    found = metric(compare(base, worse), "worst_case_area")
+
+    def by_query(of):
+        rows = zip(*(of[n].tolist() for n in ("benign/recall_at_1", *names)), strict=True)
+        steps = [(radii[k], radii[k + 1]) for k in range(len(radii) - 1)]
+        return np.array([sum((b - a) * (r[k] + r[k + 1]) / 2 for k, (a, b) in enumerate(steps)) for r in rows])
+
+    difference = (by_query(arrays) - by_query(base.arrays)) / radii[-1]
+    assert difference.mean() == pytest.approx(found.candidate - found.base, abs=1e-4)
+    assert found.interval == pytest.approx(cluster_bootstrap(difference[:, None], base.arrays["label"]).mean)
+    assert found.allowed == 1.0 and found.verdict == "worse" and found.regression
+
+
+def test_the_nmi_of_attacked_clusters_is_paired_and_parts_within_the_set_are_not_gated():
+    base = undefended_under("clustering")
+    low = worst_clusters(base)
+    attack, _, eps = low.removesuffix("/clusters").partition("@")
+    rows = [r for r in base.extras["clustering"]["attacks"] if r["eps"] == eps and r["labelled"]]
+    assert attack == min(rows, key=lambda r: r["nmi"])["attack"]
+    true = [normalized_mutual_info_score(base.arrays["label"], c) for c in base.arrays[low].T]
+    assert 100 * np.mean(true) == pytest.approx(dict(extra_numbers(base))["clustering_nmi_attacked"], abs=1e-3)
+    better = undefended_under("clustering").with_arrays(
+        {**base.arrays, low: np.repeat(base.arrays["label"][:, None], base.arrays[low].shape[1], 1)}
+    )
+    interval = metric(compare(base, better), "clustering_nmi_attacked").interval
+    assert interval[0] > 50 and interval[1] >= 100 - 100 * np.mean(true) - 1
+    fallen = undefended_under("clustering").with_arrays(
+        {**base.arrays, "C1@40/255/value": 0 * base.arrays["C1@40/255/value"]}
+    )
+    assert not compare(base, fallen).failures
 
 
 @pytest.fixture

@@ -28,8 +28,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-DEFAULT_DROPS: Mapping[str, float] = {"ers": 1.0, "recall_at_1": 1.0, "nmi": 1.0, "any": 3.0}
-"""Points that a metric may lose; ``any`` is any attack part."""
+DEFAULT_DROPS: Mapping[str, float] = {
+    "ers": 1.0,
+    "recall_at_1": 1.0,
+    "nmi": 1.0,
+    "worst_case_area": 1.0,
+    "clustering_nmi_attacked": 3.0,
+    "any": 3.0,
+}
+"""Points that a metric may lose; ``any`` is any attack part of a protocol but clustering."""
 
 BENIGN = ("recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "map", "map_at_r", "nmi", "ami")
 GATED = ("ers", "any", *BENIGN, *EXTRA_COLUMNS)

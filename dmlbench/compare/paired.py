@@ -15,7 +15,7 @@ from scipy import sparse
 
 from dmlbench.errors import DataError, NotComparable
 from dmlbench.intervals import DRAWS, LEVEL, cluster_bootstrap, stretched
-from dmlbench.leaderboard.row import extra_numbers
+from dmlbench.leaderboard.row import area_by_query, extra_numbers
 from dmlbench.results import Evaluation
 
 Ends = tuple[float, float] | None
@@ -92,12 +92,12 @@ def pair(
         return np.stack(taken, axis=1) if taken else np.empty((len(at), 0))
 
     first, second = columns(base, i), columns(candidate, j)
-    p = len(parts)
+    p, gated = len(parts), "clustering" not in base.extras  # R@1 within an attacked set may rise as well as fall
     difference = second - first
     intervals = cluster_bootstrap(difference, label, seed, draws)
     means = [[_mean(side[:, c]) for c in range(side.shape[1])] for side in (first, second)]
     out = [
-        Paired(name, c < p, means[0][c], means[1][c], intervals.columns[c])
+        Paired(name, c < p and gated, means[0][c], means[1][c], intervals.columns[c])
         for c, name in enumerate([*parts, *(b for b in benign)])
     ]
     if base.ers is not None:
@@ -107,11 +107,28 @@ def pair(
         out.insert(0, Paired("ers", False, _of(scores[0]), _of(scores[1]) if whole else None, interval))
     for name in ("nmi", "ami"):
         if name in base.benign:
-            interval = nmi_interval(base, candidate, i, j, seed, draws) if name == "nmi" else None
+            keys = (CLUSTERS, CLUSTERS)
+            interval = nmi_interval(base, candidate, keys, i, j, seed, draws) if name == "nmi" else None
             out.append(Paired(name, False, base.benign[name], candidate.benign.get(name), interval))
     other = extra_numbers(candidate)
-    out += [Paired(name, False, value, other.get(name), None) for name, value in extra_numbers(base).items()]
+    for name, value in extra_numbers(base).items():
+        interval = None
+        if name == "worst_case_area":
+            areas = (area_by_query(base), area_by_query(candidate))
+            if areas[0] is not None and areas[1] is not None:
+                interval = cluster_bootstrap((areas[1][j] - areas[0][i])[:, None], label, seed, draws).mean
+        elif name == "clustering_nmi_attacked" and name in other:
+            keys = (worst_clusters(base), worst_clusters(candidate))
+            interval = nmi_interval(base, candidate, keys, i, j, seed, draws)
+        out.append(Paired(name, False, value, other.get(name), interval))
     return out
+
+
+def worst_clusters(e: Evaluation) -> str:
+    """The per-query array of the clusters after the attack of lowest NMI at the largest eps, labels known."""
+    rows = [row for row in e.extras["clustering"]["attacks"] if row["labelled"]]
+    low = min((row for row in rows if row["eps"] == rows[-1]["eps"]), key=lambda row: float(row["nmi"]))
+    return f"{low['attack']}@{low['eps']}/clusters"
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -127,10 +144,22 @@ CLUSTERS = "benign/clusters"
 """Per-query array (Q, seeds): the k-means cluster each query fell into, by clustering seed."""
 
 
-def nmi_interval(base: Evaluation, candidate: Evaluation, i: np.ndarray, j: np.ndarray, seed: int, draws: int) -> Ends:
+def nmi_interval(
+    base: Evaluation,
+    candidate: Evaluation,
+    keys: tuple[str, str],
+    i: np.ndarray,
+    j: np.ndarray,
+    seed: int,
+    draws: int,
+) -> Ends:
     """Interval of the difference in NMI, classes resampled, averaged over clustering seeds; None where a run
-    does not say into which clusters its queries fell, or there are fewer than two classes."""
-    if CLUSTERS not in base.arrays or CLUSTERS not in candidate.arrays:
+    does not say into which clusters its queries fell, or there are fewer than two classes.
+
+    ``keys`` names the array (Q, seeds) of clusters in each run. Under attack it is that of each model's worst
+    attack, which is not chosen anew on every resample.
+    """
+    if keys[0] not in base.arrays or keys[1] not in candidate.arrays:
         return None
     _, label = np.unique(base.arrays["label"][i], return_inverse=True)
     groups = int(label.max()) + 1
@@ -143,7 +172,7 @@ def nmi_interval(base: Evaluation, candidate: Evaluation, i: np.ndarray, j: np.n
     def mean_nmi(clusters: np.ndarray) -> np.ndarray:
         return np.mean([nmi_by_weight(label, c, weights) for c in clusters.T], axis=0)
 
-    difference = mean_nmi(candidate.arrays[CLUSTERS][j]) - mean_nmi(base.arrays[CLUSTERS][i])
+    difference = mean_nmi(candidate.arrays[keys[1]][j]) - mean_nmi(base.arrays[keys[0]][i])
     return stretched(difference[1:], float(difference[0]), groups, LEVEL)
 
 

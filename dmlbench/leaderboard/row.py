@@ -333,17 +333,23 @@ def _extra_columns(e: Evaluation) -> dict[str, Any]:
         if ends is not None:
             lo, hi = np.clip(ends, 0.0, 100.0)
             found["worst_case_recall_at_1_lo"], found["worst_case_recall_at_1_hi"] = _neat(float(lo)), _neat(float(hi))
-        if (ends := _area_interval(e)) is not None:
-            found["worst_case_area_lo"], found["worst_case_area_hi"] = map(_neat, ends)
+        if (areas := area_by_query(e)) is not None:
+            ends = cluster_bootstrap(areas[:, None], e.arrays["label"]).mean
+            if ends is not None:
+                found["worst_case_area_lo"], found["worst_case_area_hi"] = map(_neat, ends)
     return found
 
 
-def _area_interval(e: Evaluation) -> tuple[float, float] | None:
-    """The area is linear in the outcomes, so each query has one of its own."""
+def area_by_query(e: Evaluation) -> np.ndarray | None:
+    """(Q,) what each query adds to the area under the worst-case curve, whose mean it is; None for other protocols.
+
+    The area is linear in the outcomes, so each query has one of its own.
+    """
     names = [f"{m.component}/value" for m in e.measurements]
-    if not e.arrays or any(n not in e.arrays for n in ("benign/recall_at_1", "label", *names)):
+    needed = ("benign/recall_at_1", "label", *names)
+    if "strict" not in e.extras or not e.arrays or any(n not in e.arrays for n in needed):
         return None
     radii = np.array([0.0, *(length(m.component.rpartition("@")[2]) for m in e.measurements)])
     curve = np.stack([e.arrays[n].astype(np.float64) for n in ("benign/recall_at_1", *names)], axis=1)
-    area = (np.diff(radii) * (curve[:, 1:] + curve[:, :-1]) / 2).sum(1) / radii[-1]
-    return cluster_bootstrap(area[:, None], e.arrays["label"]).mean
+    areas: np.ndarray = (np.diff(radii) * (curve[:, 1:] + curve[:, :-1]) / 2).sum(1) / radii[-1]
+    return areas

@@ -282,7 +282,7 @@ def test_a_killed_process_resumes_to_the_same_bytes(straight, run, tmp_path):
     assert not (out / "evaluation.json").exists()
 
     resumed = begun(out, "--resume")
-    wait_for_units(resumed, out, 9)
+    wait_for_units(resumed, out, 5)
     os.killpg(resumed.pid, signal.SIGINT)
     _, err = resumed.communicate()
     assert resumed.returncode == 130, err

@@ -226,7 +226,7 @@ def log_bytes(rows: list[Progress]) -> bytes:
 
 
 def save_state(
-    folder: Path, recipe: Recipe, learner: Learner, optimizer: Any, rows: list[Progress], best: float
+    folder: Path, recipe: Recipe, learner: Learner, optimizer: Any, rows: list[Progress], best: float, processes: int
 ) -> None:
     """Everything that a resume needs, as one file."""
     buffer = io.BytesIO()
@@ -237,18 +237,19 @@ def save_state(
             "optimizer": optimizer.state_dict(),
             "rows": [asdict(row) for row in rows],
             "best": best,
+            "processes": processes,
         },
         buffer,
     )
     write_whole(folder / "state.pt", buffer.getvalue())
 
 
-def read_state(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """The state of an earlier run of the same recipe.
+def read_state(folder: Path, recipe: Recipe, processes: int) -> dict[str, Any]:
+    """The state of an earlier run of the same recipe by as many processes, on whose number the batches depend.
 
     Raises:
         DataError: there is none, or it cannot be read.
-        UsageError: it belongs to another recipe; the differing keys are named.
+        UsageError: it belongs to another recipe, the differing keys are named; or to another number of processes.
     """
     path = folder / "state.pt"
     if not path.is_file():
@@ -260,6 +261,10 @@ def read_state(folder: Path, recipe: Recipe) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read: {error}") from None
     if differing := recipe.differing(earlier):
         raise UsageError(f"{folder} holds a run of another recipe; differing keys: {', '.join(differing)}")
+    if (before := int(state.get("processes", 1))) != processes:
+        raise UsageError(
+            f"{folder} was begun by {before} process(es), this run has {processes}: the batches would differ"
+        )
     return state
 
 
@@ -334,7 +339,7 @@ def train(
     if world.leads:
         prepare_folder(folder)
     if resume:
-        state = read_state(folder, recipe)
+        state = read_state(folder, recipe, world.size)
         learner.load_state_dict(state["learner"])
         optimizer.load_state_dict(state["optimizer"])
         rows = [Progress(**row) for row in state["rows"]]
@@ -391,7 +396,7 @@ def train(
                 best = benign + attacked
                 write_weights(folder / "best.safetensors", learner.embedder.network)
             write_whole(folder / "log.csv", log_bytes(rows))
-            save_state(folder, recipe, learner, optimizer, rows, best)
+            save_state(folder, recipe, learner, optimizer, rows, best, world.size)
         if collapsed >= 2 and not allow_collapse:
             raise TrainingFailed(
                 f"the model has collapsed by step {done}: embeddings of different images lie {spread:.2g} apart "

@@ -22,6 +22,7 @@ from dmlbench.defenses import DEFENSES
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.models import build, check_probe, fill, load_model, read_weights, write_weights
+from dmlbench.parallel import World
 from dmlbench.recipe import Recipe, command_of, load_recipe, make_recipe, packaged_recipes
 from dmlbench.registration import read_entry, register
 from dmlbench.rng import Rng
@@ -307,6 +308,12 @@ def test_register_adds_and_replaces(capsys, tmp_path: Path) -> None:
     assert register(tmp_path / "s", registry, tmp_path / "w") == HM
     with pytest.raises(DataError, match="not a finished training run"):
         register(tmp_path / "nowhere", registry, tmp_path / "w")
+
+
+def test_a_resume_by_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "r")
+    with pytest.raises(UsageError, match="begun by 1 process"):
+        train(recipe(), tmp_path / "r", resume=True, world=World(1, 2))
 
 
 def test_a_run_folder_is_a_model(capsys, tmp_path: Path) -> None:

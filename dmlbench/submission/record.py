@@ -1,5 +1,6 @@
 """``submission.yaml``: who submits what, under which licence, and what the submitter says it scored."""
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -142,7 +143,8 @@ def _text_problems(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
         if FILL_IN in value:
             yield where, "has not been filled in"
         leaf = where.rpartition(".")[2]
-        if leaf in ("url", "mirrors") and not value.startswith("https://"):
+        ours = re.fullmatch(r"\{base\}/[\w.-]+", value)  # as registered weights that are fetched say it
+        if leaf in ("url", "mirrors") and not ours and not value.startswith("https://"):
             yield where, "is not an https:// address"
         lines = value.splitlines() if leaf in LONG_TEXT else [value]
         for line in lines:

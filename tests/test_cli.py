@@ -222,7 +222,7 @@ def test_the_shipped_digits_models_keep_the_order_of_their_defences(first_run) -
 def test_every_packaged_weights_file_is_registered_and_small() -> None:
     named = {f.path for c in checkpoints().values() for f in c.files if f.path}
     for path in (PACKAGE / "weights").glob("*.safetensors"):
-        assert path.name in named and path.stat().st_size <= 500_000
+        assert path.name in named and path.stat().st_size <= 700_000
 
 
 PLUGIN = """

@@ -7,12 +7,12 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+from bundles import SUBMISSIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import normalized_mutual_info_score
 from synthetic import ENDS, evaluation, outcomes, rescale
 
-from dmlbench.checkpoints import packaged
 from dmlbench.compare import Gate, as_junit, as_markdown, as_text, compare, compare_rows, sources
 from dmlbench.compare.gate import metric_name, named_gate, parse_drop, project_gate
 from dmlbench.compare.paired import nmi_by_weight, pair, worst_clusters
@@ -470,14 +470,14 @@ def test_registered_models_by_id(typed):
     assert "Gate passed" in done.out and "paired by query" in done.out
     done = typed("compare", "digits-smallcnn-triplet-none", "digits-smallcnn-triplet-hm-lga-icz", code=2)
     assert "did you mean 'digits-smallcnn-triplet-hm-lga-ics'" in done.err
-    other = ["digits-smallcnn-triplet-none", "digits-smallcnn-triplet-act", "--protocol", "strict"]
-    assert "no stored run under protocol 'strict'" in typed("compare", *other, code=4).err
+    other = ["digits-smallcnn-triplet-none", "digits-smallcnn-triplet-act", "--protocol", "strict-fast"]
+    assert "no stored run under protocol 'strict-fast'" in typed("compare", *other, code=4).err
 
 
 def test_by_id_the_usual_protocol_is_meant_and_no_sample_needed(tmp_path, monkeypatch):
     """As in the wheel, whose board holds no adversarial images."""
     name = "digits-smallcnn-triplet-none"
-    source = packaged("leaderboard") / "submissions" / f"{name}-ers-digits" / "run"
+    source = SUBMISSIONS / f"{name}-ers-digits" / "run"
     if not source.is_dir():
         pytest.skip("the board lies in the repository, which is not at hand")
     usual = load(source)
@@ -496,7 +496,7 @@ def test_by_id_the_usual_protocol_is_meant_and_no_sample_needed(tmp_path, monkey
 
 
 def undefended_under(protocol):
-    folder = packaged("leaderboard") / "submissions" / f"digits-smallcnn-triplet-none-{protocol}" / "run"
+    folder = SUBMISSIONS / f"digits-smallcnn-triplet-none-{protocol}" / "run"
     if not folder.is_dir():
         pytest.skip("the board lies in the repository, which is not at hand")
     return load(folder, sample=False)

@@ -199,7 +199,8 @@ def _broken_beyond(evidence: Evidence, eps: str, queries: np.ndarray) -> float:
     rest = some
     for step in evidence.protocol.steps[: white_steps(evidence.protocol)]:
         threat = evidence.protocol.threat_at(eps, step.threat)
-        rest = rest[~evidence.attacked(step, threat.but(eps=BEYOND * threat.radius), rest)]
+        wider = BEYOND * threat.radius if threat.norm != "linf" else min(1.0, BEYOND * threat.radius)
+        rest = rest[~evidence.attacked(step, threat.but(eps=wider), rest)]
     return 1.0 - len(rest) / len(some)
 
 

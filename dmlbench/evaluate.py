@@ -133,27 +133,16 @@ def evaluate(
         or auto_batch(dataset, resolve_device(device), embedder, work.world)
     )
     configuration = {
-        "dmlbench": __version__,
-        "torch": torch.__version__,
-        "model": embedder.name,
+        **essentials(embedder, dataset, official, seed, device),
         "weights": embedder.weights_sha256 or digest_of(embedder),
         "arch": embedder.arch,
         "normalisation": [embedder.mean.flatten().tolist(), embedder.std.flatten().tolist()],
-        "space": embedder.distance.space,
-        "gradient_precision": embedder.precision,
-        "dataset": dataset.name,
-        "split": dataset.split,
-        "dataset_sha256": dataset.sha256,
-        "protocol": rules.name,
-        "protocol_sha256": official.sha256,
         "surrogate": other and other.name,
         "surrogate_weights": other and (other.weights_sha256 or digest_of(other)),
         "attacks": list(attacks) if attacks else None,
         "limit": limit,
-        "seed": base,
         "eot": eot,
         "batch_size": size,
-        "device": resolve_device(device).type,
     }
     work.agree(configuration, resume)
     subject = prepare(embedder, dataset, limit=limit, device=device, progress=progress, work=work, cache=cache)
@@ -272,6 +261,17 @@ def asked(
     chosen = rules.chosen(attacks, max(dataset.images.shape[1:]))
     other = load_model(surrogate) if surrogate is not None else None
     return {
+        **essentials(embedder, dataset, rules, seed, device),
+        "partial": list(reasons(rules, chosen, dataset, attacks, limit, seed, eot, other)),
+        "extra_parts": [c.name for c in chosen.extra],
+    }
+
+
+def essentials(
+    embedder: Embedder, dataset: RetrievalDataset, rules: Protocol, seed: int | None, device: str
+) -> dict[str, Any]:
+    """What a run and its finished result both say of what is measured."""
+    return {
         "dmlbench": __version__,
         "torch": torch.__version__,
         "model": embedder.name,
@@ -284,8 +284,6 @@ def asked(
         "protocol": rules.name,
         "protocol_sha256": rules.sha256,
         "seed": rules.seed if seed is None else seed,
-        "partial": list(reasons(rules, chosen, dataset, attacks, limit, seed, eot, other)),
-        "extra_parts": [c.name for c in chosen.extra],
         "device": resolve_device(device).type,
     }
 

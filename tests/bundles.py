@@ -138,3 +138,15 @@ def zipped(files: dict[str, bytes], path: Path, infos=()) -> Path:
             archive.writestr(info, content)
     path.write_bytes(buffer.getvalue())
     return path
+
+
+def put(path, value):
+    """A change of one value of a nested content."""
+
+    def change(content):
+        *parents, last = path
+        for key in parents:
+            content = content[key]
+        content[last] = value
+
+    return change

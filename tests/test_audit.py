@@ -9,7 +9,7 @@ from test_strict import shortened
 from torch import nn
 
 import dmlbench
-from dmlbench.audit import CHECKS, Evidence, black_beats_white, examine
+from dmlbench.audit import CHECKS, Evidence, _broken_beyond, black_beats_white, examine
 from dmlbench.checkpoints import packaged
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import UsageError
@@ -105,6 +105,14 @@ def test_a_rugged_loss_is_no_hidden_gradient() -> None:
     finding = black_beats_white(evidence)
     assert finding.verdict == "warn" and finding.value is not None and finding.value > 1
     assert "the loss is rugged" in finding.message
+
+
+def test_a_ball_is_widened_no_further_than_the_pixels() -> None:
+    subject = prepare(dmlbench.load_model(TRAINED[0]), dmlbench.load_dataset("digits"), limit=4)
+    few, protocol = np.arange(4), shortened(steps=2)
+    scene = subject.scene[torch.from_numpy(few)]
+    evidence = Evidence(subject, protocol, {}, few, subject.images(0, 4), scene, 0)
+    assert 0 <= _broken_beyond(evidence, "0.9", few) <= 1
 
 
 def test_masks_are_many_and_change_little() -> None:

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from bundles import EST, MODEL, card, edit_arrays, edit_json, edit_yaml, model, sealed, valid, weights_of, zipped
+from bundles import EST, MODEL, card, edit_arrays, edit_json, edit_yaml, model, put, sealed, valid, weights_of, zipped
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -60,6 +60,14 @@ def refused(report, level, field, reason):
 def test_a_valid_bundle_is_accepted(check, files):
     report = check(files, 3, seed=0)
     assert report.status == "accepted" and report.passed == (0, 1, 2, 3) and not report.problems
+
+
+def test_impossible_ends_are_not_taken_for_possible_ones(files, check):
+    """An interval that begins far below 0 is not the one that begins at 0."""
+    part = next(i for i, m in enumerate(json.loads(files[RUN])["measurements"]) if m["component"] == "GTT")
+    high = json.loads(files[RUN])["measurements"][part]["interval"][1]
+    forged = edit_json(files, RUN, put(["measurements", part, "interval"], [-50.0, high]))
+    refused(check(forged, 0), 0, "measurements.GTT.interval", "outcomes give")
 
 
 def test_a_shorter_sample_is_accepted_down_to_32_queries(made, check, tmp_path):
@@ -206,18 +214,6 @@ def test_a_manifest_that_is_none(files, check):
 
 
 # --- edits by a liar who makes the manifests anew ------------------------------------------------------
-
-
-def put(path, value):
-    """A change of one value of a nested content."""
-
-    def change(content):
-        *parents, last = path
-        for key in parents:
-            content = content[key]
-        content[last] = value
-
-    return change
 
 
 RUN_EDITS = [
@@ -609,6 +605,13 @@ def test_from_a_run_to_a_verified_bundle(typed, made, tmp_path):
     (out / "submission.yaml").write_text(text)
     done = typed(*packing, "--out", out / "b.zip")
     assert "7 files" in done.out and "level 0 passed" in done.out
+
+    whole = (out / "b.zip").stat().st_size
+    typed(*packing, "--sample", "32", "--out", out / "short.zip")
+    assert (out / "short.zip").stat().st_size < whole
+    done = typed("validate", out / "short.zip", "--level", "2", "--device", "cpu")
+    assert done.out.rstrip().endswith("short.zip: accepted")
+    assert "at least 32" in typed(*packing, "--sample", "31", "--out", out / "short.zip", code=2).err
 
     done = typed("validate", out / "b.zip", "--level", "3", "--seed", "1", "--device", "cpu")
     assert [line[:14] for line in done.out.splitlines()[:4]] == [f"level {i} passed" for i in range(4)]

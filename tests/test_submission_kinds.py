@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from bundles import MODEL, edit_arrays, edit_json, edit_yaml, valid, zipped
+from bundles import MODEL, edit_arrays, edit_json, edit_yaml, put, valid, zipped
 
 import dmlbench
 from dmlbench import clustering, strict
@@ -50,16 +50,6 @@ def refused(report, level, field, reason, lines=1):
     ]
     assert any(p.level == level and field in p.field and reason in p.reason for p in report.problems), said
     assert len(said) == lines, said
-
-
-def put(path, value):
-    def change(content):
-        *parents, last = path
-        for key in parents:
-            content = content[key]
-        content[last] = value
-
-    return change
 
 
 @pytest.mark.parametrize("protocol", ["strict", "clustering"])

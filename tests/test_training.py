@@ -329,6 +329,8 @@ def test_a_run_folder_is_a_model(capsys, tmp_path: Path) -> None:
     assert HM in said
     assert "not a finished training run" in command(capsys, "evaluate", "--model", tmp_path, code=4)[1]
     weights = ["--weights", tmp_path / "r" / "last.safetensors"]
+    mean = ["--mean", "0.5"]
+    assert "--mean does not go with it" in command(capsys, "evaluate", "--model", tmp_path / "r", *mean, code=2)[1]
     assert "own weights" in command(capsys, "evaluate", "--model", tmp_path / "r", *weights, code=2)[1]
 
 

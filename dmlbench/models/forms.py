@@ -78,17 +78,13 @@ _OF_THE_RECORD = (
     "embed_dim", "output_key", "input_size", "resize", "interpolation", "order", "channels",
     "mean", "std", "distance", "normalize", "name",
 )  # fmt: skip
-"""Options that a registered model does not take."""
+"""Options that a model with a record, registered or in a run folder, does not take."""
 
 
 def _registered(name: str, options: ModelOptions) -> Embedder:
     """A model of checkpoints.json; ``--weights`` gives the file of one that is downloaded by hand."""
     entry = checkpoint(name)
-    if said := [key for key in _OF_THE_RECORD if getattr(options, key) is not None]:
-        raise UsageError(
-            f"model {name!r} is registered: its record says how it is fed and compared, so "
-            f"--{said[0].replace('_', '-').replace('order', 'channel-order')} does not go with it (--model FILE --spec takes other settings)"
-        )
+    _only_the_record(f"model {name!r} is registered", options)
     embedder = build(entry, name)
     if options.weights is not None:
         file = _weights_file(options)
@@ -240,13 +236,23 @@ def _specified(path: Path, spec: Spec, options: ModelOptions) -> Embedder:
     return embedder
 
 
+def _only_the_record(what: str, options: ModelOptions) -> None:
+    """Refuse options that a model with a record does not take."""
+    if said := [key for key in _OF_THE_RECORD if getattr(options, key) is not None]:
+        raise UsageError(
+            f"{what}: its record says how it is fed and compared, so "
+            f"--{said[0].replace('_', '-').replace('order', 'channel-order')} does not go with it (--model FILE --spec takes other settings)"
+        )
+
+
 def _trained(run: Path, options: ModelOptions) -> Embedder:
     """The last weights of a finished run of ``dmlbench train``."""
     if options.weights is not None or options.spec is not None:
         raise UsageError(f"--model {run} is a training run with its own weights: leave --weights and --spec out")
+    _only_the_record(f"--model {run} is a training run", options)
     name, entry = read_entry(run)
     path = verified(run / "last.safetensors", entry.files[0])
-    embedder = build(entry, options.name or name)
+    embedder = build(entry, name)
     fill(embedder.network, read_weights(path), f"weights file {path}")
     embedder.card, embedder.arch, embedder.weights_sha256 = entry, entry.arch.builder, entry.files[0].sha256
     check_probe(embedder, entry, str(run))

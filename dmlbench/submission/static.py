@@ -308,8 +308,12 @@ def _number_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component])
     intervals = cluster_bootstrap(scores, e.arrays["label"]) if parts else None
     if intervals is not None:
         for m, c, ends in zip(e.measurements, parts, intervals.columns, strict=True):
-            where = f"{RUN} measurements.{c.name}.interval"
-            yield from _same_ends(where, c.possible(m.interval), c.possible(ends))
+            limited = m.interval == c.possible(
+                m.interval
+            )  # runs of earlier versions state impossible ends as they came
+            yield from _same_ends(
+                f"{RUN} measurements.{c.name}.interval", m.interval, c.possible(ends) if limited else ends
+            )
         ers = [m.score for m in e.measurements] if rules.kind == "ers" else [None]
         mean = None if any(p is None for p in ers) else float(np.mean([p for p in ers if p is not None]))
         yield from _same(f"{RUN} ers", e.ers, mean)

@@ -31,9 +31,11 @@ from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.kmeans import lloyd
 from dmlbench.metrics import agreement, kmeans, mean, retrieval
 from dmlbench.models import ARCHITECTURES
+from dmlbench.models.spec import PRECISIONS
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.plan import forget_peak, peak_mib, timed
 from dmlbench.rng import Rng
+from dmlbench.rounded import settled
 from dmlbench.scene import Gallery, Scene
 from dmlbench.threat import Threat
 
@@ -104,7 +106,7 @@ def bare(network: torch.nn.Module, images: torch.Tensor, steps: int, precision: 
     """``steps`` times forward and backward to the input, nothing else."""
     with torch.no_grad():
         towards = torch.randn_like(network(images[:1])).expand(len(images), -1).contiguous()
-    dtype = torch.bfloat16 if precision == "bf16" else None
+    dtype = torch.bfloat16 if precision == "bfloat16" else None
 
     def run() -> None:
         for _ in range(steps):
@@ -126,7 +128,7 @@ def scene_for(embedder: Embedder, images: torch.Tensor, entries: int) -> Scene:
     rows = torch.arange(len(images), device=images.device)
     return Scene(
         distance=embedder.distance,
-        gallery=Gallery(gallery, labels),
+        gallery=Gallery(gallery, labels, embedder.precision == "int8"),
         clean=clean,
         labels=labels[: len(clean)],
         row=rows,
@@ -153,6 +155,7 @@ def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dic
             trials[way].append(seconds_of(run, device))
     fastest = min(trials, key=lambda way: statistics.median(trials[way][1:]))
     floor = contenders[fastest]
+    embedder.precision = settled(args.precision, entries, device)
     ready = embedder.frozen(device)
     whole = scene_for(ready, images, entries)
     rng = Rng(0, torch.arange(batch, device=device))
@@ -179,7 +182,7 @@ def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dic
                 "dimensions": whole.clean.shape[1],
                 "steps": args.steps,
                 "device": device.type,
-                "precision": args.precision,
+                "precision": embedder.precision,
                 "threads": torch.get_num_threads(),
                 "clock": args.clock,
                 "fastest": fastest,
@@ -202,6 +205,7 @@ def profile(name: str, attack_name: str, args: argparse.Namespace, device: torch
     """Print where the time of a few steps of one attack goes, by torch operation."""
     net = NETS[name]
     embedder = Embedder(net.make(), net.shape, name=name, **(IMAGENET if net.shape[0] == 3 else {})).eval()
+    embedder.precision = settled(args.precision, args.gallery or net.gallery, device)
     ready = embedder.frozen(device)
     images = torch.rand(args.batch or net.batch, *net.shape, device=device)
     rng, attack = Rng(0, torch.arange(len(images), device=device)), ATTACKS[attack_name]
@@ -271,7 +275,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--attacks", type=lambda text: text.split(","), default=list(ERS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.add_argument("--clock", choices=("wall", "process"), default="wall")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="also write the rows here")

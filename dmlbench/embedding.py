@@ -124,7 +124,8 @@ class Embedder(nn.Module):
         card: the registry's record of this model, where it has one.
         weights_sha256: of the file that the weights were read from.
         arch: what results call its architecture.
-        precision: "float32", or "bfloat16" to let gradients (never results) be made in lower precision.
+        precision: of gradients, never of results: "float32"; "int8", which rounds the gallery that an attack
+            looks at; "bfloat16", which rounds inside the network; "auto", which chooses of the first two.
         notes: sentences about how it was loaded.
         doubts: (flag, sentence) of what makes its numbers mean less than they say.
     """
@@ -153,7 +154,7 @@ class Embedder(nn.Module):
         self.card: Checkpoint | None = None
         self.weights_sha256: str | None = None
         self.arch: str | None = None
-        self.precision = "float32"
+        self.precision = "auto"
         self.notes: tuple[str, ...] = ()
         self.doubts: tuple[tuple[str, str], ...] = ()
         self.identity = mean is None and std is None
@@ -161,8 +162,8 @@ class Embedder(nn.Module):
         self.register_buffer("std", torch.tensor(std or [1.0] * channels).view(1, -1, 1, 1))
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        lower = self.precision != "float32" and torch.is_grad_enabled() and images.requires_grad
-        with torch.autocast(images.device.type, getattr(torch, self.precision), enabled=lower):
+        lower = self.precision == "bfloat16" and torch.is_grad_enabled() and images.requires_grad
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=lower):
             raw = self.network(self.normalise(images))
         if not isinstance(raw, Tensor) or raw.dim() != 2:
             what = f"shape {tuple(raw.shape)}" if isinstance(raw, Tensor) else f"a {type(raw).__name__}"

@@ -29,6 +29,7 @@ from dmlbench.models import load_model
 from dmlbench.protocol import Chosen, Component, Protocol, load_protocol
 from dmlbench.record import dataset_info, environment, model_info
 from dmlbench.results import Evaluation, Measurement, ProtocolInfo, finite
+from dmlbench.rounded import settled
 from dmlbench.search import Search, auto_batch, run_search, searches
 from dmlbench.subject import Progress, Silent, Subject, prepare, resolve_device, sample_positions
 from dmlbench.units import Work
@@ -205,7 +206,7 @@ def evaluate(
         model=model_info(embedder),
         dataset=dataset_info(subject),
         protocol=ProtocolInfo(name=rules.name, version=rules.version, sha256=official.sha256, seed=base),
-        environment=environment(subject.device, argv, embedder.precision),
+        environment=environment(subject.device, argv, configuration["gradient_precision"]),
         partial=why,
         benign={name: value for name, value in benign.items() if np.isfinite(value)},
         measurements=measurements,
@@ -277,7 +278,7 @@ def essentials(
         "model": embedder.name,
         "weights": embedder.weights_sha256,
         "space": embedder.distance.space,
-        "gradient_precision": embedder.precision,
+        "gradient_precision": settled(embedder.precision, len(dataset.gallery), resolve_device(device)),
         "dataset": dataset.name,
         "split": dataset.split,
         "dataset_sha256": dataset.sha256,

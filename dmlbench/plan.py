@@ -26,6 +26,7 @@ from dmlbench.metrics import retrieval
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Protocol
 from dmlbench.rng import Rng
+from dmlbench.rounded import settled
 from dmlbench.scene import Gallery, Scene
 from dmlbench.search import LARGE, auto_batch, searches
 from dmlbench.subject import EMBED_BLOCK, query_order, resolve_device
@@ -120,13 +121,14 @@ def stage(embedder: Embedder, dataset: RetrievalDataset, device: torch.device, b
     with torch.no_grad():
         clean = ready(images)
     n, dim = len(dataset.gallery), clean.shape[1]
+    rough = settled(embedder.precision, n, device) == "int8"
     points = torch.randn(n, dim, generator=torch.Generator().manual_seed(0)).to(device)
     gallery = torch.nn.functional.normalize(points, dim=1) * clean.norm(dim=1).mean()
     position = np.zeros(len(dataset), dtype=np.int64) - 1
     position[dataset.gallery] = np.arange(n)
     scene = Scene(
         distance=ready.distance,
-        gallery=Gallery(gallery, torch.from_numpy(dataset.labels[dataset.gallery]).to(device)),
+        gallery=Gallery(gallery, torch.from_numpy(dataset.labels[dataset.gallery]).to(device), rough),
         clean=clean,
         labels=torch.from_numpy(dataset.labels[rows]).to(device),
         row=torch.from_numpy(position[rows]).to(device),

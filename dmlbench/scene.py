@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dmlbench.embedding import Distance
+from dmlbench.rounded import RoundedGallery
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,10 +22,12 @@ class Gallery:
     Attributes:
         embeddings: (N, D) float32.
         labels: (N,) int64.
+        rough: gradients may see the entries rounded to 8 bits; see :mod:`dmlbench.rounded`.
     """
 
     embeddings: Tensor
     labels: Tensor
+    rough: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -33,6 +36,11 @@ class Gallery:
     def square(self) -> Float[Tensor, " N"]:
         """Squared lengths, used at every distance."""
         return self.embeddings.square().sum(1)
+
+    @cached_property
+    def rounded(self) -> RoundedGallery | None:
+        """The entries in 8 bits, or None where gradients are to see them as they are."""
+        return RoundedGallery.of(self.embeddings, self.square) if self.rough else None
 
     @cached_property
     def by_class(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

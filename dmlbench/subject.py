@@ -19,6 +19,7 @@ from dmlbench.errors import DataError, UsageError
 from dmlbench.exact import true_float32
 from dmlbench.loading import Loader
 from dmlbench.rng import Rng, seed_of
+from dmlbench.rounded import settled
 from dmlbench.scene import Gallery, Scene
 from dmlbench.units import Work, remembered
 from dmlbench.version import __version__
@@ -154,7 +155,9 @@ def prepare(
         )
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit} must be 1 or more")
-    ready = embedder.frozen(resolve_device(device))
+    where = resolve_device(device)
+    rough = settled(embedder.precision, len(dataset.gallery), where) == "int8"
+    ready = embedder.frozen(where)
     wanted = np.arange(len(dataset.query))
     if limit is not None and limit < len(wanted):
         wanted = np.sort(query_order(len(dataset.query))[:limit])
@@ -180,7 +183,7 @@ def prepare(
     rows = dataset.query[wanted]
     scene = Scene(
         distance=ready.distance,
-        gallery=Gallery(at(dataset.gallery), column(dataset.labels[dataset.gallery])),
+        gallery=Gallery(at(dataset.gallery), column(dataset.labels[dataset.gallery]), rough),
         clean=at(rows),
         labels=column(dataset.labels[rows]),
         row=column(dataset.own_entry[wanted]),

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dmlbench.rounded import RoundedGallery
 from dmlbench.scene import Scene
 
 CPU_BLOCK = 1 << 18
@@ -21,6 +22,8 @@ CPU_BLOCK = 1 << 18
 CUDA_BLOCK = 1 << 26
 """The same on a GPU: 256 MiB."""
 _WIDTH = 64
+_TIE = 1e-6
+"""Share by which a squared distance must differ from a target's to be another, where products are rounded alike."""
 _NOISE = 1e-9
 """Squared distances below this share of the gallery's mean squared length are rounding."""
 
@@ -32,6 +35,17 @@ def blocks(pairs: int, entries: int, device: torch.device) -> Iterator[slice]:
     size = -(-entries // (count * _WIDTH)) * _WIDTH
     for a in range(0, entries, size):
         yield slice(a, min(a + size, entries))
+
+
+class _Room:
+    """Memory that blocks take in turn, as ``room[n]`` (rows, n): fresh memory costs more than what is done in it."""
+
+    def __init__(self, like: Tensor, rows: int, widest: int, dtype: torch.dtype | None = None) -> None:
+        self.rows = rows
+        self.flat = like.new_empty(rows * widest, dtype=dtype or like.dtype)
+
+    def __getitem__(self, n: int) -> Tensor:
+        return self.flat[: self.rows * n].view(self.rows, n)
 
 
 def _touched(slope: Float[Tensor, "B n"], entries: Float[Tensor, "n D"]) -> tuple[Tensor, Tensor]:
@@ -53,6 +67,10 @@ class _QueryHinge(torch.autograd.Function):
         gallery, euclidean = scene.gallery, scene.distance.metric == "euclidean"
         n, k = len(gallery), scene.chosen.shape[1]
         wanted = ctx.needs_input_grad[0]
+        if wanted and gallery.rounded:
+            total, gradient = (_rounded_euclidean if euclidean else _rounded_cosine)(e, scene, gallery.rounded, sign)
+            ctx.save_for_backward(gradient.mul_(sign / (n * k)))
+            return total.mul_(sign / (n * k)).clamp_min_(0.0)
         c = scene.distance.paired(e[:, None, :], scene.targets)  # (B, K)
         length = e.square().sum(1, keepdim=True)  # (B, 1)
         floor = (_NOISE * gallery.scale.square()).clamp_min(1e-30)
@@ -91,6 +109,65 @@ class _QueryHinge(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         (gradient,) = ctx.saved_tensors
         return grad[:, None] * gradient, None, None
+
+
+def _ahead(values: Tensor, level: Tensor, sign: float, out: Tensor, mask: Tensor, count: Tensor) -> Tensor:
+    """``out`` (B, n) gets how many of ``level`` (B, K) each value is beyond, ``count`` (B, K) how many values are."""
+    compare = torch.gt if sign > 0 else torch.lt
+    for k in range(level.shape[1]):
+        one = out if k == 0 else mask
+        compare(values, level[:, k : k + 1], out=one)
+        count[:, k] += one.sum(1, dtype=count.dtype)
+        if k:
+            out.add_(one)
+    return out
+
+
+def _rounded_cosine(e: Tensor, scene: Scene, rounded: RoundedGallery, sign: float) -> tuple[Tensor, Tensor]:
+    """(B,) sum of d(e, X) - d(e, t_k) where it has the sign, (B, D) its gradient; products in integers."""
+    near = rounded.query(e)
+    level = near.products(rounded.codes[scene.chosen])  # (B, K)
+    count, pull, more = torch.zeros_like(level), *(torch.zeros_like(e, dtype=torch.int32) for _ in range(2))
+    parts = list(blocks(len(e), len(rounded), e.device))
+    products, actives, masks = (
+        _Room(e, len(e), parts[0].stop, dtype) for dtype in (torch.int32, torch.int8, torch.int8)
+    )
+    for s in parts:
+        codes, n = rounded.codes[s], s.stop - s.start
+        product = torch._int_mm(near.codes, codes.t(), out=products[n])  # (B, n)
+        active = _ahead(product, level, -sign, actives[n], masks[n], count)
+        pull += torch._int_mm(active, codes, out=more)
+    away = count.sum(1, keepdim=True) * rounded.centre + pull * rounded.step
+    away -= (count[:, :, None] * scene.targets).sum(1)
+    return -(e * away).sum(1), away.neg_()
+
+
+def _rounded_euclidean(e: Tensor, scene: Scene, rounded: RoundedGallery, sign: float) -> tuple[Tensor, Tensor]:
+    """The same for Euclidean distances: which entries count in integers, their pulls in bfloat16."""
+    near, floor = rounded.query(e), float(rounded.noise)
+    unit, rest = -2.0 * near.unit, e.square().sum(1, keepdim=True) - 2.0 * near.base  # (B, 1)
+    level = near.products(rounded.codes[scene.chosen]) * unit + rounded.square[scene.chosen] + rest  # (B, K)
+    level = level.clamp_min_(floor).mul_(1.0 + sign * _TIE)
+    count, value = torch.zeros_like(level), torch.zeros_like(unit)
+    pull, weight = torch.zeros_like(e), torch.zeros_like(unit)
+    parts = list(blocks(len(e), len(rounded), e.device))
+    products, squares, actives, masks, coarses = (
+        _Room(e, len(e), parts[0].stop, dtype) for dtype in (torch.int32, None, None, None, torch.bfloat16)
+    )
+    for s in parts:
+        n = s.stop - s.start
+        product = torch._int_mm(near.codes, rounded.codes[s].t(), out=products[n])
+        square = torch.addcmul(rounded.square[s], product, unit, out=squares[n])  # (B, n)
+        active = _ahead(square.add_(rest).clamp_min_(floor), level, sign, actives[n], masks[n], count)
+        slope = torch.rsqrt(square, out=masks[n]).mul_(active)
+        value += square.mul_(slope).sum(1, keepdim=True)
+        coarse = coarses[n].copy_(slope)
+        weight += coarse.sum(1, keepdim=True, dtype=torch.float32)
+        pull += coarse @ rounded.deviations[s]
+    c = scene.distance.paired(e[:, None, :], scene.targets)  # (B, K)
+    to_targets = torch.where(c > floor**0.5, count / c.clamp_min(1e-30), 0.0)  # (B, K)
+    away = to_targets.sum(1, keepdim=True) * e - (to_targets[:, :, None] * scene.targets).sum(1)
+    return value[:, 0] - (count * c).sum(1), weight * (e - rounded.centre) - pull - away
 
 
 def query_hinge(e: Float[Tensor, "B D"], scene: Scene, sign: float) -> Float[Tensor, " B"]:
@@ -151,11 +228,19 @@ def extreme_entries(
     """
     gallery = scene.gallery
     kin, _ = scene.kin_rows
+    euclidean = scene.distance.metric == "euclidean"
     with torch.no_grad():
         d = scene.table
+        rounded = gallery.rounded.query(e) if gallery.rounded else None
         for s in blocks(len(e), len(gallery), e.device):
             entries = gallery.embeddings[s].t()
-            if scene.distance.metric == "euclidean":
+            if rounded and gallery.rounded:
+                product = torch._int_mm(rounded.codes, gallery.rounded.codes[s].t())
+                if euclidean:
+                    torch.addcmul(gallery.square[s], product, -2.0 * rounded.unit, out=d[:, s])
+                else:
+                    torch.mul(product, -rounded.unit, out=d[:, s])
+            elif euclidean:
                 torch.addmm(gallery.square[s], e, entries, alpha=-2.0, out=d[:, s])  # (B, n)
             else:
                 torch.mm(e, entries, out=d[:, s]).neg_()

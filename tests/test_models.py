@@ -430,7 +430,7 @@ def test_spaces() -> None:
         ({"resize": "big"}, "--resize 'big' must be"),
         ({"embed_dim": -1}, "must be 0"),
         ({"std": (0.0,)}, "above zero"),
-        ({"precision": "int8"}, "precision 'int8'"),
+        ({"precision": "int4"}, "precision 'int4'"),
     ):
         with pytest.raises(UsageError, match=said):
             open_model("timm:test_resnet", ModelOptions(**{"input_size": (32, 32), **options}))  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dmlbench.cli.output import Bar
+from dmlbench.models.spec import PRECISIONS
 
 if TYPE_CHECKING:
     from dmlbench.datasets import RetrievalDataset
@@ -54,8 +55,8 @@ _OPTIONS = (
     click.option("--embed-dim", type=int, help="Width of the last layer; 0 leaves it out."),
     click.option("--checkpoint-key", help="Where in the weights file the state dictionary is, e.g. model or ema.net."),
     click.option("--output-key", help="Which output is the embedding, if the model gives several."),
-    click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
-                 help="Of gradients; results are always float32."),
+    click.option("--precision", type=click.Choice(PRECISIONS), default="auto",
+                 show_default=True, help="Of gradients; results are always float32. int8 rounds the gallery that attacks see."),
     click.option("--input-size", type=_Size(), help="Side of the images in pixels, or HxW."),
     click.option("--resize", metavar="exact:N|shorter:N|none", help="Before the centre crop; by default exact, 8/7 of the size."),
     click.option("--interpolation", help="nearest, bilinear, bicubic or lanczos."),

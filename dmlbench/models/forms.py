@@ -317,7 +317,7 @@ def _ensemble(rest: str, options: ModelOptions) -> Embedder:
         raise UsageError("ensemble: needs at least two models, e.g. ensemble:ID,ID")
     if options.weights or options.spec or options.output_key:
         raise UsageError("--weights, --spec and --output-key belong to one model, not to an ensemble")
-    members = [open_model(name, replace(options, name=None, precision="float32")) for name in names]
+    members = [open_model(name, replace(options, name=None, precision="auto")) for name in names]
     if not members[0].distance.normalized:
         raise UsageError("members of an ensemble are compared by direction, so --no-normalize does not go with it")
     for member in members[1:]:

@@ -11,7 +11,7 @@ from dmlbench.embedding import DISTANCES, Distance
 from dmlbench.errors import DataError, UsageError
 from dmlbench.preprocess import Preprocess
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "int8", "bfloat16")
 
 
 class Spec(BaseModel):
@@ -99,7 +99,7 @@ class ModelOptions:
     embed_dim: int | None = None
     checkpoint_key: str | None = None
     output_key: str | None = None
-    precision: str = "float32"
+    precision: str = "auto"
     input_size: tuple[int, int] | None = None
     resize: str | None = None
     interpolation: str | None = None

@@ -1,0 +1,162 @@
+"""The gallery in 8 bits: its sums against a plain loop, ties, when it is used, and what it does to a score."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dmlbench
+from dmlbench import rounded
+from dmlbench.embedding import DISTANCES
+from dmlbench.errors import UsageError
+from dmlbench.evaluate import evaluate
+from dmlbench.rounded import RoundedGallery, settled
+from dmlbench.scene import Gallery, Scene
+from dmlbench.sweep import extreme_entries, query_hinge
+
+MODEL = "digits-smallcnn-triplet-hm-lga-ics"
+
+
+def scene_of(space, seed, n=150, b=6, k=1, d=16):
+    """A scene whose gallery is rounded, and embeddings somewhat away from the clean ones."""
+    g = torch.Generator().manual_seed(seed)
+    distance = DISTANCES[space]
+    x = distance.finish(torch.randn(n, d, generator=g) + 0.5)
+    y = torch.arange(n) % 10
+    scene = Scene(distance, Gallery(x, y, True), x[:b], y[:b], torch.arange(b), torch.randint(n, (b, k), generator=g))
+    return scene, distance.finish(x[:b] + 0.2 * torch.randn(b, d, generator=g))
+
+
+def looped(e, scene, sign):
+    """Value and gradient of the hinge with rounded numbers, one image, target and entry at a time, in float64."""
+    gallery = scene.gallery.rounded
+    codes, centre, step = gallery.codes.double(), gallery.centre.double(), float(gallery.step)
+    values, gradients = [], []
+    for image, targets in zip(e.double(), scene.chosen.tolist(), strict=True):
+        unit = float(image.abs().max()) / 127
+        whole = torch.round(image / unit)
+
+        def far(j, whole=whole, unit=unit, image=image):
+            product = float(image @ centre) + unit * step * float(whole @ codes[j])
+            if scene.distance.metric == "cosine":
+                return 1.0 - product
+            square = float(image @ image) - 2 * product + float(scene.gallery.square[j])
+            return max(square, float(gallery.noise)) ** 0.5
+
+        value, gradient = 0.0, torch.zeros_like(image)
+        for t in targets:
+            target = scene.gallery.embeddings[t].double()
+            exact = float(scene.distance.paired(image, target))
+            for j in range(len(gallery)):
+                entry = centre + step * codes[j]
+                if sign * (far(j) - far(t)) <= 1e-6:
+                    continue
+                if scene.distance.metric == "cosine":
+                    value += sign * (1.0 - float(image @ entry) - exact)
+                    gradient += sign * (target - entry)
+                else:
+                    value += sign * (far(j) - exact)
+                    gradient += sign * ((image - entry) / far(j) - (image - target) / exact)
+        values.append(value / len(gallery) / len(targets))
+        gradients.append(gradient / len(gallery) / len(targets))
+    return torch.tensor(values).clamp_min(0.0), torch.stack(gradients)
+
+
+@pytest.mark.parametrize("space", ["N", "C", "E"])
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10_000), k=st.sampled_from([1, 3]), sign=st.sampled_from([-1.0, 1.0]))
+def test_sums_are_those_of_a_loop_over_rounded_numbers(space, seed, k, sign):
+    scene, e = scene_of(space, seed, k=k)
+    e.requires_grad_()
+    value = query_hinge(e, scene, sign)
+    (gradient,) = torch.autograd.grad(value.sum(), e)
+    wanted, slope = looped(e.detach(), scene, sign)
+    torch.testing.assert_close(value.detach().double(), wanted.double(), rtol=1e-3, atol=1e-4)
+    assert float((gradient - slope).norm(dim=1).max()) <= 0.02 * max(1e-2, float(slope.norm(dim=1).max()))
+
+
+@pytest.mark.parametrize("space", ["N", "C", "E"])
+def test_gradients_point_where_those_of_float32_do(space):
+    scene, e = scene_of(space, 1, n=2000, b=40, d=128)
+    exact = replace(scene, gallery=Gallery(scene.gallery.embeddings, scene.gallery.labels))
+    e.requires_grad_()
+    for sign in (-1.0, 1.0):
+        a, b = (torch.autograd.grad(query_hinge(e, s, sign).sum(), e)[0] for s in (exact, scene))
+        assert float(torch.nn.functional.cosine_similarity(a, b, dim=1).min()) > 0.99
+        with torch.no_grad():  # a value without a gradient is that of float32
+            torch.testing.assert_close(*(query_hinge(e.detach(), s, sign) for s in (scene, exact)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("space", ["N", "C"])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_a_target_and_its_copies_are_not_ahead_of_it(space, sign):
+    scene, e = scene_of(space, 3)
+    copies = scene.gallery.embeddings[:1].expand(40, -1).contiguous()
+    among = Scene(
+        scene.distance, Gallery(copies, torch.arange(40), True), scene.clean, scene.labels, scene.row, scene.chosen % 40
+    )
+    e.requires_grad_()
+    value = query_hinge(e, among, sign)
+    (gradient,) = torch.autograd.grad(value.sum(), e)
+    assert not value.any() and not gradient.any()
+
+
+@pytest.mark.parametrize("space", ["N", "C", "E"])
+def test_extreme_entries_are_as_far_as_the_extreme_ones(space):
+    scene, e = scene_of(space, 5, n=3000, b=30, d=64)
+    exact = replace(scene, gallery=Gallery(scene.gallery.embeddings, scene.gallery.labels))
+    found, wanted = (extreme_entries(e, s, s.positive_rows) for s in (scene, exact))
+    for near, true in zip(found, wanted, strict=True):
+        a, b = (scene.distance.paired(e, scene.gallery.embeddings[rows]) for rows in (near, true))
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.01)
+
+
+@given(st.integers(2, 60), st.integers(1, 40), st.floats(1e-3, 1e3))
+def test_an_entry_is_within_half_a_step_of_its_code(n, d, size):
+    x = size * torch.randn(n, d, generator=torch.Generator().manual_seed(n * d))
+    found = RoundedGallery.of(x, x.square().sum(1))
+    assert float((found.centre + found.step * found.codes - x).abs().max()) <= 0.51 * float(found.step)
+
+
+def test_auto_rounds_large_galleries_on_processors_that_are_fast_at_it(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(rounded, "native", lambda: True)
+    assert [settled("auto", n, cpu) for n in (rounded.LARGE - 1, rounded.LARGE)] == ["float32", "int8"]
+    assert settled("auto", 10**6, cuda) == "float32"
+    assert [settled(p, 10**6, cpu) for p in ("float32", "int8", "bfloat16")] == ["float32", "int8", "bfloat16"]
+    with pytest.raises(UsageError, match="int8 is for a CPU"):
+        settled("int8", 10, cuda)
+    monkeypatch.setattr(rounded, "native", lambda: False)
+    assert settled("auto", 10**6, cpu) == "float32"
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """The default model as the leaderboard has it, and with its gallery rounded, in batches of two sizes."""
+
+    def run(precision, batch):
+        embedder = dmlbench.load_model(MODEL)
+        embedder.precision = precision
+        return evaluate(embedder, device="cpu", batch_size=batch)
+
+    return run("float32", 256), run("int8", 256), run("int8", 100)
+
+
+def test_the_ers_of_a_shipped_model_moves_by_less_than_a_third_of_a_point(measured):
+    exact, rough, _ = measured
+    assert (exact.environment.gradient_precision, rough.environment.gradient_precision) == ("float32", "int8")
+    assert exact.benign == rough.benign
+    assert abs(exact.ers - rough.ers) < 0.3
+    for part in exact.measurements:
+        np.testing.assert_array_equal(
+            exact.arrays[f"{part.component}/targets"], rough.arrays[f"{part.component}/targets"]
+        )
+
+
+def test_rounded_scores_do_not_depend_on_the_batch(measured):
+    _, a, b = measured
+    for one, other in zip(a.measurements, b.measurements, strict=True):
+        assert abs(one.score - other.score) <= 0.3, one.component

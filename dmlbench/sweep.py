@@ -21,6 +21,8 @@ CPU_BLOCK = 1 << 18
 """(image, entry) pairs in a block on a CPU: 1 MiB of distances, about a core's cache."""
 CUDA_BLOCK = 1 << 26
 """The same on a GPU: 256 MiB."""
+ROUNDED_IMAGES = 256
+"""Images that blocks of a rounded gallery are made for, whatever the batch: each block's pull is rounded to bfloat16."""
 _WIDTH = 64
 _TIE = 1e-6
 """Share by which a squared distance must differ from a target's to be another, where products are rounded alike."""
@@ -150,7 +152,7 @@ def _rounded_euclidean(e: Tensor, scene: Scene, rounded: RoundedGallery, sign: f
     level = level.clamp_min_(floor).mul_(1.0 + sign * _TIE)
     count, value = torch.zeros_like(level), torch.zeros_like(unit)
     pull, weight = torch.zeros_like(e), torch.zeros_like(unit)
-    parts = list(blocks(len(e), len(rounded), e.device))
+    parts = list(blocks(ROUNDED_IMAGES, len(rounded), e.device))
     products, squares, actives, masks, coarses = (
         _Room(e, len(e), parts[0].stop, dtype) for dtype in (torch.int32, None, None, None, torch.bfloat16)
     )

@@ -90,6 +90,21 @@ def test_gradients_point_where_those_of_float32_do(space):
             torch.testing.assert_close(*(query_hinge(e.detach(), s, sign) for s in (scene, exact)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("space", ["N", "C", "E"])
+def test_a_gradient_does_not_depend_on_the_batch_it_is_made_in(space):
+    """Beyond float rounding, though several blocks' pulls are rounded to bfloat16, by parts in 500."""
+    scene, e = scene_of(space, 2, n=5000, b=96, d=64)
+
+    def gradient(part, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(query_hinge(x, part, 1.0).sum(), x)[0]
+
+    whole = gradient(scene, e)
+    for size in (1, 7, 40):
+        parts = torch.cat([gradient(scene[a : a + size], e[a : a + size]) for a in range(0, len(e), size)])
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+
+
 @pytest.mark.parametrize("space", ["N", "C"])
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_a_target_and_its_copies_are_not_ahead_of_it(space, sign):

@@ -174,4 +174,4 @@ def test_the_ers_of_a_shipped_model_moves_by_less_than_a_third_of_a_point(measur
 def test_rounded_scores_do_not_depend_on_the_batch(measured):
     _, a, b = measured
     for one, other in zip(a.measurements, b.measurements, strict=True):
-        assert abs(one.score - other.score) <= 0.3, one.component
+        assert abs(one.score - other.score) <= 0.12, one.component  # one query of 896

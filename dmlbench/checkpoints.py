@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dmlbench.errors import DataError, UsageError
 from dmlbench.registry import suggest
@@ -164,6 +164,15 @@ class CheckpointFile(_Record):
 
     schema_version: Literal[1]
     checkpoints: dict[str, Checkpoint] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _successors(self) -> "CheckpointFile":
+        for name, c in self.checkpoints.items():
+            if (c.status == "superseded") != (c.superseded_by is not None):
+                raise ValueError(f"{name}: superseded_by goes with status superseded, each needs the other")
+            if c.superseded_by is not None and c.superseded_by not in self.checkpoints:
+                raise ValueError(f"{name}: superseded by {c.superseded_by!r}, which is not registered")
+        return self
 
 
 def packaged(name: str) -> Path:

@@ -101,8 +101,31 @@ class Recipe(BaseModel):
                 if entry.ensemble
                 else f"arch 'ensemble' is trained by the defence 'eat', not {self.defense!r}"
             )
+        if idle := self.idle():
+            raise UsageError(idle[0])
         self.threat  # noqa: B018
         return self
+
+    def idle(self) -> list[str]:
+        """One sentence for each key that was set and would do nothing."""
+        given, params = self.defense_params, DEFENSES[self.defense].parameters(self.defense_params)
+        out = []
+        if self.loss != "triplet":
+            if self.margin != Recipe.model_fields["margin"].default:
+                out.append(f"margin is the triplet loss's: with loss {self.loss!r} it would do nothing; see loss_params")
+            if "sampling" in given and self.defense in ("none", "est"):
+                out.append(f"loss {self.loss!r} chooses its own pairs: defense_params.sampling would do nothing")
+        elif self.defense == "robust" and "negative_margin" in given:
+            out.append("negative_margin is the contrastive loss's: with loss 'triplet' it would do nothing")
+        if self.defense == "hm" and "constant" in given and params["destination"] != "constant":
+            out.append(f"constant would do nothing with destination {params['destination']!r}")
+        if self.defense == "hm" and "ics_margin" in given and not params["ics"]:
+            out.append("ics_margin would do nothing without ics above 0")
+        if self.schedule != "step":
+            for key in ("step_every", "step_factor"):
+                if getattr(self, key) != Recipe.model_fields[key].default:
+                    out.append(f"{key} would do nothing with schedule {self.schedule!r}")
+        return out
 
     def differing(self, other: "Recipe") -> list[str]:
         """Keys whose values differ, for a message."""

@@ -308,6 +308,10 @@ def test_what_stands_behind_a_row(board, tmp_path, monkeypatch):
     (tmp_path / "c.json").write_text(json.dumps(registry))
     monkeypatch.setenv("DMLBENCH_CHECKPOINTS", str(tmp_path / "c.json"))
     assert statuses(board)[name] == "retracted"
+    registry["checkpoints"][name] |= {"status": "superseded", "superseded_by": "digits-smallcnn-triplet-none"}
+    (tmp_path / "d.json").write_text(json.dumps(registry))
+    monkeypatch.setenv("DMLBENCH_CHECKPOINTS", str(tmp_path / "d.json"))
+    assert statuses(board)[name] == "stale"
     monkeypatch.delenv("DMLBENCH_CHECKPOINTS")
 
     rules = load_protocol("ers-digits").model_copy(update={"superseded_by": "ers-digits-2"})

@@ -86,7 +86,7 @@ def status_of(opened: Opened) -> Status:
     card = checkpoints().get(e.model.id)
     if submission.retracted or submission.checkpoint.status == "retracted" or (card and card.status == "retracted"):
         return "retracted"
-    if e.protocol.name not in protocol_names():
+    if e.protocol.name not in protocol_names() or (card and card.status == "superseded"):
         return "stale"
     rules = load_protocol(e.protocol.name)
     if rules.sha256 != e.protocol.sha256 or rules.superseded_by:

@@ -38,7 +38,7 @@ STATUSES = {
     "reproduced": "measured with this benchmark by the submitter; files, invariants and samples were checked",
     "verified": "measured again, in full, by somebody else, and it agreed",
     "disputed": "measured again, and it did not agree",
-    "stale": "measured by a protocol that has been superseded",
+    "stale": "of a protocol or a model that has been superseded",
     "retracted": "withdrawn",
 }
 """What stands behind a row, in words."""

@@ -96,9 +96,17 @@ def _registered(name: str, options: ModelOptions) -> Embedder:
         path = weights_path(name, entry)
         fill(embedder.network, read_weights(path), f"weights file {path}")
         embedder.weights_sha256 = sha256_of(path)
+    if entry.status != "active":
+        embedder.notes = (*embedder.notes, standing(name, entry))
     embedder.card, embedder.arch = entry, entry.arch.builder
     check_probe(embedder, entry, name)
     return embedder
+
+
+def standing(name: str, entry: Checkpoint) -> str:
+    """One sentence about a registered model that is no longer current."""
+    instead = f" by {entry.superseded_by}" if entry.superseded_by else ""
+    return f"{name} is {entry.status}{instead}{': ' + entry.reason if entry.reason else ''}"
 
 
 def _require_registered_file(found: str, entry: Checkpoint, name: str) -> None:

@@ -27,8 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS, ROWS = Path("runs/findings"), ROOT / "docs" / "findings.csv"
 SEEDS = (0, 1, 2)
 STEPS = 300
-QUERIES = 256
-"""Queries measured, of the 896; clustering takes them all."""
 PREFIX = "digits-smallcnn-triplet-"
 KEY = (
     *(PREFIX + d for d in ("none", "est", "act", "hm-lga", "hm-lga-ics", "robust-p")),
@@ -40,8 +38,49 @@ REST = (
     *(PREFIX + d for d in ("hm-square", "hm-sqrt", "hm-constant", "hm-b-m")),
     "digits-smallcnn-contrastive-robust-p",
 )
+OMNIGLOT = tuple(f"omniglot-small-conv3-triplet-{d}-2" for d in ("none", "est", "act", "hm-lga", "hm-lga-ics"))
 ETAS = (2, 8, 32)
 SAMPLINGS = "RMSDH"
+ALL_GROUPS = ("key", "rest", "eta", "grid", "omniglot")
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """How the runs of a data set are measured.
+
+    Attributes:
+        protocol: that gives ERS.
+        queries: measured, of the 896 digits and 2,120 drawings; clustering takes them all.
+        clustering: the eps of that protocol, whose NMI is a column.
+    """
+
+    protocol: str
+    queries: int
+    clustering: tuple[str, ...]
+
+    @property
+    def columns(self) -> tuple[tuple[str, str, str], ...]:
+        """(protocol, quantity, title) of the tables."""
+        own = (
+            ("ers", "ERS"),
+            ("recall_at_1", "R@1"),
+            ("LTM", "R@1 under LTM"),
+            ("GTM", "R@1 under GTM"),
+            ("nmi", "NMI"),
+        )
+        return (
+            *((self.protocol, quantity, title) for quantity, title in own),
+            *(("clustering", f"nmi@{eps}", f"NMI, clustering attack {eps}") for eps in self.clustering),
+        )
+
+
+DIGITS = Yardstick("ers-digits", 256, ("10/255", "40/255"))
+DRAWINGS = Yardstick("ers-28", 512, ("16/255", "77/255"))
+
+
+def yardstick(group: str) -> Yardstick:
+    """Of a group of runs."""
+    return DRAWINGS if group == "omniglot" else DIGITS
 
 
 @dataclass(frozen=True)
@@ -61,8 +100,10 @@ class Run:
 
 
 def planned() -> Iterator[Run]:
-    """Every run: the defences, HM over η, and HM[S,D] over all samplings; shorter than the recipes."""
+    """Every run: the defences, HM over η, and HM[S,D] over all samplings; on digits shorter than the recipes."""
     for seed in SEEDS:
+        for recipe in OMNIGLOT:
+            yield Run("omniglot", recipe, seed)
         for group, recipes in (("key", KEY), ("rest", REST)):
             for recipe in recipes:
                 yield Run(group, recipe, seed, {"iterations": STEPS, "check_every": STEPS})
@@ -97,7 +138,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--group", type=click.Choice(["key", "rest", "eta", "grid"]))
+@click.option("--group", type=click.Choice(ALL_GROUPS))
 @click.option("--seed", type=int)
 @click.option("--only", default="", help="Part of the run's name.")
 def train(group: str | None, seed: int | None, only: str) -> None:
@@ -111,43 +152,51 @@ def train(group: str | None, seed: int | None, only: str) -> None:
         recipe = load_recipe(run.recipe, {**run.changes, "seed": run.seed})
         try:
             last = train_run(recipe, folder, allow_collapse=True).progress[-1]
+            if run.group == "grid":
+                record(run, "training", {"spread": last.spread})
             click.echo(f"{run.name}: loss {last.loss:.4f} spread {last.spread:.3f} {last.seconds:.0f} s", err=True)
         except DmlbenchError as error:
             click.echo(f"{run.name}: {error}", err=True)
+
+
+def record(run: Run, protocol: str, values: dict[str, float | None]) -> None:
+    """Add a run's rows to the file."""
+    fresh = not ROWS.exists()
+    with ROWS.open("a", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        if fresh:
+            writer.writerow(FIELDS)
+        for quantity, value in values.items():
+            if value is not None:
+                writer.writerow(
+                    (run.name, run.group, run.recipe, run.tag, run.seed, protocol, quantity, round(value, 4))
+                )
 
 
 FIELDS = ("run", "group", "recipe", "tag", "seed", "protocol", "quantity", "value")
 
 
 @cli.command()
-@click.option("--group", type=click.Choice(["key", "rest", "eta", "grid"]))
+@click.option("--group", type=click.Choice(ALL_GROUPS))
 @click.option("--seed", type=int)
 @click.option("--only", default="", help="Part of the run's name.")
-@click.option("--protocol", default="ers-digits", show_default=True)
-def measure(group: str | None, seed: int | None, only: str, protocol: str) -> None:
+@click.option("--protocol", "named", help="By default the one that gives the data set's ERS.")
+def measure(group: str | None, seed: int | None, only: str, named: str | None) -> None:
     """Evaluate the finished runs that have no rows yet."""
     known = {(row["run"], row["protocol"]) for row in rows_of(ROWS)}
     for run in chosen(group, seed, only):
-        folder = RUNS / run.name
+        folder, own = RUNS / run.name, yardstick(run.group)
+        protocol = named or own.protocol
         if (run.name, protocol) in known or not (folder / "checkpoint.json").exists():
             continue
-        result = evaluate(str(folder), None, protocol, limit=None if protocol == "clustering" else QUERIES)
+        result = evaluate(str(folder), None, protocol, limit=None if protocol == "clustering" else own.queries)
         values: dict[str, float | None] = {**result.benign, "ers": result.ers}
         values |= {m.component: m.value for m in result.measurements}
         for worst in result.extras.get("clustering", {}).get("worst", []):
             if worst["labelled"]:
                 values |= {f"{index}@{worst['eps']}": worst[index] for index in ("nmi", "ami")}
         values["spread"] = float(rows_of(folder / "log.csv")[-1]["spread"])
-        fresh = not ROWS.exists()
-        with ROWS.open("a", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            if fresh:
-                writer.writerow(FIELDS)
-            for quantity, value in values.items():
-                if value is not None:
-                    writer.writerow(
-                        (run.name, run.group, run.recipe, run.tag, run.seed, protocol, quantity, round(value, 4))
-                    )
+        record(run, protocol, values)
         click.echo(f"{run.name}: {protocol} ERS {result.ers} R@1 {result.benign.get('recall_at_1')}", err=True)
 
 
@@ -172,45 +221,30 @@ def cell(values: list[float] | None) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.1f}–{max(values):.1f})"
 
 
-COLUMNS = (
-    ("ers-digits", "ers", "ERS"),
-    ("ers-digits", "recall_at_1", "R@1"),
-    ("ers-digits", "LTM", "R@1 under LTM"),
-    ("ers-digits", "GTM", "R@1 under GTM"),
-    ("ers-digits", "nmi", "NMI"),
-    ("clustering", "nmi@10/255", "NMI, clustering attack 10/255"),
-    ("clustering", "nmi@40/255", "40/255"),
-)
-"""(protocol, quantity, title) of the tables."""
-
-
 def markdown(table: Table, group: str) -> list[str]:
     """One table of a group, best ERS first."""
+    own = yardstick(group)
     names = sorted(
         {name for g, name, *_ in table if g == group},
-        key=lambda name: -statistics.mean(table.get((group, name, "ers-digits", "ers"), [0.0])),
+        key=lambda name: -statistics.mean(table.get((group, name, own.protocol, "ers"), [0.0])),
     )
     lines = [
-        "| model | seeds | " + " | ".join(title for *_, title in COLUMNS) + " |",
-        "| --- | --- |" + " --- |" * len(COLUMNS),
+        "| model | seeds | " + " | ".join(title for *_, title in own.columns) + " |",
+        "| --- | --- |" + " --- |" * len(own.columns),
     ]
     for name in names:
-        seeds = len(table.get((group, name, "ers-digits", "ers"), []))
-        cells = [cell(table.get((group, name, protocol, quantity))) for protocol, quantity, _ in COLUMNS]
+        seeds = len(table.get((group, name, own.protocol, "ers"), []))
+        cells = [cell(table.get((group, name, protocol, quantity))) for protocol, quantity, _ in own.columns]
         lines.append(f"| `{name}` | {seeds} | " + " | ".join(cells) + " |")
     return lines
 
 
-def grid_markdown() -> list[str]:
-    """The spread of HM[S,D]'s embeddings at the last check, from the logs; below 0.02 is collapse."""
+def grid_markdown(table: Table) -> list[str]:
+    """The spread of HM[S,D]'s embeddings at the last check; below 0.02 is collapse."""
     lines = ["| S \\ D | " + " | ".join(SAMPLINGS) + " |", "| --- |" + " --- |" * len(SAMPLINGS)]
     for s in SAMPLINGS:
-        cells = []
-        for d in SAMPLINGS:
-            logs = [RUNS / r.name / "log.csv" for r in planned() if r.group == "grid" and r.tag == f"+{s}{d}"]
-            last = [rows_of(path)[-1] for path in logs if path.exists()]
-            cells.append(" / ".join(f"{float(r['spread']):.2f}" for r in last) or "–")
-        lines.append(f"| {s} | " + " | ".join(cells) + " |")
+        found = [table.get(("grid", f"{PREFIX}hm-lga+{s}{d}", "training", "spread"), []) for d in SAMPLINGS]
+        lines.append(f"| {s} | " + " | ".join(" / ".join(f"{v:.2f}" for v in values) or "–" for values in found) + " |")
     return lines
 
 
@@ -227,28 +261,41 @@ def report() -> None:
     for group, title in GROUPS.items():
         if any(key[0] == group for key in table):
             lines += [f"### {title}", "", *markdown(table, group), ""]
-    if any((RUNS / run.name / "log.csv").exists() for run in planned() if run.group == "grid"):
-        lines += ["### Spread of HM[S,D], 300 steps, one value per seed", "", *grid_markdown(), ""]
+    if any(key[0] == "grid" for key in table):
+        lines += ["### Spread of HM[S,D], 300 steps, one value per seed", "", *grid_markdown(table), ""]
     write_whole(ROOT / "docs" / "findings-tables.md", ("\n".join(lines)).encode())
 
     matplotlib.rcParams["svg.hashsalt"] = "findings"
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for group, name in sorted({(g, n) for g, n, *_ in table if g in ("key", "rest")}):
-        recall, ers = (table.get((group, name, "ers-digits", q), []) for q in ("recall_at_1", "ers"))
+    figure, both = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=(3, 2))
+    draw(both[0], table, ("key", "rest"), "Digits")
+    draw(both[1], table, ("omniglot",), "Omniglot")
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "findings.svg", metadata={"Date": None})
+
+
+def draw(axes: Any, table: Table, groups: tuple[str, ...], title: str) -> None:
+    """ERS against R@1 of some groups' models: a dot at the means, lines over the range of the seeds."""
+    protocol = yardstick(groups[0]).protocol
+    for group, name in sorted({(g, n) for g, n, *_ in table if g in groups}):
+        recall, ers = (table.get((group, name, protocol, q), []) for q in ("recall_at_1", "ers"))
         if recall and ers:
             x, y = statistics.mean(recall), statistics.mean(ers)
             axes.plot([x, x], [min(ers), max(ers)], color="0.6", lw=1)
             axes.plot([min(recall), max(recall)], [y, y], color="0.6", lw=1)
             axes.plot(x, y, "o", color="C0", ms=5)
-            axes.annotate(name.split("-", 2)[2], (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+            label = name.removeprefix("omniglot-small-conv3-").removesuffix("-2").removeprefix("digits-")
+            axes.annotate(label, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
     axes.set_xlabel("R@1, %")
-    axes.set_ylabel("ERS (ers-digits)")
-    axes.set_title("Digits: robustness against recall; lines: range over seeds", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "findings.svg", metadata={"Date": None})
+    axes.set_ylabel(f"ERS ({protocol})")
+    axes.set_title(f"{title}: robustness against recall; lines: range over seeds", fontsize=9)
 
 
-GROUPS = {"key": "The papers' defences", "rest": "Variants", "eta": "HM[S,g_LGA] over η (2/255 a step)"}
+GROUPS = {
+    "key": "The papers' defences",
+    "rest": "Variants",
+    "eta": "HM[S,g_LGA] over η (2/255 a step)",
+    "omniglot": "Omniglot, the recipes at full length",
+}
 
 if __name__ == "__main__":
     cli()

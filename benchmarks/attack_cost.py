@@ -128,7 +128,7 @@ def scene_for(embedder: Embedder, images: torch.Tensor, entries: int) -> Scene:
     rows = torch.arange(len(images), device=images.device)
     return Scene(
         distance=embedder.distance,
-        gallery=Gallery(gallery, labels, embedder.precision == "int8"),
+        gallery=Gallery.seen(gallery, labels, embedder.precision),
         clean=clean,
         labels=labels[: len(clean)],
         row=rows,

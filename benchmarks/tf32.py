@@ -48,16 +48,15 @@ CONVOLUTIONS = {aten.convolution: (0, 1), aten.convolution_backward: (0, 1, 2)}
 
 
 def nearest(x: Tensor) -> Tensor:
-    """``x`` float32 with 10 bits of mantissa, to nearest, ties to even; infinities and NaN as they are."""
+    """``x`` float32 with 10 bits of mantissa, to nearest, ties to even. Infinities stay; there must be no NaN."""
     bits = x.contiguous().view(torch.int32)
-    last = (bits >> LOST) & 1
-    rounded = ((bits + ((1 << (LOST - 1)) - 1) + last) & MASK).view(torch.float32).view_as(x)
-    return torch.where(x.isfinite(), rounded, x)
+    even = (bits >> LOST).bitwise_and_(1)
+    return even.add_(bits).add_((1 << (LOST - 1)) - 1).bitwise_and_(MASK).view(torch.float32).view_as(x)
 
 
 def truncated(x: Tensor) -> Tensor:
-    """``x`` float32 with the bits that TF32 has not set to 0, as hardware does with factors nobody rounded before."""
-    return torch.where(x.isfinite(), (x.contiguous().view(torch.int32) & MASK).view(torch.float32).view_as(x), x)
+    """``x`` float32 with the bits that TF32 has not set to 0. There must be no NaN."""
+    return (x.contiguous().view(torch.int32) & MASK).view(torch.float32).view_as(x)
 
 
 WAYS = {"nearest": nearest, "cut": truncated}

@@ -14,7 +14,6 @@ from torch import Tensor
 from dmlbench.embedding import Distance
 from dmlbench.rounded import RoundedGallery
 
-
 BLUR = 1e-5
 """How far the embedding of an unchanged image may be from its clean one by float32 rounding, over ``Gallery.scale``."""
 BLURS = {"tf32": 5e-3, "bfloat16": 2e-2}

@@ -8,7 +8,11 @@ both. Weights, images and gallery are random: the cost does not depend on what t
     python benchmarks/attack_cost.py                                  # digits and golden networks
     python benchmarks/attack_cost.py --net c2f2 --gallery 60000       # the gallery product is real work
     python benchmarks/attack_cost.py --net resnet18 --gallery 6000 --batch 16 --steps 8
+    python benchmarks/attack_cost.py --net resnet18 --compile         # gradient steps through torch.compile
     python benchmarks/attack_cost.py --metrics 60502                  # retrieval and clustering metrics
+
+The bare cost is that of the precision in which the attack makes its gradients (--precision; auto is tf32 on a GPU
+that has it), and of a compiled network too with --compile and on CUDA.
 """
 
 import argparse
@@ -27,7 +31,10 @@ import torch
 import torch.nn.functional as F
 
 from dmlbench.attacks import ATTACKS, aim, craft, measure
+from dmlbench.compiled import Steps
+from dmlbench.compiled import ready as ready_to_attack
 from dmlbench.embedding import DISTANCES, Embedder
+from dmlbench.exact import gradients_in, true_float32
 from dmlbench.kmeans import lloyd
 from dmlbench.metrics import agreement, kmeans, mean, retrieval
 from dmlbench.models import ARCHITECTURES
@@ -87,7 +94,7 @@ def clock(name: str) -> Callable[[Callable[[], object], torch.device], float]:
     return processed
 
 
-def ways(embedder: Embedder) -> dict[str, torch.nn.Module]:
+def ways(embedder: Embedder, compiled: bool) -> dict[str, torch.nn.Module]:
     """The ways to run the network that compete for "fastest"; pixels in, network's output out."""
     plain = copy.deepcopy(embedder.network).eval().requires_grad_(False)
     folded = embedder.frozen(embedder.device).network
@@ -97,7 +104,7 @@ def ways(embedder: Embedder) -> dict[str, torch.nn.Module]:
         "folded": copy.deepcopy(folded).to(memory_format=torch.contiguous_format),
         "folded, channels_last": folded,
     }
-    if embedder.device.type == "cuda":
+    if compiled or embedder.device.type == "cuda":
         found["folded, channels_last, compiled"] = torch.compile(folded)
     return found
 
@@ -111,9 +118,10 @@ def bare(network: torch.nn.Module, images: torch.Tensor, steps: int, precision: 
     def run() -> None:
         for _ in range(steps):
             x = images.detach().requires_grad_(True)
-            with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
-                y = network(x)
-            torch.autograd.grad(y, x, towards.to(y.dtype))
+            with gradients_in(precision):
+                with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
+                    y = network(x)
+                torch.autograd.grad(y, x, towards.to(y.dtype))
 
     return run
 
@@ -128,7 +136,7 @@ def scene_for(embedder: Embedder, images: torch.Tensor, entries: int) -> Scene:
     rows = torch.arange(len(images), device=images.device)
     return Scene(
         distance=embedder.distance,
-        gallery=Gallery(gallery, labels, embedder.precision == "int8"),
+        gallery=Gallery.seen(gallery, labels, embedder.precision),
         clean=clean,
         labels=labels[: len(clean)],
         row=rows,
@@ -136,18 +144,20 @@ def scene_for(embedder: Embedder, images: torch.Tensor, entries: int) -> Scene:
     )
 
 
+@true_float32()
 def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
-    """One row for each attack on one network."""
+    """One row for each attack on one network; as within a run, only what may be rounded is."""
     net, seconds_of = NETS[name], clock(args.clock)
     batch, entries = args.batch or net.batch, args.gallery or net.gallery
     torch.manual_seed(0)
     coloured = IMAGENET if net.shape[0] == 3 else {}
     embedder = Embedder(net.make(), net.shape, name=name, **coloured).eval().to(device)
+    embedder.precision, embedder.compiled = settled(args.precision, entries, device), args.compile
     images = torch.rand(batch, *net.shape, device=device)
     threat = Threat("linf", net.eps, net.step, args.steps)
     contenders = {
-        way: bare(network, images.contiguous(memory_format=torch.channels_last), args.steps, args.precision)
-        for way, network in ways(embedder).items()
+        way: bare(network, images.contiguous(memory_format=torch.channels_last), args.steps, embedder.precision)
+        for way, network in ways(embedder, args.compile).items()
     }
     trials: dict[str, list[float]] = {way: [] for way in contenders}
     for _ in range(1 + max(2, args.repeats // 3)):
@@ -155,8 +165,7 @@ def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dic
             trials[way].append(seconds_of(run, device))
     fastest = min(trials, key=lambda way: statistics.median(trials[way][1:]))
     floor = contenders[fastest]
-    embedder.precision = settled(args.precision, entries, device)
-    ready = embedder.frozen(device)
+    ready = ready_to_attack(embedder, entries, device)
     whole = scene_for(ready, images, entries)
     rng = Rng(0, torch.arange(batch, device=device))
     rows = []
@@ -183,6 +192,7 @@ def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dic
                 "steps": args.steps,
                 "device": device.type,
                 "precision": embedder.precision,
+                "compiled": args.compile and not (isinstance(ready.steps, Steps) and ready.steps.trouble),
                 "threads": torch.get_num_threads(),
                 "clock": args.clock,
                 "fastest": fastest,
@@ -201,12 +211,13 @@ def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dic
     return rows
 
 
+@true_float32()
 def profile(name: str, attack_name: str, args: argparse.Namespace, device: torch.device) -> None:
     """Print where the time of a few steps of one attack goes, by torch operation."""
     net = NETS[name]
     embedder = Embedder(net.make(), net.shape, name=name, **(IMAGENET if net.shape[0] == 3 else {})).eval()
-    embedder.precision = settled(args.precision, args.gallery or net.gallery, device)
-    ready = embedder.frozen(device)
+    embedder.precision, embedder.compiled = args.precision, args.compile
+    ready = ready_to_attack(embedder, args.gallery or net.gallery, device)
     images = torch.rand(args.batch or net.batch, *net.shape, device=device)
     rng, attack = Rng(0, torch.arange(len(images), device=device)), ATTACKS[attack_name]
     scene = aim(attack, scene_for(ready, images, args.gallery or net.gallery), rng)
@@ -276,6 +287,7 @@ def main() -> None:
     parser.add_argument("--attacks", type=lambda text: text.split(","), default=list(ERS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
+    parser.add_argument("--compile", action="store_true", help="gradient steps through torch.compile")
     parser.add_argument("--clock", choices=("wall", "process"), default="wall")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="also write the rows here")

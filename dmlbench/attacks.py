@@ -157,10 +157,12 @@ class AttackLoss:
     """The objective of an attack as a function of images: what an optimizer sees.
 
     With ``eot`` above 1 it is the mean over that many forward passes, for models that are random.
+    ``precision`` is the model's, of gradients.
     """
 
     def __init__(self, embedder: Embedder, objective: Objective, scene: Scene, eot: int = 1) -> None:
         self.embedder, self.objective, self.scene, self.eot = embedder, objective, scene, eot
+        self.precision = embedder.precision
 
     def __call__(self, images: Tensor) -> Float[Tensor, " B"]:
         values = self.objective(self.embedder(images), self.scene)

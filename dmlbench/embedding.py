@@ -7,7 +7,7 @@ Euclidean; the default), ``C`` (L2-normalised, 1 - cosine), ``E`` (not normalise
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +125,10 @@ class Embedder(nn.Module):
         weights_sha256: of the file that the weights were read from.
         arch: what results call its architecture.
         precision: of gradients, never of results: "float32"; "int8", which rounds the gallery that an attack
-            looks at; "bfloat16", which rounds inside the network; "auto", which chooses of the first two.
+            looks at; "tf32", which lets a GPU round the factors of products; "bfloat16", which rounds inside the
+            network; "auto", which chooses of the first three.
+        compiled: whether gradient steps are to go through torch.compile; see :mod:`dmlbench.compiled`.
+        steps: the network as gradient steps run it, None for ``network`` itself.
         notes: sentences about how it was loaded.
         doubts: (flag, sentence) of what makes its numbers mean less than they say.
     """
@@ -155,6 +158,8 @@ class Embedder(nn.Module):
         self.weights_sha256: str | None = None
         self.arch: str | None = None
         self.precision = "auto"
+        self.compiled = False
+        self.steps: Callable[[Tensor], Tensor] | None = None
         self.notes: tuple[str, ...] = ()
         self.doubts: tuple[tuple[str, str], ...] = ()
         self.identity = mean is None and std is None
@@ -162,9 +167,10 @@ class Embedder(nn.Module):
         self.register_buffer("std", torch.tensor(std or [1.0] * channels).view(1, -1, 1, 1))
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        lower = self.precision == "bfloat16" and torch.is_grad_enabled() and images.requires_grad
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=lower):
-            raw = self.network(self.normalise(images))
+        stepping = torch.is_grad_enabled() and images.requires_grad
+        network = self.steps if self.steps is not None and stepping else self.network
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=stepping and self.precision == "bfloat16"):
+            raw = network(self.normalise(images))
         if not isinstance(raw, Tensor) or raw.dim() != 2:
             what = f"shape {tuple(raw.shape)}" if isinstance(raw, Tensor) else f"a {type(raw).__name__}"
             raise DataError(f"model {self.name!r} gave {what}, where embeddings (batch, d) are expected")
@@ -192,6 +198,7 @@ class Embedder(nn.Module):
         """A copy made for attacking: eval mode, no parameter gradients, batch norms folded into the
         convolutions and channels_last where that changes nothing but float rounding."""
         twin = copy.deepcopy(self).eval().requires_grad_(False)
+        twin.steps = None
         if device is not None:
             twin = twin.to(device)
         twin.network = _folded(twin.network, self.input_shape, twin.device)

@@ -19,6 +19,7 @@ from dmlbench.attacks import ATTACKS, aim
 from dmlbench.audit import examine
 from dmlbench.checks import doubts_about
 from dmlbench.closeup import closeup
+from dmlbench.compiled import Steps
 from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
 from dmlbench.embedding import Embedder, digest_of
 from dmlbench.errors import ShardDone, UsageError
@@ -122,7 +123,7 @@ def evaluate(
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} must be 1 or more")
 
-    other: Embedder | None = None
+    other: Embedder | None = None  # whose gradients are made as is said of the model
     if surrogate is not None:
         if rules.kind in RUNNERS and chosen.runner:
             raise UsageError(f"protocol {rules.name!r} has no transfer: name attacks, such as WM@apgd, with --attacks")
@@ -148,7 +149,9 @@ def evaluate(
     work.agree(configuration, resume)
     subject = prepare(embedder, dataset, limit=limit, device=device, progress=progress, work=work, cache=cache)
     if other is not None:
-        known = prepare(other, dataset, limit=limit, device=device, progress=progress, work=work, cache=cache)
+        known = prepare(
+            other, dataset, limit=limit, device=device, progress=progress, work=work, cache=cache, gradients=embedder
+        )
         subject = replace(subject, surrogate=known)
     scene = subject.scene
     planned = searches(rules, [*chosen.own, *chosen.extra])
@@ -181,7 +184,7 @@ def evaluate(
     if rules.kind in RUNNERS and chosen.runner:
         outcome = RUNNERS[rules.kind](subject, rules, base, size, progress, sample_positions(subject), work)
     if work.shard:
-        raise ShardDone(f"shard {work.shard.index}/{work.shard.count} is finished")
+        raise ShardDone("; ".join([*notes_of(subject), f"shard {work.shard.index}/{work.shard.count} is finished"]))
     if outcome:
         parts, seconds = outcome.components, {**seconds, **outcome.seconds}
         arrays, sample = {**arrays, **outcome.arrays}, {**sample, **outcome.sample}
@@ -206,7 +209,13 @@ def evaluate(
         model=model_info(embedder),
         dataset=dataset_info(subject),
         protocol=ProtocolInfo(name=rules.name, version=rules.version, sha256=official.sha256, seed=base),
-        environment=environment(subject.device, argv, configuration["gradient_precision"]),
+        environment=environment(
+            subject.device,
+            argv,
+            precision=configuration["gradient_precision"],
+            compiled=embedder.compiled,
+            notes=notes_of(subject),
+        ),
         partial=why,
         benign={name: value for name, value in benign.items() if np.isfinite(value)},
         measurements=measurements,
@@ -217,6 +226,13 @@ def evaluate(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seconds=time.monotonic() - began,
     ).with_arrays(arrays, sample)
+
+
+def notes_of(subject: Subject) -> tuple[str, ...]:
+    """How the run differed from what was asked for, where that changes no more than its speed."""
+    models = [subject.embedder, *([subject.surrogate.embedder] if subject.surrogate else [])]
+    trouble = [m.steps.trouble for m in models if isinstance(m.steps, Steps) and m.steps.trouble]
+    return tuple(f"--compile: gradient steps ran uncompiled, since {why}" for why in trouble)
 
 
 RUNNERS = {"strict": strict.run, "clustering": clustering_attacks.run}
@@ -279,6 +295,7 @@ def essentials(
         "weights": embedder.weights_sha256,
         "space": embedder.distance.space,
         "gradient_precision": settled(embedder.precision, len(dataset.gallery), resolve_device(device)),
+        "compiled": embedder.compiled,
         "dataset": dataset.name,
         "split": dataset.split,
         "dataset_sha256": dataset.sha256,

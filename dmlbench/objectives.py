@@ -53,13 +53,13 @@ def shift(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """ES: move the embedding away from its clean place. Minus the Euclidean shift.
 
     At the clean image the gradient is zero, so the papers move the reference by 1e-7 there. Here an
-    image whose shift is within float rounding counts as being at the clean one: it gets the gradient
-    that the papers mean, the same in every dimension, whatever the rounding.
+    image whose shift is within rounding (``Gallery.blur``) counts as being at the clean one: it gets the
+    gradient that the papers mean, the same in every dimension, whatever the rounding.
     """
     moved = e - scene.clean
     size = moved.norm(dim=1)  # (B,)
     push = e.sum(1) / e.shape[1] ** 0.5
-    stuck = size.detach() <= 1e-5 * scene.gallery.scale
+    stuck = size.detach() <= scene.gallery.blur * scene.gallery.scale
     return torch.where(stuck, push - push.detach(), -size)
 
 

@@ -19,6 +19,7 @@ import torch
 
 from dmlbench import clustering as clustering_attacks
 from dmlbench.attacks import ATTACKS, Attack, aim, craft, measure
+from dmlbench.compiled import ready as ready_to_attack
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
 from dmlbench.evaluate import RUNNERS
@@ -26,7 +27,6 @@ from dmlbench.metrics import retrieval
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Protocol
 from dmlbench.rng import Rng
-from dmlbench.rounded import settled
 from dmlbench.scene import Gallery, Scene
 from dmlbench.search import LARGE, auto_batch, searches
 from dmlbench.subject import EMBED_BLOCK, query_order, resolve_device
@@ -115,20 +115,19 @@ class Stage:
 
 def stage(embedder: Embedder, dataset: RetrievalDataset, device: torch.device, batch: int) -> Stage:
     """The first queries of ``query_order``, embedded, before a random gallery."""
-    ready = embedder.frozen(device)
+    ready = ready_to_attack(embedder, len(dataset.gallery), device)
     rows = dataset.query[query_order(len(dataset.query))[:batch]]
     images = dataset.images[rows].to(device)
     with torch.no_grad():
         clean = ready(images)
     n, dim = len(dataset.gallery), clean.shape[1]
-    rough = settled(embedder.precision, n, device) == "int8"
     points = torch.randn(n, dim, generator=torch.Generator().manual_seed(0)).to(device)
     gallery = torch.nn.functional.normalize(points, dim=1) * clean.norm(dim=1).mean()
     position = np.zeros(len(dataset), dtype=np.int64) - 1
     position[dataset.gallery] = np.arange(n)
     scene = Scene(
         distance=ready.distance,
-        gallery=Gallery(gallery, torch.from_numpy(dataset.labels[dataset.gallery]).to(device), rough),
+        gallery=Gallery.seen(gallery, torch.from_numpy(dataset.labels[dataset.gallery]).to(device), ready.precision),
         clean=clean,
         labels=torch.from_numpy(dataset.labels[rows]).to(device),
         row=torch.from_numpy(position[rows]).to(device),

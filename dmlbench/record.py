@@ -54,8 +54,15 @@ def dataset_info(subject: Subject) -> DatasetInfo:
     )
 
 
-def environment(device: torch.device, argv: Sequence[str], precision: str = "float32") -> Environment:
-    """Software and machine."""
+def environment(
+    device: torch.device,
+    argv: Sequence[str],
+    *,
+    precision: str = "float32",
+    compiled: bool = False,
+    notes: Sequence[str] = (),
+) -> Environment:
+    """Software and machine, and how gradients were made."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return Environment(
         dmlbench=__version__,
@@ -65,6 +72,8 @@ def environment(device: torch.device, argv: Sequence[str], precision: str = "flo
         device=device.type,
         device_name=name,
         gradient_precision=precision,
+        compiled=compiled,
+        notes=tuple(notes),
         argv=tuple(word for word in argv if word != "--resume"),
     )
 
@@ -79,6 +88,7 @@ def told(evaluation: Evaluation) -> dict[str, Any]:
         "weights": e.model.weights_sha256,
         "space": e.model.space,
         "gradient_precision": e.environment.gradient_precision,
+        "compiled": e.environment.compiled,
         "dataset": e.dataset.name,
         "split": e.dataset.split,
         "dataset_sha256": e.dataset.sha256,

@@ -81,6 +81,9 @@ class Environment(_Record):
     device: str
     device_name: str
     gradient_precision: str = "float32"
+    compiled: bool = False
+    """were compiled gradient steps asked for? ``notes`` says where they were not to be had"""
+    notes: tuple[str, ...] = ()
     argv: tuple[str, ...] = ()
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int8, Int32
 from torch import Tensor
 
 from dmlbench.errors import UsageError
+from dmlbench.exact import has_tf32
 
 LARGE = 1 << 14
 """Gallery entries from which "auto" rounds: below, the products are a small share of a step."""
@@ -27,16 +28,31 @@ def native() -> bool:
 
 
 def settled(precision: str, entries: int, device: torch.device) -> str:
-    """What "auto" means for a gallery of ``entries`` on this machine: "int8" where that is large and these are fast.
+    """What "auto" means for a gallery of ``entries`` on this device.
+
+    "tf32" on a GPU that is fast at it; "int8" on a CPU that is fast at it where the gallery is large; else "float32".
 
     Raises:
-        UsageError: "int8" on a device that it is not made for.
+        UsageError: "int8" or "tf32" on a device that it is not made for.
     """
     if precision == "int8" and not (device.type == "cpu" and hasattr(torch, "_int_mm")):
         raise UsageError(f"--precision int8 is for a CPU, and a torch that multiplies integers; here is {device.type}")
+    if precision == "tf32" and not has_tf32(device):
+        raise UsageError(
+            f"--precision tf32 is for an NVIDIA GPU of compute capability 8.0 or higher; here is {_called(device)}"
+        )
     if precision != "auto":
         return precision
+    if has_tf32(device):
+        return "tf32"
     return "int8" if entries >= LARGE and device.type == "cpu" and native() else "float32"
+
+
+def _called(device: torch.device) -> str:
+    """A device as an error message names it."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type
+    return f"{device.type}, of {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
 
 
 @dataclass(frozen=True, eq=False)

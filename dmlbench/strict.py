@@ -22,6 +22,7 @@ from torch import Tensor
 from dmlbench.attacks import ATTACKS, aim
 from dmlbench.embedding import Embedder
 from dmlbench.errors import UsageError
+from dmlbench.exact import true_float32
 from dmlbench.metrics import RECALL_AT, mean, retrieval
 from dmlbench.objectives import OBJECTIVES, gap, nearest_entry
 from dmlbench.optimizers import OPTIMIZERS
@@ -40,6 +41,8 @@ PROXIES = ("recall_at_2", "recall_at_4", "recall_at_8", "map_at_r")
 """Read at the images that the searches for R@1 stopped at: no search aimed at them, so the true worst is lower."""
 BATCHES = 2
 """Batches in a unit at most: few enough to be dealt out, enough that a batch is not almost empty once few survive."""
+ROUGH = ("tf32", "bfloat16")
+"""Precisions in which the embeddings of a gradient's forward pass are rounded."""
 FOLLOWED = ("recall_at_1", *PROXIES)
 """What is followed at every image that a search stopped at."""
 
@@ -72,7 +75,8 @@ class Log:
 class Misrank:
     """An attack's loss that also watches the margin of R@1, whatever it descends.
 
-    A :class:`~dmlbench.optimizers.Hunt`: images that have been misranked once are settled.
+    A :class:`~dmlbench.optimizers.Hunt`: images that have been misranked once are settled. Where the passes of
+    a gradient are rounded or compiled, an image counts as misranked once a pass as of a read-out says so too.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Misrank:
         eot: int = 1,
     ) -> None:
         self.embedder, self.objective, self.scene, self.log, self.eot = embedder, objective, scene, log, eot
+        self.precision = embedder.precision
         self.at = torch.arange(len(scene), device=log.first.device) if at is None else at
 
     def __call__(self, images: Tensor) -> Float[Tensor, " n"]:
@@ -92,8 +97,20 @@ class Misrank:
         for _ in range(self.eot - 1):
             more, more_margins = self._once(images)
             values, margins = values + more, margins + more_margins
+        if images.requires_grad and (self.precision in ROUGH or self.embedder.steps is not None):
+            margins = self._confirmed(margins, images.detach())
         self.log.note(self.at, margins, images.detach(), images.requires_grad)
         return values / self.eot
+
+    def _confirmed(self, margins: Float[Tensor, " n"], images: Tensor) -> Float[Tensor, " n"]:
+        """``margins`` with those that would settle an image measured again, in float32: each image hardly twice."""
+        doubted = ((margins <= 0) & self.unsettled()).nonzero()[:, 0]  # (m,)
+        if not len(doubted):
+            return margins
+        with true_float32(), torch.no_grad():
+            again = self[doubted]
+            passes = [again._once(images[doubted])[1] for _ in range(self.eot)]
+        return margins.detach().index_put((doubted,), torch.stack(passes).sum(0))
 
     def _once(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The loss (n,) and the margin (n,) of one forward pass, from one table of distances."""
@@ -108,7 +125,7 @@ class Misrank:
             return gap(e, scene, scene.target_class, d), margins
         return OBJECTIVES[self.objective](e, scene), margins
 
-    def __getitem__(self, index: Bool[Tensor, " n"]) -> "Misrank":
+    def __getitem__(self, index: Bool[Tensor, " n"] | Int[Tensor, " m"]) -> "Misrank":
         return Misrank(self.embedder, self.objective, self.scene[index], self.log, self.at[index], self.eot)
 
     def unsettled(self) -> Bool[Tensor, " n"]:

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmlbench.compiled import ready as ready_to_attack
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder, digest_of
 from dmlbench.errors import DataError, UsageError
 from dmlbench.exact import true_float32
 from dmlbench.loading import Loader
 from dmlbench.rng import Rng, seed_of
-from dmlbench.rounded import settled
 from dmlbench.scene import Gallery, Scene
 from dmlbench.units import Work, remembered
 from dmlbench.version import __version__
@@ -142,11 +142,15 @@ def prepare(
     progress: Progress | None = None,
     work: Work | None = None,
     cache: bool = False,
+    gradients: Embedder | None = None,
 ) -> Subject:
     """Freeze the model, embed gallery and queries, and choose which queries are measured.
 
+    ``gradients`` is a model whose ``precision`` and ``compiled`` count instead of this one's own.
+
     Raises:
-        UsageError: the model takes images of another shape, or ``limit`` is not positive.
+        UsageError: the model takes images of another shape, ``limit`` is not positive, or the device is not made
+            for the precision.
     """
     if tuple(dataset.images.shape) != tuple(embedder.input_shape):
         raise UsageError(
@@ -156,8 +160,7 @@ def prepare(
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit} must be 1 or more")
     where = resolve_device(device)
-    rough = settled(embedder.precision, len(dataset.gallery), where) == "int8"
-    ready = embedder.frozen(where)
+    ready = ready_to_attack(embedder, len(dataset.gallery), where, gradients)
     wanted = np.arange(len(dataset.query))
     if limit is not None and limit < len(wanted):
         wanted = np.sort(query_order(len(dataset.query))[:limit])
@@ -183,7 +186,7 @@ def prepare(
     rows = dataset.query[wanted]
     scene = Scene(
         distance=ready.distance,
-        gallery=Gallery(at(dataset.gallery), column(dataset.labels[dataset.gallery]), rough),
+        gallery=Gallery.seen(at(dataset.gallery), column(dataset.labels[dataset.gallery]), ready.precision),
         clean=at(rows),
         labels=column(dataset.labels[rows]),
         row=column(dataset.own_entry[wanted]),

@@ -140,6 +140,7 @@ def test_auto_rounds_large_galleries_on_processors_that_are_fast_at_it(monkeypat
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(rounded, "native", lambda: True)
     assert [settled("auto", n, cpu) for n in (rounded.LARGE - 1, rounded.LARGE)] == ["float32", "int8"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # with one it is "tf32": tests/test_tf32.py
     assert settled("auto", 10**6, cuda) == "float32"
     assert [settled(p, 10**6, cpu) for p in ("float32", "int8", "bfloat16")] == ["float32", "int8", "bfloat16"]
     with pytest.raises(UsageError, match="int8 is for a CPU"):

@@ -172,7 +172,9 @@ def deliver(evaluation: Evaluation, out: Path | None, csv: Path | None, as_json:
 
 
 def present(evaluation: Evaluation, out: Path | None, csv: Path | None, as_json: bool) -> None:
-    """Write the row and print the result."""
+    """Write the row and print the result; notes on how it was made go to stderr."""
+    for note in evaluation.environment.notes:
+        click.echo(f"note: {note}", err=True)
     if csv:
         from dmlbench.leaderboard import add_row
 

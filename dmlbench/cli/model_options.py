@@ -56,7 +56,9 @@ _OPTIONS = (
     click.option("--checkpoint-key", help="Where in the weights file the state dictionary is, e.g. model or ema.net."),
     click.option("--output-key", help="Which output is the embedding, if the model gives several."),
     click.option("--precision", type=click.Choice(PRECISIONS), default="auto",
-                 show_default=True, help="Of gradients; results are always float32. int8 rounds the gallery that attacks see."),
+                 show_default=True, help="Of gradients; results are always float32. tf32: on GPUs that have it; int8 rounds the gallery that attacks see."),
+    click.option("--compile", "compiled", is_flag=True,
+                 help="Run gradient steps through torch.compile; as without it where that fails."),
     click.option("--input-size", type=_Size(), help="Side of the images in pixels, or HxW."),
     click.option("--resize", metavar="exact:N|shorter:N|none", help="Before the centre crop; by default exact, 8/7 of the size."),
     click.option("--interpolation", help="nearest, bilinear, bicubic or lanczos."),
@@ -68,7 +70,7 @@ _OPTIONS = (
     click.option("--name", help="What results call the model."),
 )  # fmt: skip
 _FIELDS = (
-    "weights", "spec", "embed_dim", "checkpoint_key", "output_key", "precision", "input_size", "resize",
+    "weights", "spec", "embed_dim", "checkpoint_key", "output_key", "precision", "compiled", "input_size", "resize",
     "interpolation", "order", "mean", "std", "distance", "normalize", "name",
 )  # fmt: skip
 

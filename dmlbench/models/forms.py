@@ -325,7 +325,7 @@ def _ensemble(rest: str, options: ModelOptions) -> Embedder:
         raise UsageError("ensemble: needs at least two models, e.g. ensemble:ID,ID")
     if options.weights or options.spec or options.output_key:
         raise UsageError("--weights, --spec and --output-key belong to one model, not to an ensemble")
-    members = [open_model(name, replace(options, name=None, precision="auto")) for name in names]
+    members = [open_model(name, replace(options, name=None, precision="auto", compiled=False)) for name in names]
     if not members[0].distance.normalized:
         raise UsageError("members of an ensemble are compared by direction, so --no-normalize does not go with it")
     for member in members[1:]:
@@ -374,7 +374,7 @@ def open_model(name: str, options: ModelOptions | None = None) -> Embedder:
         raise UsageError(f"unknown model {name!r}")
     if options.spec is not None and not name.endswith(SUFFIXES):
         raise UsageError("--spec describes a weights file: --model FILE --spec spec.json")
-    embedder.precision = options.precision
+    embedder.precision, embedder.compiled = options.precision, options.compiled
     if embedder.card is None and options.spec is None:
         settle(embedder, options.output_key)
     embedder.eval()

@@ -11,7 +11,7 @@ from dmlbench.embedding import DISTANCES, Distance
 from dmlbench.errors import DataError, UsageError
 from dmlbench.preprocess import Preprocess
 
-PRECISIONS = ("auto", "float32", "int8", "bfloat16")
+PRECISIONS = ("auto", "float32", "tf32", "int8", "bfloat16")
 
 
 class Spec(BaseModel):
@@ -83,6 +83,7 @@ class ModelOptions:
         checkpoint_key: where in the weights file the state dictionary is.
         output_key: which of several outputs is the embedding.
         precision: one of :data:`PRECISIONS`, for gradients.
+        compiled: whether gradient steps go through torch.compile.
         input_size: (H, W) of the images.
         resize: "exact:N", "shorter:N" or "none", before the centre crop.
         interpolation: see :mod:`dmlbench.preprocess`.
@@ -100,6 +101,7 @@ class ModelOptions:
     checkpoint_key: str | None = None
     output_key: str | None = None
     precision: str = "auto"
+    compiled: bool = False
     input_size: tuple[int, int] | None = None
     resize: str | None = None
     interpolation: str | None = None

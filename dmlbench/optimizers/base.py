@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from dmlbench.exact import gradients_in
 from dmlbench.rng import Rng
 from dmlbench.threat import Threat
 
@@ -52,9 +53,10 @@ class Hunt(Divisible, Protocol):
 def autograd(loss: Loss, images: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
     """Loss per image (b,) and its exact gradient; the sum over the batch exists only here.
 
-    The gradient is zero where the loss does not depend on the images through anything differentiable.
+    The gradient is zero where the loss does not depend on the images through anything differentiable. A
+    loss may have a ``precision``: "tf32" lets a GPU round the products of both passes, here and nowhere else.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), gradients_in(getattr(loss, "precision", "float32")):
         x = images.detach().requires_grad_(True)
         values = loss(x)
         if not values.requires_grad:

@@ -216,7 +216,7 @@ def _folded(network: nn.Module, shape: tuple[int, int, int], device: torch.devic
         return network
 
 
-def digest_of(embedder: Embedder) -> str:
+def digest_of(embedder: nn.Module) -> str:
     """Hash of every parameter and buffer, for a model that has no weights file."""
     digest = hashlib.sha256()
     for name, tensor in sorted(embedder.state_dict().items()):

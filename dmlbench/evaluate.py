@@ -23,6 +23,7 @@ from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
 from dmlbench.embedding import Embedder, digest_of
 from dmlbench.errors import ShardDone, UsageError
 from dmlbench.exact import true_float32
+from dmlbench.fingerprint import fingerprint
 from dmlbench.intervals import cluster_bootstrap
 from dmlbench.metrics import RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.models import load_model
@@ -136,8 +137,6 @@ def evaluate(
     configuration = {
         **essentials(embedder, dataset, official, seed, device),
         "weights": embedder.weights_sha256 or digest_of(embedder),
-        "arch": embedder.arch,
-        "normalisation": [embedder.mean.flatten().tolist(), embedder.std.flatten().tolist()],
         "surrogate": other and other.name,
         "surrogate_weights": other and (other.weights_sha256 or digest_of(other)),
         "attacks": list(attacks) if attacks else None,
@@ -145,11 +144,17 @@ def evaluate(
         "eot": eot,
         "batch_size": size,
     }
+    known = fingerprint(embedder) if work.units or embedder.card is None else {}
+    if work.units:
+        theirs = fingerprint(other) if other else {}
+        configuration |= {**known, **{f"surrogate_{key}": value for key, value in theirs.items()}}
     work.agree(configuration, resume)
     subject = prepare(embedder, dataset, limit=limit, device=device, progress=progress, work=work, cache=cache)
     if other is not None:
-        known = prepare(other, dataset, limit=limit, device=device, progress=progress, work=work, cache=cache)
-        subject = replace(subject, surrogate=known)
+        source = prepare(
+            other, dataset, limit=limit, device=device, progress=progress, work=work, cache=cache, part="surrogate"
+        )
+        subject = replace(subject, surrogate=source)
     scene = subject.scene
     planned = searches(rules, [*chosen.own, *chosen.extra])
     for search in planned:  # what cannot be aimed fails now, not after an hour
@@ -202,6 +207,8 @@ def evaluate(
         extras["audit"] = [asdict(f) for f in findings]
     if chosen.extra:
         extras["extra_parts"] = [c.name for c in chosen.extra]
+    if embedder.card is None:  # nothing else says what it was
+        extras["fingerprint"] = known
     return Evaluation(
         model=model_info(embedder),
         dataset=dataset_info(subject),
@@ -265,6 +272,7 @@ def asked(
         **essentials(embedder, dataset, rules, seed, device),
         "partial": list(reasons(rules, chosen, dataset, attacks, limit, seed, eot, other)),
         "extra_parts": [c.name for c in chosen.extra],
+        **(fingerprint(embedder) if embedder.card is None else {}),
     }
 
 

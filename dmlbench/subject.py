@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from dmlbench.datasets import RetrievalDataset
-from dmlbench.embedding import Embedder, digest_of
+from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.exact import true_float32
+from dmlbench.fingerprint import exact
 from dmlbench.loading import Loader
 from dmlbench.rng import Rng, seed_of
 from dmlbench.rounded import settled
@@ -142,8 +143,11 @@ def prepare(
     progress: Progress | None = None,
     work: Work | None = None,
     cache: bool = False,
+    part: str = "model",
 ) -> Subject:
     """Freeze the model, embed gallery and queries, and choose which queries are measured.
+
+    ``part`` tells apart the models that one ``work`` keeps embeddings of.
 
     Raises:
         UsageError: the model takes images of another shape, or ``limit`` is not positive.
@@ -166,12 +170,11 @@ def prepare(
     def clean() -> dict[str, np.ndarray]:
         return {"embeddings": embed(ready, dataset, everyone, progress).cpu().numpy()}
 
-    weights = embedder.weights_sha256 or digest_of(embedder)
     make = clean
-    if cache:
-        parts = (__version__, torch.__version__, weights, embedder.preprocess, embedder.distance.space, dataset.sha256)
+    if cache and (known := exact(embedder)):
+        parts = (__version__, torch.__version__, known, embedder.preprocess, dataset.sha256)
         make = partial(remembered, f"embeddings {parts} {ready.device.type}", len(everyone), clean)
-    kept = (work or Work()).once(f"embeddings {weights}", len(everyone), make)
+    kept = (work or Work()).once(f"embeddings of the {part}", len(everyone), make)
     embeddings = torch.from_numpy(kept["embeddings"]).to(ready.device)
 
     def at(rows: np.ndarray) -> Tensor:

@@ -19,7 +19,7 @@ from dmlbench.attacks import AttackLoss
 from dmlbench.checks import COLLAPSE, spread
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import margin
-from dmlbench.optimizers import OPTIMIZERS, autograd
+from dmlbench.optimizers import OPTIMIZERS, autograd, watched
 from dmlbench.protocol import Protocol, Step
 from dmlbench.registry import Registry
 from dmlbench.results import Flag
@@ -135,11 +135,13 @@ def randomness(evidence: Evidence) -> Finding:
 
 
 def zero_gradients(evidence: Evidence) -> Finding:
-    """F2: have more than 1 % of the queries a gradient that is exactly zero in every pixel?"""
-    _, gradient = autograd(evidence.loss(), evidence.images, evidence.subject.rng(0))
+    """F2: have more than 1 % of the queries a gradient that is exactly zero in every pixel, or NaN or infinite in one?"""
+    with watched() as trouble:
+        _, gradient = autograd(evidence.loss(), evidence.images, evidence.subject.rng(0))
     share = 100.0 * float((gradient.flatten(1) == 0).all(1).float().mean())
     if share > 1:
-        message = f"the gradient is exactly zero for {share:.1f} % of the queries: a search along it stands still"
+        what = "exactly zero, NaN or infinite" if trouble.count else "exactly zero"
+        message = f"the gradient is {what} for {share:.1f} % of the queries: a search along it stands still"
         return Finding("F2", "fail", share, 1.0, message)
     return Finding("F2", "pass", share, 1.0, f"the gradient is exactly zero for {share:.1f} % of the queries")
 

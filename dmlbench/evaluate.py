@@ -169,6 +169,7 @@ def evaluate(
         arrays.pop(f"benign/{name}", None)
 
     seconds: dict[str, float] = {}
+    nonfinite = 0
     for search in planned:
         if on_search:
             on_search(search)
@@ -176,6 +177,7 @@ def evaluate(
         if done is None:
             continue
         found, kept = done
+        nonfinite += int(found["nonfinite"].sum())
         for c in search.components:
             arrays[f"{c.name}/value"] = found[c.readout]
             arrays[f"{c.name}/norm"] = found["norm"]
@@ -188,7 +190,7 @@ def evaluate(
     if work.shard:
         raise ShardDone(f"shard {work.shard.index}/{work.shard.count} is finished")
     if outcome:
-        parts, seconds = outcome.components, {**seconds, **outcome.seconds}
+        parts, seconds, nonfinite = outcome.components, {**seconds, **outcome.seconds}, nonfinite + outcome.nonfinite
         arrays, sample = {**arrays, **outcome.arrays}, {**sample, **outcome.sample}
     sample |= closeup(subject, sample)
     findings = (
@@ -196,6 +198,7 @@ def evaluate(
         if outcome and rules.audit and work.world.leads
         else []
     )
+    doubts = [f.flag() for f in findings if f.verdict in ("warn", "fail")]
     why = reasons(official, chosen, dataset, attacks, limit, seed, eot, other)
     whole = complete(rules, chosen)
     measurements, ers, ers_interval = scores(parts, arrays, seconds, complete=rules.kind == "ers" and whole)
@@ -220,7 +223,7 @@ def evaluate(
         ers=ers,
         ers_interval=ers_interval,
         extras=extras,
-        warnings=(*doubts_about(subject, measurements), *(f.flag() for f in findings if f.verdict in ("warn", "fail"))),
+        warnings=(*doubts_about(subject, measurements, nonfinite), *doubts),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seconds=time.monotonic() - began,
     ).with_arrays(arrays, sample)

@@ -16,7 +16,7 @@ from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError
 from dmlbench.loading import Loader
-from dmlbench.optimizers import OPTIMIZERS, WHOLE_SET
+from dmlbench.optimizers import OPTIMIZERS, WHOLE_SET, watched
 from dmlbench.parallel import World
 from dmlbench.protocol import Component, Protocol
 from dmlbench.scene import Scene
@@ -101,7 +101,8 @@ def run_search(
 ) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
     """Attack every query: per-query arrays by name, and the adversarial images of the sample.
 
-    "seconds" (units,) is what each batch took. None where ``work`` is a shard and others are not done.
+    "seconds" (units,) is what each batch took, "nonfinite" (units,) how many gradients of single images were NaN or
+    infinite there. None where ``work`` is a shard and others are not done.
     """
     attack, optimizer = ATTACKS[search.attack], OPTIMIZERS[search.optimizer]
     scene = aimed(subject, search, seed)
@@ -117,9 +118,11 @@ def run_search(
     def unit(load: Loader, a: int, b: int) -> dict[str, np.ndarray]:
         images, part = load(a, b), scene[a:b]
         known = source.scene[a:b].aimed(part.chosen)
-        adversarial = craft(source.embedder, attack, optimizer, search.threat, images, known, rng[a:b])
+        with watched() as trouble:
+            adversarial = craft(source.embedder, attack, optimizer, search.threat, images, known, rng[a:b])
         found = dict(measure(subject.embedder, attack, search.threat, adversarial, images, part))
         here = keep[(keep >= a) & (keep < b)] - a
+        found["nonfinite"] = np.array([trouble.count])
         found["images"] = adversarial[torch.from_numpy(here).to(adversarial.device)].cpu().numpy()
         return found
 

@@ -20,11 +20,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dmlbench.attacks import ATTACKS, aim
-from dmlbench.embedding import Embedder
-from dmlbench.errors import UsageError
+from dmlbench.embedding import Embedder, require_finite
+from dmlbench.errors import DataError, UsageError
 from dmlbench.metrics import RECALL_AT, mean, retrieval
 from dmlbench.objectives import OBJECTIVES, gap, nearest_entry
-from dmlbench.optimizers import OPTIMIZERS
+from dmlbench.optimizers import OPTIMIZERS, watched
 from dmlbench.outcome import Outcome
 from dmlbench.protocol import Component, Protocol, Step
 from dmlbench.scene import Scene
@@ -51,6 +51,7 @@ class Log:
         found: (b, ...) the first misranked image.
         first: (b,) the count of the loss value at which that was, from 1; 0 where it has not been.
         gradients, values: backward and forward passes spent, over all images.
+        unknown: () how many embeddings were NaN or infinite.
     """
 
     def __init__(self, images: Tensor) -> None:
@@ -58,6 +59,7 @@ class Log:
         self.first = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         self.calls = torch.zeros_like(self.first)
         self.gradients = self.values = 0
+        self.unknown = torch.zeros((), dtype=torch.int64, device=images.device)
 
     def note(self, at: Int[Tensor, " n"], margins: Float[Tensor, " n"], images: Tensor, graph: bool) -> None:
         """One more loss value for the images ``at``."""
@@ -99,6 +101,7 @@ class Misrank:
         """The loss (n,) and the margin (n,) of one forward pass, from one table of distances."""
         e, scene = self.embedder(images), self.scene
         with torch.no_grad():
+            self.log.unknown += (~torch.isfinite(e)).any(1).sum()
             d = scene.distances(e)
         if self.objective == "margin":
             values = gap(e, scene, scene.other, d)
@@ -126,6 +129,7 @@ class Attempt:
         iteration: (b,) loss values until then, 0 where not broken.
         readouts: ``recall_at_k``, ``map`` and ``map_at_r`` (b,) at ``images``, percent.
         gradients, values: passes spent on the batch.
+        nonfinite: gradients of single images that were NaN or infinite, and taken as zero.
     """
 
     images: Tensor
@@ -134,6 +138,7 @@ class Attempt:
     readouts: dict[str, np.ndarray]
     gradients: int
     values: int
+    nonfinite: int
 
 
 def attempt(subject: Subject, step: Step, threat: Threat, positions: np.ndarray, seed: int) -> Attempt:
@@ -141,6 +146,7 @@ def attempt(subject: Subject, step: Step, threat: Threat, positions: np.ndarray,
 
     Raises:
         AssertionError: an image left the ball or [0, 1]; an optimizer is at fault.
+        DataError: the model gives NaN or infinite embeddings for an image that the search looked at.
     """
     at = torch.from_numpy(positions).to(subject.device)
     scene, rng = subject.scene[at], subject.rng(seed, step.name, step.optimizer)[at]
@@ -152,7 +158,7 @@ def attempt(subject: Subject, step: Step, threat: Threat, positions: np.ndarray,
         scene = aim(attack, scene, rng)
     count = scene.chosen.shape[1] if step.aims > 1 else 1
     log = Log(clean)
-    with torch.no_grad():
+    with torch.no_grad(), watched() as trouble:
         images = clean
         for j in range(count):
             aimed = scene.aimed(scene.chosen[:, j : j + 1]) if step.aims > 1 else scene
@@ -163,21 +169,34 @@ def attempt(subject: Subject, step: Step, threat: Threat, positions: np.ndarray,
             found = OPTIMIZERS[step.optimizer](hunt[alive], clean[alive], threat, rng.fold("aim", j)[alive])
             images = images.clone()
             images[alive] = found
+        if unknown := int(log.unknown):
+            raise DataError(
+                f"model {subject.embedder.name!r} gives NaN or infinite embeddings for {unknown} images that step "
+                f"{step.name} looked at, at eps {threat.eps}: neither right nor wrong can be said of them"
+            )
         images = torch.where((log.first > 0).view(-1, 1, 1, 1), log.found, images)
         readouts = read(subject, scene, threat, images, clean)
     broken = readouts["recall_at_1"] < 50.0
     iteration = np.where(
         broken, np.where((log.first > 0).cpu().numpy(), log.first.cpu().numpy(), log.calls.cpu().numpy()), 0
     )
-    return Attempt(images, broken, iteration, readouts, log.gradients, log.values)
+    return Attempt(images, broken, iteration, readouts, log.gradients, log.values, trouble.count)
 
 
 def read(subject: Subject, scene: Scene, threat: Threat, images: Tensor, clean: Tensor) -> dict[str, np.ndarray]:
-    """The retrieval metrics (b,) of attacked queries, means over ``threat.eot`` passes, the ball checked."""
+    """The retrieval metrics (b,) of attacked queries, means over ``threat.eot`` passes, the ball checked.
+
+    Raises:
+        AssertionError: an image left the ball or [0, 1].
+        DataError: the model gives NaN or infinite embeddings for one.
+    """
     inside = threat.contains(images, clean)
     if not bool(inside.all()):
         raise AssertionError(f"{int((~inside).sum())} adversarial images are outside the threat {threat}")
-    draws = [retrieval(replace(scene, clean=subject.embedder(images)), RECALL_AT) for _ in range(threat.eot)]
+    embeddings = [subject.embedder(images) for _ in range(threat.eot)]
+    for e in embeddings:
+        require_finite(e, subject.embedder.name, "perturbed images")
+    draws = [retrieval(replace(scene, clean=e), RECALL_AT) for e in embeddings]
     return {name: np.mean([d[name] for d in draws], axis=0) for name in draws[0]}
 
 
@@ -234,7 +253,7 @@ def piece(subject: Subject, step: Step, threat: Threat, seed: int, keep: np.ndar
 
     Returns:
         ``broken``, ``iteration`` and ``norm``, and by name the read-outs that :class:`Standing` follows, (n,) each;
-        ``gradients`` and ``values`` (1,); ``images`` (m, C, H, W) of those of ``positions`` that are in ``keep``.
+        ``gradients``, ``values`` and ``nonfinite`` (1,); ``images`` (m, C, H, W) of those of ``positions`` that are in ``keep``.
     """
     found = attempt(subject, step, threat, positions, seed)
     clean = subject.dataset.images[subject.rows[positions]].to(subject.device)
@@ -245,6 +264,7 @@ def piece(subject: Subject, step: Step, threat: Threat, seed: int, keep: np.ndar
         **{name: found.readouts[name] for name in FOLLOWED},
         "gradients": np.array([found.gradients]),
         "values": np.array([found.values]),
+        "nonfinite": np.array([found.nonfinite]),
         "images": found.images[torch.from_numpy(np.isin(positions, keep)).to(subject.device)].cpu().numpy(),
     }
 
@@ -288,7 +308,10 @@ def settle(
         standing.absorb(left[i], index, arrays)
         keep.update(zip(left[i][np.isin(left[i], wanted)].tolist(), arrays["images"], strict=True))
     return {
-        **{key: sum(int(arrays[key].sum()) for arrays in found.values()) for key in ("gradients", "values")},
+        **{
+            key: sum(int(arrays[key].sum()) for arrays in found.values())
+            for key in ("gradients", "values", "nonfinite")
+        },
         "seconds": float(sum(arrays["seconds"].sum() for arrays in found.values())),
     }
 
@@ -343,7 +366,8 @@ def run(
     seconds = {part.name: sum(cost["seconds"] for cost in costs) for part, costs in zip(parts, spent, strict=True)}
     broken_by = {eps: arrays[f"{part.name}/broken_by"] for eps, part in zip(grid, parts, strict=True)}
     extras = {"strict": summary(protocol, grid, clean, arrays, spent)}
-    return Outcome(parts, seconds, arrays, sample, extras, broken_by=broken_by)
+    nonfinite = sum(int(cost["nonfinite"]) for costs in spent for cost in costs)
+    return Outcome(parts, seconds, arrays, sample, extras, broken_by=broken_by, nonfinite=nonfinite)
 
 
 def components(protocol: Protocol, side: int) -> list[Component]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dmlbench.datasets import RetrievalDataset
-from dmlbench.embedding import Embedder
-from dmlbench.errors import DataError, UsageError
+from dmlbench.embedding import Embedder, require_finite
+from dmlbench.errors import UsageError
 from dmlbench.exact import true_float32
 from dmlbench.fingerprint import exact
 from dmlbench.loading import Loader
@@ -126,11 +126,7 @@ def embed(embedder: Embedder, dataset: RetrievalDataset, rows: np.ndarray, progr
             parts.append(embedder(images(a, b)))
             progress.advance("embed", b - a)
     embeddings = torch.cat(parts)
-    broken = ~torch.isfinite(embeddings).all(1)
-    if bool(broken.any()):
-        raise DataError(
-            f"model {embedder.name!r} gives NaN or infinite embeddings for {int(broken.sum())} of {len(rows)} images"
-        )
+    require_finite(embeddings, embedder.name)
     return embeddings
 
 

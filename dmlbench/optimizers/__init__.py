@@ -6,7 +6,7 @@ A :data:`Gradient` gives the values (b,) and the gradient: :func:`autograd` for 
 """
 
 from dmlbench.optimizers.apgd import apgd
-from dmlbench.optimizers.base import Divisible, Gradient, Hunt, Loss, Optimizer, autograd, keep_lower
+from dmlbench.optimizers.base import Divisible, Gradient, Hunt, Loss, Optimizer, autograd, keep_lower, watched
 from dmlbench.optimizers.black import nes, noise, spsa
 from dmlbench.optimizers.carlini import cw
 from dmlbench.optimizers.gradient import fgsm, mi_fgsm, pgd, pgd_restarts, r_fgsm
@@ -37,6 +37,7 @@ __all__ = [
     "spsa",
     "square",
     "universal",
+    "watched",
 ]
 
 OPTIMIZERS: Registry[Optimizer] = Registry(

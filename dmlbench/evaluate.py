@@ -16,7 +16,7 @@ import torch
 from dmlbench import clustering as clustering_attacks
 from dmlbench import strict
 from dmlbench.attacks import ATTACKS, aim
-from dmlbench.audit import examine
+from dmlbench.audit import examine, glance
 from dmlbench.checks import doubts_about
 from dmlbench.closeup import closeup
 from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
@@ -198,7 +198,10 @@ def evaluate(
         if outcome and rules.audit and work.world.leads
         else []
     )
+    used = {search.optimizer for search in planned} | (own_optimizers(rules) if outcome else set())
     doubts = [f.flag() for f in findings if f.verdict in ("warn", "fail")]
+    if used and work.world.leads and not (outcome and rules.audit):
+        doubts += glance(subject, arrays["benign/recall_at_1"], used, size)
     why = reasons(official, chosen, dataset, attacks, limit, seed, eot, other)
     whole = complete(rules, chosen)
     measurements, ers, ers_interval = scores(parts, arrays, seconds, complete=rules.kind == "ers" and whole)
@@ -231,6 +234,11 @@ def evaluate(
 
 RUNNERS = {"strict": strict.run, "clustering": clustering_attacks.run}
 """What runs the protocols of other kinds than components."""
+
+
+def own_optimizers(rules: Protocol) -> set[str]:
+    """What the protocol's own run searches with, where its kind has one."""
+    return {step.optimizer for step in rules.steps} if rules.kind == "strict" else {"pgd"}
 
 
 def complete(rules: Protocol, chosen: Chosen) -> bool:

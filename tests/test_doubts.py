@@ -1,14 +1,17 @@
-"""Models that answer with NaN: refused or flagged under every kind of protocol."""
+"""Models that no search can follow, or that answer with NaN: refused or flagged under every kind of protocol."""
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import dmlbench
+from dmlbench.audit import glance
 from dmlbench.errors import DataError
 from dmlbench.evaluate import evaluate
+from dmlbench.masks import MASKS
 from dmlbench.optimizers import autograd, watched
 from dmlbench.protocol import load_protocol
 from dmlbench.results import Evaluation
@@ -77,6 +80,7 @@ def test_a_search_that_saw_nan_does_not_count_as_survived() -> None:
 def test_nan_gradients_are_counted_and_told(kind: str) -> None:
     found = flags(evaluate(spoilt(nan_gradient), "digits", short(kind), limit=16, device="cpu"))
     assert int(found["nonfinite-gradients"].split()[0]) >= 16 and "taken as zero" in found["nonfinite-gradients"]
+    assert "exactly zero, NaN or infinite for 100.0 % of the queries" in found["zero-gradients"]
 
 
 def test_the_audit_counts_nan_gradients_as_missing() -> None:
@@ -84,6 +88,7 @@ def test_the_audit_counts_nan_gradients_as_missing() -> None:
     found = evaluate(spoilt(nan_gradient), "digits", p, limit=16, device="cpu")
     f2 = next(f for f in found.extras["audit"] if f["check"] == "F2")
     assert f2["verdict"] == "fail" and f2["value"] == 100.0 and "NaN or infinite" in f2["message"]
+    assert "zero-gradients" not in flags(found), "the audit has said so"
 
 
 def test_only_the_rows_that_are_not_finite_are_zeroed() -> None:
@@ -95,3 +100,51 @@ def test_only_the_rows_that_are_not_finite_are_zeroed() -> None:
         _, gradient = autograd(loss, x, Rng(0, torch.arange(4)))
     assert trouble.count == 2
     assert gradient[[1, 2]].eq(0).all() and gradient[[0, 3]].eq(1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mask, flag", [("detached", "zero-gradients"), ("input-noise", "random")])
+def test_every_kind_of_protocol_doubts_a_masked_model(kind: str, mask: str, flag: str) -> None:
+    torch.manual_seed(0)
+    found = flags(evaluate(MASKS[mask](dmlbench.load_model(PLAIN)), "digits", short(kind), limit=16, device="cpu"))
+    assert flag in found and "docs/audit.md" in found[flag]
+    assert len({"zero-gradients", "random"} & set(found)) == 1
+
+
+@pytest.mark.parametrize("attacks", [["LTM@square"], ["LTM@noise", "ES@spsa"]])
+def test_a_run_without_gradients_does_not_miss_them(attacks: list[str]) -> None:
+    p = short("ers-digits")
+    p = p.model_copy(update={"threat": {**p.threat, "steps": 1, "queries": 2}})
+    masked = MASKS["detached"](dmlbench.load_model(PLAIN))
+    assert flags(evaluate(masked, "digits", p, attacks=attacks, limit=8, device="cpu")) == {}
+
+
+def test_the_surrogates_gradient_is_the_one_that_counts() -> None:
+    plain, masked = dmlbench.load_model(PLAIN), MASKS["detached"](dmlbench.load_model(PLAIN))
+    options = {"attacks": ["LTM"], "limit": 16, "device": "cpu"}
+    assert flags(evaluate(masked, "digits", short("ers-digits"), surrogate=plain, **options)) == {}
+    assert set(flags(evaluate(plain, "digits", short("ers-digits"), surrogate=masked, **options))) == {"zero-gradients"}
+
+
+@pytest.mark.parametrize("name", [PLAIN, "digits-smallcnn-triplet-act", "digits-smallcnn-triplet-hm-lga-ics"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_honest_models_are_not_doubted(name: str, kind: str) -> None:
+    assert flags(evaluate(name, "digits", short(kind), limit=48, device="cpu")) == {}
+
+
+def test_a_glance_does_not_depend_on_the_batch_size_and_takes_no_more_than_it_says() -> None:
+    from dmlbench.subject import prepare
+
+    seen = []
+
+    def counted(x, network):
+        seen.append(len(x))
+        return network(x.detach())
+
+    subject = prepare(spoilt(counted), dmlbench.load_dataset("digits"), device="cpu")
+    recall = np.full(len(subject.rows), 100.0)
+    seen.clear()
+    small = list(glance(subject, recall, {"pgd"}, 7))
+    assert max(seen) == 7 and sum(seen) == 3 * 256
+    assert small == list(glance(subject, recall, {"pgd"}, 1000)) and [f.flag for f in small] == ["zero-gradients"]
+    assert list(glance(subject, np.zeros_like(recall), {"pgd"}, 7)) == []

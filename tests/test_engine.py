@@ -21,7 +21,7 @@ from dmlbench.evaluate import evaluate
 from dmlbench.fingerprint import differing, exact, fingerprint
 from dmlbench.parallel import World
 from dmlbench.protocol import load_protocol
-from dmlbench.search import auto_batch, halved
+from dmlbench.search import auto_batch, halved, shrunk
 from dmlbench.units import Shard, Units, Work, collect
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -316,6 +316,30 @@ def test_a_surrogate_with_the_models_parameters_has_embeddings_of_its_own(model,
     options = {"limit": 24, "device": "cpu", "attacks": ["CA+"], "surrogate": bent(model, lambda x: x.flip(-1))}
     kept = evaluate(bent(model), "digits", short, work=Work(Units(tmp_path / "units")), **options)
     same(kept, evaluate(bent(model), "digits", short, **options))
+
+
+def test_one_perturbation_for_all_goes_through_the_network_in_batches(model, short):
+    rules = short.model_copy(update={"threat": {**short.threat, "steps": 1}})
+    options = {"attacks": ["ES@universal"], "limit": 600, "device": "cpu"}
+    found = {}
+    for size in (70, 1000):
+        seen: list[int] = []
+        spy = bent(model, lambda x, seen=seen: seen.append(len(x)) or x)  # a copy of the model has the same function
+        found[size] = evaluate(
+            spy, "digits", rules, batch_size=size, on_search=lambda search, seen=seen: seen.clear(), **options
+        )
+        assert max(seen) == min(size, 600)
+    a, b = (found[size].arrays["ES@universal:embedding_shift/value"] for size in found)
+    np.testing.assert_allclose(a, b, atol=2e-4)
+    assert shrunk(lambda size, a, b: out_of_memory_above(3, size), 64, 0, 8)["size"] == 2
+    with pytest.raises(DataError, match="all queries' images"):
+        shrunk(lambda size, a, b: out_of_memory_above(0, size), 64, 0, 8)
+
+
+def out_of_memory_above(most, size):
+    if size > most:
+        raise torch.cuda.OutOfMemoryError
+    return {"size": np.array(size)}
 
 
 def test_gradients_are_float32_unless_asked_for_and_results_always():

@@ -50,7 +50,8 @@ class Log:
     Attributes:
         found: (b, ...) the first misranked image.
         first: (b,) the count of the loss value at which that was, from 1; 0 where it has not been.
-        gradients, values: backward and forward passes spent, over all images.
+        gradients, values: backward passes and passes without one that were spent, over all images; ``eot`` counts
+            each of its passes.
         unknown: () how many embeddings were NaN or infinite.
     """
 
@@ -61,9 +62,12 @@ class Log:
         self.gradients = self.values = 0
         self.unknown = torch.zeros((), dtype=torch.int64, device=images.device)
 
-    def note(self, at: Int[Tensor, " n"], margins: Float[Tensor, " n"], images: Tensor, graph: bool) -> None:
+    def spend(self, passes: int, graph: bool) -> None:
+        """So many more forward passes of one image, each with a backward one if ``graph``."""
+        self.gradients, self.values = self.gradients + graph * passes, self.values + (not graph) * passes
+
+    def note(self, at: Int[Tensor, " n"], margins: Float[Tensor, " n"], images: Tensor) -> None:
         """One more loss value for the images ``at``."""
-        self.gradients, self.values = self.gradients + graph * len(at), self.values + (not graph) * len(at)
         self.calls[at] += 1
         fresh = (margins <= 0) & (self.first[at] == 0)  # (n,)
         self.first[at] = torch.where(fresh, self.calls[at], self.first[at])
@@ -94,7 +98,8 @@ class Misrank:
         for _ in range(self.eot - 1):
             more, more_margins = self._once(images)
             values, margins = values + more, margins + more_margins
-        self.log.note(self.at, margins, images.detach(), images.requires_grad)
+        self.log.spend(self.eot * len(images), images.requires_grad)
+        self.log.note(self.at, margins, images.detach())
         return values / self.eot
 
     def _once(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -228,3 +228,10 @@ def test_strict_fast_from_the_command_line(typed, tmp_path) -> None:
     plan = [row for row in plan if "@" in row["id"]]
     assert [row["id"] for row in plan[:4]] == ["W1@5/255", "W2@5/255", "MT@5/255", "SQ@5/255"]
     assert plan[2]["gradients"] == 896 * 160 and plan[3]["gradients"] == 0
+
+
+def test_each_pass_of_eot_is_counted(model) -> None:
+    once, four = (evaluate(model, "digits", shortened(), limit=24, eot=eot).extras["strict"] for eot in (1, 4))
+    assert [r["recall_at_1"] for r in once["curve"]] == [r["recall_at_1"] for r in four["curve"]]
+    for key in ("gradients_per_query", "values_per_query"):
+        assert four[key] == pytest.approx(4 * once[key]) and once[key] > 0

@@ -22,6 +22,7 @@ from torch import Tensor
 from dmlbench.attacks import ATTACKS, aim
 from dmlbench.embedding import Embedder, require_finite
 from dmlbench.errors import DataError, UsageError
+from dmlbench.exact import true_float32
 from dmlbench.metrics import RECALL_AT, mean, retrieval
 from dmlbench.objectives import OBJECTIVES, gap, nearest_entry
 from dmlbench.optimizers import OPTIMIZERS, watched
@@ -38,6 +39,8 @@ SURVIVED, CLEAN_WRONG, CARRIED = -1, 0, 1
 the protocol's steps count from 2."""
 PROXIES = ("recall_at_2", "recall_at_4", "recall_at_8", "map_at_r")
 """Read at the images that the searches for R@1 stopped at: no search aimed at them, so the true worst is lower."""
+EXACT_FORWARD = ("auto", "float32", "int8")
+"""Precisions of gradients under which the network's own forward pass is that of float32: int8 rounds the gallery alone."""
 BATCHES = 2
 """Batches in a unit at most: few enough to be dealt out, enough that a batch is not almost empty once few survive."""
 FOLLOWED = ("recall_at_1", *PROXIES)
@@ -99,8 +102,27 @@ class Misrank:
             more, more_margins = self._once(images)
             values, margins = values + more, margins + more_margins
         self.log.spend(self.eot * len(images), images.requires_grad)
+        if images.requires_grad and self.embedder.precision not in EXACT_FORWARD:
+            margins = self._confirmed(images.detach(), margins)
         self.log.note(self.at, margins, images.detach())
         return values / self.eot
+
+    def _confirmed(self, images: Tensor, margins: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The margins, those of images that seem misranked for the first time made again in float32.
+
+        A pass that is rounded on its way to a gradient can be wrong by more than the margin; a search that stops
+        for it leaves a query that the read-out finds right, and that the rest of the search might have broken.
+        """
+        at = ((margins <= 0) & self.unsettled()).nonzero()[:, 0]
+        if not len(at):
+            return margins
+        again = self[at]
+        with torch.no_grad(), true_float32():
+            exact = again._once(images[at])[1]
+            for _ in range(self.eot - 1):
+                exact = exact + again._once(images[at])[1]
+        self.log.spend(self.eot * len(at), False)
+        return margins.index_copy(0, at, exact)
 
     def _once(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The loss (n,) and the margin (n,) of one forward pass, from one table of distances."""
@@ -116,7 +138,7 @@ class Misrank:
             return gap(e, scene, scene.target_class, d), margins
         return OBJECTIVES[self.objective](e, scene), margins
 
-    def __getitem__(self, index: Bool[Tensor, " n"]) -> "Misrank":
+    def __getitem__(self, index: Tensor) -> "Misrank":
         return Misrank(self.embedder, self.objective, self.scene[index], self.log, self.at[index], self.eot)
 
     def unsettled(self) -> Bool[Tensor, " n"]:

@@ -90,7 +90,7 @@ def evaluate(
         progress: who is told how far the run is.
         argv: the command, for the record.
         eot: forward passes averaged for each gradient and read-out, for models that are random; marks the
-            result partial.
+            result partial, unless it is the protocol's own number.
         surrogate: another model to make the adversarial images on (transfer); marks the result partial.
         on_search: told of each search before it begins.
         work: who does which unit of the work, and where finished ones are kept; see docs/running.md.
@@ -117,6 +117,7 @@ def evaluate(
     rules = protocol if isinstance(protocol, Protocol) else load_protocol(protocol or default_protocol(dataset))
     chosen = rules.chosen(attacks, max(dataset.images.shape[1:]))
     official = rules
+    eot = None if eot == rules.threat.get("eot", 1) else eot  # what it would be anyway
     if eot is not None:
         rules = rules.model_copy(update={"threat": {**rules.threat, "eot": eot}})
     base = rules.seed if seed is None else seed
@@ -260,7 +261,7 @@ def reasons(
     why = [f"--limit {limit}"] if limit is not None and limit < len(dataset.query) else []
     why += [] if complete(rules, chosen) else [f"--attacks {','.join(attacks or ())}"]
     why += [f"--seed {seed}"] if seed not in (None, rules.seed) else []
-    why += [f"--eot {eot}"] if eot not in (None, rules.threat.get("eot")) else []
+    why += [f"--eot {eot}"] if eot not in (None, rules.threat.get("eot", 1)) else []
     return (*why, *([f"--surrogate {surrogate.name}"] if surrogate else []))
 
 

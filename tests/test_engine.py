@@ -17,10 +17,11 @@ import torch
 import dmlbench
 from dmlbench import results
 from dmlbench.errors import DataError, NotComparable, ShardDone, UsageError
-from dmlbench.evaluate import evaluate
+from dmlbench.evaluate import asked, evaluate
 from dmlbench.fingerprint import differing, exact, fingerprint
 from dmlbench.parallel import World
 from dmlbench.protocol import load_protocol
+from dmlbench.record import told
 from dmlbench.search import auto_batch, halved, shrunk
 from dmlbench.units import Shard, Units, Work, collect
 
@@ -136,6 +137,24 @@ def test_another_configuration_is_refused_with_the_differing_keys(model, short, 
 def test_resume_takes_the_batch_size_of_the_run(model, short, whole, tmp_path):
     units = stopped(model, short, tmp_path)
     same(evaluate(model, "digits", short, limit=70, device="cpu", work=Work(units), resume=True), whole)
+
+
+def test_an_eot_that_is_the_protocols_own_is_a_full_result_of_the_same_run(model, short, tmp_path):
+    own = short.model_copy(update={"threat": {**short.threat, "eot": 2}})
+    for rules, eot in ((short, 1), (own, 2)):
+        units = Units(tmp_path / f"{eot}" / "units")
+        options = {"attacks": ["all"], "device": "cpu", "limit": 12}
+        with pytest.raises(Stop):
+            evaluate(model, "digits", rules, work=Work(units), progress=StopAfter(1), **options)
+        done = evaluate(model, "digits", rules, eot=eot, work=Work(units), resume=True, **options)
+        assert done.partial == ("--limit 12",)
+        assert asked(model, dmlbench.load_dataset("digits"), rules, eot=eot, **options) == told(done)
+    assert evaluate(model, "digits", own, eot=1, **options).partial == ("--limit 12", "--eot 1")
+
+
+@pytest.mark.parametrize("text", [",", "", " , "])
+def test_attacks_that_name_nothing_are_refused(text, typed):
+    assert "names nothing" in typed("evaluate", "--model", MODEL, "--attacks", text, "--limit", "4", code=2).err
 
 
 def test_an_unreadable_configuration_is_an_error(model, short, tmp_path):

@@ -75,4 +75,5 @@ COSTS: dict[str, str] = {
 """What each optimizer spends on one image; a value is a forward pass, a gradient a forward and a backward one."""
 
 WHOLE_SET = frozenset({"universal"})
-"""Optimizers that find one thing for all queries and must be given them at once."""
+"""Optimizers that find one thing for all queries and must be given them at once; ``block`` says how many of these go
+through the network at a time."""

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dmlbench.embedding import Embedder
+from dmlbench.embedding import Embedder, require_finite
 from dmlbench.errors import UsageError
 from dmlbench.exact import true_float32
 from dmlbench.metrics import READOUTS
@@ -190,12 +190,15 @@ def measure(
 
     Raises:
         AssertionError: an image left the ball or [0, 1]; an optimizer is at fault.
+        DataError: the model gives NaN or infinite embeddings for one: neither right nor wrong can be said of it.
     """
     with torch.no_grad():
         inside = threat.contains(adversarial, images)
         if not bool(inside.all()):
             raise AssertionError(f"{int((~inside).sum())} adversarial images are outside the threat {threat}")
         draws = [embedder(adversarial) for _ in range(threat.eot)]
+        for e in draws:
+            require_finite(e, embedder.name, "perturbed images")
         out = {
             name: torch.stack([READOUTS[name].read(e, scene) for e in draws]).mean(0).cpu().numpy()
             for name in attack.readouts

@@ -7,19 +7,20 @@ question and answers with a number, a limit and a verdict in words; docs/audit.m
 travels with the result as a flag.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from dmlbench.attacks import AttackLoss
 from dmlbench.checks import COLLAPSE, spread
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import margin
-from dmlbench.optimizers import OPTIMIZERS, autograd
+from dmlbench.optimizers import OPTIMIZERS, autograd, watched
 from dmlbench.protocol import Protocol, Step
 from dmlbench.registry import Registry
 from dmlbench.results import Flag
@@ -37,8 +38,14 @@ HIDDEN = 1.0
 """Percent of the queries that searches with gradients leave, beyond which F4 fails."""
 BEYOND, TRIED = 1.5, 64
 """F4 asks whether gradients break the same queries, so many at the most, in a ball this much larger."""
+GLANCED = 256
+"""Queries that :func:`glance` looks at, at most."""
+GLANCES = ("random", "zero-gradients")
+"""Its flags."""
 WHITE = ("pgd", "apgd", "fgsm", "r-fgsm", "mi-fgsm", "pgd-restarts", "cw")
 """Optimizers that use the gradient."""
+GRADIENT = frozenset({*WHITE, "universal"})
+"""All that follow the gradient, among them what no strict protocol has as a step."""
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
 
@@ -122,9 +129,17 @@ class Evidence:
 
 def randomness(evidence: Evidence) -> Finding:
     """F1: do two passes of one batch differ by more than 1e-5 (of the embeddings' root mean square length)?"""
+    return _randomness(_gap(evidence.subject, evidence.images, evidence.scene))
+
+
+def _gap(subject: Subject, images: Tensor, scene: Scene) -> float:
+    """The largest difference of two passes, relative to the embeddings' root mean square length."""
     with torch.no_grad():
-        first, second = (evidence.subject.embedder(evidence.images) for _ in range(2))
-    gap = float((first - second).abs().amax() / evidence.scene.gallery.scale.clamp_min(1e-30))
+        first, second = (subject.embedder(images) for _ in range(2))
+    return float((first - second).abs().amax() / scene.gallery.scale.clamp_min(1e-30))
+
+
+def _randomness(gap: float) -> Finding:
     if gap > 1e-5:
         message = (
             f"two passes of the same images differ by {gap:.1e}, so the model is random and a single gradient "
@@ -135,11 +150,22 @@ def randomness(evidence: Evidence) -> Finding:
 
 
 def zero_gradients(evidence: Evidence) -> Finding:
-    """F2: have more than 1 % of the queries a gradient that is exactly zero in every pixel?"""
-    _, gradient = autograd(evidence.loss(), evidence.images, evidence.subject.rng(0))
-    share = 100.0 * float((gradient.flatten(1) == 0).all(1).float().mean())
+    """F2: have more than 1 % of the queries a gradient that is exactly zero in every pixel, or NaN or infinite in one?"""
+    missing, wrong = _missing(evidence.subject, evidence.images, evidence.scene)
+    return _zero_gradients(100.0 * float(missing.float().mean()), wrong)
+
+
+def _missing(subject: Subject, images: Tensor, scene: Scene) -> tuple[Tensor, int]:
+    """(B,) bool: which queries have no gradient to follow; and how many of these have one that is NaN or infinite."""
+    with watched() as trouble:
+        _, gradient = autograd(AttackLoss(subject.embedder, margin, scene), images, subject.rng(0))
+    return (gradient.flatten(1) == 0).all(1), trouble.count
+
+
+def _zero_gradients(share: float, wrong: int) -> Finding:
     if share > 1:
-        message = f"the gradient is exactly zero for {share:.1f} % of the queries: a search along it stands still"
+        what = "exactly zero, NaN or infinite" if wrong else "exactly zero"
+        message = f"the gradient is {what} for {share:.1f} % of the queries: a search along it stands still"
         return Finding("F2", "fail", share, 1.0, message)
     return Finding("F2", "pass", share, 1.0, f"the gradient is exactly zero for {share:.1f} % of the queries")
 
@@ -309,14 +335,54 @@ def examine(
 ) -> list[Finding]:
     """Every check, on up to ``queries`` of the queries that are right when clean, spread evenly over all."""
     right = np.flatnonzero(next(iter(broken_by.values())) != CLEAN_WRONG)
-    positions = (
-        right[np.unique(np.linspace(0, len(right) - 1, min(queries, len(right))).astype(int))] if len(right) else right
-    )
-    at = torch.from_numpy(positions).to(subject.device)
-    images = subject.dataset.images[subject.rows[positions]].to(subject.device)
-    evidence = Evidence(subject, protocol, broken_by, positions, images, subject.scene[at], seed)
+    positions = _evenly(right, queries)
+    evidence = Evidence(subject, protocol, broken_by, positions, *_shown(subject, positions), seed)
     if not len(positions):
         message = "no query is right when clean, so nothing can be attacked"
         found = [Finding(name, "skip", None, 0.0, message) for name in CHECKS if name != "H3"]
         return [*found, not_collapsed(evidence)]
     return [check(evidence) for check in CHECKS.values()]
+
+
+def _evenly(positions: np.ndarray, most: int) -> np.ndarray:
+    """Up to ``most`` of the positions, spread evenly over all."""
+    if not len(positions):
+        return positions
+    return positions[np.unique(np.linspace(0, len(positions) - 1, min(most, len(positions))).astype(int))]
+
+
+def _shown(subject: Subject, positions: np.ndarray) -> tuple[Tensor, Scene]:
+    """The clean images of some queries, and where they stand."""
+    images = subject.dataset.images[subject.rows[positions]].to(subject.device)
+    return images, subject.scene[torch.from_numpy(positions).to(subject.device)]
+
+
+def glance(
+    subject: Subject, recall: Float[np.ndarray, " Q"], optimizers: Collection[str], batch_size: int
+) -> Iterator[Flag]:
+    """F1, and F2 where one of ``optimizers`` follows the gradient, on up to :data:`GLANCED` queries right when clean.
+
+    What a result without an audit can afford: three passes and one gradient of each. The gradient is the margin's, as
+    in the audit: unlike that of the shift it has no reason to vanish at the clean image. It is asked of the model
+    that the searches are made on, the surrogate where there is one. A model that is known to be random is not told so
+    twice.
+
+    Args:
+        recall: clean R@1 of each query, percent, NaN without positives.
+        optimizers: names of what the run searched with.
+    """
+    positions = _evenly(np.flatnonzero(recall == 100.0), GLANCED)
+    batches = [positions[a : a + batch_size] for a in range(0, len(positions), batch_size)]
+    if not any(flag == "randomised" for flag, _ in subject.embedder.doubts):
+        gaps = [_gap(subject, *_shown(subject, part)) for part in batches]
+        if (finding := _randomness(max(gaps, default=0.0))).verdict == "fail":
+            yield Flag(flag="random", message=f"{finding.message} ({PAGE})")
+    if not GRADIENT & set(optimizers):
+        return
+    source = subject.surrogate or subject
+    missing = [_missing(source, *_shown(source, part)) for part in batches]
+    if missing:
+        share = 100.0 * float(torch.cat([rows for rows, _ in missing]).float().mean())
+        finding = _zero_gradients(share, sum(wrong for _, wrong in missing))
+        if finding.verdict == "fail":
+            yield Flag(flag="zero-gradients", message=f"{finding.message} ({PAGE})")

@@ -16,8 +16,8 @@ def spread(subject: Subject) -> float:
     return float(around.square().sum(1).mean().sqrt() / gallery.scale.clamp_min(1e-30))
 
 
-def doubts_about(subject: Subject, measurements: Sequence[Measurement]) -> Iterator[Flag]:
-    """Every doubt that the model and the numbers raise."""
+def doubts_about(subject: Subject, measurements: Sequence[Measurement], nonfinite: int = 0) -> Iterator[Flag]:
+    """Every doubt that the model, the numbers and ``nonfinite`` gradients in the searches raise."""
     for flag, sentence in subject.embedder.doubts:
         yield Flag(flag=flag, message=sentence)
     width = spread(subject)
@@ -33,6 +33,12 @@ def doubts_about(subject: Subject, measurements: Sequence[Measurement]) -> Itera
             flag="no-positive",
             message=f"{lonely} of {len(subject.rows)} queries have no other image of their class in the gallery: "
             "they are left out of recall, mAP and every part that reads recall.",
+        )
+    if nonfinite:
+        yield Flag(
+            flag="nonfinite-gradients",
+            message=f"{nonfinite} times the gradient of an image was NaN or infinite and taken as zero: searches along "
+            "it stood still there, so attack scores are too high (docs/audit.md).",
         )
     if not measurements:
         yield Flag(flag="no-attacks", message="no attack was run")

@@ -21,10 +21,11 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from dmlbench.attacks import AttackLoss
+from dmlbench.embedding import require_finite
 from dmlbench.errors import UsageError
 from dmlbench.metrics import agreement, assignments, kmeans, mean, retrieval
 from dmlbench.objectives import Objective
-from dmlbench.optimizers import autograd
+from dmlbench.optimizers import autograd, watched
 from dmlbench.outcome import Outcome
 from dmlbench.protocol import Component, Protocol
 from dmlbench.registry import Registry
@@ -112,10 +113,16 @@ def pairwise_f1(labels: Integer[np.ndarray, " N"], clusters: Integer[np.ndarray,
 
 
 def _embedded(subject: Subject, images: Tensor, eot: int) -> Tensor:
-    """(N, D) embeddings of ``images`` (N, C, H, W), means over ``eot`` passes."""
+    """(N, D) embeddings of ``images`` (N, C, H, W), means over ``eot`` passes.
+
+    Raises:
+        DataError: one is NaN or infinite.
+    """
     with torch.no_grad():
         parts = [torch.stack([subject.embedder(x) for _ in range(eot)]).mean(0) for x in images.split(BLOCK)]
-    return torch.cat(parts)
+    e = torch.cat(parts)
+    require_finite(e, subject.embedder.name, "perturbed images")
+    return e
 
 
 def attacked(
@@ -208,7 +215,9 @@ def run(
             return readings(subject, subject.scene.clean, labels, protocol.clustering_seeds)
         part = parts[i - 1]
         progress.start(part.name, len(labels) * protocol.threat_of(part).steps)
-        x, found = measured(subject, protocol, part, own, seed, partial(progress.advance, part.name))
+        with watched() as trouble:
+            x, found = measured(subject, protocol, part, own, seed, partial(progress.advance, part.name))
+        found["nonfinite"] = np.array([trouble.count])
         return {**found, "images": x[torch.from_numpy(kept).to(x.device)].cpu().numpy()}
 
     names = ["clustering/clean", *(part.name for part in parts)]
@@ -219,7 +228,8 @@ def run(
     sample = {name: done[i]["images"] for i, name in enumerate(names) if i}
     seconds = {name: float(done[i]["seconds"].sum()) for i, name in enumerate(names) if i}
     extras = {"clustering": summary(protocol, protocol.eps_for(side), labels, arrays)}
-    return Outcome(parts, seconds, arrays, sample, extras)
+    nonfinite = sum(int(done[i]["nonfinite"].sum()) for i, _ in enumerate(names) if i)
+    return Outcome(parts, seconds, arrays, sample, extras, nonfinite=nonfinite)
 
 
 def components(protocol: Protocol, side: int) -> list[Component]:

@@ -223,7 +223,20 @@ def _folded(network: nn.Module, shape: tuple[int, int, int], device: torch.devic
         return network
 
 
-def digest_of(embedder: Embedder) -> str:
+def require_finite(embeddings: Float[Tensor, "b d"], name: str, images: str = "images") -> None:
+    """Refuse embeddings that no distance can be told of.
+
+    Raises:
+        DataError: one of them is NaN or infinite.
+    """
+    broken = ~torch.isfinite(embeddings).all(1)
+    if bool(broken.any()):
+        raise DataError(
+            f"model {name!r} gives NaN or infinite embeddings for {int(broken.sum())} of {len(broken)} {images}"
+        )
+
+
+def digest_of(embedder: nn.Module) -> str:
     """Hash of every parameter and buffer, for a model that has no weights file."""
     digest = hashlib.sha256()
     for name, tensor in sorted(embedder.state_dict().items()):

@@ -16,7 +16,7 @@ import torch
 from dmlbench import clustering as clustering_attacks
 from dmlbench import strict
 from dmlbench.attacks import ATTACKS, aim
-from dmlbench.audit import examine
+from dmlbench.audit import examine, glance
 from dmlbench.checks import doubts_about
 from dmlbench.closeup import closeup
 from dmlbench.compiled import Steps
@@ -24,6 +24,7 @@ from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
 from dmlbench.embedding import Embedder, digest_of
 from dmlbench.errors import ShardDone, UsageError
 from dmlbench.exact import true_float32
+from dmlbench.fingerprint import fingerprint
 from dmlbench.intervals import cluster_bootstrap
 from dmlbench.metrics import RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.models import load_model
@@ -90,7 +91,7 @@ def evaluate(
         progress: who is told how far the run is.
         argv: the command, for the record.
         eot: forward passes averaged for each gradient and read-out, for models that are random; marks the
-            result partial.
+            result partial, unless it is the protocol's own number.
         surrogate: another model to make the adversarial images on (transfer); marks the result partial.
         on_search: told of each search before it begins.
         work: who does which unit of the work, and where finished ones are kept; see docs/running.md.
@@ -117,6 +118,7 @@ def evaluate(
     rules = protocol if isinstance(protocol, Protocol) else load_protocol(protocol or default_protocol(dataset))
     chosen = rules.chosen(attacks, max(dataset.images.shape[1:]))
     official = rules
+    eot = None if eot == rules.threat.get("eot", 1) else eot  # what it would be anyway
     if eot is not None:
         rules = rules.model_copy(update={"threat": {**rules.threat, "eot": eot}})
     base = rules.seed if seed is None else seed
@@ -137,8 +139,6 @@ def evaluate(
     configuration = {
         **essentials(embedder, dataset, official, seed, device),
         "weights": embedder.weights_sha256 or digest_of(embedder),
-        "arch": embedder.arch,
-        "normalisation": [embedder.mean.flatten().tolist(), embedder.std.flatten().tolist()],
         "surrogate": other and other.name,
         "surrogate_weights": other and (other.weights_sha256 or digest_of(other)),
         "attacks": list(attacks) if attacks else None,
@@ -146,13 +146,25 @@ def evaluate(
         "eot": eot,
         "batch_size": size,
     }
+    known = fingerprint(embedder) if work.units or embedder.card is None else {}
+    if work.units:
+        theirs = fingerprint(other) if other else {}
+        configuration |= {**known, **{f"surrogate_{key}": value for key, value in theirs.items()}}
     work.agree(configuration, resume)
     subject = prepare(embedder, dataset, limit=limit, device=device, progress=progress, work=work, cache=cache)
     if other is not None:
-        known = prepare(
-            other, dataset, limit=limit, device=device, progress=progress, work=work, cache=cache, gradients=embedder
+        source = prepare(
+            other,
+            dataset,
+            limit=limit,
+            device=device,
+            progress=progress,
+            work=work,
+            cache=cache,
+            gradients=embedder,
+            part="surrogate",
         )
-        subject = replace(subject, surrogate=known)
+        subject = replace(subject, surrogate=source)
     scene = subject.scene
     planned = searches(rules, [*chosen.own, *chosen.extra])
     for search in planned:  # what cannot be aimed fails now, not after an hour
@@ -167,6 +179,7 @@ def evaluate(
         arrays.pop(f"benign/{name}", None)
 
     seconds: dict[str, float] = {}
+    nonfinite = 0
     for search in planned:
         if on_search:
             on_search(search)
@@ -174,6 +187,7 @@ def evaluate(
         if done is None:
             continue
         found, kept = done
+        nonfinite += int(found["nonfinite"].sum())
         for c in search.components:
             arrays[f"{c.name}/value"] = found[c.readout]
             arrays[f"{c.name}/norm"] = found["norm"]
@@ -186,7 +200,7 @@ def evaluate(
     if work.shard:
         raise ShardDone("; ".join([*notes_of(subject), f"shard {work.shard.index}/{work.shard.count} is finished"]))
     if outcome:
-        parts, seconds = outcome.components, {**seconds, **outcome.seconds}
+        parts, seconds, nonfinite = outcome.components, {**seconds, **outcome.seconds}, nonfinite + outcome.nonfinite
         arrays, sample = {**arrays, **outcome.arrays}, {**sample, **outcome.sample}
     sample |= closeup(subject, sample)
     findings = (
@@ -194,6 +208,10 @@ def evaluate(
         if outcome and rules.audit and work.world.leads
         else []
     )
+    used = {search.optimizer for search in planned} | (own_optimizers(rules) if outcome else set())
+    doubts = [f.flag() for f in findings if f.verdict in ("warn", "fail")]
+    if used and work.world.leads and not (outcome and rules.audit):
+        doubts += glance(subject, arrays["benign/recall_at_1"], used, size)
     why = reasons(official, chosen, dataset, attacks, limit, seed, eot, other)
     whole = complete(rules, chosen)
     measurements, ers, ers_interval = scores(parts, arrays, seconds, complete=rules.kind == "ers" and whole)
@@ -205,6 +223,8 @@ def evaluate(
         extras["audit"] = [asdict(f) for f in findings]
     if chosen.extra:
         extras["extra_parts"] = [c.name for c in chosen.extra]
+    if embedder.card is None:  # nothing else says what it was
+        extras["fingerprint"] = known
     return Evaluation(
         model=model_info(embedder),
         dataset=dataset_info(subject),
@@ -222,7 +242,7 @@ def evaluate(
         ers=ers,
         ers_interval=ers_interval,
         extras=extras,
-        warnings=(*doubts_about(subject, measurements), *(f.flag() for f in findings if f.verdict in ("warn", "fail"))),
+        warnings=(*doubts_about(subject, measurements, nonfinite), *doubts),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seconds=time.monotonic() - began,
     ).with_arrays(arrays, sample)
@@ -237,6 +257,11 @@ def notes_of(subject: Subject) -> tuple[str, ...]:
 
 RUNNERS = {"strict": strict.run, "clustering": clustering_attacks.run}
 """What runs the protocols of other kinds than components."""
+
+
+def own_optimizers(rules: Protocol) -> set[str]:
+    """What the protocol's own run searches with, where its kind has one."""
+    return {step.optimizer for step in rules.steps} if rules.kind == "strict" else {"pgd"}
 
 
 def complete(rules: Protocol, chosen: Chosen) -> bool:
@@ -258,7 +283,7 @@ def reasons(
     why = [f"--limit {limit}"] if limit is not None and limit < len(dataset.query) else []
     why += [] if complete(rules, chosen) else [f"--attacks {','.join(attacks or ())}"]
     why += [f"--seed {seed}"] if seed not in (None, rules.seed) else []
-    why += [f"--eot {eot}"] if eot not in (None, rules.threat.get("eot")) else []
+    why += [f"--eot {eot}"] if eot not in (None, rules.threat.get("eot", 1)) else []
     return (*why, *([f"--surrogate {surrogate.name}"] if surrogate else []))
 
 
@@ -281,6 +306,7 @@ def asked(
         **essentials(embedder, dataset, rules, seed, device),
         "partial": list(reasons(rules, chosen, dataset, attacks, limit, seed, eot, other)),
         "extra_parts": [c.name for c in chosen.extra],
+        **(fingerprint(embedder) if embedder.card is None else {}),
     }
 
 

@@ -19,6 +19,7 @@ class Outcome:
         sample: adversarial images of the sampled queries by component.
         extras: what goes into :attr:`~dmlbench.results.Evaluation.extras`.
         broken_by: of a strict run, by eps, how each query ended; what the audit looks at.
+        nonfinite: gradients of single images that were NaN or infinite in the searches, and taken as zero.
     """
 
     components: list[Component]
@@ -27,3 +28,4 @@ class Outcome:
     sample: dict[str, np.ndarray]
     extras: dict[str, Any]
     broken_by: dict[str, np.ndarray] = field(default_factory=dict)
+    nonfinite: int = 0

@@ -97,5 +97,6 @@ def told(evaluation: Evaluation) -> dict[str, Any]:
         "seed": e.protocol.seed,
         "partial": list(e.partial),
         "extra_parts": list(e.extras.get("extra_parts", ())),
+        **e.extras.get("fingerprint", {}),
         "device": e.environment.device,
     }

@@ -7,16 +7,18 @@ step, so they do not depend on batches, on other attacks or on which queries are
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dmlbench.attacks import ATTACKS, aim, craft, measure
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError
 from dmlbench.loading import Loader
-from dmlbench.optimizers import OPTIMIZERS, WHOLE_SET
+from dmlbench.optimizers import OPTIMIZERS, WHOLE_SET, watched
 from dmlbench.parallel import World
 from dmlbench.protocol import Component, Protocol
 from dmlbench.scene import Scene
@@ -101,33 +103,43 @@ def run_search(
 ) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
     """Attack every query: per-query arrays by name, and the adversarial images of the sample.
 
-    "seconds" (units,) is what each batch took. None where ``work`` is a shard and others are not done.
+    "seconds" (units,) is what each batch took, "nonfinite" (units,) how many gradients of single images were NaN or
+    infinite there. None where ``work`` is a shard and others are not done.
     """
     attack, optimizer = ATTACKS[search.attack], OPTIMIZERS[search.optimizer]
     scene = aimed(subject, search, seed)
     rng = subject.rng(seed, search.attack, search.optimizer)
     source = subject.surrogate or subject
-    together = search.optimizer in WHOLE_SET
+    together, in_blocks = search.optimizer in WHOLE_SET, cast(Callable[..., Tensor], optimizer)
     keep = sample_positions(subject)
 
     work = work or Work()
     bounds = [(0, len(subject.rows))] if together else list(batches(len(subject.rows), batch_size))
     expected = [ends for position, ends in enumerate(bounds) if work.mine(position)]
 
-    def unit(load: Loader, a: int, b: int) -> dict[str, np.ndarray]:
-        images, part = load(a, b), scene[a:b]
-        known = source.scene[a:b].aimed(part.chosen)
-        adversarial = craft(source.embedder, attack, optimizer, search.threat, images, known, rng[a:b])
-        found = dict(measure(subject.embedder, attack, search.threat, adversarial, images, part))
+    def unit(load: Loader, size: int, a: int, b: int) -> dict[str, np.ndarray]:
+        images = load(a, b)
+        known = source.scene[a:b].aimed(scene.chosen[a:b])
+        search_with = partial(in_blocks, block=size) if together else optimizer
+        with watched() as trouble:
+            adversarial = craft(source.embedder, attack, search_with, search.threat, images, known, rng[a:b])
+
+        read = [
+            dict(measure(subject.embedder, attack, search.threat, adversarial[i:j], images[i:j], scene[a + i : a + j]))
+            for i, j in batches(b - a, size)
+        ]
+        found = joined(read)
         here = keep[(keep >= a) & (keep < b)] - a
+        found["nonfinite"] = np.array([trouble.count])
         found["images"] = adversarial[torch.from_numpy(here).to(adversarial.device)].cpu().numpy()
         return found
 
     progress.start(search.name, len(subject.rows))
     name = f"{search.name} {search.attack} {search.optimizer} {search.threat}"
     with Loader(subject.dataset.images, subject.rows, subject.device, expected) as load:
-        one = partial(unit, load)
-        compute = one if together else partial(halved, one)
+        compute = partial(shrunk, partial(unit, load), batch_size)
+        if not together:
+            compute = partial(halved, partial(unit, load, batch_size))
         found = work.map(name, bounds, compute, lambda count: progress.advance(search.name, count))
     units = [u for u in found if u is not None]
     if len(units) < len(bounds):
@@ -140,6 +152,22 @@ def run_search(
 def joined(units: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Arrays of consecutive queries as one, by name."""
     return {name: np.concatenate([u[name] for u in units]) for name in units[0]}
+
+
+def shrunk(unit: Callable[[int, int, int], dict[str, np.ndarray]], size: int, a: int, b: int) -> dict[str, np.ndarray]:
+    """``unit(size, a, b)``, which takes ``size`` queries at a time, or half as many as long as the GPU's memory does not
+    hold them.
+
+    Raises:
+        DataError: not even one query fits beside the images of all.
+    """
+    try:
+        return unit(size, a, b)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    if size <= 1:
+        raise DataError("the GPU's memory does not hold all queries' images; use --device cpu or --limit")
+    return shrunk(unit, min(size, b - a) // 2 or 1, a, b)
 
 
 def halved(unit: Callable[[int, int], dict[str, np.ndarray]], a: int, b: int) -> dict[str, np.ndarray]:

@@ -20,12 +20,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dmlbench.attacks import ATTACKS, aim
-from dmlbench.embedding import Embedder
-from dmlbench.errors import UsageError
+from dmlbench.embedding import Embedder, require_finite
+from dmlbench.errors import DataError, UsageError
 from dmlbench.exact import true_float32
 from dmlbench.metrics import RECALL_AT, mean, retrieval
 from dmlbench.objectives import OBJECTIVES, gap, nearest_entry
-from dmlbench.optimizers import OPTIMIZERS
+from dmlbench.optimizers import OPTIMIZERS, watched
 from dmlbench.outcome import Outcome
 from dmlbench.protocol import Component, Protocol, Step
 from dmlbench.scene import Scene
@@ -53,7 +53,9 @@ class Log:
     Attributes:
         found: (b, ...) the first misranked image.
         first: (b,) the count of the loss value at which that was, from 1; 0 where it has not been.
-        gradients, values: backward and forward passes spent, over all images.
+        gradients, values: backward passes and passes without one that were spent, over all images; ``eot`` counts
+            each of its passes.
+        unknown: () how many embeddings were NaN or infinite.
     """
 
     def __init__(self, images: Tensor) -> None:
@@ -61,10 +63,14 @@ class Log:
         self.first = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         self.calls = torch.zeros_like(self.first)
         self.gradients = self.values = 0
+        self.unknown = torch.zeros((), dtype=torch.int64, device=images.device)
 
-    def note(self, at: Int[Tensor, " n"], margins: Float[Tensor, " n"], images: Tensor, graph: bool) -> None:
+    def spend(self, passes: int, graph: bool) -> None:
+        """So many more forward passes of one image, each with a backward one if ``graph``."""
+        self.gradients, self.values = self.gradients + graph * passes, self.values + (not graph) * passes
+
+    def note(self, at: Int[Tensor, " n"], margins: Float[Tensor, " n"], images: Tensor) -> None:
         """One more loss value for the images ``at``."""
-        self.gradients, self.values = self.gradients + graph * len(at), self.values + (not graph) * len(at)
         self.calls[at] += 1
         fresh = (margins <= 0) & (self.first[at] == 0)  # (n,)
         self.first[at] = torch.where(fresh, self.calls[at], self.first[at])
@@ -97,25 +103,34 @@ class Misrank:
         for _ in range(self.eot - 1):
             more, more_margins = self._once(images)
             values, margins = values + more, margins + more_margins
+        self.log.spend(self.eot * len(images), images.requires_grad)
         if images.requires_grad and (self.precision in ROUGH or self.embedder.steps is not None):
-            margins = self._confirmed(margins, images.detach())
-        self.log.note(self.at, margins, images.detach(), images.requires_grad)
+            margins = self._confirmed(images.detach(), margins)
+        self.log.note(self.at, margins, images.detach())
         return values / self.eot
 
-    def _confirmed(self, margins: Float[Tensor, " n"], images: Tensor) -> Float[Tensor, " n"]:
-        """``margins`` with those that would settle an image measured again, in float32: each image hardly twice."""
-        doubted = ((margins <= 0) & self.unsettled()).nonzero()[:, 0]  # (m,)
-        if not len(doubted):
+    def _confirmed(self, images: Tensor, margins: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The margins, those of images that seem misranked for the first time made again in float32.
+
+        A pass that is rounded on its way to a gradient can be wrong by more than the margin; a search that stops
+        for it leaves a query that the read-out finds right, and that the rest of the search might have broken.
+        """
+        at = ((margins <= 0) & self.unsettled()).nonzero()[:, 0]
+        if not len(at):
             return margins
-        with true_float32(), torch.no_grad():
-            again = self[doubted]
-            passes = [again._once(images[doubted])[1] for _ in range(self.eot)]
-        return margins.detach().index_put((doubted,), torch.stack(passes).sum(0))
+        again = self[at]
+        with torch.no_grad(), true_float32():
+            exact = again._once(images[at])[1]
+            for _ in range(self.eot - 1):
+                exact = exact + again._once(images[at])[1]
+        self.log.spend(self.eot * len(at), False)
+        return margins.index_copy(0, at, exact)
 
     def _once(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The loss (n,) and the margin (n,) of one forward pass, from one table of distances."""
         e, scene = self.embedder(images), self.scene
         with torch.no_grad():
+            self.log.unknown += (~torch.isfinite(e)).any(1).sum()
             d = scene.distances(e)
         if self.objective == "margin":
             values = gap(e, scene, scene.other, d)
@@ -125,7 +140,7 @@ class Misrank:
             return gap(e, scene, scene.target_class, d), margins
         return OBJECTIVES[self.objective](e, scene), margins
 
-    def __getitem__(self, index: Bool[Tensor, " n"] | Int[Tensor, " m"]) -> "Misrank":
+    def __getitem__(self, index: Tensor) -> "Misrank":
         return Misrank(self.embedder, self.objective, self.scene[index], self.log, self.at[index], self.eot)
 
     def unsettled(self) -> Bool[Tensor, " n"]:
@@ -143,6 +158,7 @@ class Attempt:
         iteration: (b,) loss values until then, 0 where not broken.
         readouts: ``recall_at_k``, ``map`` and ``map_at_r`` (b,) at ``images``, percent.
         gradients, values: passes spent on the batch.
+        nonfinite: gradients of single images that were NaN or infinite, and taken as zero.
     """
 
     images: Tensor
@@ -151,6 +167,7 @@ class Attempt:
     readouts: dict[str, np.ndarray]
     gradients: int
     values: int
+    nonfinite: int
 
 
 def attempt(subject: Subject, step: Step, threat: Threat, positions: np.ndarray, seed: int) -> Attempt:
@@ -158,6 +175,7 @@ def attempt(subject: Subject, step: Step, threat: Threat, positions: np.ndarray,
 
     Raises:
         AssertionError: an image left the ball or [0, 1]; an optimizer is at fault.
+        DataError: the model gives NaN or infinite embeddings for an image that the search looked at.
     """
     at = torch.from_numpy(positions).to(subject.device)
     scene, rng = subject.scene[at], subject.rng(seed, step.name, step.optimizer)[at]
@@ -169,7 +187,7 @@ def attempt(subject: Subject, step: Step, threat: Threat, positions: np.ndarray,
         scene = aim(attack, scene, rng)
     count = scene.chosen.shape[1] if step.aims > 1 else 1
     log = Log(clean)
-    with torch.no_grad():
+    with torch.no_grad(), watched() as trouble:
         images = clean
         for j in range(count):
             aimed = scene.aimed(scene.chosen[:, j : j + 1]) if step.aims > 1 else scene
@@ -180,21 +198,34 @@ def attempt(subject: Subject, step: Step, threat: Threat, positions: np.ndarray,
             found = OPTIMIZERS[step.optimizer](hunt[alive], clean[alive], threat, rng.fold("aim", j)[alive])
             images = images.clone()
             images[alive] = found
+        if unknown := int(log.unknown):
+            raise DataError(
+                f"model {subject.embedder.name!r} gives NaN or infinite embeddings for {unknown} images that step "
+                f"{step.name} looked at, at eps {threat.eps}: neither right nor wrong can be said of them"
+            )
         images = torch.where((log.first > 0).view(-1, 1, 1, 1), log.found, images)
         readouts = read(subject, scene, threat, images, clean)
     broken = readouts["recall_at_1"] < 50.0
     iteration = np.where(
         broken, np.where((log.first > 0).cpu().numpy(), log.first.cpu().numpy(), log.calls.cpu().numpy()), 0
     )
-    return Attempt(images, broken, iteration, readouts, log.gradients, log.values)
+    return Attempt(images, broken, iteration, readouts, log.gradients, log.values, trouble.count)
 
 
 def read(subject: Subject, scene: Scene, threat: Threat, images: Tensor, clean: Tensor) -> dict[str, np.ndarray]:
-    """The retrieval metrics (b,) of attacked queries, means over ``threat.eot`` passes, the ball checked."""
+    """The retrieval metrics (b,) of attacked queries, means over ``threat.eot`` passes, the ball checked.
+
+    Raises:
+        AssertionError: an image left the ball or [0, 1].
+        DataError: the model gives NaN or infinite embeddings for one.
+    """
     inside = threat.contains(images, clean)
     if not bool(inside.all()):
         raise AssertionError(f"{int((~inside).sum())} adversarial images are outside the threat {threat}")
-    draws = [retrieval(replace(scene, clean=subject.embedder(images)), RECALL_AT) for _ in range(threat.eot)]
+    embeddings = [subject.embedder(images) for _ in range(threat.eot)]
+    for e in embeddings:
+        require_finite(e, subject.embedder.name, "perturbed images")
+    draws = [retrieval(replace(scene, clean=e), RECALL_AT) for e in embeddings]
     return {name: np.mean([d[name] for d in draws], axis=0) for name in draws[0]}
 
 
@@ -251,7 +282,7 @@ def piece(subject: Subject, step: Step, threat: Threat, seed: int, keep: np.ndar
 
     Returns:
         ``broken``, ``iteration`` and ``norm``, and by name the read-outs that :class:`Standing` follows, (n,) each;
-        ``gradients`` and ``values`` (1,); ``images`` (m, C, H, W) of those of ``positions`` that are in ``keep``.
+        ``gradients``, ``values`` and ``nonfinite`` (1,); ``images`` (m, C, H, W) of those of ``positions`` that are in ``keep``.
     """
     found = attempt(subject, step, threat, positions, seed)
     clean = subject.dataset.images[subject.rows[positions]].to(subject.device)
@@ -262,6 +293,7 @@ def piece(subject: Subject, step: Step, threat: Threat, seed: int, keep: np.ndar
         **{name: found.readouts[name] for name in FOLLOWED},
         "gradients": np.array([found.gradients]),
         "values": np.array([found.values]),
+        "nonfinite": np.array([found.nonfinite]),
         "images": found.images[torch.from_numpy(np.isin(positions, keep)).to(subject.device)].cpu().numpy(),
     }
 
@@ -305,7 +337,10 @@ def settle(
         standing.absorb(left[i], index, arrays)
         keep.update(zip(left[i][np.isin(left[i], wanted)].tolist(), arrays["images"], strict=True))
     return {
-        **{key: sum(int(arrays[key].sum()) for arrays in found.values()) for key in ("gradients", "values")},
+        **{
+            key: sum(int(arrays[key].sum()) for arrays in found.values())
+            for key in ("gradients", "values", "nonfinite")
+        },
         "seconds": float(sum(arrays["seconds"].sum() for arrays in found.values())),
     }
 
@@ -360,7 +395,8 @@ def run(
     seconds = {part.name: sum(cost["seconds"] for cost in costs) for part, costs in zip(parts, spent, strict=True)}
     broken_by = {eps: arrays[f"{part.name}/broken_by"] for eps, part in zip(grid, parts, strict=True)}
     extras = {"strict": summary(protocol, grid, clean, arrays, spent)}
-    return Outcome(parts, seconds, arrays, sample, extras, broken_by=broken_by)
+    nonfinite = sum(int(cost["nonfinite"]) for costs in spent for cost in costs)
+    return Outcome(parts, seconds, arrays, sample, extras, broken_by=broken_by, nonfinite=nonfinite)
 
 
 def components(protocol: Protocol, side: int) -> list[Component]:

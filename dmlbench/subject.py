@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dmlbench.compiled import ready as ready_to_attack
 from dmlbench.datasets import RetrievalDataset
-from dmlbench.embedding import Embedder, digest_of
-from dmlbench.errors import DataError, UsageError
+from dmlbench.embedding import Embedder, require_finite
+from dmlbench.errors import UsageError
 from dmlbench.exact import true_float32
+from dmlbench.fingerprint import exact
 from dmlbench.loading import Loader
 from dmlbench.rng import Rng, seed_of
 from dmlbench.scene import Gallery, Scene
@@ -125,11 +126,7 @@ def embed(embedder: Embedder, dataset: RetrievalDataset, rows: np.ndarray, progr
             parts.append(embedder(images(a, b)))
             progress.advance("embed", b - a)
     embeddings = torch.cat(parts)
-    broken = ~torch.isfinite(embeddings).all(1)
-    if bool(broken.any()):
-        raise DataError(
-            f"model {embedder.name!r} gives NaN or infinite embeddings for {int(broken.sum())} of {len(rows)} images"
-        )
+    require_finite(embeddings, embedder.name)
     return embeddings
 
 
@@ -143,10 +140,12 @@ def prepare(
     work: Work | None = None,
     cache: bool = False,
     gradients: Embedder | None = None,
+    part: str = "model",
 ) -> Subject:
     """Freeze the model, embed gallery and queries, and choose which queries are measured.
 
-    ``gradients`` is a model whose ``precision`` and ``compiled`` count instead of this one's own.
+    ``gradients`` is a model whose ``precision`` and ``compiled`` count instead of this one's own. ``part`` tells
+    apart the models that one ``work`` keeps embeddings of.
 
     Raises:
         UsageError: the model takes images of another shape, ``limit`` is not positive, or the device is not made
@@ -169,12 +168,11 @@ def prepare(
     def clean() -> dict[str, np.ndarray]:
         return {"embeddings": embed(ready, dataset, everyone, progress).cpu().numpy()}
 
-    weights = embedder.weights_sha256 or digest_of(embedder)
     make = clean
-    if cache:
-        parts = (__version__, torch.__version__, weights, embedder.preprocess, embedder.distance.space, dataset.sha256)
+    if cache and (known := exact(embedder)):
+        parts = (__version__, torch.__version__, known, embedder.preprocess, dataset.sha256)
         make = partial(remembered, f"embeddings {parts} {ready.device.type}", len(everyone), clean)
-    kept = (work or Work()).once(f"embeddings {weights}", len(everyone), make)
+    kept = (work or Work()).once(f"embeddings of the {part}", len(everyone), make)
     embeddings = torch.from_numpy(kept["embeddings"]).to(ready.device)
 
     def at(rows: np.ndarray) -> Tensor:

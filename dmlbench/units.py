@@ -19,6 +19,7 @@ import numpy as np
 
 from dmlbench.datasets.cache import cache_folder
 from dmlbench.errors import DataError, NotComparable, UsageError
+from dmlbench.fingerprint import differing
 from dmlbench.parallel import World
 from dmlbench.results import json_bytes, npz_bytes, prepare_folder, read_npz, write_whole
 
@@ -33,8 +34,7 @@ def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Pa
     Raises:
         NotComparable: they differ; the message names every differing key.
     """
-    keys = [key for key in sorted({*stored, *wanted}) if stored.get(key) != wanted.get(key)]
-    if keys:
+    if keys := differing(stored, wanted):
         told = ", ".join(f"{key} ({_short(stored.get(key))} there, {_short(wanted.get(key))} here)" for key in keys)
         raise NotComparable(f"{where} holds a run of another configuration: {told}")
 

@@ -1,5 +1,7 @@
 """A run that is killed, interrupted, starved of disk, split or given damaged units ends with the same numbers."""
 
+import copy
+import json
 import os
 import shutil
 import signal
@@ -15,10 +17,12 @@ import torch
 import dmlbench
 from dmlbench import results
 from dmlbench.errors import DataError, NotComparable, ShardDone, UsageError
-from dmlbench.evaluate import evaluate
+from dmlbench.evaluate import asked, evaluate
+from dmlbench.fingerprint import differing, exact, fingerprint
 from dmlbench.parallel import World
 from dmlbench.protocol import load_protocol
-from dmlbench.search import auto_batch, halved
+from dmlbench.record import told
+from dmlbench.search import auto_batch, halved, shrunk
 from dmlbench.units import Shard, Units, Work, collect
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,6 +139,24 @@ def test_resume_takes_the_batch_size_of_the_run(model, short, whole, tmp_path):
     same(evaluate(model, "digits", short, limit=70, device="cpu", work=Work(units), resume=True), whole)
 
 
+def test_an_eot_that_is_the_protocols_own_is_a_full_result_of_the_same_run(model, short, tmp_path):
+    own = short.model_copy(update={"threat": {**short.threat, "eot": 2}})
+    for rules, eot in ((short, 1), (own, 2)):
+        units = Units(tmp_path / f"{eot}" / "units")
+        options = {"attacks": ["all"], "device": "cpu", "limit": 12}
+        with pytest.raises(Stop):
+            evaluate(model, "digits", rules, work=Work(units), progress=StopAfter(1), **options)
+        done = evaluate(model, "digits", rules, eot=eot, work=Work(units), resume=True, **options)
+        assert done.partial == ("--limit 12",)
+        assert asked(model, dmlbench.load_dataset("digits"), rules, eot=eot, **options) == told(done)
+    assert evaluate(model, "digits", own, eot=1, **options).partial == ("--limit 12", "--eot 1")
+
+
+@pytest.mark.parametrize("text", [",", "", " , "])
+def test_attacks_that_name_nothing_are_refused(text, typed):
+    assert "names nothing" in typed("evaluate", "--model", MODEL, "--attacks", text, "--limit", "4", code=2).err
+
+
 def test_an_unreadable_configuration_is_an_error(model, short, tmp_path):
     units = stopped(model, short, tmp_path, batches=1)
     units.head.write_text("{")
@@ -213,6 +235,130 @@ def test_cached_embeddings_are_found_again_and_remade_when_damaged(model, short,
     other = dmlbench.load_model("digits-smallcnn-triplet-est")
     measured(other, short, cache=True)
     assert len(list((tmp_path / "embeddings").iterdir())) == 2
+
+
+class Bent(torch.nn.Module):
+    """A network whose code, not its parameters, says what it computes."""
+
+    input_shape = (1, 8, 8)
+
+    def __init__(self, network, code=lambda x: x):
+        super().__init__()
+        self.network, self.code = network, code
+
+    def forward(self, x):
+        return self.network(self.code(x))
+
+
+def bent(model, code=lambda x: x, **options):
+    """``model``'s network behind ``code``, as a user's own."""
+    return dmlbench.load_model(Bent(copy.deepcopy(model.network), code), input_shape=(1, 8, 8), name="bent", **options)
+
+
+CHANGED = {
+    "normalisation": lambda model: bent(model, mean=[0.1], std=[0.5]),
+    "probe": lambda model: bent(model, lambda x: x.flip(-1)),
+}
+
+
+@pytest.mark.parametrize("key", list(CHANGED))
+def test_the_cache_knows_another_normalisation_and_other_code(key, model, short, tmp_path, monkeypatch):
+    monkeypatch.setenv("DMLBENCH_CACHE", str(tmp_path))
+    options = {"limit": 12, "device": "cpu", "attacks": ["CA+"]}
+    evaluate(bent(model), "digits", short, cache=True, **options)
+    changed = CHANGED[key](model)
+    same(evaluate(changed, "digits", short, cache=True, **options), evaluate(changed, "digits", short, **options))
+    assert len(list((tmp_path / "embeddings").iterdir())) == 2
+
+
+@pytest.mark.parametrize("key", list(CHANGED))
+def test_a_run_of_another_normalisation_or_code_is_not_gone_on_with(key, model, short, tmp_path):
+    units, options = Units(tmp_path / "units"), {"limit": 24, "batch_size": 4, "device": "cpu", "attacks": ["CA+"]}
+    with pytest.raises(Stop):
+        evaluate(bent(model), "digits", short, work=Work(units), progress=StopAfter(2), **options)
+    with pytest.raises(NotComparable, match=rf"\b{key} \("):
+        evaluate(CHANGED[key](model), "digits", short, work=Work(units), resume=True, **options)
+    done = evaluate(bent(model), "digits", short, work=Work(units), resume=True, **options)
+    same(done, evaluate(bent(model), "digits", short, **options))
+
+
+MINE = """
+import dmlbench
+from torch import nn
+
+class Mine(nn.Module):
+    input_shape = (1, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.net = dmlbench.load_model("digits-smallcnn-triplet-none").network
+
+    def forward(self, x):
+        return self.net(x)
+
+def make():
+    return Mine()
+"""
+
+
+@pytest.mark.parametrize("change, key", [("--mean", "normalisation"), ("code", "probe")])
+def test_a_finished_run_of_changed_code_or_mean_is_refused(change, key, typed, tmp_path):
+    file, out = tmp_path / "mine.py", tmp_path / "run"
+    file.write_text(MINE)
+    words = ["evaluate", "--model", f"python:{file}:make", "--dataset", "digits", "--protocol", "ers-digits",
+             "--attacks", "CA+", "--limit", "8", "--out", out, "--resume"]  # fmt: skip
+    typed(*words)
+    assert "nothing is done again" in typed(*words).err
+    if change == "code":
+        file.write_text(MINE.replace("self.net(x)", "self.net(x.flip(-1))"))
+    refused = typed(*words, *(["--mean", "0.5"] if change == "--mean" else []), code=3)
+    assert f"{key} (" in refused.err
+
+
+def test_what_a_model_computes_is_told_within_rounding_and_whatever_the_seed(model):
+    first = fingerprint(model)
+    assert json.loads(json.dumps(first)) == first == fingerprint(dmlbench.load_model(MODEL))
+    nearly = {**first, "probe": [v * (1 + 1e-5) for v in first["probe"]]}
+    assert differing(first, nearly) == [] and exact(model) == exact(dmlbench.load_model(MODEL))
+    assert differing(first, {**first, "probe": [v + 0.01 for v in first["probe"]]}) == ["probe"]
+    noisy = bent(model, lambda x: x + 0.1 * torch.randn_like(x))
+    state = torch.get_rng_state()
+    assert fingerprint(noisy)["probe"] == fingerprint(noisy)["probe"] != first["probe"]
+    assert torch.equal(state, torch.get_rng_state())
+    drawn = np.random.default_rng(0)
+    other = bent(model, lambda x: x * float(drawn.uniform(0.5, 1)))
+    assert fingerprint(other)["probe"] is None and exact(other) is None
+    assert differing(fingerprint(other), fingerprint(other)) == []
+
+
+def test_a_surrogate_with_the_models_parameters_has_embeddings_of_its_own(model, short, tmp_path):
+    options = {"limit": 24, "device": "cpu", "attacks": ["CA+"], "surrogate": bent(model, lambda x: x.flip(-1))}
+    kept = evaluate(bent(model), "digits", short, work=Work(Units(tmp_path / "units")), **options)
+    same(kept, evaluate(bent(model), "digits", short, **options))
+
+
+def test_one_perturbation_for_all_goes_through_the_network_in_batches(model, short):
+    rules = short.model_copy(update={"threat": {**short.threat, "steps": 1}})
+    options = {"attacks": ["ES@universal"], "limit": 600, "device": "cpu"}
+    found = {}
+    for size in (70, 1000):
+        seen: list[int] = []
+        spy = bent(model, lambda x, seen=seen: seen.append(len(x)) or x)  # a copy of the model has the same function
+        found[size] = evaluate(
+            spy, "digits", rules, batch_size=size, on_search=lambda search, seen=seen: seen.clear(), **options
+        )
+        assert max(seen) == min(size, 600)
+    a, b = (found[size].arrays["ES@universal:embedding_shift/value"] for size in found)
+    np.testing.assert_allclose(a, b, atol=2e-4)
+    assert shrunk(lambda size, a, b: out_of_memory_above(3, size), 64, 0, 8)["size"] == 2
+    with pytest.raises(DataError, match="all queries' images"):
+        shrunk(lambda size, a, b: out_of_memory_above(0, size), 64, 0, 8)
+
+
+def out_of_memory_above(most, size):
+    if size > most:
+        raise torch.cuda.OutOfMemoryError
+    return {"size": np.array(size)}
 
 
 def test_gradients_are_float32_unless_asked_for_and_results_always():

@@ -6,6 +6,7 @@ import torch
 from plain import to_all
 
 import dmlbench
+from dmlbench import strict
 from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, UsageError
@@ -228,3 +229,36 @@ def test_strict_fast_from_the_command_line(typed, tmp_path) -> None:
     plan = [row for row in plan if "@" in row["id"]]
     assert [row["id"] for row in plan[:4]] == ["W1@5/255", "W2@5/255", "MT@5/255", "SQ@5/255"]
     assert plan[2]["gradients"] == 896 * 160 and plan[3]["gradients"] == 0
+
+
+@pytest.mark.parametrize("name", [DEFAULT, "digits-smallcnn-triplet-none"])
+@pytest.mark.parametrize("eot", [1, 2])
+def test_a_search_stops_for_nothing_that_is_not_misranked_in_float32(name: str, eot: int, monkeypatch) -> None:
+    """In bfloat16 some margins cross zero that do not in float32; float32 gradients take no pass more."""
+    logs: list[strict.Log] = []
+
+    class Kept(strict.Log):
+        def __init__(self, images) -> None:
+            super().__init__(images)
+            logs.append(self)
+
+    monkeypatch.setattr(strict, "Log", Kept)
+    p, embedder = load_protocol("strict-fast"), dmlbench.load_model(name)
+    threat = p.threat_at("5/255", {"steps": 12, "eot": eot})
+    spent = {}
+    for precision in ("float32", "bfloat16"):
+        embedder.precision = precision
+        subject = prepare(embedder, dmlbench.load_dataset("digits"), limit=300, device="cpu")
+        right = np.flatnonzero(strict.begin(subject).alive)
+        found = attempt(subject, p.steps[0], threat, right, 0)
+        stopped = (logs[-1].first > 0).numpy()
+        assert stopped.any() and not (stopped & ~found.broken).any()
+        spent[precision] = found.values
+    assert spent["bfloat16"] > spent["float32"] and spent["float32"] % eot == 0
+
+
+def test_each_pass_of_eot_is_counted(model) -> None:
+    once, four = (evaluate(model, "digits", shortened(), limit=24, eot=eot).extras["strict"] for eot in (1, 4))
+    assert [r["recall_at_1"] for r in once["curve"]] == [r["recall_at_1"] for r in four["curve"]]
+    for key in ("gradients_per_query", "values_per_query"):
+        assert four[key] == pytest.approx(4 * once[key]) and once[key] > 0

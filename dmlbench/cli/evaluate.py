@@ -36,11 +36,18 @@ EPILOG = "Example: dmlbench evaluate --model digits-smallcnn-triplet-hm-lga-ics 
 
 
 def _names(text: str | None) -> list[str] | None:
-    """``"CA+,QA-"`` as a list; the minus signs of the papers (− and –) count as hyphens."""
+    """``"CA+,QA-"`` as a list; the minus signs of the papers (− and –) count as hyphens.
+
+    Raises:
+        UsageError: nothing is named.
+    """
     if text is None:
         return None
     plain = text.replace("−", "-").replace("–", "-")
-    return [name.strip() for name in plain.split(",") if name.strip()]
+    names = [name.strip() for name in plain.split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"--attacks {text!r} names nothing: e.g. CA+,QA-, or all for what the protocol measures")
+    return names
 
 
 def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
@@ -112,10 +119,10 @@ def evaluate(
     if (resume or shard) and out is None:
         raise UsageError(f"{'--resume' if resume else '--shard'} needs --out, the run folder")
     part = Shard.parse(shard) if shard else None
+    wanted = _names(attacks)
     world, device = _join(device)
     embedder, images = load_subject(model, options, dataset, split, ready=not plan)
     rules = dmlbench.load_protocol(protocol or default_protocol(images))
-    wanted = _names(attacks)
     if plan:
         work = plan_of(embedder, images, rules, attacks=wanted, limit=limit, device=device, batch_size=batch_size)
         _print_plan(work, as_json)

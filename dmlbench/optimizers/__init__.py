@@ -6,7 +6,7 @@ A :data:`Gradient` gives the values (b,) and the gradient: :func:`autograd` for 
 """
 
 from dmlbench.optimizers.apgd import apgd
-from dmlbench.optimizers.base import Divisible, Gradient, Hunt, Loss, Optimizer, autograd, keep_lower
+from dmlbench.optimizers.base import Divisible, Gradient, Hunt, Loss, Optimizer, autograd, keep_lower, watched
 from dmlbench.optimizers.black import nes, noise, spsa
 from dmlbench.optimizers.carlini import cw
 from dmlbench.optimizers.gradient import fgsm, mi_fgsm, pgd, pgd_restarts, r_fgsm
@@ -37,6 +37,7 @@ __all__ = [
     "spsa",
     "square",
     "universal",
+    "watched",
 ]
 
 OPTIMIZERS: Registry[Optimizer] = Registry(
@@ -74,4 +75,5 @@ COSTS: dict[str, str] = {
 """What each optimizer spends on one image; a value is a forward pass, a gradient a forward and a backward one."""
 
 WHOLE_SET = frozenset({"universal"})
-"""Optimizers that find one thing for all queries and must be given them at once."""
+"""Optimizers that find one thing for all queries and must be given them at once; ``block`` says how many of these go
+through the network at a time."""

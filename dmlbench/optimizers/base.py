@@ -1,7 +1,9 @@
 """What optimizers share: the loss they see, the gradient they ask for, and rows that are settled early."""
 
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -50,11 +52,53 @@ class Hunt(Divisible, Protocol):
         ...
 
 
+@dataclass
+class Trouble:
+    """Gradients of single images that were NaN or infinite: a number where they are counted, on their device."""
+
+    seen: Tensor | int = 0
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return int(self.seen)
+
+
+_TROUBLE: ContextVar[Trouble | None] = ContextVar("trouble", default=None)
+
+
+@contextmanager
+def watched() -> Iterator[Trouble]:
+    """Within it, every gradient that is NaN or infinite is counted."""
+    trouble = Trouble()
+    token = _TROUBLE.set(trouble)
+    try:
+        yield trouble
+    finally:
+        _TROUBLE.reset(token)
+
+
+def finite(gradient: Tensor) -> Tensor:
+    """``gradient`` (b, ...), zero for every image where some of it is NaN or infinite: no step, rather than a NaN one.
+
+    Such images are counted for :func:`watched`; nothing waits for the device.
+    """
+    if not len(gradient):
+        return gradient
+    sound = torch.isfinite(torch.linalg.vector_norm(gradient.flatten(1), torch.inf, dim=1))  # (b,)
+    if (trouble := _TROUBLE.get()) is not None:
+        trouble.seen = trouble.seen + (~sound).sum()
+    if gradient.device.type == "cpu" and bool(sound.all()):
+        return gradient
+    return torch.where(each(sound, gradient), gradient, 0.0)
+
+
 def autograd(loss: Loss, images: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
     """Loss per image (b,) and its exact gradient; the sum over the batch exists only here.
 
-    The gradient is zero where the loss does not depend on the images through anything differentiable. A
-    loss may have a ``precision``: "tf32" lets a GPU round the products of both passes, here and nowhere else.
+    The gradient is zero where the loss does not depend on the images through anything differentiable, and where it
+    is not :func:`finite`. A loss may have a ``precision``: "tf32" lets a GPU round the products of both passes, here
+    and nowhere else.
     """
     with torch.enable_grad(), gradients_in(getattr(loss, "precision", "float32")):
         x = images.detach().requires_grad_(True)
@@ -62,7 +106,7 @@ def autograd(loss: Loss, images: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
         if not values.requires_grad:
             return values, torch.zeros_like(images)
         (gradient,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
-    return values.detach(), torch.zeros_like(images) if gradient is None else gradient
+    return values.detach(), torch.zeros_like(images) if gradient is None else finite(gradient)
 
 
 def each(values: Tensor, like: Tensor) -> Tensor:

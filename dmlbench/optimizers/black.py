@@ -9,7 +9,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmlbench.optimizers.base import Loss, keep_lower
+from dmlbench.optimizers.base import Loss, finite, keep_lower
 from dmlbench.optimizers.gradient import pgd
 from dmlbench.rng import Rng
 from dmlbench.threat import Threat
@@ -48,7 +48,7 @@ def estimated(loss: Loss, images: Tensor, rng: Rng, *, draw: Draw, length: float
         up, down = loss((images + length * u).clamp(0, 1)), loss((images - length * u).clamp(0, 1))
         total += (up - down).view(-1, *[1] * (images.dim() - 1)) * u
         middle = (up + down) / 2
-    return middle, total / (POPULATION * length)
+    return middle, finite(total / (POPULATION * length))
 
 
 def nes(loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor:

@@ -8,21 +8,23 @@ from dmlbench.rng import Rng
 from dmlbench.threat import Threat
 
 BLOCK = 256
-"""Images whose gradients are made at a time."""
+"""Images whose gradients are made at a time, at most."""
 
 
-def universal(loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor:
+def universal(loss: Loss, images: Tensor, threat: Threat, rng: Rng, *, block: int = BLOCK) -> Tensor:
     """One perturbation added to every image of the set: ``steps`` steepest steps of length ``step`` on the sum.
 
     The set is all that the optimizer is given, so the evaluation hands it all queries at once. Starts
     from no perturbation. The paper gathers per-image minimal perturbations instead; the sum of losses
-    is the usual later form.
+    is the usual later form. No more than ``block`` images go through the network at a time, where the loss can be
+    asked about some of its images; another block moves the sum by float rounding.
     """
+    block = min(block, BLOCK)
     shared = torch.zeros_like(images[:1])
     for _ in range(threat.steps):
         total = torch.zeros_like(shared)
-        for a in range(0, len(images), BLOCK):
-            part = slice(a, a + BLOCK) if isinstance(loss, Divisible) else slice(None)
+        for a in range(0, len(images), block):
+            part = slice(a, a + block) if isinstance(loss, Divisible) else slice(None)
             some = loss[part] if isinstance(loss, Divisible) else loss
             _, g = autograd(some, _worn(shared, images[part], threat), rng)
             total += g.sum(0, keepdim=True)

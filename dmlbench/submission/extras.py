@@ -33,10 +33,10 @@ ARRAYS: Mapping[str, Mapping[str, str]] = {
 """By kind of protocol: what each part has besides value and norm, and of which kind of number."""
 
 KEYS: Mapping[str, tuple[str, ...]] = {
-    "ers": ("retention",),
-    "parts": ("retention",),
-    "strict": ("strict", "retention", "audit"),
-    "clustering": ("clustering",),
+    "ers": ("retention", "fingerprint"),
+    "parts": ("retention", "fingerprint"),
+    "strict": ("strict", "retention", "audit", "fingerprint"),
+    "clustering": ("clustering", "fingerprint"),
 }
 """By kind of protocol: what ``extras`` may hold."""
 
@@ -112,11 +112,19 @@ class _Finding(_Form):
     message: str
 
 
+class _Fingerprint(_Form):
+    arch: str | None
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]]
+    parameters: str
+    probe: tuple[float, ...] | None
+
+
 class _Extras(_Form):
     strict: _Strict | None = None
     clustering: _Clustering | None = None
     retention: dict[str, float] | None = None
     audit: tuple[_Finding, ...] | None = None
+    fingerprint: _Fingerprint | None = None
 
 
 def form_problems(e: Evaluation) -> Iterator[Problem]:

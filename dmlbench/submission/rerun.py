@@ -19,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from dmlbench import clustering, strict
+from dmlbench.audit import GLANCES
 from dmlbench.checkpoints import PACKAGE, sha256_of
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
@@ -192,10 +193,11 @@ def _cluster_disagreements(checked: Checked, found: Evaluation, at: np.ndarray, 
 
 
 def _new_flags(checked: Checked, found: Evaluation) -> Iterator[Problem]:
-    """What the audit doubts now and did not doubt in the run."""
+    """What the audit, or the look that every result is given, doubts now and did not doubt in the run."""
     stated = {f.flag for f in checked.evaluation.warnings}
+    stated |= {"random"} if "randomised" in stated else set()
     for f in found.warnings:
-        if f.flag.startswith("audit-") and f.flag not in stated:
+        if (f.flag.startswith("audit-") or f.flag in GLANCES) and f.flag not in stated:
             yield Problem(4, f"{RUN} warnings.{f.flag}", f"is missing; the audit says again: {f.message}")
 
 

@@ -1,0 +1,150 @@
+"""Models that no search can follow, or that answer with NaN: refused or flagged under every kind of protocol."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dmlbench
+from dmlbench.audit import glance
+from dmlbench.errors import DataError
+from dmlbench.evaluate import evaluate
+from dmlbench.masks import MASKS
+from dmlbench.optimizers import autograd, watched
+from dmlbench.protocol import load_protocol
+from dmlbench.results import Evaluation
+from dmlbench.rng import Rng
+
+PLAIN = "digits-smallcnn-triplet-none"
+KINDS = ("ers-digits", "strict-fast", "clustering", "panum-28-l2")
+
+
+def short(name: str):
+    """A packaged protocol with two steps of each search."""
+    p = load_protocol(name)
+    few = tuple(s.model_copy(update={"threat": {**s.threat, "steps": 2}}) for s in p.steps)
+    grid = {side: eps[-1:] for side, eps in p.grid.items()}
+    own = tuple(c for c in p.components if c.name in ("LTM", "ES:D", "PGD:R@1"))
+    changed = {"threat": {**p.threat, "steps": 2}, "steps": few, "grid": grid, "components": own}
+    return p.model_copy(update={**changed, "clustering_seeds": (0,)})
+
+
+class Front(nn.Module):
+    """A network behind a function of its images."""
+
+    def __init__(self, function, network: nn.Module) -> None:
+        super().__init__()
+        self.function, self.network = function, network
+
+    def forward(self, x):
+        return self.function(x, self.network)
+
+
+def spoilt(function):
+    """The undefended digits model behind a function, which no load has looked at."""
+    model = copy.deepcopy(dmlbench.load_model(PLAIN))
+    model.network, model.name = Front(function, model.network), "spoilt"
+    return model
+
+
+def nan_gradient(x, network):
+    """The same values; the square root's slope at zero, times that of abs, is inf * 0."""
+    return network(x + (x - x.detach()).abs().sqrt())
+
+
+def nan_away_from_the_data(x, network):
+    """NaN for images whose pixels are not sixteenths, as those of the data set are."""
+    off = ((x * 16 - (x * 16).round()).abs().flatten(1).amax(1) > 1e-3)[:, None]
+    return network(x).masked_fill(off, torch.nan)
+
+
+def flags(found: Evaluation) -> dict[str, str]:
+    return {w.flag: w.message for w in found.warnings}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_embeddings_of_perturbed_images_end_the_run(kind: str) -> None:
+    with pytest.raises(DataError, match=r"model 'spoilt' gives NaN or infinite embeddings for \d+ "):
+        evaluate(spoilt(nan_away_from_the_data), "digits", short(kind), limit=16, device="cpu")
+
+
+def test_a_search_that_saw_nan_does_not_count_as_survived() -> None:
+    """The margin is NaN at the perturbed images alone, so the search goes back to the clean one, which is right."""
+    with pytest.raises(DataError, match="images that step W1 looked at, at eps 40/255"):
+        evaluate(spoilt(nan_away_from_the_data), "digits", short("strict-fast"), limit=16, device="cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_gradients_are_counted_and_told(kind: str) -> None:
+    found = flags(evaluate(spoilt(nan_gradient), "digits", short(kind), limit=16, device="cpu"))
+    assert int(found["nonfinite-gradients"].split()[0]) >= 16 and "taken as zero" in found["nonfinite-gradients"]
+    assert "exactly zero, NaN or infinite for 100.0 % of the queries" in found["zero-gradients"]
+
+
+def test_the_audit_counts_nan_gradients_as_missing() -> None:
+    p = short("strict").model_copy(update={"audit": 16})
+    found = evaluate(spoilt(nan_gradient), "digits", p, limit=16, device="cpu")
+    f2 = next(f for f in found.extras["audit"] if f["check"] == "F2")
+    assert f2["verdict"] == "fail" and f2["value"] == 100.0 and "NaN or infinite" in f2["message"]
+    assert "zero-gradients" not in flags(found), "the audit has said so"
+
+
+def test_only_the_rows_that_are_not_finite_are_zeroed() -> None:
+    def loss(x):
+        return (x * torch.tensor([1.0, torch.nan, torch.inf, 1.0])[:, None]).sum(1)
+
+    x = torch.ones(4, 3)
+    with watched() as trouble:
+        _, gradient = autograd(loss, x, Rng(0, torch.arange(4)))
+    assert trouble.count == 2
+    assert gradient[[1, 2]].eq(0).all() and gradient[[0, 3]].eq(1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mask, flag", [("detached", "zero-gradients"), ("input-noise", "random")])
+def test_every_kind_of_protocol_doubts_a_masked_model(kind: str, mask: str, flag: str) -> None:
+    torch.manual_seed(0)
+    found = flags(evaluate(MASKS[mask](dmlbench.load_model(PLAIN)), "digits", short(kind), limit=16, device="cpu"))
+    assert flag in found and "docs/audit.md" in found[flag]
+    assert len({"zero-gradients", "random"} & set(found)) == 1
+
+
+@pytest.mark.parametrize("attacks", [["LTM@square"], ["LTM@noise", "ES@spsa"]])
+def test_a_run_without_gradients_does_not_miss_them(attacks: list[str]) -> None:
+    p = short("ers-digits")
+    p = p.model_copy(update={"threat": {**p.threat, "steps": 1, "queries": 2}})
+    masked = MASKS["detached"](dmlbench.load_model(PLAIN))
+    assert flags(evaluate(masked, "digits", p, attacks=attacks, limit=8, device="cpu")) == {}
+
+
+def test_the_surrogates_gradient_is_the_one_that_counts() -> None:
+    plain, masked = dmlbench.load_model(PLAIN), MASKS["detached"](dmlbench.load_model(PLAIN))
+    options = {"attacks": ["LTM"], "limit": 16, "device": "cpu"}
+    assert flags(evaluate(masked, "digits", short("ers-digits"), surrogate=plain, **options)) == {}
+    assert set(flags(evaluate(plain, "digits", short("ers-digits"), surrogate=masked, **options))) == {"zero-gradients"}
+
+
+@pytest.mark.parametrize("name", [PLAIN, "digits-smallcnn-triplet-act", "digits-smallcnn-triplet-hm-lga-ics"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_honest_models_are_not_doubted(name: str, kind: str) -> None:
+    assert flags(evaluate(name, "digits", short(kind), limit=48, device="cpu")) == {}
+
+
+def test_a_glance_does_not_depend_on_the_batch_size_and_takes_no_more_than_it_says() -> None:
+    from dmlbench.subject import prepare
+
+    seen = []
+
+    def counted(x, network):
+        seen.append(len(x))
+        return network(x.detach())
+
+    subject = prepare(spoilt(counted), dmlbench.load_dataset("digits"), device="cpu")
+    recall = np.full(len(subject.rows), 100.0)
+    seen.clear()
+    small = list(glance(subject, recall, {"pgd"}, 7))
+    assert max(seen) == 7 and sum(seen) == 3 * 256
+    assert small == list(glance(subject, recall, {"pgd"}, 1000)) and [f.flag for f in small] == ["zero-gradients"]
+    assert list(glance(subject, np.zeros_like(recall), {"pgd"}, 7)) == []

@@ -16,7 +16,7 @@ from dmlbench.rounded import RoundedGallery
 
 BLUR = 1e-5
 """How far the embedding of an unchanged image may be from its clean one by float32 rounding, over ``Gallery.scale``."""
-BLURS = {"tf32": 5e-3, "bfloat16": 2e-2}
+BLURS = {"tf32": 1e-2, "bfloat16": 2e-2}
 """The same by precision of gradients, where their passes are rounded more. The most that was seen, on six small models and
 256 images each: in TF32 1e-3 where factors are rounded and 5e-3 where they are cut off, in bfloat16 1e-2."""
 

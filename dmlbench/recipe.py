@@ -112,7 +112,9 @@ class Recipe(BaseModel):
         out = []
         if self.loss != "triplet":
             if self.margin != Recipe.model_fields["margin"].default:
-                out.append(f"margin is the triplet loss's: with loss {self.loss!r} it would do nothing; see loss_params")
+                out.append(
+                    f"margin is the triplet loss's: with loss {self.loss!r} it would do nothing; see loss_params"
+                )
             if "sampling" in given and self.defense in ("none", "est"):
                 out.append(f"loss {self.loss!r} chooses its own pairs: defense_params.sampling would do nothing")
         elif self.defense == "robust" and "negative_margin" in given:

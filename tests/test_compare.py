@@ -68,6 +68,28 @@ def test_differences_are_plain_means_over_the_same_queries():
     assert c.n_queries == 400 and c.n_classes == 5 and c.paired
 
 
+def test_a_query_without_an_outcome_in_one_run_counts_in_neither():
+    """As under panum-28, whose read-outs are of the queries that each model gets right when clean."""
+    a = evaluation(seed=1)
+    rng = np.random.default_rng(0)
+    hard = rng.random(400) < 0.5
+    base, candidate = np.full(400, 100.0, np.float32), np.full(400, np.nan, np.float32)
+    base[hard] = np.where(rng.random(hard.sum()) < 0.2, 100, 0)
+    candidate[~hard] = np.where(rng.random((~hard).sum()) < 0.9, 100, 0)  # worse on all that both have
+    first = evaluation({**a.arrays, "LTM/value": base})
+    second = evaluation({**a.arrays, "LTM/value": candidate})
+    c = compare(first, second)
+    found = metric(c, "LTM")
+    assert (found.base, found.candidate) == pytest.approx((100.0, float(np.mean(candidate[~hard]))))
+    assert found.verdict == "worse" and found.regression
+    assert metric(c, "ers").difference == pytest.approx(found.difference / 10)
+    assert any("an outcome in both runs" in n and n.endswith(": LTM") for n in c.notes)
+    for m in (*c.metrics, *compare(second, first).metrics):
+        if m.interval is not None:
+            assert m.interval[0] - 1e-9 <= m.difference <= m.interval[1] + 1e-9, m.metric
+    assert not any("outcome in both" in n for n in compare(first, first).notes)
+
+
 def test_a_model_against_itself_is_the_same_everywhere():
     e = evaluation(seed=2)
     c = compare(e, e)

@@ -221,7 +221,11 @@ def test_collapse_ends_the_run_unless_allowed(tmp_path: Path) -> None:
         ([HM, "--set", "step_every=5"], 2, "step_every would do nothing with schedule 'constant'"),
         (["digits-smallcnn-proxyanchor-at", "--set", "margin=0.1"], 2, "margin is the triplet loss's"),
         (["digits-smallcnn-proxyanchor-none", "--set", "defense_params.sampling=R"], 2, "chooses its own pairs"),
-        (["digits-smallcnn-triplet-robust-p", "--set", "defense_params.negative_margin=2"], 2, "the contrastive loss's"),
+        (
+            ["digits-smallcnn-triplet-robust-p", "--set", "defense_params.negative_margin=2"],
+            2,
+            "the contrastive loss's",
+        ),
         ([HM, "--set", "arch_kwargs.depth=3"], 2, "depth"),
         ([HM, "--defense", "eat", "--set", "loss=proxy-anchor"], 2, "defence"),
         ([HM, "--set", "eps=9"], 2, "outside [0, 1]"),

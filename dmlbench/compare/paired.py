@@ -25,7 +25,8 @@ Ends = tuple[float, float] | None
 class Paired:
     """One metric of both: larger is better, points on the 0-100 scale.
 
-    ``base`` and ``candidate`` are means over the queries that both measured; None where one has no value.
+    ``base`` and ``candidate`` are means over the queries that have an outcome in both. ``candidate`` is None where
+    there is no such query, and ``base`` is then its own mean; None, too, where an outcome is infinite.
     """
 
     metric: str
@@ -63,6 +64,21 @@ def common(base: Evaluation, candidate: Evaluation) -> tuple[np.ndarray, np.ndar
     return i, j
 
 
+def unshared(base: Evaluation, candidate: Evaluation) -> list[str]:
+    """The parts and clean metrics where one run has an outcome for a common query and the other has none: a read-out
+    of what is right when clean, for one, has outcomes for other queries with every model."""
+    i, j = common(base, candidate)
+    keys = [f"{m.component}/value" for m in base.measurements]
+    keys += [k for k in base.arrays if k.startswith("benign/")]
+    found = []
+    for key in keys:
+        if key in base.arrays and key in candidate.arrays:
+            first, second = np.isnan(base.arrays[key][i]), np.isnan(candidate.arrays[key][j])
+            if first.shape == second.shape and not np.array_equal(first, second):
+                found.append(key.removeprefix("benign/").removesuffix("/value"))
+    return found
+
+
 def pair(
     base: Evaluation,
     candidate: Evaluation,
@@ -93,9 +109,14 @@ def pair(
 
     first, second = columns(base, i), columns(candidate, j)
     p, gated = len(parts), "clustering" not in base.extras  # R@1 within an attacked set may rise as well as fall
-    difference = second - first
+    nowhere = np.isnan(first) | np.isnan(second)  # a query without an outcome in one run counts in neither
+    own = [_mean(first[:, c]) for c in range(first.shape[1])]
+    first, second = np.where(nowhere, np.nan, first), np.where(nowhere, np.nan, second)
+    with np.errstate(invalid="ignore"):  # inf - inf
+        difference = second - first
     intervals = cluster_bootstrap(difference, label, seed, draws)
     means = [[_mean(side[:, c]) for c in range(side.shape[1])] for side in (first, second)]
+    means[0] = [a if nowhere[:, c].all() else b for c, (a, b) in enumerate(zip(own, means[0], strict=True))]
     out = [
         Paired(name, c < p and gated, means[0][c], means[1][c], intervals.columns[c])
         for c, name in enumerate([*parts, *(b for b in benign)])

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from dmlbench.compare.gate import DEFAULT_DROPS, Gate, metric_name
-from dmlbench.compare.paired import Paired, pair
+from dmlbench.compare.paired import Paired, pair, unshared
 from dmlbench.errors import NotComparable
 from dmlbench.intervals import DRAWS
 from dmlbench.leaderboard.row import EXTRA_COLUMNS, PARTS, Row, from_evaluation
@@ -253,6 +253,8 @@ def _notes(base: Evaluation, candidate: Evaluation) -> tuple[str, ...]:
     for name, e in (("base", base), ("candidate", candidate)):
         if e.partial:
             notes.append(f"the {name} is a partial run: {', '.join(e.partial)}")
+    if some := unshared(base, candidate):
+        notes.append(f"over the queries that have an outcome in both runs, not all of either's: {', '.join(some)}")
     if len(np.unique(base.arrays["label"])) < 2:
         notes.append("with one test class there are no intervals")
     return tuple(notes)

@@ -15,7 +15,7 @@ from synthetic import ENDS, evaluation, outcomes, rescale
 
 from dmlbench.compare import Gate, as_junit, as_markdown, as_text, compare, compare_rows, sources
 from dmlbench.compare.gate import metric_name, named_gate, parse_drop, project_gate
-from dmlbench.compare.paired import nmi_by_weight, pair, worst_clusters
+from dmlbench.compare.paired import nmi_by_weight, nmi_interval, pair, worst_clusters
 from dmlbench.compare.sources import find
 from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.intervals import cluster_bootstrap
@@ -566,6 +566,94 @@ def test_the_nmi_of_attacked_clusters_is_paired_and_parts_within_the_set_are_not
         {**base.arrays, "C1@40/255/value": 0 * base.arrays["C1@40/255/value"]}
     )
     assert not compare(base, fallen).failures
+
+
+def limited(run, count):
+    """The run on some of its queries; what it says of the set as a whole is that of other queries."""
+    keep = np.sort(np.random.default_rng(3).permutation(len(run.arrays["query"]))[:count])
+    e = run.model_copy(update={"partial": (f"--limit {count}",)})
+    return e.with_arrays({key: values[keep] for key, values in run.arrays.items()})
+
+
+def test_the_worst_case_of_some_queries_is_compared_on_those():
+    base = undefended_under("strict")
+    small = limited(base, 300)
+    for c in (compare(base, small), compare(small, base)):
+        for name in ("worst_case_recall_at_1", "worst_case_area"):
+            found = metric(c, name)
+            assert found.difference == 0 and found.interval == (0.0, 0.0) and found.verdict == "same"
+    assert metric(c, "worst_case_area").base != pytest.approx(base.extras["strict"]["area"], abs=0.01)
+    largest = metric(c, base.measurements[-1].component)
+    assert metric(c, "worst_case_recall_at_1").base == pytest.approx(largest.base)
+    assert metric(c, "nmi").difference == 0 and not any("not compared" in n for n in c.notes)
+
+
+def test_an_extra_part_is_none_of_the_worst_case_curve():
+    base = undefended_under("strict")
+    last = base.measurements[-1]
+    name = "WM@apgd@5/255"
+    more = base.model_copy(
+        update={
+            "measurements": (
+                *base.measurements,
+                last.model_copy(update={"component": name, "score": 99.0, "interval": (98.0, 100.0)}),
+            ),
+            "extras": {**base.extras, "extra_parts": [name]},
+        }
+    ).with_arrays({**base.arrays, f"{name}/value": 0 * base.arrays[f"{last.component}/value"]})
+    assert metric(compare(base, more), "worst_case_area").interval == (0.0, 0.0)
+    assert from_evaluation(more) == from_evaluation(base)
+
+
+def test_numbers_of_a_set_of_queries_are_left_out_where_the_sets_differ():
+    base = undefended_under("clustering")
+    names = [n for n in extra_numbers(base) if n.startswith("clustering_")]
+    assert len(names) == 4
+    c = compare(limited(base, 300), base, Gate(fail_on_inconclusive=True))
+    for name in (*names, *(m.component for m in base.measurements)):
+        found = metric(c, name)
+        assert (found.base, found.candidate, found.difference, found.interval) == (None, None, None, None)
+    (said,) = [n for n in c.notes if n.startswith("not compared")]
+    assert all(name in said for name in names)
+    assert [(f.kind, f.subject) for f in c.failures] == [("inconclusive", "clustering_nmi_attacked")]
+    assert c.exit_code == 5 and "nothing to compare" in c.failures[0].message
+    assert compare(limited(base, 300), base).exit_code == 0
+    assert metric(compare(base, base), names[0]).difference == 0
+
+
+def test_a_perturbation_that_all_queries_share_is_of_the_set():
+    def universal(e):
+        changed = [
+            m.model_copy(update={"optimizer": "universal"}) if m.component == "LTM" else m for m in e.measurements
+        ]
+        return e.model_copy(update={"measurements": tuple(changed)}).with_arrays(e.arrays)
+
+    a = universal(evaluation(seed=5))
+    c = compare(limited(a, 300), a)
+    assert metric(c, "LTM").base is metric(c, "ers").base is metric(c, "LTM").candidate is None
+    assert metric(c, "GTM").difference == 0 and c.exit_code == 0
+    assert metric(compare(a, a), "LTM").difference == 0
+
+
+def test_nmi_of_the_gallery_lies_inside_its_interval_whichever_queries_were_measured():
+    """It is not a number of the queries, whose own clusters only say how far it spreads."""
+    first, second = (limited(stored(defense), 48) for defense in ("none", "hm-lga-ics"))
+    label = first.arrays["label"]
+    of_queries = [
+        100 * np.mean([normalized_mutual_info_score(label, c) for c in e.arrays["benign/clusters"].T])
+        for e in (first, second)
+    ]
+    c = compare(first, second)
+    found = metric(c, "nmi")
+    assert abs(found.difference - (of_queries[1] - of_queries[0])) > 0.3
+    assert found.difference == pytest.approx(second.benign["nmi"] - first.benign["nmi"])
+    moved = found.difference - (of_queries[1] - of_queries[0])
+    i = np.arange(48)
+    around = nmi_interval(first, second, ("benign/clusters", "benign/clusters"), i, i, 0, 2000)
+    assert found.interval == pytest.approx((around[0] + moved, around[1] + moved), abs=1e-3)
+    assert found.interval[0] < found.difference < found.interval[1]
+    whole = metric(compare(stored("none"), stored("hm-lga-ics")), "nmi")
+    assert np.diff(found.interval) > np.diff(whole.interval)
 
 
 @pytest.fixture

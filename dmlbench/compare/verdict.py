@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from dmlbench.compare.gate import DEFAULT_DROPS, Gate, metric_name
-from dmlbench.compare.paired import Paired, pair, unshared
+from dmlbench.compare.paired import Paired, common, pair, unshared
 from dmlbench.errors import NotComparable
 from dmlbench.intervals import DRAWS
 from dmlbench.leaderboard.row import EXTRA_COLUMNS, PARTS, Row, from_evaluation
@@ -224,10 +224,11 @@ def compare(
             "dataset_sha256": (base.dataset.sha256, candidate.dataset.sha256),
         }
     )
-    metrics = [judge(p, gate) for p in pair(base, candidate, rescale or rescalers(base), seed, draws)]
+    paired = pair(base, candidate, rescale or rescalers(base), seed, draws)
+    metrics = [judge(p, gate) for p in paired]
     _known(gate, [m.component for m in base.measurements])
     flags = [f for f in candidate.warnings if f.flag not in {w.flag for w in base.warnings}]
-    notes = _notes(base, candidate)
+    notes = _notes(base, candidate, [p.metric for p in paired if p.left_out])
     queries = len(base.arrays["query"]), len(candidate.arrays["query"])
     return Comparison(
         base=_side(base, labels[0]),
@@ -236,7 +237,7 @@ def compare(
         dataset=f"{base.dataset.name}/{base.dataset.split}",
         paired=True,
         n_queries=min(queries),
-        n_classes=len(np.unique(base.arrays["label"])),
+        n_classes=len(np.unique(base.arrays["label"][common(base, candidate)[0]])),
         metrics=tuple(metrics),
         failures=_failures(metrics, [(f.flag, f.message) for f in flags], queries, gate),
         notes=notes,
@@ -244,7 +245,7 @@ def compare(
     )
 
 
-def _notes(base: Evaluation, candidate: Evaluation) -> tuple[str, ...]:
+def _notes(base: Evaluation, candidate: Evaluation, left_out: Sequence[str]) -> tuple[str, ...]:
     notes = []
     if base.protocol.seed != candidate.protocol.seed:
         notes.append(
@@ -253,9 +254,11 @@ def _notes(base: Evaluation, candidate: Evaluation) -> tuple[str, ...]:
     for name, e in (("base", base), ("candidate", candidate)):
         if e.partial:
             notes.append(f"the {name} is a partial run: {', '.join(e.partial)}")
+    if left_out:
+        notes.append(f"not compared, since they are of the queries as a set, which differs: {', '.join(left_out)}")
     if some := unshared(base, candidate):
         notes.append(f"over the queries that have an outcome in both runs, not all of either's: {', '.join(some)}")
-    if len(np.unique(base.arrays["label"])) < 2:
+    if len(np.unique(base.arrays["label"][common(base, candidate)[0]])) < 2:
         notes.append("with one test class there are no intervals")
     return tuple(notes)
 
@@ -361,8 +364,12 @@ def _failures(
     out += [Failure(kind="new-flag", subject=flag, message=f"new flag {flag}: {message}") for flag, message in flags]
     if gate.fail_on_inconclusive:
         out += [
-            Failure(kind="inconclusive", subject=m.metric, message=f"{m.metric}: too few queries to tell")
+            Failure(
+                kind="inconclusive",
+                subject=m.metric,
+                message=f"{m.metric}: {'too few queries to tell' if m.base is not None else 'nothing to compare'}",
+            )
             for m in metrics
-            if m.verdict == "inconclusive" and m.allowed is not None and m.candidate is not None
+            if m.verdict == "inconclusive" and m.allowed is not None and (m.base is None or m.candidate is not None)
         ]
     return tuple(out)

@@ -172,6 +172,41 @@ def test_what_differs_is_named(other, key):
         compare(a, evaluation(a.arrays, **other))
 
 
+@pytest.mark.parametrize(
+    ("reason", "says"),
+    [
+        ("--surrogate digits-smallcnn-triplet-act", r"surrogate \(no surrogate and digits-smallcnn-triplet-act\)"),
+        ("--eot 4", r"eot \(the protocol's and 4\)"),
+    ],
+)
+def test_another_threat_is_not_comparable(reason, says):
+    """A black box is not a better model than a white one, nor is a random model that more passes are averaged of."""
+    a = evaluation(seed=6)
+    b = evaluation(a.arrays, partial=("--limit 400", reason))
+    for compared, first, second in ((compare, a, b), (compare_rows, from_evaluation(a), from_evaluation(b))):
+        with pytest.raises(NotComparable, match=f"these differ: {says}"):
+            compared(first, second)
+        with pytest.raises(NotComparable, match=reason.split()[0].lstrip("-")):
+            compared(second, first)
+        assert not compared(second, second).failures
+    other = evaluation(a.arrays, partial=(f"{reason}2",))
+    with pytest.raises(NotComparable, match=reason.split()[0].lstrip("-")):
+        compare(other, b)
+
+
+def test_the_threat_is_read_from_what_evaluate_writes():
+    from dmlbench.datasets import load_dataset
+    from dmlbench.evaluate import reasons
+    from dmlbench.models import load_model
+    from dmlbench.results import conditions
+
+    rules, other = load_protocol("ers-digits"), load_model("digits-smallcnn-triplet-act")
+    chosen = rules.chosen(None, 8)
+    written = reasons(rules, chosen, load_dataset("digits"), None, 64, 3, 4, other)
+    assert conditions(written) == {"eot": "4", "surrogate": "digits-smallcnn-triplet-act"}
+    assert conditions(reasons(rules, chosen, load_dataset("digits"), None, 64, 3, None, None)) == conditions(())
+
+
 def test_other_queries_are_not_comparable():
     a = evaluation(seed=6)
     moved = evaluation({**a.arrays, "query": a.arrays["query"] + 10})
@@ -725,6 +760,7 @@ def test_rows_of_a_csv_file(typed, runs):
     ("arguments", "code", "says"),
     [
         (["base", "other"], 3, "dataset_sha256"),
+        (["base", "transfer"], 3, "surrogate (no surrogate and another)"),
         (["base", "nowhere"], 2, "no run folder"),
         (["base", "empty"], 4, "not a readable run folder"),
         (["base", "broken"], 4, "differs from the manifest"),
@@ -740,6 +776,7 @@ def test_rows_of_a_csv_file(typed, runs):
 def test_bad_input_is_one_clear_line(typed, runs, arguments, code, says):
     (runs / "empty").mkdir()
     save(evaluation(seed=3), runs / "broken")
+    save(evaluation(seed=3, queries=400, level=50, partial=("--surrogate another",)), runs / "transfer")
     (runs / "broken" / "per_query.npz").write_bytes(b"nothing")
     done = typed("compare", *arguments, code=code)
     assert says in done.err and len(done.err.strip().splitlines()) == 1 and done.out == ""

@@ -11,7 +11,7 @@ inconclusive     it holds zero, but the difference or the interval is larger: to
 A *regression*, which fails the gate, is a drop beyond what is allowed whose interval excludes zero.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from dmlbench.compare.paired import Paired, common, pair, unshared
 from dmlbench.errors import NotComparable
 from dmlbench.intervals import DRAWS
 from dmlbench.leaderboard.row import EXTRA_COLUMNS, PARTS, Row, from_evaluation
-from dmlbench.results import Evaluation
+from dmlbench.results import Evaluation, conditions
 
 REACH = 5.0
 """How many times the allowance an interval may reach and still read as "same"."""
@@ -189,6 +189,12 @@ def _differing(pairs: Mapping[str, tuple[object, object]]) -> None:
         raise NotComparable(f"the two cannot be set side by side, these differ: {', '.join(said)}")
 
 
+def _conditions(base: Iterable[str], candidate: Iterable[str]) -> dict[str, tuple[object, object]]:
+    """By key, what each side's ``partial`` reasons say of how the adversarial images were made."""
+    first, second = conditions(base), conditions(candidate)
+    return {key: (first[key], second[key]) for key in first}
+
+
 def _short(value: object) -> str:
     text = "none" if value is None else str(value)
     return text[:12] + "…" if len(text) == 64 else text
@@ -212,7 +218,7 @@ def compare(
         labels: what the report calls the two.
 
     Raises:
-        NotComparable: protocol, data set or queries differ (exit code 3).
+        NotComparable: protocol, data set, queries, surrogate or averaged passes differ (exit code 3).
     """
     gate = gate or Gate()
     _differing(
@@ -222,6 +228,7 @@ def compare(
             "dataset": (base.dataset.name, candidate.dataset.name),
             "split": (base.dataset.split, candidate.dataset.split),
             "dataset_sha256": (base.dataset.sha256, candidate.dataset.sha256),
+            **_conditions(base.partial, candidate.partial),
         }
     )
     paired = pair(base, candidate, rescale or rescalers(base), seed, draws)
@@ -281,11 +288,12 @@ def compare_rows(
     difference is that of two independent results, which is wider than a paired one.
 
     Raises:
-        NotComparable: protocol, data set or gallery differ, or a row is a claim.
+        NotComparable: protocol, data set, gallery, surrogate or averaged passes differ, or a row is a claim.
     """
     gate = gate or Gate()
     keys = ("protocol", "protocol_sha256", "dataset", "split", "dataset_sha256", "n_gallery")
-    _differing({k: (getattr(base, k), getattr(candidate, k)) for k in keys})
+    said = [(row.partial or "").split(";") for row in (base, candidate)]
+    _differing({k: (getattr(base, k), getattr(candidate, k)) for k in keys} | _conditions(*said))
     queries = base.n_queries or 0, candidate.n_queries or 0
     names = {"ers": "ers"} | {k: f"{v}_score" for k, v in PARTS.items()}
     names |= {n: n for n in ("recall_at_1", "recall_at_2", "map", "map_at_r", "nmi", "ami", *EXTRA_COLUMNS)}

@@ -735,6 +735,32 @@ def test_the_gate_of_the_command_line_and_of_pyproject(typed, runs):
     typed("compare", "base", "worse", "--config", "strict.toml", code=1)
 
 
+@pytest.mark.parametrize("name", ["strict@40/255", "PGD:R@1", "WM@apgd"])
+def test_a_gate_names_any_part_of_the_runs_in_its_file_too(typed, runs, name):
+    def renamed(e):
+        measurements = tuple(
+            m.model_copy(update={"component": name, "attack": "WM"}) if m.component == "LTM" else m
+            for m in e.measurements
+        )
+        extras = {**e.extras, "extra_parts": [name]}
+        arrays = {k.replace("LTM/", f"{name}/"): v for k, v in e.arrays.items()}
+        plain = evaluation().model_copy(update={"measurements": measurements, "ers": None, "extras": extras})
+        plain._arrays = arrays
+        return plain
+
+    a = evaluation(seed=3, queries=400, level=50)
+    save(renamed(a), runs / "first")
+    save(renamed(evaluation(shifted(a.arrays, 10))), runs / "second")
+    (runs / "pyproject.toml").write_text(f'[tool.dmlbench.gate]\nmax_drop = {{ any = 90, "{name}" = 2 }}\n')
+    done = typed("compare", "first", "second", code=1)
+    assert f"FAIL: {name} fell by" in done.out and "2 are allowed" in done.out
+    (runs / "other.toml").write_text(f'[tool.dmlbench.gate]\nmax_drop = {{ "{name}" = 90, any = 90 }}\n')
+    typed("compare", "first", "second", "--config", "other.toml", "--max-drop", "ers=90")
+    done = typed("compare", "base", "worse", code=2)  # which have no such part
+    assert f"unknown metric {name!r}" in done.err and "pyproject.toml" in done.err
+    assert len(done.err.strip().splitlines()) == 1
+
+
 def test_inconclusive_has_its_own_code(typed, runs):
     a = evaluation(seed=3, queries=400, level=50)
     rolled = evaluation({**a.arrays, "LTM/value": np.roll(a.arrays["LTM/value"], 3)})

@@ -233,7 +233,7 @@ def compare(
     )
     paired = pair(base, candidate, rescale or rescalers(base), seed, draws)
     metrics = [judge(p, gate) for p in paired]
-    _known(gate, [m.component for m in base.measurements])
+    _known(gate, [m.component for e in (base, candidate) for m in e.measurements])
     flags = [f for f in candidate.warnings if f.flag not in {w.flag for w in base.warnings}]
     notes = _notes(base, candidate, [p.metric for p in paired if p.left_out])
     queries = len(base.arrays["query"]), len(candidate.arrays["query"])

@@ -7,19 +7,20 @@ attack or a changed number is a new protocol with the old one's ``superseded_by`
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from dmlbench.attacks import ATTACKS, load_plugins, parse
 from dmlbench.checkpoints import PACKAGE, first_problem
 from dmlbench.errors import DataError, UsageError
 from dmlbench.metrics import READOUTS
-from dmlbench.optimizers import OPTIMIZERS
+from dmlbench.optimizers import OPTIMIZERS, WHOLE_SET
 from dmlbench.registry import suggest
 from dmlbench.threat import Threat
 
@@ -44,8 +45,8 @@ class Component(_Record):
     name: str
     attack: str
     readout: str
-    worst: float
-    best: float
+    worst: FiniteFloat
+    best: FiniteFloat
     optimizer: str = "pgd"
     threat: dict[str, Any] = {}
 
@@ -110,7 +111,7 @@ class Protocol(_Record):
 
     def threat_of(self, component: Component) -> Threat:
         """The threat of one component."""
-        return Threat(**{**self.threat, **component.threat})
+        return Threat.of({**self.threat, **component.threat})
 
     def eps_for(self, side: int) -> tuple[str, ...]:
         """The grid's eps for images of this side: those of the smallest listed side that is not smaller, else
@@ -120,7 +121,7 @@ class Protocol(_Record):
 
     def threat_at(self, eps: str, changes: Mapping[str, Any] = MappingProxyType({})) -> Threat:
         """The threat at one eps of the grid."""
-        return Threat(**{**self.threat, **changes, "eps": eps})
+        return Threat.of({**self.threat, **changes, "eps": eps})
 
     def component(self, name: str) -> Component:
         """One component by name, or an error with a suggestion."""
@@ -137,8 +138,10 @@ class Protocol(_Record):
         side in pixels, by which a protocol with a grid knows its eps.
 
         Raises:
-            UsageError: a name that is neither.
+            UsageError: a name that is neither, or two components of one name.
         """
+        if twice := _repeated(c.name for c in self.components):
+            raise UsageError(f"protocol {self.name!r} has two components {twice!r}: one would overwrite the other")
         if names is None:
             return Chosen(self.components, (), True)
         own: list[Component] = []
@@ -188,6 +191,11 @@ def _once(components: Sequence[Component]) -> tuple[Component, ...]:
     return tuple({c.name: c for c in components}.values())
 
 
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name that is there more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
 class Chosen(NamedTuple):
     """What a run measures.
 
@@ -202,32 +210,90 @@ class Chosen(NamedTuple):
     runner: bool
 
 
+GRID_KINDS = ("strict", "clustering")
+"""Kinds of protocol that run at every eps of a grid."""
+
+UNREAD = {"strict": ("eps",), "clustering": ("eps", "step", "start", "restarts", "queries")}
+"""By kind, keys of [threat] that nothing reads: eps comes from the grid; clustering starts from the clean images, once,
+with steps of 2.5 eps / steps."""
+
+
 def read_protocol(path: Path) -> Protocol:
-    """A protocol from a TOML file, every name in it checked."""
+    """A protocol from a TOML file, every name and number in it checked.
+
+    Raises:
+        DataError: it cannot be read, or holds what is wrong or would do nothing; the file and the key are named.
+    """
     load_plugins()
     try:
         protocol = Protocol.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        _check_kind(protocol)
         for c in protocol.components:
-            OPTIMIZERS[c.optimizer], READOUTS[c.readout], protocol.threat_of(c)
-            if c.readout not in ATTACKS[c.attack].readouts:
-                raise UsageError(f"component {c.name!r}: attack {c.attack!r} is not read by {c.readout!r}")
-            if c.best == c.worst:
-                raise UsageError(f"component {c.name!r}: worst and best are both {c.worst}")
+            _check_component(c, protocol)
         for step in protocol.steps:
-            OPTIMIZERS[step.optimizer], ATTACKS[step.attack], protocol.threat_at("0", step.threat)
+            _check_step(step, protocol)
+        if path.parent != FOLDER and (twice := _repeated(c.name for c in protocol.components)):
+            raise UsageError(f"two components have the name {twice!r}: one would overwrite the other")
+        if twice := _repeated(step.name for step in protocol.steps):
+            raise UsageError(f"two steps have the name {twice!r}: one would overwrite the other")
         for side, grid in protocol.grid.items():
             radii = [protocol.threat_at(eps).radius for eps in grid]
             if not side.isdigit() or not radii or radii != sorted(radii) or radii[0] <= 0:
                 raise UsageError(f"grid {side!r} must be a side in pixels and eps above 0 in ascending order")
-        if protocol.kind in ("strict", "clustering") and not protocol.grid:
-            raise UsageError(f"kind {protocol.kind!r} needs a [grid]")
-        if protocol.kind == "strict" and not protocol.steps:
-            raise UsageError("kind 'strict' needs [[steps]]")
         return protocol
     except ValidationError as error:
         raise DataError(f"protocol {path}: {first_problem(error)}") from None
     except (OSError, ValueError, TypeError, UsageError) as error:  # not TOML and not UTF-8 are ValueErrors
         raise DataError(f"protocol {path}: {error}") from None
+
+
+def _check_kind(protocol: Protocol) -> None:
+    """That the file has what its kind is run by, and nothing that its kind does not look at."""
+    kind = protocol.kind
+    if kind in GRID_KINDS:
+        if not protocol.grid:
+            raise UsageError(f"kind {kind!r} needs a [grid]")
+        if protocol.components:
+            raise UsageError(f"[[components]] do nothing in kind {kind!r}")
+    elif not protocol.components:
+        raise UsageError(f"kind {kind!r} needs [[components]]")
+    if kind == "strict" and not protocol.steps:
+        raise UsageError("kind 'strict' needs [[steps]]")
+    if kind != "strict" and protocol.steps:
+        raise UsageError(f"[[steps]] do nothing in kind {kind!r}")
+    unread = [key for key in UNREAD.get(kind, ()) if key in protocol.threat]
+    if unread:
+        raise UsageError(f"[threat] {unread[0]} does nothing in kind {kind!r}")
+
+
+def _check_component(c: Component, protocol: Protocol) -> None:
+    OPTIMIZERS[c.optimizer], READOUTS[c.readout]
+    try:
+        protocol.threat_of(c)
+    except UsageError as error:
+        raise UsageError(f"component {c.name!r}: {error}") from None
+    if c.readout not in ATTACKS[c.attack].readouts:
+        raise UsageError(f"component {c.name!r}: attack {c.attack!r} is not read by {c.readout!r}")
+    if c.best == c.worst:
+        raise UsageError(f"component {c.name!r}: worst and best are both {c.worst}")
+
+
+def _check_step(step: Step, protocol: Protocol) -> None:
+    OPTIMIZERS[step.optimizer], ATTACKS[step.attack]
+    try:
+        protocol.threat_at("0", step.threat)
+    except UsageError as error:
+        raise UsageError(f"step {step.name!r}: {error}") from None
+    if "eps" in step.threat:
+        raise UsageError(f"step {step.name!r}: threat eps does nothing, since the [grid] has eps")
+    if step.optimizer in WHOLE_SET:
+        raise UsageError(
+            f"step {step.name!r}: optimizer {step.optimizer!r} needs all queries at once, and a step has the survivors"
+        )
+    if step.aims < 1:
+        raise UsageError(f"step {step.name!r}: aims {step.aims} must be 1 or more")
+    if step.aims > 1 and not ATTACKS[step.attack].targets:
+        raise UsageError(f"step {step.name!r}: aims {step.aims}, but attack {step.attack!r} has no targets to choose")
 
 
 def protocol_names() -> list[str]:

@@ -9,7 +9,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,7 +115,8 @@ class Evaluation(_Record):
     protocol: ProtocolInfo
     environment: Environment
     partial: tuple[str, ...] = ()
-    """why this is not a full result, e.g. ("--limit 64",); empty for a full one"""
+    """why this is not a full result, e.g. ("--limit 64",); empty for a full one. Also where the record keeps the
+    passes averaged (``--eot``) and the surrogate, which change the threat: see :func:`conditions`"""
     benign: dict[str, float]
     """clean metrics by name: recall_at_1, ..., map, map_at_r, nmi, ami; percent"""
     measurements: tuple[Measurement, ...]
@@ -161,6 +162,20 @@ class Evaluation(_Record):
         self._arrays = {**self._arrays, **arrays}
         self._sample = {**self._sample, **(sample or {})}
         return self
+
+
+CONDITIONS = {"eot": "the protocol's", "surrogate": "no surrogate"}
+"""Options that make another threat of a protocol, and what holds where they were not given."""
+
+
+def conditions(partial: Iterable[str]) -> dict[str, str]:
+    """The :data:`CONDITIONS` of a result, read from its ``partial`` reasons, with or without their leading hyphens."""
+    said = dict(CONDITIONS)
+    for reason in partial:
+        option, _, value = reason.strip().lstrip("-").partition(" ")
+        if option in said and value:
+            said[option] = value
+    return said
 
 
 def write_whole(path: Path, content: bytes) -> None:

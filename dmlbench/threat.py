@@ -7,8 +7,9 @@ pixels, and may be written as fractions ("8/255").
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
 from fractions import Fraction
 from typing import Any
 
@@ -16,22 +17,35 @@ import torch
 from torch import Tensor
 
 from dmlbench.errors import UsageError
-from dmlbench.registry import Registry
+from dmlbench.registry import Registry, suggest
 from dmlbench.rng import Rng
 
 TOLERANCE = 1e-5
 """How far outside the ball float rounding may put an image, relative to max(1, eps)."""
 
 
-def length(text: str | float | int, name: str = "eps") -> float:
+def length(text: Any, name: str = "eps") -> float:
     """A length on the [0, 1] scale from a number or a fraction: ``length("8/255")`` = 0.03137."""
     try:
+        if isinstance(text, bool):
+            raise ValueError(text)
         value = float(Fraction(text)) if isinstance(text, str) else float(text)
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, TypeError, OverflowError, ZeroDivisionError):
         raise UsageError(f"{name} {text!r} is not a number or a fraction such as 8/255") from None
     if not math.isfinite(value) or value < 0:
         raise UsageError(f"{name} {text!r} must be zero or more")
     return value
+
+
+def check_counts(fields: Mapping[str, Any]) -> None:
+    """Refuse counts of a threat that are not whole numbers; a bool is none.
+
+    Raises:
+        UsageError: one of steps, restarts, queries and eot is not a whole number.
+    """
+    for name in ("steps", "restarts", "queries", "eot"):
+        if name in fields and type(fields[name]) is not int:
+            raise UsageError(f"{name} {fields[name]!r} is not a whole number")
 
 
 @dataclass(frozen=True)
@@ -65,10 +79,30 @@ class Threat:
         if self.norm == "linf" and self.radius > 1:
             raise UsageError(f"eps {self.eps!r} is outside [0, 1], the range of pixels")
         length(self.step, "step")
+        check_counts(vars(self))
         if self.steps < 0 or min(self.restarts, self.queries, self.eot) < 1:
             raise UsageError("steps must be 0 or more; restarts, queries and eot 1 or more")
         if self.start not in ("clean", "random"):
             raise UsageError(f"start {self.start!r} must be 'clean' or 'random'")
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "Threat":
+        """A threat from what a file says.
+
+        Raises:
+            UsageError: an unknown key, or a value that is not of its kind.
+        """
+        known = [f.name for f in dataclass_fields(cls)]
+        for key in fields:
+            if key not in known:
+                raise UsageError(f"unknown key {key!r} of a threat{suggest(key, known)}")
+        for key in ("norm", "start"):
+            if not isinstance(fields.get(key, ""), str):
+                raise UsageError(f"{key} {fields[key]!r} is not a word in quotes")
+        for key in ("eps", "step"):
+            length(fields.get(key, 0), key)
+        check_counts(fields)
+        return cls(**fields)
 
     @property
     def radius(self) -> float:

@@ -15,7 +15,7 @@ from synthetic import ENDS, evaluation, outcomes, rescale
 
 from dmlbench.compare import Gate, as_junit, as_markdown, as_text, compare, compare_rows, sources
 from dmlbench.compare.gate import metric_name, named_gate, parse_drop, project_gate
-from dmlbench.compare.paired import nmi_by_weight, pair, worst_clusters
+from dmlbench.compare.paired import nmi_by_weight, nmi_interval, pair, worst_clusters
 from dmlbench.compare.sources import find
 from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.intervals import cluster_bootstrap
@@ -66,6 +66,28 @@ def test_differences_are_plain_means_over_the_same_queries():
         assert metric(c, name).difference == pytest.approx(sum(second) / 400 - sum(first) / 400, abs=1e-3)
     assert metric(c, "ers").difference == pytest.approx(b.ers - a.ers, abs=1e-3)
     assert c.n_queries == 400 and c.n_classes == 5 and c.paired
+
+
+def test_a_query_without_an_outcome_in_one_run_counts_in_neither():
+    """As under panum-28, whose read-outs are of the queries that each model gets right when clean."""
+    a = evaluation(seed=1)
+    rng = np.random.default_rng(0)
+    hard = rng.random(400) < 0.5
+    base, candidate = np.full(400, 100.0, np.float32), np.full(400, np.nan, np.float32)
+    base[hard] = np.where(rng.random(hard.sum()) < 0.2, 100, 0)
+    candidate[~hard] = np.where(rng.random((~hard).sum()) < 0.9, 100, 0)  # worse on all that both have
+    first = evaluation({**a.arrays, "LTM/value": base})
+    second = evaluation({**a.arrays, "LTM/value": candidate})
+    c = compare(first, second)
+    found = metric(c, "LTM")
+    assert (found.base, found.candidate) == pytest.approx((100.0, float(np.mean(candidate[~hard]))))
+    assert found.verdict == "worse" and found.regression
+    assert metric(c, "ers").difference == pytest.approx(found.difference / 10)
+    assert any("an outcome in both runs" in n and n.endswith(": LTM") for n in c.notes)
+    for m in (*c.metrics, *compare(second, first).metrics):
+        if m.interval is not None:
+            assert m.interval[0] - 1e-9 <= m.difference <= m.interval[1] + 1e-9, m.metric
+    assert not any("outcome in both" in n for n in compare(first, first).notes)
 
 
 def test_a_model_against_itself_is_the_same_everywhere():
@@ -148,6 +170,41 @@ def test_what_differs_is_named(other, key):
     a = evaluation(seed=6)
     with pytest.raises(NotComparable, match=rf"these differ: .*{key} \("):
         compare(a, evaluation(a.arrays, **other))
+
+
+@pytest.mark.parametrize(
+    ("reason", "says"),
+    [
+        ("--surrogate digits-smallcnn-triplet-act", r"surrogate \(no surrogate and digits-smallcnn-triplet-act\)"),
+        ("--eot 4", r"eot \(the protocol's and 4\)"),
+    ],
+)
+def test_another_threat_is_not_comparable(reason, says):
+    """A black box is not a better model than a white one, nor is a random model that more passes are averaged of."""
+    a = evaluation(seed=6)
+    b = evaluation(a.arrays, partial=("--limit 400", reason))
+    for compared, first, second in ((compare, a, b), (compare_rows, from_evaluation(a), from_evaluation(b))):
+        with pytest.raises(NotComparable, match=f"these differ: {says}"):
+            compared(first, second)
+        with pytest.raises(NotComparable, match=reason.split()[0].lstrip("-")):
+            compared(second, first)
+        assert not compared(second, second).failures
+    other = evaluation(a.arrays, partial=(f"{reason}2",))
+    with pytest.raises(NotComparable, match=reason.split()[0].lstrip("-")):
+        compare(other, b)
+
+
+def test_the_threat_is_read_from_what_evaluate_writes():
+    from dmlbench.datasets import load_dataset
+    from dmlbench.evaluate import reasons
+    from dmlbench.models import load_model
+    from dmlbench.results import conditions
+
+    rules, other = load_protocol("ers-digits"), load_model("digits-smallcnn-triplet-act")
+    chosen = rules.chosen(None, 8)
+    written = reasons(rules, chosen, load_dataset("digits"), None, 64, 3, 4, other)
+    assert conditions(written) == {"eot": "4", "surrogate": "digits-smallcnn-triplet-act"}
+    assert conditions(reasons(rules, chosen, load_dataset("digits"), None, 64, 3, None, None)) == conditions(())
 
 
 def test_other_queries_are_not_comparable():
@@ -546,6 +603,94 @@ def test_the_nmi_of_attacked_clusters_is_paired_and_parts_within_the_set_are_not
     assert not compare(base, fallen).failures
 
 
+def limited(run, count):
+    """The run on some of its queries; what it says of the set as a whole is that of other queries."""
+    keep = np.sort(np.random.default_rng(3).permutation(len(run.arrays["query"]))[:count])
+    e = run.model_copy(update={"partial": (f"--limit {count}",)})
+    return e.with_arrays({key: values[keep] for key, values in run.arrays.items()})
+
+
+def test_the_worst_case_of_some_queries_is_compared_on_those():
+    base = undefended_under("strict")
+    small = limited(base, 300)
+    for c in (compare(base, small), compare(small, base)):
+        for name in ("worst_case_recall_at_1", "worst_case_area"):
+            found = metric(c, name)
+            assert found.difference == 0 and found.interval == (0.0, 0.0) and found.verdict == "same"
+    assert metric(c, "worst_case_area").base != pytest.approx(base.extras["strict"]["area"], abs=0.01)
+    largest = metric(c, base.measurements[-1].component)
+    assert metric(c, "worst_case_recall_at_1").base == pytest.approx(largest.base)
+    assert metric(c, "nmi").difference == 0 and not any("not compared" in n for n in c.notes)
+
+
+def test_an_extra_part_is_none_of_the_worst_case_curve():
+    base = undefended_under("strict")
+    last = base.measurements[-1]
+    name = "WM@apgd@5/255"
+    more = base.model_copy(
+        update={
+            "measurements": (
+                *base.measurements,
+                last.model_copy(update={"component": name, "score": 99.0, "interval": (98.0, 100.0)}),
+            ),
+            "extras": {**base.extras, "extra_parts": [name]},
+        }
+    ).with_arrays({**base.arrays, f"{name}/value": 0 * base.arrays[f"{last.component}/value"]})
+    assert metric(compare(base, more), "worst_case_area").interval == (0.0, 0.0)
+    assert from_evaluation(more) == from_evaluation(base)
+
+
+def test_numbers_of_a_set_of_queries_are_left_out_where_the_sets_differ():
+    base = undefended_under("clustering")
+    names = [n for n in extra_numbers(base) if n.startswith("clustering_")]
+    assert len(names) == 4
+    c = compare(limited(base, 300), base, Gate(fail_on_inconclusive=True))
+    for name in (*names, *(m.component for m in base.measurements)):
+        found = metric(c, name)
+        assert (found.base, found.candidate, found.difference, found.interval) == (None, None, None, None)
+    (said,) = [n for n in c.notes if n.startswith("not compared")]
+    assert all(name in said for name in names)
+    assert [(f.kind, f.subject) for f in c.failures] == [("inconclusive", "clustering_nmi_attacked")]
+    assert c.exit_code == 5 and "nothing to compare" in c.failures[0].message
+    assert compare(limited(base, 300), base).exit_code == 0
+    assert metric(compare(base, base), names[0]).difference == 0
+
+
+def test_a_perturbation_that_all_queries_share_is_of_the_set():
+    def universal(e):
+        changed = [
+            m.model_copy(update={"optimizer": "universal"}) if m.component == "LTM" else m for m in e.measurements
+        ]
+        return e.model_copy(update={"measurements": tuple(changed)}).with_arrays(e.arrays)
+
+    a = universal(evaluation(seed=5))
+    c = compare(limited(a, 300), a)
+    assert metric(c, "LTM").base is metric(c, "ers").base is metric(c, "LTM").candidate is None
+    assert metric(c, "GTM").difference == 0 and c.exit_code == 0
+    assert metric(compare(a, a), "LTM").difference == 0
+
+
+def test_nmi_of_the_gallery_lies_inside_its_interval_whichever_queries_were_measured():
+    """It is not a number of the queries, whose own clusters only say how far it spreads."""
+    first, second = (limited(stored(defense), 48) for defense in ("none", "hm-lga-ics"))
+    label = first.arrays["label"]
+    of_queries = [
+        100 * np.mean([normalized_mutual_info_score(label, c) for c in e.arrays["benign/clusters"].T])
+        for e in (first, second)
+    ]
+    c = compare(first, second)
+    found = metric(c, "nmi")
+    assert abs(found.difference - (of_queries[1] - of_queries[0])) > 0.3
+    assert found.difference == pytest.approx(second.benign["nmi"] - first.benign["nmi"])
+    moved = found.difference - (of_queries[1] - of_queries[0])
+    i = np.arange(48)
+    around = nmi_interval(first, second, ("benign/clusters", "benign/clusters"), i, i, 0, 2000)
+    assert found.interval == pytest.approx((around[0] + moved, around[1] + moved), abs=1e-3)
+    assert found.interval[0] < found.difference < found.interval[1]
+    whole = metric(compare(stored("none"), stored("hm-lga-ics")), "nmi")
+    assert np.diff(found.interval) > np.diff(whole.interval)
+
+
 @pytest.fixture
 def runs(tmp_path):
     a = evaluation(seed=3, queries=400, level=50)
@@ -590,6 +735,32 @@ def test_the_gate_of_the_command_line_and_of_pyproject(typed, runs):
     typed("compare", "base", "worse", "--config", "strict.toml", code=1)
 
 
+@pytest.mark.parametrize("name", ["strict@40/255", "PGD:R@1", "WM@apgd"])
+def test_a_gate_names_any_part_of_the_runs_in_its_file_too(typed, runs, name):
+    def renamed(e):
+        measurements = tuple(
+            m.model_copy(update={"component": name, "attack": "WM"}) if m.component == "LTM" else m
+            for m in e.measurements
+        )
+        extras = {**e.extras, "extra_parts": [name]}
+        arrays = {k.replace("LTM/", f"{name}/"): v for k, v in e.arrays.items()}
+        plain = evaluation().model_copy(update={"measurements": measurements, "ers": None, "extras": extras})
+        plain._arrays = arrays
+        return plain
+
+    a = evaluation(seed=3, queries=400, level=50)
+    save(renamed(a), runs / "first")
+    save(renamed(evaluation(shifted(a.arrays, 10))), runs / "second")
+    (runs / "pyproject.toml").write_text(f'[tool.dmlbench.gate]\nmax_drop = {{ any = 90, "{name}" = 2 }}\n')
+    done = typed("compare", "first", "second", code=1)
+    assert f"FAIL: {name} fell by" in done.out and "2 are allowed" in done.out
+    (runs / "other.toml").write_text(f'[tool.dmlbench.gate]\nmax_drop = {{ "{name}" = 90, any = 90 }}\n')
+    typed("compare", "first", "second", "--config", "other.toml", "--max-drop", "ers=90")
+    done = typed("compare", "base", "worse", code=2)  # which have no such part
+    assert f"unknown metric {name!r}" in done.err and "pyproject.toml" in done.err
+    assert len(done.err.strip().splitlines()) == 1
+
+
 def test_inconclusive_has_its_own_code(typed, runs):
     a = evaluation(seed=3, queries=400, level=50)
     rolled = evaluation({**a.arrays, "LTM/value": np.roll(a.arrays["LTM/value"], 3)})
@@ -615,6 +786,7 @@ def test_rows_of_a_csv_file(typed, runs):
     ("arguments", "code", "says"),
     [
         (["base", "other"], 3, "dataset_sha256"),
+        (["base", "transfer"], 3, "surrogate (no surrogate and another)"),
         (["base", "nowhere"], 2, "no run folder"),
         (["base", "empty"], 4, "not a readable run folder"),
         (["base", "broken"], 4, "differs from the manifest"),
@@ -630,6 +802,7 @@ def test_rows_of_a_csv_file(typed, runs):
 def test_bad_input_is_one_clear_line(typed, runs, arguments, code, says):
     (runs / "empty").mkdir()
     save(evaluation(seed=3), runs / "broken")
+    save(evaluation(seed=3, queries=400, level=50, partial=("--surrogate another",)), runs / "transfer")
     (runs / "broken" / "per_query.npz").write_bytes(b"nothing")
     done = typed("compare", *arguments, code=code)
     assert says in done.err and len(done.err.strip().splitlines()) == 1 and done.out == ""

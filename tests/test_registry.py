@@ -55,6 +55,29 @@ def test_packaged_protocols_load_and_are_hashed(name: str) -> None:
     assert p.model_copy(update={"seed": p.seed + 1}).sha256 != p.sha256
 
 
+RELEASED = {
+    "clustering": "93d6ae711b7a666db962bac2cb0f62020cd21b80ec53f9b86112cde223715d25",
+    "ers-224": "783addc16456acc6639fe2cd1b980adebb3356d5b39b7ec3d14bb0ba6dd23750",
+    "ers-224-published": "3abe3f9d4022c938fc8ea4ab803ea04ae1cedf86f110bf84e754969498fce9b8",
+    "ers-28": "21998eaa5f3b66255d0e95b7c004d79dc2f8ff383649dbc386f274e78736be1b",
+    "ers-28-published": "5911ef89cc35a2aa30a456633b9ca634786e02b2a21d8020f5bf4415cbae3e87",
+    "ers-digits": "f7e5741ab866648b149946bfda4316e996af411e3904f744ec69c9511a9c629a",
+    "ers-digits-published": "b438a2d0fd2b9c16a48c2800c7911155d6567bec77a4d1d21c70e3d0861b1b35",
+    "panum-28": "428d985c9fe39a3adad8332e7246e464499c7691987cb2c75d7b3e6bf68546c8",
+    "panum-28-l2": "0722c3eaee6c97afa12f1420df79c1c991dfd645942a0707350380f61142ab41",
+    "strict": "044fb3fed9a8f1de64e8e228d484634e82ac08f0cf9dd3848deb2eaf32f3d20b",
+    "strict-fast": "bc5211c2eca1de018c1101f56bb5b430630c5d2996b22a8a8ccc2162e8d99384",
+    "strict-fast-l2": "086165752cf1ed86590529e95cb6f8624a2ae26ddfb34e54653c82af3686dc32",
+    "strict-l2": "dc1315161b667147ded7f297e673b6c1b8f60d8f914f3a154e002e65356356c3",
+}
+
+
+@pytest.mark.parametrize("name", sorted(RELEASED))
+def test_a_packaged_protocol_keeps_its_hash(name: str) -> None:
+    """Results are told apart by it: a changed protocol is a new one."""
+    assert load_protocol(name).sha256 == RELEASED[name]
+
+
 def test_published_and_corrected_protocols_differ_in_the_quirks_alone() -> None:
     for size in ("28", "224"):
         ours, theirs = load_protocol(f"ers-{size}"), load_protocol(f"ers-{size}-published")
@@ -87,6 +110,108 @@ def test_a_broken_protocol_file_says_where(tmp_path: Path, change: str, words: s
     path.write_text(text.replace(change, wrong, 1))
     with pytest.raises(DataError, match=re.escape(words)):
         read_protocol(path)
+
+
+ERS = """name = "x"
+version = "1"
+kind = "ers"
+title = "t"
+[threat]
+norm = "linf"
+eps = "20/255"
+step = "2/255"
+steps = 4
+[[components]]
+name = "A"
+attack = "LTM"
+readout = "recall_at_1"
+worst = 0
+best = 100
+"""
+STRICT = """name = "x"
+version = "1"
+kind = "strict"
+title = "t"
+[threat]
+norm = "linf"
+[grid]
+8 = ["40/255"]
+[[steps]]
+name = "W"
+attack = "WM"
+optimizer = "apgd"
+threat = {steps = 20}
+"""
+CLUSTERING = """name = "x"
+version = "1"
+kind = "clustering"
+title = "t"
+[threat]
+norm = "linf"
+steps = 2
+[grid]
+8 = ["40/255"]
+"""
+COMPONENT, STEP = ERS[ERS.index("[[components]]") :], STRICT[STRICT.index("[[steps]]") :]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (ERS + COMPONENT.replace("LTM", "GTM"), "two components have the name 'A'"),
+        (ERS.replace("best = 100", "best = nan"), "components.0.best"),
+        (ERS.replace("worst = 0", "worst = -inf"), "components.0.worst"),
+        (ERS.replace("steps = 4", "steps = 3.5"), "component 'A': steps 3.5 is not a whole number"),
+        (ERS.replace("steps = 4", "steps = true"), "steps True is not a whole number"),
+        (ERS.replace("steps = 4", 'steps = "4"'), "steps '4' is not a whole number"),
+        (ERS.replace("steps = 4", "steps = 4\neot = 1.5"), "eot 1.5 is not a whole number"),
+        (ERS.replace("steps = 4", "steps = 4\nrestarts = 1.5"), "restarts 1.5 is not a whole number"),
+        (ERS + "threat = {queries = 10.0}\n", "component 'A': queries 10.0 is not a whole number"),
+        (ERS.replace('eps = "20/255"', "eps = true"), "eps True is not a number"),
+        (ERS.replace('step = "2/255"', "step = false"), "step False is not a number"),
+        (ERS.replace('eps = "20/255"', 'eps = ["20/255"]'), "is not a number"),
+        (ERS.replace('norm = "linf"', "norm = 2"), "component 'A': norm 2 is not a word"),
+        (ERS.replace("steps = 4", "step_ = 4"), "unknown key 'step_' of a threat; did you mean 'step"),
+        (ERS[: ERS.index("[[components]]")], "kind 'ers' needs [[components]]"),
+        (ERS[: ERS.index("[[components]]")].replace('"ers"', '"parts"'), "kind 'parts' needs [[components]]"),
+        (ERS + STEP, "[[steps]] do nothing in kind 'ers'"),
+        (STRICT + COMPONENT, "[[components]] do nothing in kind 'strict'"),
+        (STRICT + "aims = 2\n", "step 'W': aims 2, but attack 'WM' has no targets"),
+        (STRICT + "aims = 0\n", "step 'W': aims 0 must be 1 or more"),
+        (STRICT.replace("WM", "MT") + "aims = -1\n", "aims -1 must be 1 or more"),
+        (STRICT + STEP, "two steps have the name 'W'"),
+        (STRICT.replace("steps = 20", "steps = 20.5"), "step 'W': steps 20.5 is not a whole number"),
+        (STRICT.replace("steps = 20", "eps = 1"), "step 'W': threat eps does nothing"),
+        (STRICT.replace('norm = "linf"', 'norm = "linf"\neps = 1'), "[threat] eps does nothing in kind 'strict'"),
+        (STRICT.replace("apgd", "universal"), "step 'W': optimizer 'universal' needs all queries at once"),
+        (CLUSTERING + COMPONENT, "[[components]] do nothing in kind 'clustering'"),
+        (CLUSTERING + STEP, "[[steps]] do nothing in kind 'clustering'"),
+        (CLUSTERING.replace("steps = 2", 'steps = 2\nstart = "random"'), "[threat] start does nothing"),
+        (CLUSTERING.replace("steps = 2", "steps = 2\nrestarts = 3"), "[threat] restarts does nothing"),
+        (CLUSTERING.replace("steps = 2", "steps = 2\nstep = 0.1"), "[threat] step does nothing in kind 'clustering'"),
+    ],
+)
+def test_what_would_do_nothing_or_something_else_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(DataError, match=re.escape(words)) as error:
+        read_protocol(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", [ERS, STRICT, CLUSTERING, STRICT.replace("WM", "MT") + "aims = 2\n"])
+def test_the_protocols_that_those_are_made_of_are_right(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    assert read_protocol(tmp_path / "mine.toml").name == "x"
+
+
+def test_no_run_is_made_of_two_components_of_one_name() -> None:
+    """Whoever made the protocol: one column would overwrite the other. A packaged file is no exception."""
+    p = load_protocol("ers-digits")
+    twice = p.model_copy(update={"components": (*p.components, p.components[0])})
+    for names in (None, ["GTM"], ["QA+@square"]):
+        with pytest.raises(UsageError, match=r"'ers-digits' has two components 'CA\+'"):
+            twice.chosen(names, 8)
 
 
 def test_checkpoint_file_refuses_unknown_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

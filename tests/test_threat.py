@@ -69,3 +69,11 @@ def test_streams_are_random() -> None:
     n = Rng(3, torch.arange(200)).normal(500)
     assert abs(float(n.mean())) < 0.02 and abs(float(n.std()) - 1) < 0.02
     assert set(Rng(3, torch.arange(200)).integers(4, 50).unique().tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 3.5}, {"eot": 1.5}, {"restarts": True}, {"queries": "10"}, {"eps": True}])
+def test_a_threat_is_made_of_numbers_of_their_kind(wrong) -> None:
+    (key,) = wrong
+    with pytest.raises(UsageError, match=f"{key} .* is not a"):
+        Threat.of({"eps": "8/255", **wrong})
+    assert Threat.of({"eps": "8/255", "steps": 3}) == Threat(eps="8/255", steps=3)

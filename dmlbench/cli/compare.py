@@ -64,12 +64,12 @@ def compare(
     from dmlbench.errors import DataError
     from dmlbench.results import Evaluation, json_bytes, prepare_folder, write_whole
 
-    gate = named_gate(config) if config else project_gate(Path.cwd())[0]
     outputs = [p for p in (markdown, json_file, junit) if p is not None and str(p) != "-"]
     named = [parse_drop(d) for d in drops]
     file = Path(protocol) if protocol and protocol.endswith(".toml") else None
     sides = [find(text, None if file else protocol) for text in (base, candidate)]
-    parts = [m.component for m in sides[0].measurements] if isinstance(sides[0], Evaluation) else []
+    parts = [m.component for side in sides if isinstance(side, Evaluation) for m in side.measurements]
+    gate = named_gate(config, parts) if config else project_gate(Path.cwd(), parts)[0]
     gate = gate.model_copy(
         update={
             "max_drop": {**gate.max_drop, **{metric_name(name, parts): points for name, points in named}},

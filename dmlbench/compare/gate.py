@@ -6,7 +6,8 @@
     fail_on_inconclusive = false
     max_drop = { ers = 1.0, recall_at_1 = 1.0, nmi = 1.0, any = 3.0, "QA+" = 5.0 }
 
-``any`` holds for every attack part that is not named itself. Metrics that are not named are shown and
+``any`` holds for every attack part that is not named itself; any part of the two runs can be named, "PGD:R@1" as well
+as "strict@40/255". Metrics that are not named are shown and
 never fail the gate.
 """
 
@@ -85,23 +86,26 @@ def parse_drop(text: str) -> tuple[str, float]:
     return name, value
 
 
-def project_gate(start: Path) -> tuple[Gate, Path | None]:
-    """The gate of the nearest pyproject.toml at or above the folder ``start`` that has one, and that file."""
+def project_gate(start: Path, parts: Iterable[str] = ()) -> tuple[Gate, Path | None]:
+    """The gate of the nearest pyproject.toml at or above the folder ``start`` that has one, and that file.
+
+    ``parts`` are those of the runs that are compared, which it may name beside the ten parts of ERS.
+    """
     for folder in (start, *start.parents):
         path = folder / "pyproject.toml"
         if path.is_file() and (section := _section(path)) is not None:
-            return read_gate(path, section), path
+            return read_gate(path, section, parts), path
     return Gate(), None
 
 
-def named_gate(path: Path) -> Gate:
-    """The gate of the file that the user named; it must have one."""
+def named_gate(path: Path, parts: Iterable[str] = ()) -> Gate:
+    """The gate of the file that the user named; it must have one. ``parts`` as for :func:`project_gate`."""
     if not path.is_file():
         raise UsageError(f"--config {path} does not exist")
     section = _section(path)
     if section is None:
         raise UsageError(f"--config {path} has no section [tool.dmlbench.gate]")
-    return read_gate(path, section)
+    return read_gate(path, section, parts)
 
 
 def _section(path: Path) -> dict[str, Any] | None:
@@ -114,14 +118,15 @@ def _section(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def read_gate(path: Path, section: Mapping[str, Any]) -> Gate:
-    """A checked gate; unknown keys and metrics are refused with a suggestion."""
+def read_gate(path: Path, section: Mapping[str, Any], parts: Iterable[str] = ()) -> Gate:
+    """A checked gate; unknown keys, and metrics that are neither known nor of ``parts``, are refused with a suggestion."""
+    parts = list(parts)
     for key in section:
         if key not in Gate.model_fields:
             raise UsageError(f"{path} [tool.dmlbench.gate]: unknown key {key!r}{suggest(key, Gate.model_fields)}")
     try:
         gate = Gate.model_validate(section)
-        return gate.model_copy(update={"max_drop": {metric_name(k, []): v for k, v in gate.max_drop.items()}})
+        return gate.model_copy(update={"max_drop": {metric_name(k, parts): v for k, v in gate.max_drop.items()}})
     except ValidationError as error:
         raise UsageError(f"{path} [tool.dmlbench.gate] {first_problem(error)}") from None
     except UsageError as error:

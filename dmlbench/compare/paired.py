@@ -4,6 +4,10 @@ Both models answered the same queries, so what is resampled is the difference of
 outcomes, whole classes at a time (:mod:`dmlbench.intervals`). ERS is the mean of its parts' scores and
 so is its difference. NMI is not a mean over queries: its interval comes from the clusters that each
 query fell into, recomputed on every resample of classes.
+
+Where one run measured some of the other's queries only, everything is of the common ones. What belongs to
+the set that was measured and not to its queries (clusters of attacked images, one perturbation for all) is
+then left out.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +19,8 @@ from scipy import sparse
 
 from dmlbench.errors import DataError, NotComparable
 from dmlbench.intervals import DRAWS, LEVEL, cluster_bootstrap, stretched
-from dmlbench.leaderboard.row import area_by_query, extra_numbers
+from dmlbench.leaderboard.row import extra_numbers, worst_case_by_query
+from dmlbench.optimizers import WHOLE_SET
 from dmlbench.results import Evaluation
 
 Ends = tuple[float, float] | None
@@ -25,7 +30,8 @@ Ends = tuple[float, float] | None
 class Paired:
     """One metric of both: larger is better, points on the 0-100 scale.
 
-    ``base`` and ``candidate`` are means over the queries that both measured; None where one has no value.
+    ``base`` and ``candidate`` are means over the queries that have an outcome in both. ``candidate`` is None where
+    there is no such query, and ``base`` is then its own mean; None, too, where an outcome is infinite.
     """
 
     metric: str
@@ -33,6 +39,8 @@ class Paired:
     base: float | None
     candidate: float | None
     interval: Ends
+    left_out: bool = False
+    """a number of the set of queries, which is another one in each run: then neither has a value here"""
 
 
 def common(base: Evaluation, candidate: Evaluation) -> tuple[np.ndarray, np.ndarray]:
@@ -61,6 +69,21 @@ def common(base: Evaluation, candidate: Evaluation) -> tuple[np.ndarray, np.ndar
     if not np.array_equal(base.arrays["label"][i], candidate.arrays["label"][j]):
         raise NotComparable("the runs give the same queries other classes")
     return i, j
+
+
+def unshared(base: Evaluation, candidate: Evaluation) -> list[str]:
+    """The parts and clean metrics where one run has an outcome for a common query and the other has none: a read-out
+    of what is right when clean, for one, has outcomes for other queries with every model."""
+    i, j = common(base, candidate)
+    keys = [f"{m.component}/value" for m in base.measurements]
+    keys += [k for k in base.arrays if k.startswith("benign/")]
+    found = []
+    for key in keys:
+        if key in base.arrays and key in candidate.arrays:
+            first, second = np.isnan(base.arrays[key][i]), np.isnan(candidate.arrays[key][j])
+            if first.shape == second.shape and not np.array_equal(first, second):
+                found.append(key.removeprefix("benign/").removesuffix("/value"))
+    return found
 
 
 def pair(
@@ -92,35 +115,84 @@ def pair(
         return np.stack(taken, axis=1) if taken else np.empty((len(at), 0))
 
     first, second = columns(base, i), columns(candidate, j)
+    loose = set() if same_queries(base, candidate) else of_the_set(base, candidate)
     p, gated = len(parts), "clustering" not in base.extras  # R@1 within an attacked set may rise as well as fall
-    difference = second - first
+    nowhere = np.isnan(first) | np.isnan(second)  # a query without an outcome in one run counts in neither
+    own = [_mean(first[:, c]) for c in range(first.shape[1])]
+    first, second = np.where(nowhere, np.nan, first), np.where(nowhere, np.nan, second)
+    with np.errstate(invalid="ignore"):  # inf - inf
+        difference = second - first
     intervals = cluster_bootstrap(difference, label, seed, draws)
     means = [[_mean(side[:, c]) for c in range(side.shape[1])] for side in (first, second)]
+    means[0] = [a if nowhere[:, c].all() else b for c, (a, b) in enumerate(zip(own, means[0], strict=True))]
     out = [
-        Paired(name, c < p and gated, means[0][c], means[1][c], intervals.columns[c])
+        _left_out(name, c < p and gated)
+        if name in loose and c < p
+        else Paired(name, c < p and gated, means[0][c], means[1][c], intervals.columns[c])
         for c, name in enumerate([*parts, *(b for b in benign)])
     ]
-    if base.ers is not None:
+    if base.ers is not None and loose & set(parts):
+        out.insert(0, _left_out("ers"))
+    elif base.ers is not None:
         scores = [side[:p] for side in means]
         whole = candidate.ers is not None and all(v is not None for v in scores[1])
         interval = cluster_bootstrap(difference[:, :p], label, seed, draws).mean if whole else None
         out.insert(0, Paired("ers", False, _of(scores[0]), _of(scores[1]) if whole else None, interval))
-    for name in ("nmi", "ami"):
+    for name in ("nmi", "ami"):  # of the whole gallery, whichever queries were measured
         if name in base.benign:
-            keys = (CLUSTERS, CLUSTERS)
-            interval = nmi_interval(base, candidate, keys, i, j, seed, draws) if name == "nmi" else None
-            out.append(Paired(name, False, base.benign[name], candidate.benign.get(name), interval))
-    other = extra_numbers(candidate)
-    for name, value in extra_numbers(base).items():
-        interval = None
-        if name == "worst_case_area":
-            areas = (area_by_query(base), area_by_query(candidate))
-            if areas[0] is not None and areas[1] is not None:
-                interval = cluster_bootstrap((areas[1][j] - areas[0][i])[:, None], label, seed, draws).mean
-        elif name == "clustering_nmi_attacked" and name in other:
-            keys = (worst_clusters(base), worst_clusters(candidate))
-            interval = nmi_interval(base, candidate, keys, i, j, seed, draws)
-        out.append(Paired(name, False, value, other.get(name), interval))
+            values = base.benign[name], candidate.benign.get(name)
+            interval = None
+            if name == "nmi" and values[1] is not None:
+                shown = values[1] - values[0]
+                interval = nmi_interval(base, candidate, (CLUSTERS, CLUSTERS), i, j, seed, draws, shown)
+            out.append(Paired(name, False, *values, interval))
+    return [*out, *_extra(base, candidate, i, j, seed, draws)]
+
+
+def same_queries(base: Evaluation, candidate: Evaluation) -> bool:
+    """Whether both measured the same queries, and not one of them some of the other's."""
+    return set(base.arrays["query"].tolist()) == set(candidate.arrays["query"].tolist())
+
+
+def of_the_set(base: Evaluation, candidate: Evaluation) -> set[str]:
+    """The parts whose outcomes for a query depend on which others are measured with it: recall within an attacked
+    set, and perturbations that all queries share."""
+    own = "clustering" in base.extras
+    return {
+        m.component
+        for e in (base, candidate)
+        for m in e.measurements
+        if m.optimizer in WHOLE_SET or (own and m.component not in e.extras.get("extra_parts", ()))
+    }
+
+
+def _left_out(metric: str, is_part: bool = False) -> Paired:
+    return Paired(metric, is_part, None, None, None, left_out=True)
+
+
+def _extra(
+    base: Evaluation, candidate: Evaluation, i: np.ndarray, j: np.ndarray, seed: int, draws: int
+) -> list[Paired]:
+    """The numbers of protocols of kind strict, from the common queries' own columns, and of kind clustering, which
+    are of the whole set."""
+    numbers, other = extra_numbers(base), extra_numbers(candidate)
+    worst = worst_case_by_query(base), worst_case_by_query(candidate)
+    out = []
+    for name in numbers:
+        if worst[0] is not None and worst[1] is not None and name in worst[0]:
+            sides = worst[0][name][i], worst[1][name][j]
+            nowhere = np.isnan(sides[0]) | np.isnan(sides[1])
+            first, second = (np.where(nowhere, np.nan, side) for side in sides)
+            interval = cluster_bootstrap((second - first)[:, None], base.arrays["label"][i], seed, draws).mean
+            out.append(Paired(name, False, _mean(first), _mean(second), interval))
+        elif not same_queries(base, candidate):
+            out.append(_left_out(name))
+        else:
+            interval = None
+            if name == "clustering_nmi_attacked" and name in other:
+                keys = (worst_clusters(base), worst_clusters(candidate))
+                interval = nmi_interval(base, candidate, keys, i, j, seed, draws)
+            out.append(Paired(name, False, numbers[name], other.get(name), interval))
     return out
 
 
@@ -152,10 +224,13 @@ def nmi_interval(
     j: np.ndarray,
     seed: int,
     draws: int,
+    shown: float | None = None,
 ) -> Ends:
     """Interval of the difference in NMI, classes resampled, averaged over clustering seeds; None where a run
     does not say into which clusters its queries fell, or there are fewer than two classes.
 
+    ``shown`` is the difference itself, where that is of more images than the queries: NMI of the clean gallery in a
+    run with ``--limit``. The queries then say how far it spreads, and not where it lies; fewer images spread more.
     ``keys`` names the array (Q, seeds) of clusters in each run. Under attack it is that of each model's worst
     attack, which is not chosen anew on every resample.
     """
@@ -173,7 +248,8 @@ def nmi_interval(
         return np.mean([nmi_by_weight(label, c, weights) for c in clusters.T], axis=0)
 
     difference = mean_nmi(candidate.arrays[keys[1]][j]) - mean_nmi(base.arrays[keys[0]][i])
-    return stretched(difference[1:], float(difference[0]), groups, LEVEL)
+    middle = float(difference[0]) if shown is None else shown
+    return stretched(difference[1:] + (middle - difference[0]), middle, groups, LEVEL)
 
 
 def nmi_by_weight(

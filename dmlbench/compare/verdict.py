@@ -11,7 +11,7 @@ inconclusive     it holds zero, but the difference or the interval is larger: to
 A *regression*, which fails the gate, is a drop beyond what is allowed whose interval excludes zero.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +19,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from dmlbench.compare.gate import DEFAULT_DROPS, Gate, metric_name
-from dmlbench.compare.paired import Paired, pair
+from dmlbench.compare.paired import Paired, common, pair, unshared
 from dmlbench.errors import NotComparable
 from dmlbench.intervals import DRAWS
 from dmlbench.leaderboard.row import EXTRA_COLUMNS, PARTS, Row, from_evaluation
-from dmlbench.results import Evaluation
+from dmlbench.results import Evaluation, conditions
 
 REACH = 5.0
 """How many times the allowance an interval may reach and still read as "same"."""
@@ -189,6 +189,12 @@ def _differing(pairs: Mapping[str, tuple[object, object]]) -> None:
         raise NotComparable(f"the two cannot be set side by side, these differ: {', '.join(said)}")
 
 
+def _conditions(base: Iterable[str], candidate: Iterable[str]) -> dict[str, tuple[object, object]]:
+    """By key, what each side's ``partial`` reasons say of how the adversarial images were made."""
+    first, second = conditions(base), conditions(candidate)
+    return {key: (first[key], second[key]) for key in first}
+
+
 def _short(value: object) -> str:
     text = "none" if value is None else str(value)
     return text[:12] + "…" if len(text) == 64 else text
@@ -212,7 +218,7 @@ def compare(
         labels: what the report calls the two.
 
     Raises:
-        NotComparable: protocol, data set or queries differ (exit code 3).
+        NotComparable: protocol, data set, queries, surrogate or averaged passes differ (exit code 3).
     """
     gate = gate or Gate()
     _differing(
@@ -222,12 +228,14 @@ def compare(
             "dataset": (base.dataset.name, candidate.dataset.name),
             "split": (base.dataset.split, candidate.dataset.split),
             "dataset_sha256": (base.dataset.sha256, candidate.dataset.sha256),
+            **_conditions(base.partial, candidate.partial),
         }
     )
-    metrics = [judge(p, gate) for p in pair(base, candidate, rescale or rescalers(base), seed, draws)]
-    _known(gate, [m.component for m in base.measurements])
+    paired = pair(base, candidate, rescale or rescalers(base), seed, draws)
+    metrics = [judge(p, gate) for p in paired]
+    _known(gate, [m.component for e in (base, candidate) for m in e.measurements])
     flags = [f for f in candidate.warnings if f.flag not in {w.flag for w in base.warnings}]
-    notes = _notes(base, candidate)
+    notes = _notes(base, candidate, [p.metric for p in paired if p.left_out])
     queries = len(base.arrays["query"]), len(candidate.arrays["query"])
     return Comparison(
         base=_side(base, labels[0]),
@@ -236,7 +244,7 @@ def compare(
         dataset=f"{base.dataset.name}/{base.dataset.split}",
         paired=True,
         n_queries=min(queries),
-        n_classes=len(np.unique(base.arrays["label"])),
+        n_classes=len(np.unique(base.arrays["label"][common(base, candidate)[0]])),
         metrics=tuple(metrics),
         failures=_failures(metrics, [(f.flag, f.message) for f in flags], queries, gate),
         notes=notes,
@@ -244,7 +252,7 @@ def compare(
     )
 
 
-def _notes(base: Evaluation, candidate: Evaluation) -> tuple[str, ...]:
+def _notes(base: Evaluation, candidate: Evaluation, left_out: Sequence[str]) -> tuple[str, ...]:
     notes = []
     if base.protocol.seed != candidate.protocol.seed:
         notes.append(
@@ -253,7 +261,11 @@ def _notes(base: Evaluation, candidate: Evaluation) -> tuple[str, ...]:
     for name, e in (("base", base), ("candidate", candidate)):
         if e.partial:
             notes.append(f"the {name} is a partial run: {', '.join(e.partial)}")
-    if len(np.unique(base.arrays["label"])) < 2:
+    if left_out:
+        notes.append(f"not compared, since they are of the queries as a set, which differs: {', '.join(left_out)}")
+    if some := unshared(base, candidate):
+        notes.append(f"over the queries that have an outcome in both runs, not all of either's: {', '.join(some)}")
+    if len(np.unique(base.arrays["label"][common(base, candidate)[0]])) < 2:
         notes.append("with one test class there are no intervals")
     return tuple(notes)
 
@@ -276,11 +288,12 @@ def compare_rows(
     difference is that of two independent results, which is wider than a paired one.
 
     Raises:
-        NotComparable: protocol, data set or gallery differ, or a row is a claim.
+        NotComparable: protocol, data set, gallery, surrogate or averaged passes differ, or a row is a claim.
     """
     gate = gate or Gate()
     keys = ("protocol", "protocol_sha256", "dataset", "split", "dataset_sha256", "n_gallery")
-    _differing({k: (getattr(base, k), getattr(candidate, k)) for k in keys})
+    said = [(row.partial or "").split(";") for row in (base, candidate)]
+    _differing({k: (getattr(base, k), getattr(candidate, k)) for k in keys} | _conditions(*said))
     queries = base.n_queries or 0, candidate.n_queries or 0
     names = {"ers": "ers"} | {k: f"{v}_score" for k, v in PARTS.items()}
     names |= {n: n for n in ("recall_at_1", "recall_at_2", "map", "map_at_r", "nmi", "ami", *EXTRA_COLUMNS)}
@@ -359,8 +372,12 @@ def _failures(
     out += [Failure(kind="new-flag", subject=flag, message=f"new flag {flag}: {message}") for flag, message in flags]
     if gate.fail_on_inconclusive:
         out += [
-            Failure(kind="inconclusive", subject=m.metric, message=f"{m.metric}: too few queries to tell")
+            Failure(
+                kind="inconclusive",
+                subject=m.metric,
+                message=f"{m.metric}: {'too few queries to tell' if m.base is not None else 'nothing to compare'}",
+            )
             for m in metrics
-            if m.verdict == "inconclusive" and m.allowed is not None and m.candidate is not None
+            if m.verdict == "inconclusive" and m.allowed is not None and (m.base is None or m.candidate is not None)
         ]
     return tuple(out)

@@ -213,8 +213,9 @@ def _eps(evaluation: Evaluation) -> float | None:
     """The protocol's radius on the [0, 1] scale, where the protocol is a packaged one; the largest of a grid."""
     if evaluation.protocol.name not in protocol_names():
         return None
-    if "strict" in evaluation.extras or "clustering" in evaluation.extras:
-        return length(evaluation.measurements[-1].component.rpartition("@")[2])
+    grid = evaluation.extras.get("strict", {}).get("curve") or evaluation.extras.get("clustering", {}).get("worst")
+    if grid:
+        return length(grid[-1]["eps"])
     eps = load_protocol(evaluation.protocol.name).threat.get("eps")
     return None if eps is None else length(eps)
 
@@ -329,27 +330,35 @@ def headline(e: Evaluation) -> tuple[str, float] | None:
 def _extra_columns(e: Evaluation) -> dict[str, Any]:
     found: dict[str, Any] = {name: _neat(value) for name, value in extra_numbers(e).items()}
     if "worst_case_recall_at_1" in found:
-        ends = e.measurements[-1].interval
+        ends = e.part(strict_columns(e)[-1]).interval
         if ends is not None:
             lo, hi = np.clip(ends, 0.0, 100.0)
             found["worst_case_recall_at_1_lo"], found["worst_case_recall_at_1_hi"] = _neat(float(lo)), _neat(float(hi))
-        if (areas := area_by_query(e)) is not None:
-            ends = cluster_bootstrap(areas[:, None], e.arrays["label"]).mean
+        if (worst := worst_case_by_query(e)) is not None:
+            ends = cluster_bootstrap(worst["worst_case_area"][:, None], e.arrays["label"]).mean
             if ends is not None:
                 found["worst_case_area_lo"], found["worst_case_area_hi"] = map(_neat, ends)
     return found
 
 
-def area_by_query(e: Evaluation) -> np.ndarray | None:
-    """(Q,) what each query adds to the area under the worst-case curve, whose mean it is; None for other protocols.
+def strict_columns(e: Evaluation) -> list[str]:
+    """The components of the worst-case curve, by ascending eps; extra parts are none of it."""
+    return [f"strict@{row['eps']}" for row in e.extras["strict"]["curve"]]
+
+
+def worst_case_by_query(e: Evaluation) -> dict[str, np.ndarray] | None:
+    """What each query adds to ``worst_case_recall_at_1`` and ``worst_case_area``, (Q,) each, whose means they are;
+    None for other protocols and without the queries' outcomes.
 
     The area is linear in the outcomes, so each query has one of its own.
     """
-    names = [f"{m.component}/value" for m in e.measurements]
-    needed = ("benign/recall_at_1", "label", *names)
-    if "strict" not in e.extras or not e.arrays or any(n not in e.arrays for n in needed):
+    if "strict" not in e.extras:
         return None
-    radii = np.array([0.0, *(length(m.component.rpartition("@")[2]) for m in e.measurements)])
-    curve = np.stack([e.arrays[n].astype(np.float64) for n in ("benign/recall_at_1", *names)], axis=1)
+    names = strict_columns(e)
+    keys = ["benign/recall_at_1", *(f"{name}/value" for name in names)]
+    if "label" not in e.arrays or any(key not in e.arrays for key in keys):
+        return None
+    radii = np.array([0.0, *(length(name.rpartition("@")[2]) for name in names)])
+    curve = np.stack([e.arrays[key].astype(np.float64) for key in keys], axis=1)
     areas: np.ndarray = (np.diff(radii) * (curve[:, 1:] + curve[:, :-1]) / 2).sum(1) / radii[-1]
-    return areas
+    return {"worst_case_recall_at_1": curve[:, -1], "worst_case_area": areas}

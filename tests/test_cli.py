@@ -143,6 +143,40 @@ def test_debug_shows_the_traceback(run) -> None:
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (TypeError("one\n  two"), "TypeError: one two; please report it"),
+        (KeyError("key"), "KeyError: 'key'; "),
+        (AssertionError(), "AssertionError; "),
+        (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device; "),
+    ],
+)
+def test_a_defect_is_one_line_and_its_own_code(typed, monkeypatch, error: Exception, said: str) -> None:
+    from dmlbench.cli import main, protocols
+
+    def broken(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(protocols, "load_protocol", broken)
+    done = typed("protocols", "show", "ers-28", code=70)
+    assert done.err.startswith(f"Error: internal error: {said}") and "--debug" in done.err
+    assert done.err.count("\n") == 1 and done.out == ""
+    with pytest.raises(type(error)):
+        main(["protocols", "show", "ers-28", "--debug"])
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (SystemExit(7), 7)])
+def test_what_is_no_defect_keeps_its_code(typed, monkeypatch, error: BaseException, code: int) -> None:
+    from dmlbench.cli import protocols
+
+    def stopped(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(protocols, "load_protocol", stopped)
+    assert "internal" not in typed("protocols", "show", "ers-28", code=code).err
+
+
 @pytest.fixture
 def altered(tmp_path: Path):
     """A registry whose default model has a weights file that was tampered with."""

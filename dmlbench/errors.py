@@ -1,7 +1,7 @@
 """What can go wrong for a user, in the user's words; each kind has its exit code.
 
 The command line prints the message of a :class:`DmlbenchError` as one line and exits with its
-``exit_code``. Anything else that escapes is a defect of dmlbench.
+``exit_code``. Anything else that escapes is a defect of dmlbench, exit code 70.
 """
 
 

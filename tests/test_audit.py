@@ -1,16 +1,22 @@
 """The audit: honest models pass, masked ones are flagged, and every verdict says why."""
 
 import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from PIL import Image
 from test_strict import shortened
 from torch import nn
 
 import dmlbench
 from dmlbench.audit import CHECKS, Evidence, _broken_beyond, black_beats_white, examine
-from dmlbench.checkpoints import packaged
+from dmlbench.checkpoints import PACKAGE, checkpoint, packaged
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import UsageError
 from dmlbench.evaluate import evaluate
@@ -155,6 +161,29 @@ def test_from_the_command_line(typed) -> None:
     assert "did you mean 'binarise'" in typed("audit", TRAINED[0], "--mask", "binarize", code=2).err
     assert "kind 'ers'" in typed("audit", TRAINED[0], "--protocol", "ers-digits", code=2).err
     assert "unknown model" in typed("audit", "nobody", code=2).err
+
+
+def test_the_pages_own_models_are_audited_on_the_images_of_evaluate(typed, tmp_path: Path) -> None:
+    page = (ROOT / "docs/audit.md").read_text()
+    (tmp_path / "mynets.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0])
+    rng = np.random.default_rng(0)
+    for k in range(12):
+        folder = tmp_path / "pics" / f"class_{k // 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 52, 3), dtype=np.uint8)).save(folder / f"{k}.png")
+    entry = checkpoint(TRAINED[0])
+    shutil.copy(PACKAGE / "weights" / str(entry.files[0].path), tmp_path / "mine.safetensors")
+    (tmp_path / "mine.json").write_text(json.dumps(entry.model_dump(mode="json", exclude_none=True)))
+    own, spec = (line.split()[2:] for line in page.splitlines() if re.match(r"dmlbench audit (python:|mine)", line))
+    few = ["--protocol", "strict-fast", "--json", "--device", "cpu"]
+
+    own += ["--interpolation", "nearest", "--channel-order", "bgr", "--name", "mine"]
+    found = typed("audit", *own, "--queries", "6", *few).json
+    result = typed("evaluate", "--model", *own, "--limit", "6", *few).json
+    curves = [[p | {"steps": None} for p in c] for c in (found["curve"], result["extras"]["strict"]["curve"])]
+    assert found["model"] == "mine" and curves[0] == curves[1]
+    assert [f["check"] for f in found["findings"]] == list(CHECKS)
+    assert typed("audit", *spec, "--queries", "4", *few).json["model"] == "mine"
 
 
 def test_masks_are_no_way_around_names() -> None:

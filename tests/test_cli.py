@@ -104,6 +104,63 @@ def test_help_has_an_example(typed) -> None:
         assert "dmlbench" in typed(verb, "--help").out and "xample" in typed(verb, "--help").out, verb
 
 
+WITHOUT_JSON = {"schema": "prints a JSON Schema already"}
+
+
+def verbs(command, path=()):
+    """Every command that does something, by the words that call it."""
+    import click
+
+    if not isinstance(command, click.Group):
+        yield path, command
+        return
+    ctx = click.Context(command)
+    for name in command.list_commands(ctx):
+        yield from verbs(command.get_command(ctx, name), (*path, name))
+
+
+def test_every_verb_has_json_and_an_example(typed) -> None:
+    from dmlbench.cli import cli
+
+    found = dict(verbs(cli))
+    assert len(found) >= 25
+    for words, command in found.items():
+        options = {name for parameter in command.params for name in parameter.opts}
+        assert ("--json" in options) != (" ".join(words) in WITHOUT_JSON), words
+        shown = typed(*words, "--help").out
+        assert "Example" in shown and f"dmlbench {' '.join(words)}" in shown.split("Example", 1)[1], words
+
+
+def test_what_register_report_and_the_page_say_to_programs(typed, tmp_path: Path) -> None:
+    entry = checkpoint(DEFAULT)
+    done = tmp_path / "run"
+    done.mkdir()
+    shutil.copy(PACKAGE / "weights" / entry.files[0].path, done / "last.safetensors")
+    (done / "checkpoint.json").write_text(json.dumps({"mine": entry.model_dump(mode="json")}))
+    (tmp_path / "reg.json").write_text('{"schema_version": 1, "checkpoints": {}}')
+    put = typed("register", "run", "--registry", "reg.json", "--weights", "w", "--json").json
+    assert put == {
+        "registry": "reg.json",
+        "registered": [{"id": "mine", "run": "run", "weights": "w/mine.safetensors"}],
+    }
+    assert (tmp_path / "w/mine.safetensors").is_file()
+
+    typed("evaluate", "--model", DEFAULT, "--limit", "8", "--attacks", "GTM", "--out", "result")
+    page = typed("report", "result", "--json").json
+    assert page == {
+        "report": "result/report.html",
+        "bytes": (tmp_path / "result/report.html").stat().st_size,
+        "runs": [{"name": "result", "folder": "result"}],
+    }
+
+    text = typed("protocols", "docs", "--json").json["page"]
+    wrote = typed("protocols", "docs", "--out", "page.md", "--json").json
+    assert wrote == {"out": "page.md", "bytes": len(text.encode())} and (tmp_path / "page.md").read_text() == text
+    assert typed("protocols", "docs", "--out", "page.md", "--check", "--json").json["up_to_date"] is True
+    (tmp_path / "page.md").write_text("old")
+    assert typed("protocols", "docs", "--out", "page.md", "--check", "--json", code=3).json["up_to_date"] is False
+
+
 BAD = [
     (["evaluate", "--model", "digits-smallcnn-triplet-hm-lga-isc"], 2, f"did you mean '{DEFAULT}'"),
     (["evaluate", "--model", DEFAULT, "--protocol", "ers-digit"], 2, "did you mean 'ers-digits'"),
@@ -141,6 +198,40 @@ def test_debug_shows_the_traceback(run) -> None:
         [sys.executable, "-m", "dmlbench", "--debug", "attacks", "show", "nothing"], capture_output=True, text=True
     )
     assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (TypeError("one\n  two"), "TypeError: one two; please report it"),
+        (KeyError("key"), "KeyError: 'key'; "),
+        (AssertionError(), "AssertionError; "),
+        (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device; "),
+    ],
+)
+def test_a_defect_is_one_line_and_its_own_code(typed, monkeypatch, error: Exception, said: str) -> None:
+    from dmlbench.cli import main, protocols
+
+    def broken(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(protocols, "load_protocol", broken)
+    done = typed("protocols", "show", "ers-28", code=70)
+    assert done.err.startswith(f"Error: internal error: {said}") and "--debug" in done.err
+    assert done.err.count("\n") == 1 and done.out == ""
+    with pytest.raises(type(error)):
+        main(["protocols", "show", "ers-28", "--debug"])
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (SystemExit(7), 7)])
+def test_what_is_no_defect_keeps_its_code(typed, monkeypatch, error: BaseException, code: int) -> None:
+    from dmlbench.cli import protocols
+
+    def stopped(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(protocols, "load_protocol", stopped)
+    assert "internal" not in typed("protocols", "show", "ers-28", code=code).err
 
 
 @pytest.fixture

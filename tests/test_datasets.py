@@ -1,9 +1,11 @@
 """Every data set in its real layout, whole and broken."""
 
+import dataclasses
 import gzip
 import io
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from PIL import Image
 from trees import cars_tree, class_tree, cub_from_lists, cub_tree, idx_file, inshop_tree, picture, sop_tree
 
 from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
-from dmlbench.datasets.base import Counts, counts_of, data_roots
+from dmlbench.datasets.base import Counts, TensorImages, counts_of, data_roots
 from dmlbench.errors import DataError, UsageError
 from dmlbench.preprocess import Preprocess
 
@@ -344,6 +346,61 @@ def test_where_data_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert data_roots() == [tmp_path / "dmlbench" / "data", Path("../shared/data")]
     monkeypatch.setenv("DMLBENCH_DATA", "/a/b")
     assert data_roots() == [Path("/a/b")]
+
+
+HALVES = [0.5] * 4 + [0.7] * 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (HALVES, "whole numbers, not 0.5"),
+        (torch.tensor(HALVES), "whole numbers, not 0.5"),
+        ([0.0] * 7 + [float("nan")], "not nan"),
+        ([0.0] * 7 + [1e300], "not 1e+300"),
+        (np.full(8, 2**63, np.uint64), "not 9223372036854775808"),
+        ([2**70] * 8, f"not {2**70}"),
+        ([None] * 8, "not None"),
+        ([1j] * 8, "not 1j"),
+        (["cat"] * 7 + [float("nan")], "all strings or all whole numbers, not nan too"),
+        ([[0, 1], [2]], "are no array"),
+        ([0, 1], "8 images but labels of shape (2,)"),
+        ([["cat"]] * 8, "must be whole numbers, not 'cat'"),
+    ],
+)
+def test_labels_are_never_cut(labels: object, said: str) -> None:
+    with pytest.raises(DataError, match=re.escape(said)) as refused:
+        RetrievalDataset("m", "test", TensorImages(torch.zeros(8, 1, 2, 2)), labels)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "names"),
+    [
+        ([3.0, 3.0, -1.0], [3, 3, -1], []),
+        (torch.tensor([2, 0, 2]), [2, 0, 2], []),
+        (np.array([7, 1, 7], np.uint8), [7, 1, 7], []),
+        (np.array([7, 1, 7], object), [7, 1, 7], []),
+        ([True, False, True], [1, 0, 1], []),
+        (["dog", "cat", "dog"], [1, 0, 1], ["cat", "dog"]),
+        (np.array(["b", "b", "a"]), [1, 1, 0], ["a", "b"]),
+    ],
+)
+def test_labels_of_every_kind(labels: object, numbers: list[int], names: list[str]) -> None:
+    made = RetrievalDataset("m", "test", TensorImages(torch.zeros(3, 1, 2, 2)), labels)
+    assert made.labels.dtype == np.int64 and made.labels.tolist() == numbers and list(made.class_names) == names
+    again = dataclasses.replace(made, query=[0], gallery=torch.tensor([1, 2]))
+    assert again.labels.tolist() == numbers and list(again.class_names) == names and again.query.tolist() == [0]
+
+
+def test_rows_are_never_cut_and_names_never_wrong() -> None:
+    images = TensorImages(torch.zeros(3, 1, 2, 2))
+    with pytest.raises(DataError, match=r"query rows must be whole numbers, not 1\.5"):
+        RetrievalDataset("m", "test", images, [0, 0, 1], query=[0.0, 1.5])
+    with pytest.raises(DataError, match="gallery must be row numbers"):
+        RetrievalDataset("m", "test", images, [0, 0, 1], gallery=[False, True, False])
+    with pytest.raises(DataError, match="are the class names"):
+        RetrievalDataset("m", "test", images, ["a", "a", "b"], class_names=("x", "y"))
 
 
 def test_unknown_names() -> None:

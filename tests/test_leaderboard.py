@@ -17,7 +17,7 @@ from synthetic import evaluation
 
 from dmlbench.errors import DataError
 from dmlbench.leaderboard import COLUMNS, PARTS, Row, add_row, from_csv, from_evaluation, rank, to_csv
-from dmlbench.leaderboard.build import differences, rows_of
+from dmlbench.leaderboard.build import differences, load_boards, rows_of
 from dmlbench.protocol import load_protocol
 from dmlbench.results import Flag, Measurement
 from dmlbench.submission.rerun import Verification
@@ -267,9 +267,13 @@ def test_build_writes_what_differs_and_check_finds_it(typed, board):
     assert (
         "ers-224/mnist.csv comes from no submission" in done.out and "ers-28-published/mnist.csv is missing" in done.out
     )
+    told = typed("leaderboard", "build", "--check", "--board", board, "--json", code=1).json
+    assert told["up_to_date"] is False and len(told["differences"]) == 3 and told["board"] == str(board)
     assert "3 files changed" in typed("leaderboard", "build", "--board", board).out
     assert csv_file.read_bytes() == good and not (board / "ers-224" / "mnist.csv").exists()
     typed("leaderboard", "build", "--check", "--board", board)
+    told = typed("leaderboard", "build", "--board", board, "--json").json
+    assert told["changed"] == [] and told["rows"] == sum(map(len, load_boards(board).values()))
 
 
 def mine(board):

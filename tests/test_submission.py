@@ -587,6 +587,9 @@ def test_from_a_run_to_a_verified_bundle(typed, made, tmp_path):
     out = tmp_path / "mine"
     done = typed("submit", "init", source / "run", "--checkpoint", entry, "--out", out / "submission.yaml")
     assert "still to fill in: 1 field" in done.out
+    forced = ["--checkpoint", entry, "--out", out / "submission.yaml", "--force"]
+    drafted = typed("submit", "init", source / "run", *forced, "--json").json
+    assert drafted["submission"] == str(out / "submission.yaml") and drafted["to_fill_in"] == ["authors.0"]
     assert "already there" in typed(
         "submit", "init", source / "run", "--checkpoint", entry, "--out", out / "submission.yaml", code=2
     ).err  # fmt: skip
@@ -601,10 +604,15 @@ def test_from_a_run_to_a_verified_bundle(typed, made, tmp_path):
     ]
     done = typed(*packing, "--out", out / "b.zip", code=1)
     assert "not ready: level 0: submission.yaml authors.0: has not been filled in" in done.err
+    told = typed(*packing, "--out", out / "b.zip", "--json", code=1).json
+    problem = {"level": 0, "field": "submission.yaml authors.0", "reason": "has not been filled in"}
+    assert told["problems"] == [problem] and told["id"] is None and not told["passed"]
     text = (out / "submission.yaml").read_text().replace("- FILL-IN", "- A. Tester")
     (out / "submission.yaml").write_text(text)
     done = typed(*packing, "--out", out / "b.zip")
     assert "7 files" in done.out and "level 0 passed" in done.out
+    told = typed(*packing, "--out", out / "b.zip", "--json").json
+    assert told["passed"] and told["id"] == drafted["id"] and len(told["files"]) == 7 and told["problems"] == []
 
     whole = (out / "b.zip").stat().st_size
     typed(*packing, "--sample", "32", "--out", out / "short.zip")

@@ -2,7 +2,7 @@
 
 A verb's file holds a click command of the same name. Commands parse, call and print; the only
 mathematics here is in what they call. Errors: one line on stderr and the exit code of the error
-(``--debug`` shows the traceback).
+(``--debug`` shows the traceback); what is no :class:`DmlbenchError` is a defect, with an exit code of its own.
 """
 
 import importlib
@@ -17,6 +17,8 @@ from dmlbench.registry import suggest
 from dmlbench.version import __version__
 
 INTERRUPTED = 130
+INTERNAL = 70
+"""A defect of dmlbench (EX_SOFTWARE of sysexits.h); 1 is the answer no of ``compare``, ``validate`` and others."""
 
 VERBS = {
     "evaluate": "score a model: benign metrics, every attack part, ERS",
@@ -100,4 +102,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         raise SystemExit(141) from None
+    except Exception as error:
+        if debug:
+            raise
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+        _fail(f"internal error: {said}; please report it, --debug shows the traceback", INTERNAL)
     raise SystemExit(code if isinstance(code, int) else 0)

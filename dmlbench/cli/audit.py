@@ -1,16 +1,22 @@
 """``dmlbench audit``: does a model's measured robustness mean what it says?"""
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from dmlbench.cli.kinds import print_findings
+from dmlbench.cli.model_options import load_subject, model_options
 from dmlbench.cli.output import console, json_option, print_json, progress
+
+if TYPE_CHECKING:
+    from dmlbench.models import ModelOptions
 
 EPILOG = """\b
 Examples:
   dmlbench audit digits-smallcnn-triplet-hm-lga-ics
-  dmlbench audit digits-smallcnn-triplet-none --mask quantise-8"""
+  dmlbench audit digits-smallcnn-triplet-none --mask quantise-8
+  dmlbench audit python:mynets.py:make --dataset folder:pics --input-size 64"""
 SOUND = {
     "pass": "no doubt: the measured robustness can be taken at its word",
     "warn": "doubts: look again before the number is used",
@@ -20,33 +26,42 @@ SOUND = {
 
 @click.command(epilog=EPILOG)
 @click.argument("model")
-@click.option("--dataset", help="A data set's id; by default the one that the model was trained on.")
+@click.option(
+    "--dataset", help="A data set's id, folder:PATH or csv:FILE; by default the one that the model was trained on."
+)
 @click.option("--protocol", default="strict", show_default=True, help="Whose searches the checks build on.")
 @click.option("--queries", default=256, show_default=True, type=click.IntRange(min=1), help="Queries looked at.")
 @click.option("--mask", help="Put a known gradient mask before the model first, to see what the audit says of it.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:n.")
+@model_options
 @json_option
 def audit(
-    model: str, dataset: str | None, protocol: str, queries: int, mask: str | None, device: str, as_json: bool
+    model: str,
+    dataset: str | None,
+    protocol: str,
+    queries: int,
+    mask: str | None,
+    device: str,
+    options: "ModelOptions",
+    as_json: bool,
 ) -> None:
     """Check MODEL for masked gradients, randomness and collapse; see docs/audit.md.
 
+    MODEL and the options that describe it are those of `dmlbench evaluate --model`, and so are the images.
     Exit code 0 whatever the verdict: the verdict is the output.
     """
     import dmlbench
-    from dmlbench.datasets import load_dataset
     from dmlbench.errors import UsageError
-    from dmlbench.evaluate import default_dataset
     from dmlbench.masks import MASKS
 
-    embedder = dmlbench.load_model(model)
-    images = load_dataset(dataset or default_dataset(embedder))
     rules = dmlbench.load_protocol(protocol)
     if rules.kind != "strict":
         raise UsageError(f"protocol {protocol!r} is of kind {rules.kind!r}: the audit builds on one of kind 'strict'")
-    if mask is not None:
-        embedder = MASKS[mask](embedder)
-        embedder.name = f"{model} behind {mask}"
+    put_before = None if mask is None else MASKS[mask]
+    embedder, images = load_subject(model, options, dataset, "test")
+    if put_before is not None:
+        embedder = put_before(embedder)
+        embedder.name = f"{embedder.name} behind {mask}"
     rules = rules.model_copy(update={"audit": queries})
     with progress() as bars:
         evaluation = dmlbench.evaluate(

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from dmlbench.cli.output import json_option, print_json
+
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _BOARD = click.option("--board", type=_FOLDER, help="Another folder leaderboard than the packaged one.")
 
@@ -56,7 +58,8 @@ def show(
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 where a committed file differs.")
 @click.option("--site", type=_FOLDER, help="Also write the static site into this folder.")
 @_BOARD
-def build(check: bool, site: Path | None, board: Path | None) -> int:
+@json_option
+def build(check: bool, site: Path | None, board: Path | None, as_json: bool) -> int:
     """Make the board's CSV files from its submissions."""
     from dmlbench.errors import UsageError
     from dmlbench.leaderboard.build import build as make
@@ -65,23 +68,32 @@ def build(check: bool, site: Path | None, board: Path | None) -> int:
     folder = board or Path("leaderboard")
     if not (folder / "submissions").is_dir():
         raise UsageError(f"{folder} has no folder submissions: run this at the repository's root, or name --board")
+    facts: dict[str, object] = {"board": str(folder)}
+
+    def say(line: str) -> None:
+        if not as_json:
+            click.echo(line)
+
+    found: list[str] = []
     if check:
         found = differences(folder)
+        facts |= {"up_to_date": not found, "differences": found}
         for line in found:
-            click.echo(f"differs: {line}")
-        click.echo(f"{folder}: {'run `dmlbench leaderboard build`' if found else 'up to date'}")
-        if found:
-            return 1
+            say(f"differs: {line}")
+        say(f"{folder}: {'run `dmlbench leaderboard build`' if found else 'up to date'}")
     else:
         changed = make(folder)
+        rows = sum(map(len, load_boards(folder).values()))
+        facts |= {"changed": [str(folder / name) for name in changed], "rows": rows}
         for name in changed:
-            click.echo(f"wrote {folder / name}")
-        click.echo(
-            f"{folder}: {sum(map(len, load_boards(folder).values()))} rows, {len(changed)} file{'s' * (len(changed) != 1)} changed"
-        )
-    if site:
+            say(f"wrote {folder / name}")
+        say(f"{folder}: {rows} rows, {len(changed)} file{'s' * (len(changed) != 1)} changed")
+    if site and not found:
         from dmlbench.site import write_site
 
         pages = write_site(folder, site)
-        click.echo(f"{site}: {len(pages)} pages; open {site / 'index.html'}")
-    return 0
+        facts["site"] = {"index": str(site / "index.html"), "pages": len(pages)}
+        say(f"{site}: {len(pages)} pages; open {site / 'index.html'}")
+    if as_json:
+        print_json(facts)
+    return 1 if found else 0

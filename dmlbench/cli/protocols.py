@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from dmlbench.cli.output import json_option, print_facts, print_list
+from dmlbench.cli.output import json_option, print_facts, print_json, print_list
 from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.protocol import load_protocol, protocol_names
 from dmlbench.results import write_whole
@@ -38,7 +38,8 @@ def show_protocol(name: str, as_json: bool) -> None:
 @protocols.command("docs", epilog="Example: dmlbench protocols docs --check --out docs/protocols.md")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the page here, not on stdout.")
 @click.option("--check", is_flag=True, help="Compare with --out and exit with 3 if it differs.")
-def docs(out: Path | None, check: bool) -> None:
+@json_option
+def docs(out: Path | None, check: bool, as_json: bool) -> None:
     """The page of every protocol, attack, read-out, optimizer and check, written from the tables."""
     from dmlbench.catalogue import render
 
@@ -46,14 +47,21 @@ def docs(out: Path | None, check: bool) -> None:
     if out is None:
         if check:
             raise UsageError("--check needs --out, the page to compare with")
-        click.echo(page, nl=False)
+        if as_json:
+            print_json({"page": page})
+        else:
+            click.echo(page, nl=False)
     elif check:
         try:
             found = out.read_text(encoding="utf-8")
         except OSError as error:
             raise DataError(f"{out} cannot be read: {error.strerror}") from None
+        if as_json:
+            print_json({"out": str(out), "up_to_date": found == page})
         if found != page:
             raise NotComparable(f"{out} is not what the tables say: run `dmlbench protocols docs --out {out}`")
         click.echo(f"{out} is what the tables say", err=True)
     else:
         write_whole(out, page.encode())
+        if as_json:
+            print_json({"out": str(out), "bytes": len(page.encode())})

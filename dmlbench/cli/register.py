@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from dmlbench.cli.output import json_option, print_json
 from dmlbench.registration import register as add
 
 
@@ -23,8 +24,16 @@ from dmlbench.registration import register as add
     "--url", help="Address of weights that are fetched, with {name}, e.g. {base}/{name}; they are not packaged."
 )
 @click.option("--replace", is_flag=True, help="Replace an entry of the same id.")
-def register(runs: tuple[Path, ...], registry: Path, weights: Path, url: str | None, replace: bool) -> None:
+@json_option
+def register(
+    runs: tuple[Path, ...], registry: Path, weights: Path, url: str | None, replace: bool, as_json: bool
+) -> None:
     """Copy the weights of finished training RUNS and add their entries to the registry file."""
+    made = []
     for run in runs:
         name = add(run, registry, weights, url=url, replace=replace)
-        click.echo(f"{name} -> {registry}")
+        made.append({"id": name, "run": str(run), "weights": str(weights / f"{name}.safetensors")})
+        if not as_json:
+            click.echo(f"{name} -> {registry}")
+    if as_json:
+        print_json({"registry": str(registry), "registered": made})

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from dmlbench.cli.output import json_option, print_json
 from dmlbench.errors import UsageError
 from dmlbench.results import load, write_whole
 
@@ -15,7 +16,8 @@ _EXAMPLE = "Example: dmlbench report runs/mine runs/baseline --out mine.html"
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the page here; by default RUN/report.html."
 )
-def report(runs: tuple[Path, ...], out: Path | None) -> None:
+@json_option
+def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """One self-contained HTML page: scores, curves, what was retrieved, projections, the environment.
 
     The first RUN is shown in full, the others beside it.
@@ -29,6 +31,10 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     if not target.resolve().parent.is_dir():
         raise UsageError(f"--out {target}: the folder does not exist")
     write_whole(target, content.encode("utf-8", "backslashreplace"))
+    if as_json:
+        shown = [{"name": _name(folder, runs), "folder": str(folder)} for folder in runs]
+        print_json({"report": str(target), "bytes": target.stat().st_size, "runs": shown})
+        return
     click.echo(str(target))
 
 

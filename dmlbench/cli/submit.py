@@ -1,8 +1,11 @@
 """``dmlbench submit``: from a run folder to a bundle."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
+
+from dmlbench.cli.output import json_option, print_json
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -21,8 +24,13 @@ def submit() -> None:
 )
 @click.option("--author", "authors", multiple=True, help="Who submits; repeatable.")
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
-def init(run: Path, out: Path | None, checkpoint: Path | None, authors: tuple[str, ...], force: bool) -> None:
+@json_option
+def init(
+    run: Path, out: Path | None, checkpoint: Path | None, authors: tuple[str, ...], force: bool, as_json: bool
+) -> None:
     """Write submission.yaml for the run folder RUN, with what is known filled in."""
+    import yaml
+
     from dmlbench.errors import UsageError
     from dmlbench.results import prepare_folder, write_whole
     from dmlbench.submission.pack import draft, read_card
@@ -34,10 +42,23 @@ def init(run: Path, out: Path | None, checkpoint: Path | None, authors: tuple[st
     text = draft(run, read_card(checkpoint) if checkpoint else None, authors)
     prepare_folder(path.parent)
     write_whole(path, text.encode())
+    content = yaml.safe_load(text)
+    left = list(_holding(FILL_IN, content))
+    if as_json:
+        print_json({"id": content["id"], "submission": str(path), "to_fill_in": left})
+        return
     click.echo(f"wrote {path}")
-    left = [line.strip().removeprefix("- ") for line in text.splitlines() if FILL_IN in line and line[0] != "#"]
     if left:
         click.echo(f"still to fill in: {len(left)} field{'s' * (len(left) != 1)} marked {FILL_IN}")
+
+
+def _holding(mark: str, value: object, where: str = "") -> Iterator[str]:
+    """The fields of a YAML document that hold ``mark``, as ``train.loss`` or ``authors.0``."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _holding(mark, inner, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, str) and mark in value:
+        yield where
 
 
 @submit.command(epilog="Example: dmlbench submit pack runs/mine --out mine.zip")
@@ -52,14 +73,21 @@ def init(run: Path, out: Path | None, checkpoint: Path | None, authors: tuple[st
     required=True,
     help="A .zip file, or a folder as under leaderboard/submissions.",
 )
+@json_option
 def pack(
-    run: Path, submission: Path | None, weights: Path | None, no_weights: bool, sample: int | None, out: Path
+    run: Path,
+    submission: Path | None,
+    weights: Path | None,
+    no_weights: bool,
+    sample: int | None,
+    out: Path,
+    as_json: bool,
 ) -> int:
     """Put the run folder RUN, its submission.yaml and the weights into one bundle, and check it (level 0)."""
     from dmlbench.errors import UsageError
     from dmlbench.results import prepare_folder
     from dmlbench.submission import pack as packing
-    from dmlbench.submission.bundle import Refused
+    from dmlbench.submission.bundle import Problem, Refused
     from dmlbench.submission.static import check_static
 
     if weights and no_weights:
@@ -71,12 +99,21 @@ def pack(
     else:
         packing.write_folder(files, out)
     size = sum(len(content) for content in files.values())
-    click.echo(f"wrote {out}: {len(files)} files, {size / 1024:.0f} KiB")
+    if not as_json:
+        click.echo(f"wrote {out}: {len(files)} files, {size / 1024:.0f} KiB")
+    name, problems = None, list[Problem]()
     try:
-        checked = check_static(out)
+        name = check_static(out).submission.id
     except Refused as refused:
-        for problem in refused.problems:
-            click.echo(f"not ready: {problem}", err=True)
+        problems += refused.problems
+    if as_json:
+        found = [problem._asdict() for problem in problems]
+        facts = {"bundle": str(out), "files": sorted(files), "bytes": size}
+        print_json({"id": name, **facts, "passed": not found, "problems": found})
+        return 1 if found else 0
+    for problem in problems:
+        click.echo(f"not ready: {problem}", err=True)
+    if problems:
         return 1
-    click.echo(f"{checked.submission.id}: level 0 passed")
+    click.echo(f"{name}: level 0 passed")
     return 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,6 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dmlbench.errors import DataError
+
+if TYPE_CHECKING:
+    Numbers = np.ndarray
+else:
+    Numbers = Any  # what is read is an array; what is given may be anything that has the form of one
 
 
 @runtime_checkable
@@ -95,7 +100,8 @@ class RetrievalDataset:
         name: its id, e.g. "digits".
         split: "train" or "test".
         images: rows of images.
-        labels: (N,) int64, the class of each row.
+        labels: (N,) int64, the class of each row. Whole numbers of any kind will do, booleans are 0 and 1, and
+            strings are numbered in sorted order and become ``class_names``.
         query, gallery: rows (Q,) and (G,) of the images that ask and of those that are searched; by
             default every row is both, and a query's own entry is left out of its ranking.
         licence, source: where the images come from and on what terms.
@@ -105,22 +111,29 @@ class RetrievalDataset:
     name: str
     split: str
     images: Images
-    labels: np.ndarray
-    query: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    gallery: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    labels: Numbers
+    query: Numbers = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    gallery: Numbers = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     licence: str = "unknown"
     source: str = ""
     class_names: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", np.asarray(self.labels, dtype=np.int64))
+        labels, names = _labels(self.labels, f"data set {self.name!r}: labels")
+        if names and len(self.class_names) and list(self.class_names) != names:
+            raise DataError(f"data set {self.name!r}: labels that are strings are the class names: leave those out")
+        object.__setattr__(self, "labels", labels)
+        object.__setattr__(self, "class_names", names or self.class_names)
         n = len(self.images)
         if n == 0:
             raise DataError(f"data set {self.name!r} has no images")
         if self.labels.shape != (n,):
             raise DataError(f"data set {self.name!r}: {n} images but labels of shape {self.labels.shape}")
         for which in ("query", "gallery"):
-            rows = np.asarray(getattr(self, which), dtype=np.int64)
+            rows = _array(getattr(self, which), f"data set {self.name!r}: {which} rows")
+            if rows.dtype.kind == "b":
+                raise DataError(f"data set {self.name!r}: {which} must be row numbers, e.g. np.flatnonzero(mask)")
+            rows = _whole(rows, f"data set {self.name!r}: {which} rows")
             rows = np.arange(n) if rows.size == 0 else rows
             if rows.min() < 0 or rows.max() >= n or len(np.unique(rows)) != len(rows):
                 raise DataError(f"data set {self.name!r}: {which} rows must be distinct and below {n}")
@@ -143,6 +156,50 @@ class RetrievalDataset:
         for rows in (self.labels, self.query, self.gallery):
             digest.update(np.ascontiguousarray(rows, dtype="<i8").tobytes())
         return digest.hexdigest()
+
+
+def _array(values: object, what: str) -> np.ndarray:
+    """An array of anything that has the form of one."""
+    try:
+        return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{what} are no array: {' '.join(str(error).split())}") from None
+
+
+def _whole(values: np.ndarray, what: str) -> np.ndarray:
+    """The same numbers as int64, none of them changed.
+
+    Raises:
+        DataError: one is no whole number that fits, and is named.
+    """
+    wrong: list[object]
+    if values.dtype.kind in "bi":
+        wrong = []
+    elif values.dtype.kind in "uf":
+        wide = values.astype(np.float64)
+        wrong = values[~((np.abs(wide) < 2.0**63) & (wide == np.trunc(wide)))].tolist()
+    elif values.dtype.kind == "O":
+        wrong = [v for v in values.flat if not isinstance(v, int | np.integer) or not -(2**63) <= v < 2**63]
+    else:
+        wrong = values.ravel().tolist()
+    if wrong:
+        raise DataError(f"{what} must be whole numbers, not {wrong[0]!r}")
+    return values.astype(np.int64)
+
+
+def _labels(labels: object, what: str) -> tuple[np.ndarray, list[str]]:
+    """Labels as int64, and the names of the classes where the labels were strings."""
+    given = _array(labels, what)
+    if given.dtype.kind == "U" and not isinstance(labels, np.ndarray):
+        given = np.asarray(labels, dtype=object)  # numpy makes strings of the numbers beside a string
+    strings = [isinstance(v, str) for v in given.flat] if given.dtype.kind in "OU" else [False]
+    if given.ndim == 1 and strings and all(strings):
+        return numbered([str(v) for v in given])
+    if any(strings) and not all(strings):
+        raise DataError(
+            f"{what} must be all strings or all whole numbers, not {given.flat[strings.index(False)]!r} too"
+        )
+    return _whole(given, what), []
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,13 +216,20 @@ def prepare_folder(folder: Path) -> None:
         raise DataError(f"--out {folder} cannot be written: {error.strerror or error}") from None
 
 
+def refuse_partial(folder: Path, partial: Sequence[str]) -> None:
+    """Keep a full result from being replaced by one that is ``partial`` for these reasons.
+
+    Raises:
+        DataError: the folder holds a full result, or one that cannot be read.
+    """
+    if partial and (folder / "evaluation.json").exists() and not load(folder, arrays=False).partial:
+        raise DataError(f"{folder} holds a full result; a partial one ({', '.join(partial)}) does not replace it")
+
+
 def save(evaluation: Evaluation, folder: Path) -> Path:
     """Write the run folder; a partial result never overwrites a full one."""
     prepare_folder(folder)
-    if evaluation.partial and (folder / "evaluation.json").exists() and not load(folder, arrays=False).partial:
-        raise DataError(
-            f"{folder} holds a full result; a partial one ({', '.join(evaluation.partial)}) does not replace it"
-        )
+    refuse_partial(folder, evaluation.partial)
     files = {
         "per_query.npz": npz_bytes(evaluation.arrays),
         "evaluation.json": json_bytes(evaluation.model_dump(mode="json")),

@@ -6,6 +6,7 @@ browser would read as HTML is refused, so a cell can be shown anywhere.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -225,6 +226,11 @@ def defense_text(card: Checkpoint) -> str:
     return f"{card.defense.name} ({params})" if params else card.defense.name
 
 
+def partial_text(reasons: Sequence[str]) -> str | None:
+    """The column ``partial``: why this is not a full result, without the hyphens that a spreadsheet would execute."""
+    return "; ".join(reason.lstrip("-") for reason in reasons) or None
+
+
 def from_evaluation(
     evaluation: Evaluation,
     *,
@@ -281,7 +287,7 @@ def from_evaluation(
         claim_gap=None if claimed_ers is None or e.ers is None else _neat(e.ers - claimed_ers),
         status=status,
         flags=" ".join(sorted({f.flag for f in e.warnings})) or None,
-        partial="; ".join(p.lstrip("-") for p in e.partial) or None,
+        partial=partial_text(e.partial),
         n_queries=e.dataset.n_queries,
         n_gallery=e.dataset.n_gallery,
         seed=e.protocol.seed,

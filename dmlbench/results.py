@@ -268,6 +268,8 @@ def load(folder: Path, arrays: bool = True, sample: bool = True) -> Evaluation:
         files.pop(SAMPLE, None)
     for name, stated in files.items():
         path = folder / Path(name).name
+        if not isinstance(stated, dict):
+            raise DataError(f"{folder}/manifest.json: files.{name} is {stated!r}, not an object with bytes and sha256")
         if not path.is_file() or sha256_of(path) != stated.get("sha256"):
             raise DataError(f"{path} is missing or differs from the manifest")
     if arrays:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from synthetic import evaluation
 
 import dmlbench
+from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError
 from dmlbench.leaderboard import add_row, from_csv
 from dmlbench.leaderboard.row import extra_numbers
@@ -163,3 +165,37 @@ def test_numbers_of_no_query_are_empty_wherever_they_are_read(typed, own, tmp_pa
     typed("report", "run", "--out", "run.html")
     unread = evaluation(extras={"strict": {"curve": [{"recall_at_1": None}], "area": float("nan")}})
     assert extra_numbers(unread) == {}
+
+
+def test_a_network_that_fails_on_a_batch_is_told_in_one_line(typed, own, tmp_path) -> None:
+    images = ["--dataset", pictures(tmp_path / "pics"), "--protocol", "strict-fast"]
+    refused = typed("evaluate", "--model", f"{own[1][:-3]}Small", *images, code=4).err
+    assert "fails on a batch of 12x3x8x8: RuntimeError: too many" in refused
+    assert "Traceback" not in refused and "more about it" not in refused
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.cuda.OutOfMemoryError, DataError])
+def test_what_the_engine_or_the_user_handles_comes_through_a_network(error) -> None:
+    class Fails(torch.nn.Module):
+        def forward(self, x):
+            raise error("as it is")
+
+    with pytest.raises(error, match=r"^as it is$"):
+        Embedder(Fails(), (1, 8, 8))(torch.zeros(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("files", [{"evaluation.json": 5}, {"evaluation.json": None}, {"evaluation.json": ["sha256"]}])
+def test_a_manifest_of_another_form_is_an_error(files, tmp_path) -> None:
+    save(FULL, tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
+    with pytest.raises(DataError, match=r"manifest\.json: files\.evaluation\.json is "):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("env, whole", [({"COLUMNS": "70"}, True), ({"COLUMNS": "60", "FORCE_COLOR": "1"}, False)])
+def test_no_name_of_a_part_is_cut(env, whole, typed) -> None:
+    out = typed("evaluate", "--model", MODEL, "--attacks", "ES@pgd", "--limit", "8", env=env).out
+    table = out[out.index("\nES@pgd") : out.index("\nERS")].splitlines()
+    name = "ES@pgd:embedding_shift"
+    assert any(line.startswith(f"{name} ") for line in table) == whole
+    assert name in "".join(line.split()[0] for line in table if line[:1].strip())  # folded where it must be

@@ -296,7 +296,7 @@ def print_evaluation(e: Evaluation) -> None:
     out.print(benign)
 
     parts = Table(box=None, pad_edge=False, title="under attack", title_justify="left")
-    parts.add_column("part")
+    parts.add_column("part", overflow="fold")  # a name is never cut
     kept = e.extras.get("retention", {})
     for column in ("raw", "better", "score", "95 % interval", "retention", "queries", "seconds"):
         parts.add_column(column, justify="right")
@@ -315,6 +315,8 @@ def print_evaluation(e: Evaluation) -> None:
             str(m.n),
             f"{m.seconds:.1f}",
         )
+    if not out.is_terminal:  # the lines of a file or a pipe may be as long as they need
+        out.width = max(out.width, out.measure(parts, options=out.options.update(max_width=1000)).maximum)
     out.print(parts)
     if "strict" in e.extras:
         print_strict(e.extras["strict"], out)

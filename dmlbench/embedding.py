@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dmlbench.checkpoints import Checkpoint
-from dmlbench.errors import DataError
+from dmlbench.errors import DataError, DmlbenchError
 from dmlbench.preprocess import Preprocess
 from dmlbench.registry import Registry
 
@@ -170,11 +170,30 @@ class Embedder(nn.Module):
         stepping = torch.is_grad_enabled() and images.requires_grad
         network = self.steps if self.steps is not None and stepping else self.network
         with torch.autocast(images.device.type, torch.bfloat16, enabled=stepping and self.precision == "bfloat16"):
-            raw = network(self.normalise(images))
+            raw = self._through(network, images)
         if not isinstance(raw, Tensor) or raw.dim() != 2:
             what = f"shape {tuple(raw.shape)}" if isinstance(raw, Tensor) else f"a {type(raw).__name__}"
             raise DataError(f"model {self.name!r} gave {what}, where embeddings (batch, d) are expected")
         return self.distance.finish(raw.float())
+
+    def _through(self, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """What the network makes of the images.
+
+        Raises:
+            torch.cuda.OutOfMemoryError: the batch is too large; who chose its size may choose another.
+            DataError: the network fails on them in another way.
+        """
+        fed = self.normalise(images)
+        try:
+            return network(fed)
+        except (DmlbenchError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:  # the network is anybody's code, which can fail in any way
+            first = (str(error).strip().splitlines() or ["no reason given"])[0]
+            shape = "x".join(map(str, images.shape))
+            raise DataError(
+                f"model {self.name!r} fails on a batch of {shape}: {type(error).__name__}: {first}"
+            ) from error
 
     def normalise(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """What the network is fed: images less mean, over std."""

@@ -212,7 +212,7 @@ def evaluate(
     doubts = [f.flag() for f in findings if f.verdict in ("warn", "fail")]
     if used and work.world.leads and not (outcome and rules.audit):
         doubts += glance(subject, arrays["benign/recall_at_1"], used, size)
-    why = reasons(official, chosen, dataset, attacks, limit, seed, eot, other)
+    why = reasons(official, chosen, dataset, attacks, limit, seed, eot, other.name if other else None)
     whole = complete(rules, chosen)
     measurements, ers, ers_interval = scores(parts, arrays, seconds, complete=rules.kind == "ers" and whole)
     measurements += scores(chosen.extra, arrays, seconds, complete=False)[0]
@@ -277,14 +277,14 @@ def reasons(
     limit: int | None,
     seed: int | None,
     eot: int | None,
-    surrogate: Embedder | None,
+    surrogate: str | None,
 ) -> tuple[str, ...]:
-    """Why a result is not a full one; empty where it is."""
+    """Why a result is not a full one; empty where it is. ``surrogate`` is that model's name."""
     why = [f"--limit {limit}"] if limit is not None and limit < len(dataset.query) else []
     why += [] if complete(rules, chosen) else [f"--attacks {','.join(attacks or ())}"]
     why += [f"--seed {seed}"] if seed not in (None, rules.seed) else []
     why += [f"--eot {eot}"] if eot not in (None, rules.threat.get("eot", 1)) else []
-    return (*why, *([f"--surrogate {surrogate.name}"] if surrogate else []))
+    return (*why, *([f"--surrogate {surrogate}"] if surrogate else []))
 
 
 def asked(
@@ -304,7 +304,7 @@ def asked(
     other = load_model(surrogate) if surrogate is not None else None
     return {
         **essentials(embedder, dataset, rules, seed, device),
-        "partial": list(reasons(rules, chosen, dataset, attacks, limit, seed, eot, other)),
+        "partial": list(reasons(rules, chosen, dataset, attacks, limit, seed, eot, other.name if other else None)),
         "extra_parts": [c.name for c in chosen.extra],
         **(fingerprint(embedder) if embedder.card is None else {}),
     }

@@ -9,7 +9,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -231,13 +231,20 @@ def prepare_folder(folder: Path) -> None:
         raise DataError(f"--out {folder} cannot be written: {error.strerror or error}") from None
 
 
+def refuse_partial(folder: Path, partial: Sequence[str]) -> None:
+    """Keep a full result from being replaced by one that is ``partial`` for these reasons.
+
+    Raises:
+        DataError: the folder holds a full result, or one that cannot be read.
+    """
+    if partial and (folder / "evaluation.json").exists() and not load(folder, arrays=False).partial:
+        raise DataError(f"{folder} holds a full result; a partial one ({', '.join(partial)}) does not replace it")
+
+
 def save(evaluation: Evaluation, folder: Path) -> Path:
     """Write the run folder; a partial result never overwrites a full one."""
     prepare_folder(folder)
-    if evaluation.partial and (folder / "evaluation.json").exists() and not load(folder, arrays=False).partial:
-        raise DataError(
-            f"{folder} holds a full result; a partial one ({', '.join(evaluation.partial)}) does not replace it"
-        )
+    refuse_partial(folder, evaluation.partial)
     files = {
         "per_query.npz": npz_bytes(evaluation.arrays),
         "evaluation.json": json_bytes(evaluation.model_dump(mode="json")),
@@ -276,6 +283,8 @@ def load(folder: Path, arrays: bool = True, sample: bool = True) -> Evaluation:
         files.pop(SAMPLE, None)
     for name, stated in files.items():
         path = folder / Path(name).name
+        if not isinstance(stated, dict):
+            raise DataError(f"{folder}/manifest.json: files.{name} is {stated!r}, not an object with bytes and sha256")
         if not path.is_file() or sha256_of(path) != stated.get("sha256"):
             raise DataError(f"{path} is missing or differs from the manifest")
     if arrays:

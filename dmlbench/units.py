@@ -10,7 +10,9 @@ import hashlib
 import json
 import re
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,15 +30,15 @@ Unit = tuple[str, int, int]
 """What is searched, and the bounds of the batch."""
 
 
-def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:
-    """Raise unless two configurations are the same.
+def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path, mend: str = "") -> None:
+    """Raise unless two configurations are the same; ``mend`` is what can be done.
 
     Raises:
         NotComparable: they differ; the message names every differing key.
     """
     if keys := differing(stored, wanted):
         told = ", ".join(f"{key} ({_short(stored.get(key))} there, {_short(wanted.get(key))} here)" for key in keys)
-        raise NotComparable(f"{where} holds a run of another configuration: {told}")
+        raise NotComparable(f"{where} holds a run of another configuration: {told}{mend and f'; {mend}'}")
 
 
 def _short(value: Any) -> str:
@@ -55,6 +57,11 @@ class Units:
     def head(self) -> Path:
         """Where the configuration lies."""
         return self.folder / "configuration.json"
+
+    @property
+    def mend(self) -> str:
+        """What a user can do whose run is not the one that is kept."""
+        return f"remove {self.folder} to begin anew, or name another --out"
 
     def configuration(self) -> dict[str, Any] | None:
         """What the run on disk measures, None where there is none.
@@ -97,6 +104,14 @@ class Units:
             DataError: it cannot be written, e.g. because the disk is full.
         """
         write_whole(self.path(unit), npz_bytes(arrays))
+
+    def searched(self) -> bool:
+        """Is a search's unit kept, which alone says how long it took? What is done once for all of them is not one."""
+        for path in self.folder.glob("*.npz"):
+            with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as bundle:
+                if "seconds.npy" in bundle.namelist():
+                    return True
+        return False
 
     def remove(self) -> None:
         """Delete the units and the folder, once the result is written."""
@@ -165,7 +180,7 @@ class Work:
             if stored is None:
                 self.units.begin(configuration)
             else:
-                refuse_other(stored, configuration, self.units.folder.parent)
+                refuse_other(stored, configuration, self.units.folder.parent, self.units.mend)
                 if not (resume or self.shard or self.gather):
                     raise UsageError(
                         f"{self.units.folder.parent} holds an unfinished run: add --resume to go on with it, "
@@ -272,11 +287,8 @@ class Work:
         return everyone
 
 
-def collect(folders: Sequence[Path], into: Units) -> dict[str, Any]:
-    """Bring the units of several shards' run folders together.
-
-    Returns:
-        The configuration that they share.
+def shared_by(folders: Sequence[Path]) -> dict[str, Any]:
+    """The configuration that several shards' run folders share.
 
     Raises:
         DataError: a folder has no units.
@@ -288,16 +300,31 @@ def collect(folders: Sequence[Path], into: Units) -> dict[str, Any]:
         stored = units.configuration()
         if stored is None:
             raise DataError(f"{folder} holds no units of a shard (no {units.head.name})")
-        if first is None:
-            first = stored
-            if into.configuration() is None:
-                into.begin(stored)
+        first = stored if first is None else first
         refuse_other(first, stored, folder)
-        refuse_other(into.configuration() or {}, stored, folder)
-        for path in sorted(units.folder.glob("*.npz")):
+    assert first is not None
+    return first
+
+
+def collect(folders: Sequence[Path], into: Units) -> dict[str, Any]:
+    """Bring the units of several shards' run folders together.
+
+    Returns:
+        The configuration that they share.
+
+    Raises:
+        DataError: a folder has no units.
+        NotComparable: two of them, or one and what ``into`` holds, measure different things.
+    """
+    shared, held = shared_by(folders), into.configuration()
+    if held is None:
+        into.begin(shared)
+    else:
+        refuse_other(held, shared, into.folder.parent, into.mend)
+    for folder in folders:
+        for path in sorted(Units(folder / "units").folder.glob("*.npz")):
             target = into.folder / path.name
             if not target.exists():
                 read_npz(path)
                 write_whole(target, path.read_bytes())
-    assert first is not None
-    return first
+    return shared

@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,15 @@ from rich.table import Table
 from dmlbench.cli.kinds import print_clustering, print_findings, print_strict
 from dmlbench.cli.model_options import MODEL_HELP, load_subject, model_options
 from dmlbench.cli.output import console, json_option, print_json, progress
-from dmlbench.errors import Interrupted, ShardDone, UsageError
-from dmlbench.results import Evaluation, load, prepare_folder, save
+from dmlbench.errors import DmlbenchError, Interrupted, ShardDone, UsageError
+from dmlbench.results import Evaluation, load, prepare_folder, refuse_partial, save
 
 if TYPE_CHECKING:
+    from dmlbench.datasets import RetrievalDataset
+    from dmlbench.embedding import Embedder
     from dmlbench.models import ModelOptions
     from dmlbench.parallel import World
+    from dmlbench.protocol import Protocol
     from dmlbench.units import Units
 
 BENIGN = {
@@ -127,22 +130,24 @@ def evaluate(
         work = plan_of(embedder, images, rules, attacks=wanted, limit=limit, device=device, batch_size=batch_size)
         _print_plan(work, as_json)
         return
+    why = foreseen(embedder, images, rules, csv, attacks=wanted, limit=limit, seed=seed, eot=eot, surrogate=surrogate)
     if out:
         prepare_folder(out)
-    if csv:
-        prepare_folder(csv.parent)
     units = Units(out / "units") if out else None
     asked_for: dict[str, Any] = {
         "attacks": wanted, "limit": limit, "device": device, "seed": seed, "eot": eot, "surrogate": surrogate,
     }  # fmt: skip
     if out and units and resume and not part and (out / "manifest.json").exists() and units.configuration() is None:
         done = load(out)
-        refuse_other(told(done), asked(embedder, images, rules, **asked_for), out)
+        refuse_other(told(done), asked(embedder, images, rules, **asked_for), out, "name another --out")
         world.leave()
         if world.leads:
             click.echo(f"{out} holds the finished result of this command: nothing is done again", err=True)
             present(done, out, csv, as_json)
         return
+    if out and not part:
+        refuse_partial(out, why)
+    begun = units is not None and units.configuration() is not None
     try:
         with progress() if world.leads else nullcontext() as bars:
             evaluation = dmlbench.evaluate(
@@ -162,11 +167,41 @@ def evaluate(
     except ShardDone as finished:
         click.echo(f"{finished}; when all are: dmlbench merge {out} … --out RUN", err=True)
         return
+    except DmlbenchError:
+        if units and world.leads and not begun and not units.searched():  # nothing is lost, and the folder stays free
+            with suppress(OSError):
+                units.remove()
+        raise
     finally:
         world.leave()
     if not world.leads:
         return
     deliver(evaluation, out, csv, as_json, units)
+
+
+def foreseen(
+    embedder: "Embedder",
+    images: "RetrievalDataset",
+    rules: "Protocol",
+    csv: Path | None,
+    *,
+    attacks: list[str] | None,
+    limit: int | None,
+    seed: int | None,
+    eot: int | None,
+    surrogate: str | None,
+) -> tuple[str, ...]:
+    """Why the result will not be a full one; what ``--csv`` would refuse after the run is refused here."""
+    from dmlbench.evaluate import reasons
+    from dmlbench.leaderboard import foresee
+
+    chosen = rules.chosen(attacks, max(images.images.shape[1:]))
+    why = reasons(rules, chosen, images, attacks, limit, seed, eot, surrogate)
+    if csv:
+        prepare_folder(csv.parent)
+        known = {"protocol": rules.name, "model": embedder.name, "dataset": images.name, "split": images.split}
+        foresee(csv, why, **known, arch=None if embedder.card else embedder.arch)
+    return why
 
 
 def deliver(evaluation: Evaluation, out: Path | None, csv: Path | None, as_json: bool, units: "Units | None") -> None:
@@ -179,19 +214,22 @@ def deliver(evaluation: Evaluation, out: Path | None, csv: Path | None, as_json:
 
 
 def present(evaluation: Evaluation, out: Path | None, csv: Path | None, as_json: bool) -> None:
-    """Write the row and print the result; notes on how it was made go to stderr."""
+    """Print the result and write the row, neither of which keeps the other from being done; notes on how it was made
+    go to stderr."""
     for note in evaluation.environment.notes:
         click.echo(f"note: {note}", err=True)
-    if csv:
-        from dmlbench.leaderboard import add_row
+    try:
+        if as_json:
+            print_json(evaluation.model_dump(mode="json"))
+        else:
+            print_evaluation(evaluation)
+            if out:
+                click.echo(f"run folder: {out}", err=True)
+    finally:
+        if csv:
+            from dmlbench.leaderboard import add_row
 
-        add_row(evaluation, csv)
-    if as_json:
-        print_json(evaluation.model_dump(mode="json"))
-        return
-    print_evaluation(evaluation)
-    if out:
-        click.echo(f"run folder: {out}", err=True)
+            add_row(evaluation, csv)
 
 
 def _join(device: str) -> "tuple[World, str]":
@@ -258,7 +296,7 @@ def print_evaluation(e: Evaluation) -> None:
     out.print(benign)
 
     parts = Table(box=None, pad_edge=False, title="under attack", title_justify="left")
-    parts.add_column("part")
+    parts.add_column("part", overflow="fold")  # a name is never cut
     kept = e.extras.get("retention", {})
     for column in ("raw", "better", "score", "95 % interval", "retention", "queries", "seconds"):
         parts.add_column(column, justify="right")
@@ -277,6 +315,8 @@ def print_evaluation(e: Evaluation) -> None:
             str(m.n),
             f"{m.seconds:.1f}",
         )
+    if not out.is_terminal:  # the lines of a file or a pipe may be as long as they need
+        out.width = max(out.width, out.measure(parts, options=out.options.update(max_width=1000)).maximum)
     out.print(parts)
     if "strict" in e.extras:
         print_strict(e.extras["strict"], out)

@@ -1,5 +1,6 @@
 """Tables of the protocols that are more than parts: ``strict``, ``clustering``, and the audit's findings."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 MARK = {"pass": "[green]pass[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]", "skip": "skip"}
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    """A number as a table shows it; a run folder holds no NaN but null."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def print_strict(strict: dict[str, Any], out: Console) -> None:
@@ -17,12 +23,12 @@ def print_strict(strict: dict[str, Any], out: Console) -> None:
     table.add_column("eps")
     for column in ("R@1", "R@2 ≤", "R@8 ≤", "MAP@R ≤", "before", *steps):
         table.add_column(column, justify="right")
-    table.add_row("0", f"{strict['clean']:.1f}")
+    table.add_row("0", _number(strict["clean"]))
     for row in curve:
         table.add_row(
             row["eps"],
-            *(f"{row[key]:.1f}" for key in ("recall_at_1", "recall_at_2", "recall_at_8", "map_at_r", "carried")),
-            *(f"{s['points']:.1f}" for s in row["steps"]),
+            *(_number(row[key]) for key in ("recall_at_1", "recall_at_2", "recall_at_8", "map_at_r", "carried")),
+            *(_number(s["points"]) for s in row["steps"]),
         )
     out.print(table)
     out.print(
@@ -30,8 +36,8 @@ def print_strict(strict: dict[str, Any], out: Console) -> None:
         "before: points broken at a smaller eps; then points that each step broke."
     )
     out.print(
-        f"[bold]area under the curve {strict['area']:.1f}[/bold]  "
-        f"{strict['gradients_per_query']:.0f} gradients and {strict['values_per_query']:.0f} values a right query and eps"
+        f"[bold]area under the curve {_number(strict['area'])}[/bold]  "
+        f"{_number(strict['gradients_per_query'], 0)} gradients and {_number(strict['values_per_query'], 0)} values a right query and eps"
     )
 
 
@@ -43,12 +49,12 @@ def print_clustering(clustering: dict[str, Any], out: Console) -> None:
     table.add_column("attack")
     for column in names.values():
         table.add_column(column, justify="right")
-    table.add_row("0", "none", *(f"{clustering['clean'][key]:.1f}" for key in names))
+    table.add_row("0", "none", *(_number(clustering["clean"][key]) for key in names))
     for row in clustering["attacks"]:
-        table.add_row(row["eps"], row["attack"], *(f"{row[key]:.1f}" for key in names))
+        table.add_row(row["eps"], row["attack"], *(_number(row[key]) for key in names))
     for row in clustering["worst"]:
         label = "lowest, labels known" if row["labelled"] else "lowest, label-free"
-        table.add_row(row["eps"], label, *(f"{row[key]:.1f}" for key in names), style="bold")
+        table.add_row(row["eps"], label, *(_number(row[key]) for key in names), style="bold")
     out.print(table)
 
 

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dmlbench.cli.evaluate import deliver
+from dmlbench.cli.evaluate import deliver, foreseen
 from dmlbench.cli.model_options import load_subject, model_options
 from dmlbench.cli.output import json_option, progress
-from dmlbench.results import prepare_folder
+from dmlbench.results import prepare_folder, refuse_partial
 
 if TYPE_CHECKING:
     from dmlbench.models import ModelOptions
 
+ASKED = ("attacks", "limit", "seed", "eot", "surrogate")
+"""What of a configuration makes a result partial."""
 EPILOG = "Example: dmlbench merge runs/cub-1 runs/cub-2 --out runs/cub"
 
 
@@ -44,15 +46,15 @@ def merge(
     a strict protocol.
     """
     import dmlbench
-    from dmlbench.units import Units, Work, collect
+    from dmlbench.units import Units, Work, collect, shared_by
 
-    prepare_folder(out)
-    if csv:
-        prepare_folder(csv.parent)
-    units = Units(out / "units")
-    made = collect(shards, units)
+    made = shared_by(shards)
     rules = dmlbench.load_protocol(protocol or made["protocol"])
     embedder, images = load_subject(model or made["model"], options, made["dataset"], made["split"], ready=True)
+    refuse_partial(out, foreseen(embedder, images, rules, csv, **{key: made[key] for key in ASKED}))
+    prepare_folder(out)
+    units = Units(out / "units")
+    collect(shards, units)
     with progress() as bars:
         evaluation = dmlbench.evaluate(
             embedder,

@@ -4,6 +4,6 @@ Pure functions of evaluations and files; nothing here runs a model.
 """
 
 from dmlbench.leaderboard.row import COLUMNS, PARTS, STATUSES, Row, from_evaluation
-from dmlbench.leaderboard.table import add_row, from_csv, rank, to_csv
+from dmlbench.leaderboard.table import add_row, foresee, from_csv, rank, to_csv
 
-__all__ = ["COLUMNS", "PARTS", "STATUSES", "Row", "add_row", "from_csv", "from_evaluation", "rank", "to_csv"]
+__all__ = ["COLUMNS", "PARTS", "STATUSES", "Row", "add_row", "foresee", "from_csv", "from_evaluation", "rank", "to_csv"]

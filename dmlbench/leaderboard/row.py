@@ -6,6 +6,7 @@ browser would read as HTML is refused, so a cell can be shown anywhere.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -206,7 +207,7 @@ def shown(column: str, value: Any) -> str:
 
 
 def _neat(value: float | None, digits: int = 4) -> float | None:
-    return None if value is None else round(value, digits)
+    return None if value is None or not np.isfinite(value) else round(value, digits)
 
 
 def _eps(evaluation: Evaluation) -> float | None:
@@ -224,6 +225,11 @@ def defense_text(card: Checkpoint) -> str:
     """The defence with its parameters, e.g. ``hm (source=S, ics=0.5)``."""
     params = ", ".join(f"{key}={value}" for key, value in card.defense.params.items())
     return f"{card.defense.name} ({params})" if params else card.defense.name
+
+
+def partial_text(reasons: Sequence[str]) -> str | None:
+    """The column ``partial``: why this is not a full result, without the hyphens that a spreadsheet would execute."""
+    return "; ".join(reason.lstrip("-") for reason in reasons) or None
 
 
 def from_evaluation(
@@ -282,7 +288,7 @@ def from_evaluation(
         claim_gap=None if claimed_ers is None or e.ers is None else _neat(e.ers - claimed_ers),
         status=status,
         flags=" ".join(sorted({f.flag for f in e.warnings})) or None,
-        partial="; ".join(p.lstrip("-") for p in e.partial) or None,
+        partial=partial_text(e.partial),
         n_queries=e.dataset.n_queries,
         n_gallery=e.dataset.n_gallery,
         seed=e.protocol.seed,
@@ -308,17 +314,17 @@ EXTRA_COLUMNS = (
 
 def extra_numbers(e: Evaluation) -> dict[str, float]:
     """:data:`EXTRA_COLUMNS` of an evaluation, those that it has: at the largest eps of the grid, which is the
-    field's; clustering attacks that know the labels."""
-    found: dict[str, float] = {}
+    field's; clustering attacks that know the labels. A number of nothing, as where no query has a positive, is left out."""
+    found: dict[str, float | None] = {}
     if strict := e.extras.get("strict"):
-        found["worst_case_recall_at_1"] = float(strict["curve"][-1]["recall_at_1"])
-        found["worst_case_area"] = float(strict["area"])
+        found["worst_case_recall_at_1"] = strict["curve"][-1]["recall_at_1"]
+        found["worst_case_area"] = strict["area"]
     if clustering := e.extras.get("clustering"):
         known = [row for row in clustering["worst"] if row["labelled"]]
         for name in ("nmi", "ami"):
-            found[f"clustering_{name}"] = float(clustering["clean"][name])
-            found[f"clustering_{name}_attacked"] = float(known[-1][name])
-    return found
+            found[f"clustering_{name}"] = clustering["clean"][name]
+            found[f"clustering_{name}_attacked"] = known[-1][name]
+    return {name: float(value) for name, value in found.items() if value is not None and np.isfinite(value)}
 
 
 def headline(e: Evaluation) -> tuple[str, float] | None:

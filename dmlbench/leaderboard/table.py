@@ -7,14 +7,15 @@ import contextlib
 import csv
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from dmlbench.checkpoints import first_problem
 from dmlbench.errors import DataError
-from dmlbench.leaderboard.row import COLUMNS, RANKED, Row, from_evaluation
+from dmlbench.leaderboard.row import COLUMNS, RANKED, Row, from_evaluation, partial_text
 from dmlbench.registry import suggest
 from dmlbench.results import Evaluation, write_whole
 
@@ -158,17 +159,43 @@ def add_row(evaluation: Evaluation, path: Path) -> Row:
 
     Raises:
         DataError: the file is not a board, cannot be written, or holds a full result of this model that
-            a partial one would replace.
+            a partial one would replace; or the board takes no such row, e.g. for its model's name.
     """
-    row = from_evaluation(evaluation)
+    row = _allowed(path, lambda: from_evaluation(evaluation))
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path.parent):
-        rows = from_csv(path) if path.exists() else []
-        old = [r for r in rows if r.key == row.key]
-        if row.partial and any(r.partial is None for r in old):
-            raise DataError(
-                f"{path} holds a full result of {row.model!r} under {row.protocol!r}; "
-                f"a partial one ({row.partial}) does not replace it"
-            )
-        write_whole(path, to_csv(rank([*(r for r in rows if r.key != row.key), row])))
+        write_whole(path, to_csv(rank([*_beside(row, path), row])))
     return row
+
+
+def foresee(path: Path, partial: Sequence[str], **known: Any) -> None:
+    """Refuse before a run what :func:`add_row` would refuse after it.
+
+    Args:
+        path: the CSV file, which need not be there.
+        partial: why the result will not be a full one; empty where it will.
+        known: columns whose content is known by now; ``protocol``, ``model`` and ``dataset`` at least.
+
+    Raises:
+        DataError: as for :func:`add_row`.
+    """
+    _beside(_allowed(path, lambda: Row(status="reproduced", partial=partial_text(partial), **known)), path)
+
+
+def _allowed(path: Path, make: Callable[[], Row]) -> Row:
+    """The row, if a board takes it."""
+    try:
+        return make()
+    except ValidationError as error:
+        raise DataError(f"{path} takes no such row: {first_problem(error)}") from None
+
+
+def _beside(row: Row, path: Path) -> list[Row]:
+    """The rows of the file that stay when ``row`` is added."""
+    rows = from_csv(path) if path.exists() else []
+    if row.partial and any(r.partial is None for r in rows if r.key == row.key):
+        raise DataError(
+            f"{path} holds a full result of {row.model!r} under {row.protocol!r}; "
+            f"a partial one ({row.partial}) does not replace it"
+        )
+    return [r for r in rows if r.key != row.key]

@@ -160,8 +160,8 @@ def _strict(runs: Sequence[Run]) -> Markup | None:
     lines: list[Line] = []
     for run in runs:
         found = run.evaluation.extras.get("strict")
-        if not found:
-            continue
+        if not found or any(found[key] is None or np.isnan(found[key]) for key in ("clean", "area")):
+            continue  # not a strict run, or one without a query that has a positive
         by_name = {m.component: m for m in run.evaluation.measurements}
         points: list[tuple[float, float, tuple[float, float] | None]] = [(0.0, float(found["clean"]), None)]
         for row, (name, m) in zip(found["curve"], by_name.items(), strict=False):

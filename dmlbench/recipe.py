@@ -111,7 +111,8 @@ class Recipe(BaseModel):
         given, params = self.defense_params, DEFENSES[self.defense].parameters(self.defense_params)
         out = []
         if self.loss != "triplet":
-            if self.margin != Recipe.model_fields["margin"].default:
+            mines = params.get("sampling") == "M" and self.defense not in ("none", "est")
+            if self.margin != Recipe.model_fields["margin"].default and not mines:
                 out.append(
                     f"margin is the triplet loss's: with loss {self.loss!r} it would do nothing; see loss_params"
                 )

@@ -73,21 +73,28 @@ class Pairs:
         same: (t, b) of the anchor's class, the anchor itself left out.
         other: (t, b) of another class.
         dim: dimension of the embeddings.
+        margin: γ, by how much a semihard negative may be farther than the positive; a distance.
     """
 
     d: Float[Tensor, "t b"]
     same: Bool[Tensor, "t b"]
     other: Bool[Tensor, "t b"]
     dim: int
+    margin: float = MARGIN
 
     @classmethod
     def of(
-        cls, distances: Float[Tensor, "t b"], labels: Int[Tensor, " b"], anchors: Int[Tensor, " t"], dim: int
+        cls,
+        distances: Float[Tensor, "t b"],
+        labels: Int[Tensor, " b"],
+        anchors: Int[Tensor, " t"],
+        dim: int,
+        margin: float = MARGIN,
     ) -> "Pairs":
         """From distances of the anchors to the batch and the batch's labels."""
         alike = labels[anchors][:, None] == labels[None, :]
         itself = anchors[:, None] == torch.arange(len(labels), device=labels.device)[None, :]
-        return cls(distances, alike & ~itself, ~alike, dim)
+        return cls(distances, alike & ~itself, ~alike, dim, margin)
 
 
 def pick(allowed: Bool[Tensor, "t b"], keys: Float[Tensor, "t b"]) -> Int[Tensor, " t"]:
@@ -117,7 +124,7 @@ def semihard(pairs: Pairs, keys: Keys) -> Choice:
     """
     positive = pick(pairs.same, keys[0])
     near = pairs.d.gather(1, positive[:, None])
-    band = pairs.other & (pairs.d > near) & (pairs.d < near + MARGIN)
+    band = pairs.other & (pairs.d > near) & (pairs.d < near + pairs.margin)
     return positive, pick(prefer(band, pairs.other), keys[1])
 
 
@@ -179,6 +186,7 @@ def draw(
     anchors: Int[Tensor, " t"],
     dim: int,
     rng: Rng,
+    margin: float = MARGIN,
 ) -> Int[Tensor, "t 3"]:
     """Triplets of batch rows (anchor, positive, negative), one for each anchor.
 
@@ -189,8 +197,9 @@ def draw(
         anchors: rows of the batch.
         dim: dimension of the embeddings (used by D).
         rng: one stream per anchor.
+        margin: γ of the recipe, a distance (used by M).
     """
     choose = SAMPLINGS[sampling]
     keys = rng.uniform(2, len(labels)).transpose(0, 1)  # (2, t, b)
-    positive, negative = choose(Pairs.of(distances, labels, anchors, dim), keys)
+    positive, negative = choose(Pairs.of(distances, labels, anchors, dim, margin), keys)
     return torch.stack([anchors, positive, negative], 1)

@@ -17,6 +17,7 @@ from dmlbench.losses import build_loss, hardness, proxy_anchor_each, triplet
 from dmlbench.models import ARCHITECTURES
 from dmlbench.optimizers import pgd
 from dmlbench.rng import Rng
+from dmlbench.sampling import draw
 from dmlbench.threat import Threat
 
 MARGIN = 0.2
@@ -35,6 +36,30 @@ def learner(loss: str = "triplet", ensemble: bool = False) -> Learner:
         params = {"margin": MARGIN} if loss == "triplet" else {}
         criteria = [build_loss(loss, 3, 6, embedder.distance, params) for _ in range(2 if ensemble else 1)]
     return Learner(embedder.train(), nn.ModuleList(criteria), loss, MARGIN)
+
+
+@pytest.mark.parametrize("margin", [MARGIN, 0.7])
+def test_semihard_mining_takes_the_margin_of_the_recipe(monkeypatch, margin: float) -> None:
+    """By the loss's own mining and by a defence's; 0.2 is what it always was."""
+    seen = []
+
+    def spy(*given):
+        seen.append(given)
+        return draw(*given)
+
+    monkeypatch.setattr("dmlbench.defenses.base.draw", spy)
+    model, b = learner(), batch()
+    model.margin = margin
+    model.outer(model.embedder(b.images), b, "M")
+    mined = Miner(model, b).triplets("M")
+    assert [given[-1] for given in seen] == [margin, margin]
+    wide = Rng(3, torch.arange(2000))
+    d, labels = torch.tensor([[0.0, 0.1, 0.4, 0.9]]).repeat(2000, 1), torch.tensor([0, 0, 1, 1])
+    negatives = draw("M", d, labels, torch.zeros(2000, dtype=torch.long), 8, wide, margin)[:, 2]
+    assert set(negatives.tolist()) == (
+        {2, 3} if margin == MARGIN else {2}
+    )  # no band at 0.2: any; 0.4 is in that of 0.7
+    assert mined.shape == (len(b.anchors), 3)
 
 
 def batch(iteration: int = 0, rows: tuple[int, ...] = (4, 9, 2, 3, 11, 6)) -> Batch:

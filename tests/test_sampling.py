@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dmlbench.embedding import DISTANCES
 from dmlbench.errors import DataError, UsageError
 from dmlbench.losses import MARGIN
+from dmlbench.recipe import Recipe
 from dmlbench.rng import Rng
 from dmlbench.sampling import CUTOFF, NONZERO, SAMPLINGS, Pairs, check_classes, class_batch, distance_weights, draw
 
@@ -22,7 +23,7 @@ def scene(seed: int, classes: int = 4, per_class: int = 3, dim: int = 5):
     return e, labels, DISTANCES["N"].pairwise(e, e)
 
 
-def slow(name: str, d, labels, a: int, keys, dim: int) -> tuple[int, int]:
+def slow(name: str, d, labels, a: int, keys, dim: int, margin: float = MARGIN) -> tuple[int, int]:
     """One anchor at a time, as the papers describe it, on the same random keys."""
     b = len(labels)
     same = [j for j in range(b) if labels[j] == labels[a] and j != a]
@@ -41,7 +42,7 @@ def slow(name: str, d, labels, a: int, keys, dim: int) -> tuple[int, int]:
         return best(far or same, keys[0]), best(near or other, keys[1])
     p = best(same, keys[0])
     if name == "M":
-        band = [j for j in other if d[a][p] < d[a][j] < d[a][p] + MARGIN]
+        band = [j for j in other if d[a][p] < d[a][j] < d[a][p] + margin]
         return p, best(band or other, keys[1])
     weight = {}
     for j in [j for j in other if d[a][j] < NONZERO] or other:
@@ -64,6 +65,20 @@ def test_samplings_equal_plain_loops(name: str, seed: int) -> None:
     for i, a in enumerate(anchors.tolist()):
         expected = slow(name, d.tolist(), labels.tolist(), a, keys[i].tolist(), e.shape[1])
         assert tuple(found[i].tolist()) == (a, *expected)
+
+
+@given(seed=st.integers(0, 2**32), margin=st.sampled_from([0.05, 0.2, 0.5, 1.0]))
+@settings(max_examples=40, deadline=None)
+def test_the_band_of_semihard_is_as_wide_as_the_margin(seed: int, margin: float) -> None:
+    e, labels, d = scene(seed)
+    anchors = torch.arange(len(labels))
+    keys = Rng(seed, anchors).uniform(2, len(labels))
+    found = draw("M", d, labels, anchors, e.shape[1], Rng(seed, anchors), margin)
+    for a in anchors.tolist():
+        expected = slow("M", d.tolist(), labels.tolist(), a, keys[a].tolist(), e.shape[1], margin)
+        assert tuple(found[a].tolist()) == (a, *expected)
+    if margin == MARGIN:
+        torch.testing.assert_close(draw("M", d, labels, anchors, e.shape[1], Rng(seed, anchors)), found, rtol=0, atol=0)
 
 
 def test_random_choices_are_uniform() -> None:
@@ -121,3 +136,17 @@ def test_unknown_sampling() -> None:
     _, labels, d = scene(0)
     with pytest.raises(UsageError, match="unknown sampling 'X'"):
         draw("X", d, labels, torch.arange(12), 5, Rng(0, torch.arange(12)))
+
+
+def test_a_recipe_has_a_margin_wherever_something_reads_it() -> None:
+    given = {
+        "id": "x",
+        "dataset": "digits",
+        "arch": "smallcnn",
+        "loss": "contrastive",
+        "defense": "robust",
+        "margin": 0.4,
+    }
+    assert Recipe(**given).check().margin == 0.4  # robust mines semihard unless asked otherwise
+    with pytest.raises(UsageError, match="margin is the triplet loss's"):
+        Recipe(**given, defense_params={"sampling": "R"}).check()

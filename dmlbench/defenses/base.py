@@ -30,7 +30,7 @@ class Learner(nn.Module):
     Attributes:
         criteria: the losses, one for each member of an ensemble, else one.
         loss: name of the loss (of :data:`dmlbench.losses.LOSSES`).
-        margin: the triplet margin γ.
+        margin: the triplet margin γ, of the loss and of semihard mining.
         previous: the triplet loss of the step before, as the gradual adversaries read it; infinite
             before the first step.
     """
@@ -53,7 +53,8 @@ class Learner(nn.Module):
             return self.criteria[0](embeddings, labels)  # type: ignore[no-any-return]
         found = embeddings.detach()
         distances = self.embedder.distance.pairwise(found[batch.anchors], found)
-        rows = draw(sampling, distances, labels, batch.anchors, found.shape[1], batch.stream("outer", batch.anchors))
+        stream = batch.stream("outer", batch.anchors)
+        rows = draw(sampling, distances, labels, batch.anchors, found.shape[1], stream, self.margin)
         return self.criteria[0](embeddings, labels, tuple(rows.unbind(1)))  # type: ignore[no-any-return]
 
 
@@ -150,4 +151,4 @@ class Miner:
         blind = sampling == "R"
         distances = b.images.new_zeros(len(anchors), len(b.labels)) if blind else self.distances
         dim = 1 if blind else self.embeddings.shape[1]
-        return draw(sampling, distances, b.labels, anchors, dim, b.stream(what, anchors))
+        return draw(sampling, distances, b.labels, anchors, dim, b.stream(what, anchors), self.learner.margin)

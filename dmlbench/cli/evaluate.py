@@ -117,7 +117,11 @@ def evaluate(
     rules = dmlbench.load_protocol(protocol or default_protocol(images))
     wanted = _names(attacks)
     if plan:
-        work = plan_of(embedder, images, rules, attacks=wanted, limit=limit, device=device, batch_size=batch_size)
+        other = dmlbench.load_model(surrogate) if surrogate else None
+        work = plan_of(
+            embedder, images, rules, attacks=wanted, limit=limit, device=device, batch_size=batch_size,
+            eot=eot, surrogate=other,
+        )  # fmt: skip
         _print_plan(work, as_json)
         return
     if out:

@@ -62,7 +62,7 @@ def threat(fields: dict[str, Any]) -> str:
 def cost_of(c: Component, protocol: Protocol) -> str:
     """What a component spends on one query, at the most."""
     t = protocol.threat_of(c)
-    pattern = COSTS[c.optimizer]
+    pattern = COSTS[c.optimizer].text
     return (
         pattern.replace("restarts", str(t.restarts)).replace("steps", str(t.steps)).replace("queries", str(t.queries))
     )
@@ -99,9 +99,9 @@ def protocol_section(p: Protocol) -> Iterator[str]:
         total = 0
         for s in p.steps:
             t = p.threat_at(next(iter(p.grid.values()))[0], s.threat)
-            gradients = 0 if s.optimizer == "square" else s.aims * t.steps * t.restarts
+            gradients, values = (s.aims * n for n in COSTS[s.optimizer].passes(t))
             total += gradients
-            spent = f"{t.queries} values" if s.optimizer == "square" else f"{gradients} gradients"
+            spent = f"{gradients} gradients" if gradients else f"{values} values"
             rows.append([s.name, f"{s.attack}@{s.optimizer}", str(s.aims), threat(s.threat), spent])
         yield from table(["step", "attack", "aims", "own threat", "cost of a survivor"], rows)
         yield (
@@ -151,7 +151,7 @@ def render() -> str:
     lines.append("## Read-outs\n")
     lines += table(["read-out", "unit", "what"], [[f"`{n}`", r.unit, text(r.read)] for n, r in READOUTS.items()])
     lines.append("## Optimizers\n")
-    rows = [[f"`{n}`", COSTS[n], text(f)] for n, f in OPTIMIZERS.items()]
+    rows = [[f"`{n}`", COSTS[n].text, text(f)] for n, f in OPTIMIZERS.items()]
     lines += table(["optimizer", "cost an image", "how"], rows)
     lines.append("## Checks of the audit\n")
     lines += table(["check", "question"], [[n, text(f)[4:]] for n, f in CHECKS.items()])

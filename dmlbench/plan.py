@@ -2,7 +2,8 @@
 
 Nothing of the data set is embedded but one batch: the gallery is random points of the right number and
 dimension, which cost the same. A search is timed with one step and with three; the difference is what a
-step costs, the rest is paid once a batch. Where a batch is slow (large images on a CPU) a smaller one is
+step costs, the rest is paid once a batch, and the optimizer's own count of passes (``COSTS``) says how many
+of them there will be. A surrogate's passes are timed on the surrogate. Where a batch is slow (large images on a CPU) a smaller one is
 timed and scaled.
 """
 
@@ -22,9 +23,10 @@ from dmlbench.attacks import ATTACKS, Attack, aim, craft, measure
 from dmlbench.compiled import ready as ready_to_attack
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
+from dmlbench.errors import UsageError
 from dmlbench.evaluate import RUNNERS
 from dmlbench.metrics import retrieval
-from dmlbench.optimizers import OPTIMIZERS
+from dmlbench.optimizers import BY_QUERIES, COSTS, OPTIMIZERS
 from dmlbench.protocol import Protocol
 from dmlbench.rng import Rng
 from dmlbench.scene import Gallery, Scene
@@ -35,6 +37,10 @@ from dmlbench.threat import Threat
 PROBE = 8
 """Images timed at a time where images are large and there is no GPU."""
 _SHORT, _LONG = 1, 3
+QUERIES = 30
+"""Values that stand for a step of an optimizer that counts values."""
+BACKWARD = 2
+"""What a gradient costs in values, where an optimizer spends both: one more pass back to the image."""
 _LLOYD = 40
 """Iterations of k-means that are counted on."""
 
@@ -85,6 +91,8 @@ class Stage:
     images: torch.Tensor
     scene: Scene
     rng: Rng
+    surrogate: "Stage | None" = None
+    """the same batch before another model's gallery, on which adversarial images are made instead"""
 
     @property
     def device(self) -> torch.device:
@@ -93,24 +101,27 @@ class Stage:
 
     def run(self, attack: Attack, optimizer: str, threat: Threat) -> None:
         """One whole batch of a search."""
-        part = aim(attack, self.scene, self.rng)
-        found = craft(self.embedder, attack, OPTIMIZERS[optimizer], threat, self.images, part, self.rng)
+        part, source = aim(attack, self.scene, self.rng), self.surrogate or self
+        known = source.scene.aimed(part.chosen)
+        found = craft(source.embedder, attack, OPTIMIZERS[optimizer], threat, self.images, known, self.rng)
         measure(self.embedder, attack, threat, found, self.images, part)
 
     def cost(self, attack: Attack, optimizer: str, threat: Threat) -> tuple[float, float]:
         """Seconds of a whole search on this batch, and memory in MiB at its highest."""
-        whole = max(1, threat.steps)
 
-        def shortened(steps: int) -> Threat:
-            return threat.but(steps=steps, restarts=1, queries=max(1, math.ceil(threat.queries * steps / whole)))
+        def shortened(n: int) -> Threat:
+            return threat.but(steps=min(threat.steps, n), restarts=1, queries=min(threat.queries, n * QUERIES))
 
-        self.run(attack, optimizer, shortened(_SHORT))
+        def work(t: Threat) -> int:
+            return BACKWARD * COSTS[optimizer].gradients(t) + COSTS[optimizer].values(t)
+
+        once, thrice = shortened(_SHORT), shortened(_LONG)
+        self.run(attack, optimizer, once)
         forget_peak(self.device)
-        short, long = (
-            timed(partial(self.run, attack, optimizer, shortened(steps)), self.device) for steps in (_SHORT, _LONG)
-        )
-        step = max(long - short, 0.0) / (_LONG - _SHORT)
-        return (max(short - step, 0.0) + step * threat.steps) * threat.restarts, peak_mib(self.device)
+        short, long = (timed(partial(self.run, attack, optimizer, t), self.device) for t in (once, thrice))
+        more = work(thrice) - work(once)
+        each = max(long - short, 0.0) / more if more else short / max(1, work(once))
+        return max(short - each * work(once), 0.0) + each * work(threat), peak_mib(self.device)
 
 
 def stage(embedder: Embedder, dataset: RetrievalDataset, device: torch.device, batch: int) -> Stage:
@@ -156,19 +167,32 @@ def plan_of(
     limit: int | None = None,
     device: str = "auto",
     batch_size: int | None = None,
+    eot: int | None = None,
+    surrogate: Embedder | None = None,
 ) -> list[dict[str, object]]:
     """The searches that ``evaluate`` would run, each with its expected ``seconds`` and ``peak_mib``.
 
-    The first row is the clean metrics, the last the total. Searches of kind "strict" are taken at their
-    most, as if every query survived.
+    ``gradients`` (a pass forward and back) and ``values`` (a pass forward) are what the searches spend on all queries,
+    on the surrogate where there is one. The first row is the clean metrics, the last the total. Searches of kind
+    "strict" are taken at their most, as if every query survived.
+
+    Raises:
+        UsageError: an unknown name, or a surrogate under a protocol that has no transfer.
     """
     where = resolve_device(device)
+    if eot is not None:
+        protocol = protocol.model_copy(update={"threat": {**protocol.threat, "eot": eot}})
+    if surrogate is not None and protocol.kind in RUNNERS and protocol.chosen(attacks, 1).runner:
+        raise UsageError(f"protocol {protocol.name!r} has no transfer: name attacks, such as WM@apgd, with --attacks")
     size = batch_size or auto_batch(dataset, where, embedder)
     queries = min(limit or len(dataset.query), len(dataset.query))
     large = int(np.prod(dataset.images.shape)) > LARGE and where.type == "cpu"
     probe = min(PROBE if large else size, size, queries)
     on = stage(embedder, dataset, where, probe)
     rows = [_clean(on, dataset, protocol, queries)]
+    if surrogate is not None:
+        on = replace(on, surrogate=stage(surrogate, dataset, where, probe))
+        rows.append(_embedded(on, dataset))
     before = peak_mib(where, "VmRSS") if where.type == "cpu" else 0.0
     for job in _jobs(protocol, dataset, queries, attacks):
         seconds, peak = on.cost(job.attack, job.optimizer, job.threat)
@@ -176,7 +200,7 @@ def plan_of(
         rows.append({**job.row, **_cost(job.weight * seconds * queries / probe, peak)})
     total = {"id": "total", **dict.fromkeys(("attack", "optimizer", "eps"), ""), "queries": queries}
     total |= {"gallery": len(dataset.gallery), "steps": 0}
-    total["gradients"] = sum(int(str(row["gradients"])) for row in rows)
+    total |= {key: sum(int(str(row[key])) for row in rows) for key in ("gradients", "values")}
     peaks = [float(str(row["peak_mib"])) for row in rows if row["peak_mib"] is not None]
     return [*rows, {**total, **_cost(sum(float(str(r["seconds"])) for r in rows), max(peaks, default=math.nan))}]
 
@@ -198,8 +222,19 @@ def _clean(on: Stage, dataset: RetrievalDataset, protocol: Protocol, queries: in
         centres = gallery.embeddings[torch.arange(clusters, device=on.device) % len(gallery)]
         assign = timed(lambda: (block @ centres.t()).amax(1), on.device) / len(block)
     means = assign * len(gallery) * _LLOYD * len(protocol.clustering_seeds)
-    row = _row("clean metrics", "", "", "", queries, dataset, 0, 0)
+    row = _row("clean metrics", "", "", "", queries, dataset, 0)
     return {**row, **_cost(embed * everyone + rank * queries + means, peak_mib(on.device))}
+
+
+def _embedded(on: Stage, dataset: RetrievalDataset) -> dict[str, object]:
+    """The row of what a surrogate needs before any search: its own embeddings."""
+    assert on.surrogate is not None
+    everyone, embedder = len(np.union1d(dataset.gallery, dataset.query)), on.surrogate.embedder
+    forget_peak(on.device)
+    with torch.no_grad():
+        seconds = timed(lambda: embedder(on.images), on.device) / len(on.images) * everyone
+    row = _row("surrogate's embeddings", "", "", "", everyone, dataset, 0)
+    return {**row, **_cost(seconds, peak_mib(on.device))}
 
 
 def _row(
@@ -210,7 +245,7 @@ def _row(
     queries: int,
     dataset: RetrievalDataset,
     steps: int,
-    gradients: int,
+    passes: tuple[int, int] = (0, 0),
 ) -> dict[str, object]:
     return {
         "id": name,
@@ -220,7 +255,8 @@ def _row(
         "queries": queries,
         "gallery": len(dataset.gallery),
         "steps": steps,
-        "gradients": gradients,
+        "gradients": queries * passes[0],
+        "values": queries * passes[1],
     }
 
 
@@ -229,9 +265,9 @@ def _jobs(protocol: Protocol, dataset: RetrievalDataset, queries: int, attacks: 
     chosen = protocol.chosen(attacks, max(dataset.images.shape[1:]))
     for search in searches(protocol, [*chosen.own, *chosen.extra]):
         threat = search.threat
-        gradients = queries * threat.steps * threat.restarts
+        passes = COSTS[search.optimizer].passes(threat)
         row = _row(
-            search.name, search.attack, search.optimizer, str(threat.eps), queries, dataset, threat.steps, gradients
+            search.name, search.attack, search.optimizer, str(threat.eps), queries, dataset, threat.steps, passes
         )
         yield _Job(row, ATTACKS[search.attack], search.optimizer, threat)
     if chosen.runner and protocol.kind in RUNNERS:
@@ -241,17 +277,19 @@ def _jobs(protocol: Protocol, dataset: RetrievalDataset, queries: int, attacks: 
 def _runner_jobs(protocol: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[_Job]:
     """Those of a protocol with a runner of its own; gradients are the most that can be needed."""
     nothing: Mapping[str, Any] = {}
+    others = len(np.unique(dataset.labels[dataset.gallery])) - 1
     for eps in protocol.eps_for(max(dataset.images.shape[1:])):
         for step in protocol.steps:
-            threat = protocol.threat_at(eps, step.threat)
-            black = step.optimizer == "square"
+            threat, aims = protocol.threat_at(eps, step.threat), max(1, min(step.aims, others))
+            gradients, values = (aims * n for n in COSTS[step.optimizer].passes(threat))
             row = _row(
                 f"{step.name}@{eps}", step.attack, step.optimizer, eps, queries, dataset,
-                threat.queries if black else threat.steps, 0 if black else queries * threat.steps * step.aims,
+                threat.queries if step.optimizer in BY_QUERIES else threat.steps, (gradients, values),
             )  # fmt: skip
             one = replace(ATTACKS[step.attack], k=1) if ATTACKS[step.attack].targets else ATTACKS[step.attack]
-            yield _Job(row, one, step.optimizer, threat, float(step.aims))
+            yield _Job(row, one, step.optimizer, threat, float(aims))
         for name, way in clustering_attacks.CLUSTER_ATTACKS.items() if not protocol.steps else ():
             threat = protocol.threat_at(eps, nothing)
-            row = _row(f"{name}@{eps}", name, "pgd", eps, queries, dataset, threat.steps, queries * threat.steps)
+            passes = (threat.steps * threat.eot, threat.steps * threat.eot if way.moving else 0)
+            row = _row(f"{name}@{eps}", name, "pgd", eps, queries, dataset, threat.steps, passes)
             yield _Job(row, ATTACKS["ES"], "pgd", threat, 1.5 if way.moving else 1.0)

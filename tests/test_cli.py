@@ -86,6 +86,62 @@ def test_plan_does_nothing_but_plan(typed, tmp_path: Path) -> None:
     assert rows[-1]["gradients"] == 9 * 32 * 896
 
 
+def test_a_plan_counts_averaged_passes_and_times_the_surrogate(typed) -> None:
+    asked = [
+        "evaluate",
+        "--model",
+        DEFAULT,
+        "--plan",
+        "--json",
+        "--limit",
+        "64",
+        "--attacks",
+        "GTM@fgsm,GTM@square,GTM@nes",
+    ]
+    plain = {row["id"]: row for row in typed(*asked).json}
+    assert [plain[f"GTM@{o}"]["gradients"] for o in ("fgsm", "square", "nes")] == [64, 0, 0]
+    assert [plain[f"GTM@{o}"]["values"] for o in ("fgsm", "square", "nes")] == [0, 64 * 1000, 64 * 3200]
+    averaged = {row["id"]: row for row in typed(*asked, "--eot", "3").json}
+    for key in ("gradients", "values"):
+        assert averaged["total"][key] == 3 * plain["total"][key] > 0
+    transfer = {row["id"]: row for row in typed(*asked, "--surrogate", "digits-smallcnn-triplet-act").json}
+    assert transfer["surrogate's embeddings"]["queries"] == 896
+    assert transfer["total"]["gradients"] == plain["total"]["gradients"]
+    refused = ["evaluate", "--model", DEFAULT, "--protocol", "strict", "--surrogate", DEFAULT]
+    assert typed(*refused, "--plan", code=2).err == typed(*refused, code=2).err
+    assert "unknown model" in typed(*asked, "--surrogate", "none-such", code=2).err
+
+
+def test_a_plan_crafts_on_the_surrogate_and_reads_on_the_model() -> None:
+    """Its network is the one that the gradients go through."""
+    import torch
+
+    from dmlbench.datasets import load_dataset
+    from dmlbench.models import load_model
+    from dmlbench.plan import plan_of
+    from dmlbench.protocol import load_protocol
+
+    seen: dict[str, list[bool]] = {"model": [], "surrogate": []}
+
+    class Watched(torch.nn.Module):
+        def __init__(self, network: torch.nn.Module, side: str) -> None:
+            super().__init__()
+            self.network, self.side = network, side
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen[self.side].append(x.requires_grad)
+            return self.network(x)
+
+    sides = {}
+    for side, name in (("model", DEFAULT), ("surrogate", "digits-smallcnn-triplet-act")):
+        sides[side] = load_model(name)
+        sides[side].network = Watched(sides[side].network, side)
+
+    data, rules = load_dataset("digits"), load_protocol("ers-digits")
+    plan_of(sides["model"], data, rules, attacks=["GTM"], limit=8, surrogate=sides["surrogate"], device="cpu")
+    assert any(seen["surrogate"]) and seen["model"] and not any(seen["model"])
+
+
 @pytest.mark.parametrize("kind", ["models", "datasets", "attacks", "protocols"])
 def test_lists_and_shows(typed, kind: str) -> None:
     items = typed(kind, "list", "--json").json

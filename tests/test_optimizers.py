@@ -188,6 +188,51 @@ def test_every_optimizer_states_its_cost() -> None:
     assert list(COSTS) == list(OPTIMIZERS)
 
 
+class Counting:
+    """A loss that counts the images it is asked about, with a gradient and without."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows, self.gradients, self.values = rows, torch.zeros(len(rows)), torch.zeros(len(rows))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        counts = self.gradients if x.requires_grad else self.values
+        counts += 1
+        return (x - 0.3).flatten(1).square().sum(1)
+
+
+class CountingParts(Counting):
+    """The same, that can be asked about some images alone."""
+
+    def __getitem__(self, index):
+        part = CountingParts(self.rows[index])
+        part.gradients, part.values = self.gradients[index], self.values[index]  # views of a slice
+        return part
+
+
+@pytest.mark.parametrize("kind", [Counting, CountingParts])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"steps": 1},
+        {"steps": 0},
+        {"restarts": 3},
+        {"restarts": 12, "start": "random"},
+        {"eps": 0.0},
+        {"norm": "l2"},
+    ],
+)
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_every_optimizer_spends_what_it_states(name: str, changes, kind) -> None:
+    threat = Threat(**{"eps": 0.1, "step": 0.02, "steps": 5, "queries": 17, **changes})
+    clean, loss = rows(3).uniform(1, 6, 6), kind(torch.arange(3))
+    with torch.no_grad():  # as attacks are crafted
+        OPTIMIZERS[name](loss, clean, threat, rows(3))
+    gradients, values = COSTS[name].passes(threat)
+    assert loss.gradients.tolist() == [gradients] * 3 and loss.values.tolist() == [values] * 3
+    assert COSTS[name].passes(threat.but(eot=4)) == (4 * gradients, 4 * values)
+
+
 def test_square_refuses_triplets() -> None:
     with pytest.raises(UsageError, match="needs images"):
         OPTIMIZERS["square"](lambda x: x.flatten(1).sum(1), torch.rand(2, 3, 1, 4, 4), Threat(), rows(2))

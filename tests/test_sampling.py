@@ -139,7 +139,14 @@ def test_unknown_sampling() -> None:
 
 
 def test_a_recipe_has_a_margin_wherever_something_reads_it() -> None:
-    given = {"dataset": "digits", "arch": "smallcnn", "loss": "contrastive", "defense": "robust", "margin": 0.4}
+    given = {
+        "id": "x",
+        "dataset": "digits",
+        "arch": "smallcnn",
+        "loss": "contrastive",
+        "defense": "robust",
+        "margin": 0.4,
+    }
     assert Recipe(**given).check().margin == 0.4  # robust mines semihard unless asked otherwise
     with pytest.raises(UsageError, match="margin is the triplet loss's"):
         Recipe(**given, defense_params={"sampling": "R"}).check()

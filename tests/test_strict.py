@@ -228,7 +228,8 @@ def test_strict_fast_from_the_command_line(typed, tmp_path) -> None:
     plan = typed("evaluate", "--model", DEFAULT, "--protocol", "strict", "--plan", "--json").json
     plan = [row for row in plan if "@" in row["id"]]
     assert [row["id"] for row in plan[:4]] == ["W1@5/255", "W2@5/255", "MT@5/255", "SQ@5/255"]
-    assert plan[2]["gradients"] == 896 * 160 and plan[3]["gradients"] == 0
+    assert plan[2]["gradients"] == 896 * 32 * 4 and plan[3]["gradients"] == 0  # five aims, but four other classes
+    assert plan[0]["values"] == 896 and plan[3]["values"] == 896 * 1000
 
 
 @pytest.mark.parametrize("name", [DEFAULT, "digits-smallcnn-triplet-none"])

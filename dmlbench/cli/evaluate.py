@@ -127,7 +127,11 @@ def evaluate(
     embedder, images = load_subject(model, options, dataset, split, ready=not plan)
     rules = dmlbench.load_protocol(protocol or default_protocol(images))
     if plan:
-        work = plan_of(embedder, images, rules, attacks=wanted, limit=limit, device=device, batch_size=batch_size)
+        other = dmlbench.load_model(surrogate) if surrogate else None
+        work = plan_of(
+            embedder, images, rules, attacks=wanted, limit=limit, device=device, batch_size=batch_size,
+            eot=eot, surrogate=other,
+        )  # fmt: skip
         _print_plan(work, as_json)
         return
     why = foreseen(embedder, images, rules, csv, attacks=wanted, limit=limit, seed=seed, eot=eot, surrogate=surrogate)

@@ -28,6 +28,8 @@ else:
     import tomli as tomllib
 
 RECIPES = PACKAGE / "recipes"
+MOST_IMAGES = 1_000_000
+"""In a step."""
 ID = r"^[a-z0-9][a-z0-9._-]*$"
 
 
@@ -84,6 +86,10 @@ class Recipe(BaseModel):
             UsageError: an unknown name (with a suggestion), or a defence that the loss or network cannot serve.
         """
         DATASETS[self.dataset], DISTANCES[self.space], LOSSES[self.loss]
+        if self.groups * self.per_class > MOST_IMAGES:
+            raise UsageError(
+                f"groups x per_class is {self.groups * self.per_class} images a step, at most {MOST_IMAGES}"
+            )
         if ":" not in self.arch:
             ARCHITECTURES[self.arch]
         entry = DEFENSES[self.defense]

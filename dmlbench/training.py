@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,24 @@ def learning_rate(recipe: Recipe, iteration: int) -> float:
     return 1.0
 
 
+@contextmanager
+def fitting(recipe: Recipe) -> Iterator[None]:
+    """Within it, memory that runs out is one line.
+
+    Raises:
+        DataError: a step does not fit.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # the CPU's allocator has no error of its own
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            count = recipe.groups * recipe.per_class
+            raise DataError(
+                f"a step on {count} images does not fit into memory: set groups ({recipe.groups}) lower"
+            ) from None
+        raise
+
+
 def batches(
     recipe: Recipe, dataset: RetrievalDataset, labels: np.ndarray, device: torch.device, rank: int, start: int
 ) -> Iterator[Batch]:
@@ -179,7 +198,8 @@ def batches(
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(fetch, start)
         for iteration in range(start, recipe.iterations):
-            batch = ahead.result()
+            with fitting(recipe):
+                batch = ahead.result()
             if iteration + 1 < recipe.iterations:
                 ahead = pool.submit(fetch, iteration + 1)
             yield batch
@@ -363,9 +383,10 @@ def train(
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * factor
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
-            loss = defense.step(learner, batch, inner, **params)
-        loss.backward()
+        with fitting(recipe):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
+                loss = defense.step(learner, batch, inner, **params)
+            loss.backward()
         world.average(learner)
         optimizer.step()
         total += loss.detach()

@@ -17,7 +17,7 @@ from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.models import ModelOptions, load_model, open_model, probe_images, read_file, write_weights
 from dmlbench.models.architectures import IMAGENET_MEAN, IMAGENET_STD, build_network, c2f2, conv3, smallcnn
-from dmlbench.models.inspection import CANDIDATES, best_fit, fits
+from dmlbench.models.inspection import CANDIDATES, best_fit, describe, fits
 from dmlbench.models.weights import strip
 
 
@@ -150,6 +150,12 @@ def test_files_that_are_no_weights(content: bytes | None, said: str, tmp_path: P
         read_file(path)
 
 
+def test_a_file_without_tensors(tmp_path: Path) -> None:
+    (tmp_path / "none.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
+    facts = describe(read_file(tmp_path / "none.safetensors"))
+    assert (facts["tensors"], facts["first"], facts["last"]) == (0, None, None)
+
+
 def test_a_truncated_file(tmp_path: Path) -> None:
     torch.save(smallcnn().state_dict(), tmp_path / "a.pth")
     whole = (tmp_path / "a.pth").read_bytes()
@@ -251,6 +257,16 @@ def test_spec(tmp_path: Path) -> None:
         ({"arch": {"builder": "conv4", "embed_dim": 16}}, "did you mean 'conv3'"),
         ({"arch": {"builder": "conv3", "kwargs": {"deep": 1}, "embed_dim": 16}}, "does not take these arguments"),
         ({"arch": {**spec["arch"], "embed_dim": 17}}, "says embed_dim 17, the network gives 16"),
+        (
+            {"arch": {"builder": "conv3", "kwargs": {"width": 10**5}, "embed_dim": 16}},
+            "is too large: at most 2000000000",
+        ),
+        ({"arch": {"builder": "timm:resnet18", "kwargs": {"block": "x"}, "embed_dim": 16}}, "AttributeError"),
+        ({"arch": {"builder": "timm:resnet18", "kwargs": {"act_layer": "x"}, "embed_dim": 16}}, "KeyError: 'x'"),
+        (
+            {"arch": {"builder": "timm:resnet18", "kwargs": {"checkpoint_path": "/etc/passwd"}, "embed_dim": 16}},
+            "is not given 'checkpoint_path'",
+        ),
     ):
         (tmp_path / "spec.json").write_text(json.dumps(spec | change))
         with pytest.raises((DataError, UsageError), match=said):
@@ -303,6 +319,16 @@ def make():
     return net
 def fails():
     raise RuntimeError("no such dataset")
+def shaped(shape):
+    net = Net()
+    net.input_shape = shape
+    return net
+def flat():
+    return shaped((3, 32))
+def text():
+    return shaped("abc")
+def zero():
+    return shaped((3, 0, 2))
 number = 3
 def none():
     return None
@@ -320,6 +346,9 @@ def test_a_users_own_code(tmp_path: Path) -> None:
         ("number", "has no function 'number'"),
         ("fails", "failed: RuntimeError: no such dataset"),
         ("none", "gave a NoneType"),
+        ("flat", r"input_shape \(3, 32\) is not \(channels, height, width\)"),
+        ("text", "input_shape 'abc' is not"),
+        ("zero", r"input_shape \(3, 0, 2\) is not"),
     ):
         with pytest.raises((UsageError, DataError), match=said):
             open_model(f"{where}:{name}")
@@ -386,6 +415,8 @@ def test_outputs_that_are_not_a_tensor() -> None:
         loaded(lambda e: e[:, :, None, None].expand(-1, -1, 7, 7))
     with pytest.raises(DataError, match="gives a NoneType"):
         loaded(lambda e: None)
+    with pytest.raises(DataError, match=r"gives \(3, 0\) where embeddings"):
+        loaded(lambda e: e[:, :0])
 
 
 class Stubborn(nn.Module):
@@ -428,6 +459,9 @@ def test_spaces() -> None:
         ({"distance": "cosine", "normalize": False}, "does not go with --no-normalize"),
         ({"mean": (0.1, 0.2)}, "--mean has 2 values for 3 channels"),
         ({"resize": "big"}, "--resize 'big' must be"),
+        ({"resize": "exact:999999"}, "--resize 'exact:999999': N is at most 4096"),
+        ({"input_size": (32, 99999)}, "--input-size 32x99999: at most 4096"),
+        ({"embed_dim": 10**13}, "at most 1048576"),
         ({"embed_dim": -1}, "must be 0"),
         ({"std": (0.0,)}, "above zero"),
         ({"precision": "int4"}, "precision 'int4'"),

@@ -21,7 +21,7 @@ from dmlbench.intervals import cluster_bootstrap
 from dmlbench.protocol import load_protocol
 from dmlbench.results import Evaluation, npz_bytes, save
 from dmlbench.submission import rerun
-from dmlbench.submission.bundle import LIMITS
+from dmlbench.submission.bundle import LIMITS, Refused, read_arrays
 from dmlbench.submission.pack import pack, write_folder
 from dmlbench.submission.static import check_static
 from dmlbench.submission.validate import validate
@@ -537,6 +537,13 @@ def test_weights_of_another_architecture(files, check):
         (put(["checkpoint", "arch", "kwargs"], {"depth": 3}), "checkpoint.arch", "argument 'depth'"),
         (put(["checkpoint", "arch", "kwargs", "width"], 100000), "checkpoint.arch", "at most 2000000000"),
         (put(["checkpoint", "arch", "kwargs", "width"], 8), "n_params", "the network has"),
+        (put(["checkpoint", "arch", "kwargs", "width"], -1), "checkpoint.arch", "negative dimension"),
+        (put(["checkpoint", "probe", "embedding"], [0.0] * 1000), "checkpoint.probe", "its embeddings have 64"),
+        (put(["checkpoint", "input", "size"], 1000000), "checkpoint.input", "at most 4096"),
+        (put(["checkpoint", "input", "size"], 16), "checkpoint.input", "says 1x16x16, the run's images are 1x8x8"),
+        (put(["checkpoint", "input", "channels"], 3), "checkpoint.input", "says 3x8x8, the run's images are 1x8x8"),
+        (put(["checkpoint", "input", "crop"], 3), "checkpoint.input", "says 1x3x3, the run's images are 1x8x8"),
+        (put(["checkpoint", "normalize"], {"mean": [1.0, 2.0, 3.0]}), "normalize.mean", "3 values for images of 1"),
         (put(["checkpoint", "normalize"], {"mean": [0.5], "std": [0.1]}), "checkpoint.probe", "another embedding"),
     ],
 )
@@ -544,6 +551,29 @@ def test_an_architecture_that_does_not_fit(files, check, change, field, reason):
     report = check(edit_yaml(files, change), 1)
     assert report.passed == (0,)
     refused(report, 1, field, reason)
+
+
+@pytest.mark.parametrize(
+    ("builder", "kwargs", "field", "reason"),
+    [
+        ("ensemble", {"members": 10**9}, "arch", "1 to 100 members"),
+        ("ensemble", {"member": "ensemble"}, "arch", "no ensembles as members"),
+        ("torchvision:resnet18", {"num_classes": 10**13}, "arch", "'num_classes' holds a number above 1000000"),
+        ("torchvision:alexnet", {"num_classes": 10**6}, "arch", "at most 2000000000"),
+        ("torchvision:resnet18", {"zero_init_residual": True}, "probe", "1x8x8"),
+        ("timm:resnet18", {"checkpoint_path": "/etc/passwd"}, "arch", "is not given 'checkpoint_path'"),
+        ("timm:resnet18", {"pretrained_cfg": {"file": "/etc/passwd"}}, "arch", "is not given 'pretrained_cfg'"),
+        ("timm:resnet18", {"cache_dir": "/tmp"}, "arch", "is not given 'cache_dir'"),
+        ("timm:resnet18", {"block": "x"}, "arch", "no attribute 'expansion'"),
+        ("timm:resnet18", {"act_layer": "x"}, "arch", "KeyError: 'x'"),
+        ("timm:hf-hub:someone/something", {}, "arch.builder", "would be fetched"),
+        ("hf-hub:someone/something", {}, "arch.builder", "would be fetched"),
+    ],
+)
+def test_builders_that_would_fetch_read_or_fill_the_memory(files, check, monkeypatch, builder, kwargs, field, reason):
+    monkeypatch.setattr(rerun, "fill", lambda *a: None)  # as if the weights fitted
+    arch = {"builder": builder, "kwargs": kwargs, "embed_dim": 64}
+    refused(check(edit_yaml(files, put(["checkpoint", "arch"], arch)), 1), 1, f"checkpoint.{field}", reason)
 
 
 def test_weights_may_lie_elsewhere_and_are_named(files, check, made):
@@ -650,6 +680,7 @@ def test_a_refused_bundle_on_the_command_line(typed, files, tmp_path):
         (["submit", "pack", "nowhere", "--out", "b.zip"], 4, "not a readable run folder"),
         (["validate", "nowhere.zip"], 4, "does not exist"),
         (["verify", "nowhere.zip"], 4, "does not exist"),
+        (["validate", ".", "--board", "nowhere"], 4, "--board nowhere has no folder submissions"),
         (["validate", "b.zip", "--level", "5"], 2, "level"),
         (["schema", "rwo"], 2, "did you mean 'row'"),
         (["submit", "inti"], 2, "inti"),
@@ -698,8 +729,6 @@ def test_schemas_are_printed(typed, name):
 
 
 def test_the_arrays_of_a_bundle_read_as_numpy_reads_them(made, tmp_path):
-    from dmlbench.submission.bundle import read_arrays
-
     arrays = {
         "a/b": np.arange(12.0).reshape(3, 4),
         "c": np.zeros((0, 2), dtype=np.int64),
@@ -711,3 +740,61 @@ def test_the_arrays_of_a_bundle_read_as_numpy_reads_them(made, tmp_path):
     buffer = io.BytesIO()
     np.savez(buffer, d=np.asfortranarray(np.arange(6.0).reshape(2, 3)))
     np.testing.assert_array_equal(read_arrays(buffer.getvalue(), "f")["d"], np.arange(6.0).reshape(2, 3))
+
+
+def npy(header):
+    """The first bytes of an array with any header."""
+    raw = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(raw).to_bytes(2, "little") + raw
+
+
+@pytest.mark.parametrize(
+    ("descr", "shape", "body", "reason"),
+    [
+        ("'<f4'", "(-2, -2)", bytes(16), "claims shape (-2, -2)"),
+        ("'<f4'", "(True,)", bytes(4), "claims shape (True,)"),
+        ("'<f4'", "(" + "1," * 70 + ")", bytes(4), "which no array here has"),
+        ("'<f4'", "(0, 9223372036854775808)", b"", "which no array here has"),
+        ("'<U0'", "(5,)", b"", "take no bytes"),
+        ("(" * 3000 + "'<f4'", "(1,)", bytes(4), "is not an array"),
+    ],
+)
+def test_array_headers_that_lie(descr, shape, body, reason):
+    raw = npy(f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}") + body
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.npy", raw)
+    with pytest.raises(Refused) as found:
+        read_arrays(buffer.getvalue(), "f")
+    (problem,) = found.value.problems
+    assert problem.level == 0 and problem.field == "f a" and reason in problem.reason and "\n" not in problem.reason
+
+
+def test_corrupt_lzma(files, check, tmp_path):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_LZMA) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+        first = archive.infolist()[0]
+    raw = bytearray(buffer.getvalue())
+    begin = first.header_offset + 30 + len(first.filename) + 12
+    raw[begin : begin + 28] = bytes(b ^ 0xFF for b in raw[begin : begin + 28])
+    (tmp_path / "outer.zip").write_bytes(raw)
+    refused(validate(tmp_path / "outer.zip", 0), 0, first.filename, "cannot be read from the archive")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("query.npy", bytes(range(256)) * 8)
+    raw = bytearray(buffer.getvalue())
+    raw[30 + 9 + 12 : 30 + 9 + 40] = b"\xff" * 28
+    refused(check(sealed({**files, QUERIES: bytes(raw)}), 0), 0, QUERIES, "not a readable npz file")
+
+
+def test_packing_again(made, typed, tmp_path):
+    """Weights that do not exist are one line; a folder packed without weights keeps none of an earlier bundle."""
+    run = made[1]
+    options = ["submit", "pack", run / "run", "--submission", run / "submission.yaml"]
+    assert "does not exist" in typed(*options, "--weights", "nofile", "--out", "q.zip", code=4).err
+    typed(*options, "--weights", run / "weights.safetensors", "--out", tmp_path / "held")
+    assert (tmp_path / "held" / "weights.safetensors").is_file()
+    typed(*options, "--no-weights", "--out", tmp_path / "held")
+    assert not (tmp_path / "held" / "weights.safetensors").exists()

@@ -26,7 +26,7 @@ from dmlbench.parallel import World
 from dmlbench.recipe import Recipe, command_of, load_recipe, make_recipe, packaged_recipes
 from dmlbench.registration import read_entry, register
 from dmlbench.rng import Rng
-from dmlbench.training import TrainingFailed, learning_rate, margins, train
+from dmlbench.training import TrainingFailed, fitting, learning_rate, margins, train
 
 SMALL = {"groups": 4, "steps": 2, "iterations": 6, "check_every": 3, "arch_kwargs": {"width": 2}, "embed_dim": 8}
 HM = "digits-smallcnn-triplet-hm-lga-ics"
@@ -227,6 +227,8 @@ def test_collapse_ends_the_run_unless_allowed(tmp_path: Path) -> None:
             "the contrastive loss's",
         ),
         ([HM, "--set", "arch_kwargs.depth=3"], 2, "depth"),
+        ([HM, "--set", "arch_kwargs.width=-1"], 2, "negative dimension"),
+        ([HM, "--set", "groups=1000000"], 2, "2000000 images a step, at most 1000000"),
         ([HM, "--defense", "eat", "--set", "loss=proxy-anchor"], 2, "defence"),
         ([HM, "--set", "eps=9"], 2, "outside [0, 1]"),
         ([HM, "--device", "gpu"], 2, "gpu"),
@@ -239,6 +241,18 @@ def test_collapse_ends_the_run_unless_allowed(tmp_path: Path) -> None:
 def test_bad_input_is_one_line(capsys, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
     _, err = command(capsys, "train", *arguments, "--out", tmp_path / "r", code=code)
     assert message in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_step_that_does_not_fit_into_memory_is_one_line() -> None:
+    made = recipe(groups=3)
+    for error in (lambda: torch.empty(1 << 55), lambda: np.empty(1 << 55)):
+        with (
+            pytest.raises(DataError, match=r"a step on 6 images does not fit .* set groups \(3\) lower"),
+            fitting(made),
+        ):
+            error()
+    with pytest.raises(RuntimeError, match="another"), fitting(made):
+        raise RuntimeError("another")
 
 
 def test_out_is_needed_and_must_be_writable(capsys, tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def validate(
 
     if not bundle.exists():
         raise DataError(f"{bundle} does not exist")
+    if board is not None and not (board / "submissions").is_dir():
+        raise DataError(f"--board {board} has no folder submissions: it is not a board")
 
     def passed(step: int) -> None:
         if not as_json:

@@ -66,6 +66,8 @@ def _is_embedding(value: Any, batch: int) -> bool:
     """(b, d), or (b, d, 1, 1) as networks without a flatten give it."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.shape[:1] != (batch,):
         return False
+    if not value.numel():
+        return False
     return value.dim() == 2 or (value.dim() == 4 and value.shape[2:] == (1, 1))
 
 

@@ -16,6 +16,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from operator import index
 from pathlib import Path
 from types import ModuleType
 
@@ -26,7 +27,15 @@ from dmlbench.checkpoints import Checkpoint, checkpoint, checkpoints, sha256_of,
 from dmlbench.embedding import DISTANCES, Distance, Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.fetching import weights_path
-from dmlbench.models.architectures import Built, Ensemble, build_network, head_of, head_width, with_head
+from dmlbench.models.architectures import (
+    MOST_PARAMETERS,
+    Built,
+    Ensemble,
+    build_network,
+    head_of,
+    head_width,
+    with_head,
+)
 from dmlbench.models.behaviour import probe_images, settle
 from dmlbench.models.inspection import best_fit
 from dmlbench.models.spec import ModelOptions, Spec, preprocess_of
@@ -44,9 +53,14 @@ def space_of(entry: Checkpoint) -> str:
 
 
 def build(entry: Checkpoint, name: str) -> Embedder:
-    """The untrained :class:`Embedder` that a checkpoint describes."""
+    """The untrained :class:`Embedder` that a checkpoint describes.
+
+    Raises:
+        UsageError: it cannot be built, or has more than :data:`MOST_PARAMETERS` parameters.
+    """
     own = ":" not in entry.arch.builder
-    built = build_network(entry.arch.builder, embed_dim=None if own else entry.arch.embed_dim, kwargs=entry.arch.kwargs)
+    width = None if own else entry.arch.embed_dim
+    built = build_network(entry.arch.builder, embed_dim=width, kwargs=entry.arch.kwargs, most=MOST_PARAMETERS)
     preprocess = preprocess_of(entry.input)
     return Embedder(
         built.network,
@@ -64,7 +78,12 @@ def check_probe(embedder: Embedder, entry: Checkpoint, name: str) -> None:
     if entry.probe is None:
         return
     with torch.no_grad():
-        found = embedder.eval()(probe_images(embedder.input_shape))[0, : len(entry.probe.embedding)]
+        found = embedder.eval()(probe_images(embedder.input_shape))[0]
+    if len(entry.probe.embedding) > len(found):
+        raise DataError(
+            f"model {name!r}: its probe has {len(entry.probe.embedding)} values, its embeddings have {len(found)}"
+        )
+    found = found[: len(entry.probe.embedding)]
     expected = torch.tensor(entry.probe.embedding)
     gap = float((found - expected).abs().max())
     if not gap <= entry.probe.atol:
@@ -218,7 +237,7 @@ def _file(path: Path, options: ModelOptions) -> Embedder:
 def _specified(path: Path, spec: Spec, options: ModelOptions) -> Embedder:
     """A weights file with its spec; options on the command line win over the spec."""
     own = ":" not in spec.arch.builder
-    built = build_network(spec.arch.builder, kwargs=spec.arch.kwargs)
+    built = build_network(spec.arch.builder, kwargs=spec.arch.kwargs, most=MOST_PARAMETERS)
     file = read_file(path, options.checkpoint_key or spec.checkpoint_key)
     network = built.network if own else _with_their_head(built.network, file, spec.arch.embed_dim)
     notes = fill_from(network, file)
@@ -285,6 +304,24 @@ def _imported(where: str) -> ModuleType:
     return importlib.import_module(where)
 
 
+def stated_shape(module: nn.Module, name: str) -> tuple[int, int, int] | None:
+    """The (C, H, W) in a module's ``input_shape``, None where it has none.
+
+    Raises:
+        UsageError: it is not three positive integers.
+    """
+    stated = getattr(module, "input_shape", None)
+    if stated is None:
+        return None
+    try:
+        c, h, w = (index(value) for value in stated)
+    except (TypeError, ValueError):
+        c = h = w = 0
+    if min(c, h, w) < 1:
+        raise UsageError(f"{name}: input_shape {stated!r} is not (channels, height, width), three positive integers")
+    return c, h, w
+
+
 def _python(rest: str, options: ModelOptions) -> Embedder:
     """The user's own function: called without arguments, gives a module or an Embedder."""
     where, colon, attribute = rest.rpartition(":")
@@ -303,8 +340,7 @@ def _python(rest: str, options: ModelOptions) -> Embedder:
         embedder = made
         embedder.name = options.name or made.name
     elif isinstance(made, nn.Module):
-        shape = getattr(made, "input_shape", None)
-        built = Built(made, tuple(shape) if shape is not None else None)
+        built = Built(made, stated_shape(made, f"python:{rest}"))
         embedder = _embedder(built, options, f"python:{rest}")
     else:
         raise DataError(f"python:{rest} gave a {type(made).__name__}, not a torch.nn.Module")

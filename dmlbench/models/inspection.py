@@ -166,6 +166,6 @@ def describe(file: WeightsFile) -> dict[str, Any]:
         "not_finite": [
             k for k, t in file.tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())
         ],
-        "first": next(iter(file.tensors)),
-        "last": next(reversed(list(file.tensors))),
+        "first": next(iter(file.tensors), None),
+        "last": next(reversed(list(file.tensors)), None),
     }

@@ -9,8 +9,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dmlbench.checkpoints import Arch, Checkpoint, Embedding, Input, Normalize, first_problem
 from dmlbench.embedding import DISTANCES, Distance
 from dmlbench.errors import DataError, UsageError
+from dmlbench.models.architectures import MOST_WIDTH
 from dmlbench.preprocess import Preprocess
 
+LARGEST_SIDE = 4096
+"""Pixels along one side that a picture is scaled to."""
 PRECISIONS = ("auto", "float32", "tf32", "int8", "bfloat16")
 
 
@@ -57,7 +60,13 @@ class Spec(BaseModel):
 
 
 def preprocess_of(given: Input) -> Preprocess:
-    """The record of a registry entry's ``input``: ``resize`` is exact, or by the shorter side where it says so."""
+    """The record of a registry entry's ``input``: ``resize`` is exact, or by the shorter side where it says so.
+
+    Raises:
+        UsageError: a side above :data:`LARGEST_SIDE`, or what :class:`Preprocess` refuses.
+    """
+    if (largest := max(given.size, given.crop or 0, given.resize or 0)) > LARGEST_SIDE:
+        raise UsageError(f"input: {largest} pixels a side, at most {LARGEST_SIDE} are allowed")
     size = (given.crop or given.size,) * 2
     if given.resize is None:
         standard = Preprocess.standard((given.channels, *size), given.interpolation)
@@ -116,8 +125,10 @@ class ModelOptions:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision {self.precision!r} must be one of {', '.join(PRECISIONS)}")
-        if self.embed_dim is not None and self.embed_dim < 0:
-            raise UsageError(f"--embed-dim {self.embed_dim} must be 0 (no last layer) or more")
+        if self.embed_dim is not None and not 0 <= self.embed_dim <= MOST_WIDTH:
+            raise UsageError(f"--embed-dim {self.embed_dim} must be 0 (no last layer) or more, at most {MOST_WIDTH}")
+        if self.input_size is not None and max(self.input_size) > LARGEST_SIDE:
+            raise UsageError(f"--input-size {self.input_size[0]}x{self.input_size[1]}: at most {LARGEST_SIDE} a side")
         if self.std is not None and min(self.std) <= 0:
             raise UsageError("--std must be above zero")
 
@@ -161,6 +172,8 @@ def _resize(text: str) -> tuple[tuple[int, int] | None, int | None]:
     if text == "none":
         return None, None
     kind, _, number = text.rpartition(":")
-    if kind not in ("", "exact", "shorter") or not number.isdigit() or int(number) < 1:
+    if kind not in ("", "exact", "shorter") or not number.isdecimal() or not number.strip("0"):
         raise UsageError(f"--resize {text!r} must be exact:N, shorter:N or none")
+    if len(number) > 9 or int(number) > LARGEST_SIDE:
+        raise UsageError(f"--resize {text!r}: N is at most {LARGEST_SIDE}")
     return (None, int(number)) if kind == "shorter" else ((int(number),) * 2, None)

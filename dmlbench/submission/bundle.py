@@ -16,8 +16,11 @@ and while reading, links and paths that leave the bundle are refused.
 import hashlib
 import io
 import json
+import lzma
 import math
 import stat
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -45,6 +48,12 @@ LEAST_SAMPLE = 32
 """Queries whose adversarial images a bundle holds at the least (or all, where the run kept fewer)."""
 ARRAYS_MOST = 2048 * MIB
 """How large the arrays of one npz file may be in memory."""
+_DIMENSIONS_MOST = 8
+_BROKEN: tuple[type[Exception], ...] = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, NotImplementedError, RuntimeError, EOFError,
+    OSError, ValueError, IndexError,
+)  # fmt: skip
+"""What Python's zipfile raises for broken or strange archives."""
 
 
 class Problem(NamedTuple):
@@ -173,7 +182,7 @@ def _from_zip(path: Path) -> dict[str, bytes]:
             if problems := list(_member_problems(members)):
                 raise Refused(problems)
             return {m.filename: _read_member(archive, m) for m in members}
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+    except _BROKEN as error:
         raise refuse(0, path.name, f"is not a readable zip file: {error}") from None
 
 
@@ -200,7 +209,7 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     try:
         with archive.open(member) as stream:
             content = stream.read(limit + 1)
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+    except _BROKEN as error:
         raise refuse(0, member.filename, f"cannot be read from the archive: {error}") from None
     if len(content) > limit:
         raise refuse(0, member.filename, f"has more than the {limit} bytes that are allowed")
@@ -252,7 +261,7 @@ def read_arrays(raw: bytes, field: str) -> dict[str, np.ndarray]:
                     raise refuse(0, field, f"holds array {name!r} twice")
                 with archive.open(member) as stream:
                     arrays[name] = _array(stream.read(member.file_size + 1), f"{field} {name}")
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+    except _BROKEN as error:
         raise refuse(0, field, f"is not a readable npz file: {error}") from None
     return arrays
 
@@ -263,10 +272,15 @@ def _array(raw: bytes, field: str) -> np.ndarray:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
-    except ValueError as error:
-        raise refuse(0, field, f"is not an array: {error}") from None
+    except (ValueError, TypeError, tokenize.TokenError, SyntaxError, MemoryError, RecursionError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise refuse(0, field, f"is not an array: {said}") from None
     if dtype.hasobject or dtype.kind not in "fiubU":
         raise refuse(0, field, f"has type {dtype}, where numbers or plain text are expected; nothing is unpickled")
+    if dtype.itemsize == 0:
+        raise refuse(0, field, f"has type {dtype}, whose values take no bytes")
+    if len(shape) > _DIMENSIONS_MOST or any(isinstance(n, bool) or not 0 <= n <= ARRAYS_MOST for n in shape):
+        raise refuse(0, field, f"claims shape {str(shape)[:80]}, which no array here has")
     body = raw[stream.tell() :]
     size = math.prod(shape) * dtype.itemsize
     if size != len(body):

@@ -125,6 +125,8 @@ def pack(
         files["run/manifest.json"] = json_bytes(make_manifest(inner))
     if with_weights:
         path = weights or packaged_weights(e)
+        if not path.is_file():
+            raise DataError(f"weights file {path} does not exist")
         if sha256_of(path) != e.model.weights_sha256:
             raise DataError(f"{path} is not the file that the run was made with (sha256 differs)")
         files[WEIGHTS] = path.read_bytes()
@@ -154,11 +156,13 @@ def write_zip(files: dict[str, bytes], out: Path) -> None:
 
 
 def write_folder(files: dict[str, bytes], out: Path) -> None:
-    """Write the bundle as a folder, as it lies on the board."""
+    """Write the bundle as a folder, as it lies on the board; what an earlier bundle had more of goes."""
     try:
         (out / "run").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{out} cannot be made: {error.strerror or error}") from None
+    for name in set(LIMITS) - set(files):
+        (out / name).unlink(missing_ok=True)
     for name, content in files.items():
         if name != MANIFEST:
             write_whole(out / name, content)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from dmlbench import clustering, strict
@@ -29,6 +28,7 @@ from dmlbench.exact import true_float32
 from dmlbench.intervals import cluster_bootstrap
 from dmlbench.leaderboard.row import headline
 from dmlbench.models import build, check_probe, fill, parameter_count
+from dmlbench.models.spec import preprocess_of
 from dmlbench.protocol import Component, Protocol
 from dmlbench.results import Evaluation
 from dmlbench.subject import Progress, Silent, Subject, prepare
@@ -36,7 +36,6 @@ from dmlbench.submission.bundle import Problem, refuse
 from dmlbench.submission.replay import AGREE, clusters_differ, dataset_of
 from dmlbench.submission.static import RUN, WEIGHTS, Checked
 
-MOST_PARAMETERS = 2_000_000_000
 SHARE = 0.05
 """Share of the queries that level 3 attacks again ..."""
 LEAST = 64
@@ -62,20 +61,7 @@ def load_submitted(checked: Checked, weights: Path | None = None) -> Embedder:
         tensors = load(raw)
     except (SafetensorError, ValueError, KeyError) as error:
         raise refuse(1, WEIGHTS, f"is not a readable safetensors file: {error}") from None
-    try:
-        with torch.device("meta"):
-            count = parameter_count(build(card, checked.submission.id).network)
-    except DmlbenchError as error:
-        raise refuse(1, "submission.yaml checkpoint.arch", str(error)) from None
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise refuse(1, "submission.yaml checkpoint.arch", f"cannot be built: {error}") from None
-    if count > MOST_PARAMETERS:
-        raise refuse(1, "submission.yaml checkpoint.arch", f"has {count} parameters, at most {MOST_PARAMETERS}")
-    if card.arch.n_params not in (None, count):
-        raise refuse(
-            1, "submission.yaml checkpoint.arch.n_params", f"says {card.arch.n_params}, the network has {count}"
-        )
-    embedder = build(card, checked.evaluation.model.id)
+    embedder = _described(checked)
     try:
         fill(embedder.network, tensors, WEIGHTS)
     except DataError as error:
@@ -86,7 +72,53 @@ def load_submitted(checked: Checked, weights: Path | None = None) -> Embedder:
         check_probe(embedder, card, checked.submission.id)
     except DataError as error:
         raise refuse(1, "submission.yaml checkpoint.probe", str(error)) from None
+    except Exception as error:  # a network says in any way that it does not take its own images
+        said = f"cannot be compared, the network does not take images of {_sides(embedder.input_shape)}: {_line(error)}"
+        raise refuse(1, "submission.yaml checkpoint.probe", said) from None
     return embedder
+
+
+def _described(checked: Checked) -> Embedder:
+    """The untrained network of the submission's record; nothing is fetched, and its size is known before it is made.
+
+    Raises:
+        Refused: it is fed other images than the run's, cannot be built, or is too large.
+    """
+    card = checked.submission.checkpoint
+    if "hf-hub:" in card.arch.builder:
+        raise refuse(1, "submission.yaml checkpoint.arch.builder", f"{card.arch.builder!r} would be fetched from a hub")
+    try:
+        shape = preprocess_of(card.input).shape
+    except DmlbenchError as error:
+        raise refuse(1, "submission.yaml checkpoint.input", str(error)) from None
+    held = {images.shape[1:] for images in checked.evaluation.sample.values() if images.ndim == 4}
+    if shape not in held:
+        said = f"says {_sides(shape)}, the run's images are {' or '.join(map(_sides, sorted(held))) or 'none'}"
+        raise refuse(1, "submission.yaml checkpoint.input", f"{said} (channels, height, width)")
+    for what, values in (("mean", card.normalize.mean), ("std", card.normalize.std)):
+        if values is not None and len(values) not in (1, shape[0]):
+            said = f"has {len(values)} values for images of {shape[0]} channel{'s' * (shape[0] != 1)}"
+            raise refuse(1, f"submission.yaml checkpoint.normalize.{what}", said)
+    try:
+        embedder = build(card, checked.evaluation.model.id)
+    except DmlbenchError as error:
+        raise refuse(1, "submission.yaml checkpoint.arch", str(error)) from None
+    except Exception as error:  # what the record says is anybody's
+        raise refuse(1, "submission.yaml checkpoint.arch", f"cannot be built: {_line(error)}") from None
+    count = parameter_count(embedder.network)
+    if card.arch.n_params not in (None, count):
+        raise refuse(
+            1, "submission.yaml checkpoint.arch.n_params", f"says {card.arch.n_params}, the network has {count}"
+        )
+    return embedder
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _elsewhere(checked: Checked, weights: Path | None) -> Path:

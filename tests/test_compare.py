@@ -200,7 +200,7 @@ def test_the_threat_is_read_from_what_evaluate_writes():
     from dmlbench.models import load_model
     from dmlbench.results import conditions
 
-    rules, other = load_protocol("ers-digits"), load_model("digits-smallcnn-triplet-act")
+    rules, other = load_protocol("ers-digits"), load_model("digits-smallcnn-triplet-act").name
     chosen = rules.chosen(None, 8)
     written = reasons(rules, chosen, load_dataset("digits"), None, 64, 3, 4, other)
     assert conditions(written) == {"eot": "4", "surrogate": "digits-smallcnn-triplet-act"}

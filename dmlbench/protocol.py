@@ -232,7 +232,7 @@ def read_protocol(path: Path) -> Protocol:
             _check_component(c, protocol)
         for step in protocol.steps:
             _check_step(step, protocol)
-        if path.parent != FOLDER and (twice := _repeated(c.name for c in protocol.components)):
+        if twice := _repeated(c.name for c in protocol.components):
             raise UsageError(f"two components have the name {twice!r}: one would overwrite the other")
         if twice := _repeated(step.name for step in protocol.steps):
             raise UsageError(f"two steps have the name {twice!r}: one would overwrite the other")

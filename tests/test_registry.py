@@ -72,6 +72,16 @@ RELEASED = {
 }
 
 
+def test_every_packaged_protocol_has_a_hash_that_it_keeps() -> None:
+    assert sorted(RELEASED) == sorted(protocol_names())
+
+
+@pytest.mark.parametrize("name", [n for n in protocol_names() if n.startswith("ers-")])
+def test_a_packaged_ers_has_the_ten_parts(name: str) -> None:
+    parts = ["CA+", "CA-", "QA+", "QA-", "TMA", "ES:D", "ES:R", "LTM", "GTM", "GTT"]
+    assert [c.name for c in load_protocol(name).components] == parts
+
+
 @pytest.mark.parametrize("name", sorted(RELEASED))
 def test_a_packaged_protocol_keeps_its_hash(name: str) -> None:
     """Results are told apart by it: a changed protocol is a new one."""

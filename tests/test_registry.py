@@ -9,7 +9,7 @@ import pytest
 
 import dmlbench
 from dmlbench.attacks import ATTACKS, parse
-from dmlbench.checkpoints import checkpoints
+from dmlbench.checkpoints import checkpoints, packaged
 from dmlbench.errors import DataError, UsageError
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import OBJECTIVES
@@ -89,7 +89,7 @@ def test_a_packaged_protocol_keeps_its_hash(name: str) -> None:
 
 
 def test_published_and_corrected_protocols_differ_in_the_quirks_alone() -> None:
-    for size in ("28", "224"):
+    for size in ("28", "224", "digits"):
         ours, theirs = load_protocol(f"ers-{size}"), load_protocol(f"ers-{size}-published")
         assert ours.threat == theirs.threat
         changed = [a.name for a, b in zip(ours.components, theirs.components, strict=True) if a != b]
@@ -120,6 +120,32 @@ def test_a_broken_protocol_file_says_where(tmp_path: Path, change: str, words: s
     path.write_text(text.replace(change, wrong, 1))
     with pytest.raises(DataError, match=re.escape(words)):
         read_protocol(path)
+
+
+def test_a_superseded_model_names_a_registered_successor_and_says_so(monkeypatch, tmp_path: Path) -> None:
+    old, new = "digits-smallcnn-triplet-none", "digits-smallcnn-triplet-act"
+    table = json.loads(packaged("checkpoints.json").read_text(encoding="utf-8"))
+    path = tmp_path / "c.json"
+    monkeypatch.setenv("DMLBENCH_CHECKPOINTS", str(path))
+
+    def write(**changes: str) -> None:
+        entries = {old: {**table["checkpoints"][old], **changes}, new: table["checkpoints"][new]}
+        path.write_text(json.dumps({"schema_version": 1, "checkpoints": entries}))
+
+    write(status="superseded", superseded_by=new, reason="a test")
+    assert checkpoints()[old].superseded_by == new
+    assert f"{old} is superseded by {new}: a test" in dmlbench.load_model(old).notes
+    assert not any("superseded" in note for note in dmlbench.load_model(new).notes)
+    for changes, words in (
+        ({"status": "superseded"}, "each needs the other"),
+        ({"superseded_by": new}, "each needs the other"),
+        ({"status": "superseded", "superseded_by": "nobody"}, "which is not registered"),
+    ):
+        path = tmp_path / f"{len(words)}{len(changes)}{changes.get('status')}.json"
+        monkeypatch.setenv("DMLBENCH_CHECKPOINTS", str(path))
+        write(**changes)
+        with pytest.raises(DataError, match=words):
+            checkpoints()
 
 
 ERS = """name = "x"

@@ -18,13 +18,14 @@ from dmlbench.exact import has_tf32
 
 LARGE = 1 << 14
 """Gallery entries from which "auto" rounds: below, the products are a small share of a step."""
-_LEVELS = 127
+LEVELS = 127
+"""The largest 8-bit code; the smallest is its negative."""
 
 
 def native() -> bool:
-    """Does this processor multiply 8-bit integers and bfloat16 in hardware, and this torch know how?"""
-    asks = ("_is_vnni_supported", "_is_avx512_vnni_supported"), ("_is_avx512_bf16_supported",)
-    return hasattr(torch, "_int_mm") and all(any(getattr(torch.cpu, a, bool)() for a in either) for either in asks)
+    """Does this processor multiply 8-bit integers in hardware, and this torch know how?"""
+    asks = ("_is_vnni_supported", "_is_avx512_vnni_supported")  # of different versions of torch
+    return hasattr(torch, "_int_mm") and any(getattr(torch.cpu, ask, bool)() for ask in asks)
 
 
 def settled(precision: str, entries: int, device: torch.device) -> str:
@@ -76,16 +77,11 @@ class RoundedGallery:
         """``embeddings`` rounded."""
         centre = embeddings.mean(0)
         around = embeddings - centre
-        step = (around.abs().amax() / _LEVELS).clamp_min(1e-30)
+        step = (around.abs().amax() / LEVELS).clamp_min(1e-30)
         return RoundedGallery(around.div_(step).round_().to(torch.int8), centre, step, square)
 
     def __len__(self) -> int:
         return len(self.codes)
-
-    @cached_property
-    def deviations(self) -> Float[Tensor, "N D"]:
-        """The rounded entries less the mean, in bfloat16, to be summed with weights."""
-        return (self.codes.float() * self.step).bfloat16()
 
     @cached_property
     def noise(self) -> Tensor:
@@ -94,7 +90,7 @@ class RoundedGallery:
 
     def query(self, e: Float[Tensor, "B D"]) -> "RoundedQuery":
         """``e`` rounded, each row by a step of its own."""
-        step = (e.abs().amax(1, keepdim=True) / _LEVELS).clamp_min(1e-30)  # (B, 1)
+        step = (e.abs().amax(1, keepdim=True) / LEVELS).clamp_min(1e-30)  # (B, 1)
         codes = (e / step).round_().to(torch.int8)
         return RoundedQuery(codes, step * self.step, e @ self.centre[:, None])
 

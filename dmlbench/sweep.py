@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dmlbench.rounded import RoundedGallery
+from dmlbench.rounded import LEVELS, RoundedGallery
 from dmlbench.scene import Scene
 
 CPU_BLOCK = 1 << 18
@@ -22,7 +22,11 @@ CPU_BLOCK = 1 << 18
 CUDA_BLOCK = 1 << 26
 """The same on a GPU: 256 MiB."""
 ROUNDED_IMAGES = 256
-"""Images that blocks of a rounded gallery are made for, whatever the batch: each block's pull is rounded to bfloat16."""
+"""Images that blocks of a rounded gallery are made for, whatever the batch: so the sums are added up in one order."""
+PULL = 16
+"""The 8-bit pull of an entry as far away as the farthest target, where pulls have no bound."""
+MOST = (2**31 - 1) // LEVELS**2
+"""Entries whose 8-bit pulls add up in 32 bits."""
 _WIDTH = 64
 _TIE = 1e-6
 """Share by which a squared distance must differ from a target's to be another, where products are rounded alike."""
@@ -144,32 +148,56 @@ def _rounded_cosine(e: Tensor, scene: Scene, rounded: RoundedGallery, sign: floa
     return -(e * away).sum(1), away.neg_()
 
 
+def pull_units(c: Float[Tensor, "B K"], sign: float) -> Float[Tensor, "B 1"]:
+    """What one of an 8-bit pull stands for, by the distances to an image's targets (all above 0).
+
+    An entry ahead of j targets at distance d pulls with j / d. Entries beyond targets (``sign`` 1) pull with at most
+    the largest j / (j-th smallest target distance), which becomes 127. Nearer ones (-1) have no such bound: the
+    farthest of them gets 16, and what one nearer than an eighth of that distance has above 127 is to be added apart.
+    """
+    if sign < 0:
+        return 1.0 / (PULL * c.amax(1, keepdim=True))
+    ahead = torch.arange(1, c.shape[1] + 1, device=c.device)
+    return (ahead / c.sort(1).values).amax(1, keepdim=True) / LEVELS
+
+
 def _rounded_euclidean(e: Tensor, scene: Scene, rounded: RoundedGallery, sign: float) -> tuple[Tensor, Tensor]:
-    """The same for Euclidean distances: which entries count in integers, their pulls in bfloat16."""
+    """The same for Euclidean distances: which entries count and how much each pulls, in whole numbers of a unit."""
     near, floor = rounded.query(e), float(rounded.noise)
     unit, rest = -2.0 * near.unit, e.square().sum(1, keepdim=True) - 2.0 * near.base  # (B, 1)
     level = near.products(rounded.codes[scene.chosen]) * unit + rounded.square[scene.chosen] + rest  # (B, K)
     level = level.clamp_min_(floor).mul_(1.0 + sign * _TIE)
+    one = pull_units(level.sqrt(), sign)  # (B, 1)
+    scale = 1.0 / one
     count, value = torch.zeros_like(level), torch.zeros_like(unit)
-    pull, weight = torch.zeros_like(e), torch.zeros_like(unit)
+    pull = torch.zeros_like(e, dtype=torch.int32 if len(rounded) <= MOST else torch.int64)
+    heavy, strong = torch.zeros_like(unit), torch.zeros_like(e)
+    weight, more = torch.zeros_like(unit, dtype=torch.int64), torch.zeros_like(e, dtype=torch.int32)
     parts = list(blocks(ROUNDED_IMAGES, len(rounded), e.device))
-    products, squares, actives, masks, coarses = (
-        _Room(e, len(e), parts[0].stop, dtype) for dtype in (torch.int32, None, None, None, torch.bfloat16)
+    products, distances, actives, masks, pulls = (
+        _Room(e, len(e), parts[0].stop, dtype) for dtype in (torch.int32, None, None, None, torch.int8)
     )
     for s in parts:
-        n = s.stop - s.start
-        product = torch._int_mm(near.codes, rounded.codes[s].t(), out=products[n])
-        square = torch.addcmul(rounded.square[s], product, unit, out=squares[n])  # (B, n)
-        active = _ahead(square.add_(rest).clamp_min_(floor), level, sign, actives[n], masks[n], count)
-        slope = torch.rsqrt(square, out=masks[n]).mul_(active)
-        value += square.mul_(slope).sum(1, keepdim=True)
-        coarse = coarses[n].copy_(slope)
-        weight += coarse.sum(1, keepdim=True, dtype=torch.float32)
-        pull += coarse @ rounded.deviations[s]
+        codes, n = rounded.codes[s], s.stop - s.start
+        d = distances[n].copy_(torch._int_mm(near.codes, codes.t(), out=products[n]))  # (B, n)
+        d = torch.addcmul(rounded.square[s], d, unit, out=d).add_(rest).clamp_min_(floor)
+        active = _ahead(d, level, sign, actives[n], masks[n], count)
+        value += torch.mul(d.sqrt_(), active, out=masks[n]).sum(1, keepdim=True)
+        slope = active.div_(d).mul_(scale)
+        if sign < 0 and not float(slope.amax()) <= LEVELS:  # so a row of NaN hides none of the others
+            some = (slope > LEVELS).any(0).nonzero()[:, 0]
+            above = (slope[:, some] - LEVELS).clamp_min_(0.0)
+            heavy += above.sum(1, keepdim=True)
+            strong.addmm_(above, codes[some].float())
+            slope.clamp_max_(LEVELS)
+        coarse = pulls[n].copy_(slope.round_())
+        weight += coarse.sum(1, keepdim=True, dtype=torch.int32)
+        pull += torch._int_mm(coarse, codes, out=more)
     c = scene.distance.paired(e[:, None, :], scene.targets)  # (B, K)
     to_targets = torch.where(c > floor**0.5, count / c.clamp_min(1e-30), 0.0)  # (B, K)
     away = to_targets.sum(1, keepdim=True) * e - (to_targets[:, :, None] * scene.targets).sum(1)
-    return value[:, 0] - (count * c).sum(1), weight * (e - rounded.centre) - pull - away
+    towards = ((weight + heavy) * (e - rounded.centre) - (pull + strong) * rounded.step).mul_(one)
+    return value[:, 0] - (count * c).sum(1), towards - away
 
 
 def query_hinge(e: Float[Tensor, "B D"], scene: Scene, sign: float) -> Float[Tensor, " B"]:

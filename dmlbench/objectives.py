@@ -11,12 +11,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dmlbench.registry import Registry
 from dmlbench.scene import Scene
-from dmlbench.sweep import candidate_hinge, extreme_entries, query_hinge
+from dmlbench.sweep import candidate_hinge, extreme_entries, nearest_entries, query_hinge
 
 Objective = Callable[[Tensor, Scene], Tensor]
 
@@ -94,26 +94,16 @@ def spread_published(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B
     return _extreme_gap(e, scene, scene.kin_rows[1])
 
 
-def nearest_entry(d: Float[Tensor, "B N"], among: Bool[Tensor, "B N"]) -> tuple[Tensor, Tensor]:
-    """(B,) the smallest distance to an entry of ``among``, inf where there is none, and that entry's row."""
-    found, row = d.masked_fill(~among, torch.inf).min(1)
-    return found, row
-
-
 def gap(
-    e: Float[Tensor, "B D"], scene: Scene, negatives: Bool[Tensor, "B N"], d: Float[Tensor, "B N"]
+    e: Float[Tensor, "B D"], scene: Scene, negative: Int[Tensor, " B"], positive: Int[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
-    """Distance to the nearest of ``negatives`` - distance to the nearest positive, both found in ``d`` without a graph.
+    """Distance to the entries in the rows ``negative`` - distance to those in ``positive``.
 
-    The gradient is that of the two distances; inf or -inf, without a gradient, where either is missing.
+    inf where there is no entry of another class, -inf where there is no positive, without a gradient.
     """
-    sides = []
-    for among in (negatives, scene.same):
-        with torch.no_grad():
-            found, row = nearest_entry(d, among)
-        near = scene.distance.paired(e, scene.gallery.embeddings[row])
-        sides.append(torch.where(found.isinf(), torch.inf, near))
-    return sides[0] - sides[1]
+    to_negative, to_positive = (scene.distance.paired(e, scene.gallery.embeddings[r]) for r in (negative, positive))
+    to_negative = torch.where(scene.has_negative, to_negative, torch.inf)
+    return to_negative - torch.where(scene.positive_rows.any(1), to_positive, torch.inf)
 
 
 def margin(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
@@ -122,16 +112,15 @@ def margin(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     min over other-class X of d - min over same-class X of d (own entry left out): the query is
     misranked where this is 0 or less.
     """
-    with torch.no_grad():
-        d = scene.distances(e)
-    return gap(e, scene, scene.other, d)
+    positive, negative, _ = nearest_entries(e, scene)
+    return gap(e, scene, negative, positive)
 
 
 def margin_to_class(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """MT: put the target's class before the nearest positive. min over the target's class of d - min over same-class X of d."""
-    with torch.no_grad():
-        d = scene.distances(e)
-    return gap(e, scene, scene.target_class, d)
+    positive, _, of_target = nearest_entries(e, scene, aimed=True)
+    assert of_target is not None
+    return gap(e, scene, of_target, positive)
 
 
 def leave(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:

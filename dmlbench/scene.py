@@ -62,6 +62,17 @@ class Gallery:
         classes, counts = self.labels[order].unique_consecutive(return_counts=True)
         return order, classes, counts, counts.cumsum(0) - counts
 
+    def rows_of(self, labels: Int[Tensor, " B"]) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
+        """Rows of the entries of each of these classes, and which are not padding.
+
+        Padded to the most that any class here has by repeating the last one (by any row where there is none).
+        """
+        order, classes, counts, starts = self.by_class
+        at = torch.searchsorted(classes, labels).clamp_max(len(classes) - 1)  # (B,)
+        size = torch.where(classes[at] == labels, counts[at], 0)[:, None]  # (B, 1)
+        place = torch.arange(max(1, int(size.max())) if len(size) else 1, device=order.device)  # (P,)
+        return order[starts[at][:, None] + torch.minimum(place, (size - 1).clamp_min(0))], place < size
+
     @cached_property
     def scale(self) -> Tensor:
         """(): root mean square length of an entry; 1 where embeddings are normalised."""
@@ -138,26 +149,19 @@ class Scene:
         return self.same.any(1)
 
     @cached_property
-    def target_class(self) -> Bool[Tensor, "B N"]:
-        """True at entries of the class of the first target."""
-        return self.gallery.labels[self.chosen[:, :1]] == self.gallery.labels
-
-    @cached_property
     def has_negative(self) -> Bool[Tensor, " B"]:
         """False where every entry is of the image's class."""
         return self.kin_rows[1].sum(1) < len(self.gallery)
 
     @cached_property
     def kin_rows(self) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
-        """Gallery rows of the entries of each image's class, its own among them, and which are not padding.
+        """As :meth:`Gallery.rows_of` the images' own classes: its own entry is among them."""
+        return self.gallery.rows_of(self.labels)
 
-        Padded to the most that any image has by repeating the last one (by any row where there is none).
-        """
-        order, classes, counts, starts = self.gallery.by_class
-        at = torch.searchsorted(classes, self.labels).clamp_max(len(classes) - 1)  # (B,)
-        size = torch.where(classes[at] == self.labels, counts[at], 0)[:, None]  # (B, 1)
-        place = torch.arange(max(1, int(size.max())) if len(size) else 1, device=order.device)  # (P,)
-        return order[starts[at][:, None] + torch.minimum(place, (size - 1).clamp_min(0))], place < size
+    @cached_property
+    def target_rows(self) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
+        """The same of the classes of the first targets."""
+        return self.gallery.rows_of(self.gallery.labels[self.chosen[:, 0]])
 
     @cached_property
     def positive_rows(self) -> Bool[Tensor, "B P"]:

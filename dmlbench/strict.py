@@ -24,13 +24,14 @@ from dmlbench.embedding import Embedder, require_finite
 from dmlbench.errors import DataError, UsageError
 from dmlbench.exact import true_float32
 from dmlbench.metrics import RECALL_AT, mean, retrieval
-from dmlbench.objectives import OBJECTIVES, gap, nearest_entry
+from dmlbench.objectives import OBJECTIVES, gap
 from dmlbench.optimizers import OPTIMIZERS, watched
 from dmlbench.outcome import Outcome
 from dmlbench.protocol import Component, Protocol, Step
 from dmlbench.scene import Scene
 from dmlbench.search import batches, halved, joined
 from dmlbench.subject import Progress, Subject, query_order
+from dmlbench.sweep import nearest_entries
 from dmlbench.threat import Threat
 from dmlbench.units import Arrays, Work
 
@@ -131,13 +132,13 @@ class Misrank:
         e, scene = self.embedder(images), self.scene
         with torch.no_grad():
             self.log.unknown += (~torch.isfinite(e)).any(1).sum()
-            d = scene.distances(e)
+        positive, negative, of_target = nearest_entries(e.detach(), scene, self.objective == "margin_to_class")
         if self.objective == "margin":
-            values = gap(e, scene, scene.other, d)
+            values = gap(e, scene, negative, positive)
             return values, values.detach()
-        margins = nearest_entry(d, scene.other)[0] - nearest_entry(d, scene.same)[0]
-        if self.objective == "margin_to_class":
-            return gap(e, scene, scene.target_class, d), margins
+        margins = gap(e.detach(), scene, negative, positive)
+        if of_target is not None:
+            return gap(e, scene, of_target, positive), margins
         return OBJECTIVES[self.objective](e, scene), margins
 
     def __getitem__(self, index: Tensor) -> "Misrank":

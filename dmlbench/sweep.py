@@ -277,3 +277,30 @@ def extreme_entries(
         at = d.gather(1, kin).masked_fill_(~near, torch.inf).argmin(1, keepdim=True)  # (B, 1)
         far = _highest(d.scatter_(1, kin, -torch.inf))
     return far, kin.gather(1, at)[:, 0]
+
+
+def nearest_entries(
+    e: Float[Tensor, "B D"], scene: Scene, aimed: bool = False
+) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"], Int[Tensor, " B"] | None]:
+    """The nearest positive, the nearest entry of another class and, if ``aimed``, that of the first target's class.
+
+    Rows of the gallery, found in float32 without a graph; any entry where there is none. As in
+    :func:`extreme_entries`, classes are looked at by their rows, so that one pass finds the nearest of the rest.
+    """
+    gallery = scene.gallery
+    kin, _ = scene.kin_rows
+    with torch.no_grad():
+        entries, close = gallery.embeddings.t(), scene.table  # larger is nearer
+        if scene.distance.metric == "euclidean":
+            torch.addmm(gallery.square, e, entries, beta=-1.0, alpha=2.0, out=close)  # (B, N)
+        else:
+            torch.mm(e, entries, out=close)
+
+        def nearest(rows: Tensor, among: Tensor) -> Tensor:
+            at = close.gather(1, rows).masked_fill_(~among, -torch.inf).argmax(1, keepdim=True)  # (B, 1)
+            return rows.gather(1, at)[:, 0]
+
+        positive = nearest(kin, scene.positive_rows)
+        of_target = nearest(*scene.target_rows) if aimed else None
+        negative = _highest(close.scatter_(1, kin, -torch.inf))
+    return positive, negative, of_target

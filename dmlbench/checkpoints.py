@@ -32,7 +32,11 @@ class Defense(_Record):
 
 
 class Train(_Record):
-    """How it was trained, as far as known, and the command that does it again."""
+    """How it was trained, as far as known, and the command that does it again.
+
+    With the same version of torch and as many threads (on a CPU; None elsewhere) on a machine of the same kind, the
+    command gives the same bytes; otherwise sums are rounded in another order, and training ends elsewhere.
+    """
 
     loss: str
     eps: str | None = None
@@ -41,6 +45,8 @@ class Train(_Record):
     iterations: int | None = None
     seed: int | None = None
     command: str | None = None
+    torch: str | None = None
+    threads: int | None = None
 
 
 class Arch(_Record):

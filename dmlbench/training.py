@@ -292,12 +292,20 @@ def finish(folder: Path, recipe: Recipe, dataset: RetrievalDataset, embedder: Em
     """Write ``checkpoint.json``, the registry entry of the last weights, and return it."""
     path = folder / "last.safetensors"
     entry = checkpoint_entry(recipe, dataset)
+    threads = torch.get_num_threads() if embedder.device.type == "cpu" else None
     embedder = embedder.cpu().eval()
     probe = probe_images(embedder.input_shape)
     with torch.no_grad():
         embedding = embedder(probe)[0]
     done = entry.model_copy(
         update={
+            "train": entry.train.model_copy(
+                update={
+                    "command": entry.train.command if threads is None else f"{entry.train.command} --threads {threads}",
+                    "torch": torch.__version__,
+                    "threads": threads,
+                }
+            ),
             "arch": entry.arch.model_copy(
                 update={"embed_dim": len(embedding), "n_params": parameter_count(embedder.network)}
             ),

@@ -94,6 +94,22 @@ def same_weights(a: Path, b: Path) -> bool:
     return all(torch.equal(one[k], two[k]) for k in one)
 
 
+def test_the_entry_says_with_how_many_threads_the_same_bytes_come_again(capsys, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    small = [f"--set={key}={json.dumps(value)}" for key, value in SMALL.items()]
+    try:
+        command(capsys, "train", HM, *small, "--threads", 2, "--device", "cpu", "--out", tmp_path / "r")
+        assert torch.get_num_threads() == 2
+        _, entry = read_entry(tmp_path / "r")
+        assert (entry.train.torch, entry.train.threads) == (torch.__version__, 2)
+        torch.set_num_threads(1)
+        _, _, *arguments = shlex.split(entry.train.command)
+        command(capsys, "train", *arguments[: arguments.index("--out")], *arguments[-2:], "--out", tmp_path / "again")
+    finally:
+        torch.set_num_threads(before)
+    assert same_weights(tmp_path / "r", tmp_path / "again")
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     class Stop(Exception):
         pass

@@ -83,6 +83,7 @@ def gather(recipe: str | None, changes: dict[str, Any], named: dict[str, Any]) -
     help="Change any key of the recipe; TABLE.KEY for one key of a table.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; other numbers round sums otherwise.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--allow-collapse", is_flag=True, help="Train on where all embeddings have become alike.")
 @click.option("--list", "listing", is_flag=True, help="List the packaged recipes.")
@@ -92,6 +93,7 @@ def train(
     out: Path | None,
     pairs: tuple[str, ...],
     device: str,
+    threads: int | None,
     resume: bool,
     allow_collapse: bool,
     listing: bool,
@@ -112,6 +114,8 @@ def train(
     chosen = gather(recipe, settings(pairs), named)
     if out is None:
         raise UsageError("--out is needed: the folder that the run is written to")
+    if threads is not None:
+        torch.set_num_threads(threads)
     where = own_device(device)
     world = World.join(where)
     stderr = Console(stderr=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
@@ -15,6 +15,7 @@ from dmlbench import kmeans, metrics, ranking, sweep
 from dmlbench.embedding import DISTANCES
 from dmlbench.objectives import OBJECTIVES
 from dmlbench.scene import Gallery, Scene
+from dmlbench.sweep import nearest_entries
 
 
 def scene_of(space="N", entries=300, images=7, dims=5, k=1, classes=6, seed=0):
@@ -104,6 +105,33 @@ def test_spread_is_the_plain_formula(space, published, entries, monkeypatch):
     torch.testing.assert_close(fast, slow)
     (g_fast,), (g_slow,) = (torch.autograd.grad(v.sum(), e) for v in (fast, slow))
     torch.testing.assert_close(g_fast, g_slow)
+
+
+@pytest.mark.parametrize("space", ["N", "C", "E"])
+@pytest.mark.parametrize("entries", [40, 700])  # with few and with many entries the last is found in different ways
+@given(classes=st.sampled_from([1, 2, 6, 900]), seed=st.integers(0, 999))
+@settings(max_examples=8, deadline=None)
+def test_nearest_entries_and_their_gap_are_those_a_loop_finds(space, entries, classes, seed):
+    scene = scene_of(space, entries, classes=classes, seed=seed)
+    scene = replace(scene, row=torch.where(torch.arange(len(scene)) == 2, -1, scene.row))
+    e, labels = moved(scene, seed).detach(), scene.gallery.labels.tolist()
+    found = nearest_entries(e, scene, aimed=True)
+    margins, to_class = OBJECTIVES["margin"](e, scene), OBJECTIVES["margin_to_class"](e, scene)
+    for i, y in enumerate(scene.labels.tolist()):
+        d = [float(apart(space, e[i], x)) for x in scene.gallery.embeddings]
+        groups = (
+            [j for j, c in enumerate(labels) if c == y and j != scene.row[i]],
+            [j for j, c in enumerate(labels) if c != y],
+            [j for j, c in enumerate(labels) if c == labels[scene.chosen[i, 0]]],
+        )
+        nearest = [min(group, key=d.__getitem__) if group else None for group in groups]
+        for rows, wanted in zip(found, nearest, strict=True):
+            assert wanted is None or int(rows[i]) == wanted
+        positive, negative, target = (float("inf") if j is None else d[j] for j in nearest)
+        if groups[0] or groups[1]:
+            torch.testing.assert_close(float(margins[i]), negative - positive)
+        if groups[1] and labels[scene.chosen[i, 0]] != y:
+            torch.testing.assert_close(float(to_class[i]), target - positive)
 
 
 def test_no_gradient_at_the_clean_place_is_infinite():

@@ -102,6 +102,8 @@ def protocol_section(p: Protocol) -> Iterator[str]:
             gradients, values = (s.aims * n for n in COSTS[s.optimizer].passes(t))
             total += gradients
             spent = f"{gradients} gradients" if gradients else f"{values} values"
+            if s.aims > 1:  # one for each other class, where there are fewer
+                spent = f"at most {spent}"
             rows.append([s.name, f"{s.attack}@{s.optimizer}", str(s.aims), threat(s.threat), spent])
         yield from table(["step", "attack", "aims", "own threat", "cost of a survivor"], rows)
         yield (

@@ -6,6 +6,7 @@ and unknown keys are refused. Files are safetensors; size and sha256 are checked
 
 import hashlib
 import json
+import math
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -95,6 +96,12 @@ class Normalize(_Record):
 
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+
+    @model_validator(mode="after")
+    def _divides(self) -> "Normalize":
+        if self.std is not None and not all(0 < value < math.inf for value in self.std):
+            raise ValueError("std must be above zero")
+        return self
 
 
 class Embedding(_Record):

@@ -130,6 +130,15 @@ def test_few_queries_are_inconclusive_and_fail_only_when_asked():
     assert all(f.kind == "inconclusive" for f in c.failures)
 
 
+def test_a_gate_that_saw_nothing_says_so():
+    c = compare(evaluation(seed=4), evaluation(seed=4))
+    assert c.headline == "Gate passed"
+    unseen = [m.model_copy(update={"verdict": "inconclusive"}) for m in c.metrics]
+    mixed = c.model_copy(update={"metrics": (*unseen[1:], c.metrics[0])})
+    assert mixed.headline == "Gate passed"
+    assert "too few queries" in c.model_copy(update={"metrics": tuple(unseen)}).headline
+
+
 def test_other_reasons_fail_the_gate():
     a = evaluation(seed=5)
     flagged = evaluation(a.arrays, warnings=(Flag(flag="collapsed", message="constant embeddings"),))

@@ -254,6 +254,7 @@ def test_spec(tmp_path: Path) -> None:
     torch.testing.assert_close(changed(images), nn.functional.normalize(network(images)))
     for change, said in (
         ({"colour": 1}, "colour: Extra inputs are not permitted"),
+        ({"normalize": {"std": [0.0]}}, "std must be above zero"),
         ({"arch": {"builder": "conv4", "embed_dim": 16}}, "did you mean 'conv3'"),
         ({"arch": {"builder": "conv3", "kwargs": {"deep": 1}, "embed_dim": 16}}, "does not take these arguments"),
         ({"arch": {**spec["arch"], "embed_dim": 17}}, "says embed_dim 17, the network gives 16"),

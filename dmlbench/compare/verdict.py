@@ -97,8 +97,9 @@ class Comparison(_Record):
     @property
     def headline(self) -> str:
         """The outcome in a sentence."""
+        blind = bool(self.metrics) and all(m.verdict == "inconclusive" for m in self.metrics)
         return {
-            PASSED: "Gate passed",
+            PASSED: "Gate passed, but with too few queries to tell any difference" if blind else "Gate passed",
             FAILED: f"Gate failed: {len(self.failures)} reason{'s' * (len(self.failures) != 1)}",
             INCONCLUSIVE: "Inconclusive: too few queries to tell",
         }[self.exit_code]

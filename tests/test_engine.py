@@ -389,7 +389,10 @@ def test_cuda_gives_the_ers_of_the_cpu_and_probes_its_batch_size():
 
 
 def begun(out, *options):
-    """A real process that evaluates into ``out``, in a group of its own."""
+    """A real process that evaluates into ``out``, in a group of its own.
+
+    It hears Ctrl-C even where the tests run in a shell's background (``pytest &``), whose children ignore it.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "dmlbench", "evaluate", *OPTIONS, "--out", str(out), *options],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -397,6 +400,7 @@ def begun(out, *options):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/findings.py train --group key --seed 0     # runs/findings/<run>, what is missing
     python benchmarks/findings.py measure --group key            # docs/findings.csv, what is missing
+    python benchmarks/findings.py measure --group key --protocol clustering
     python benchmarks/findings.py report                          # docs/findings-tables.md, docs/findings.svg
 
 Runs and rows that exist are kept, so each command can be stopped and started again.
@@ -38,49 +39,119 @@ REST = (
     *(PREFIX + d for d in ("hm-square", "hm-sqrt", "hm-constant", "hm-b-m")),
     "digits-smallcnn-contrastive-robust-p",
 )
-OMNIGLOT = tuple(f"omniglot-small-conv3-triplet-{d}-2" for d in ("none", "est", "act", "hm-lga", "hm-lga-ics"))
+DRAWN = "omniglot-small-conv3-triplet-"
+OMNIGLOT = tuple(f"{DRAWN}{d}-2" for d in ("none", "est", "act", "hm-lga", "hm-lga-ics"))
+FIRST = tuple(f"{DRAWN}{d}" for d in ("none", "est", "act", "hm-lga-ics"))
+REACHES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("", {}),
+    ("+step10", {"step": "10/255"}),
+    ("+step20", {"step": "20/255"}),
+    ("+steps32", {"steps": 32}),
+)
+PANUM = (
+    *(DRAWN + d for d in ("none", "robust-p", "robust-n", "robust-a")),
+    "omniglot-small-conv3-contrastive-robust-p",
+)
+FAR = (
+    *(DRAWN + d for d in ("min-max", "ca-tride", "robust-p", "robust-n", "robust-a")),
+    "omniglot-small-conv3-contrastive-robust-p",
+    *(f"omniglot-small-conv3-proxyanchor-{d}" for d in ("at", "trades")),
+    "omniglot-small-conv3x3-proxyanchor-eat",
+)
+MNIST = tuple(f"mnist-conv3-triplet-{d}-2" for d in ("none", "est", "act", "hm-lga-ics"))
 ETAS = (2, 8, 32)
 SAMPLINGS = "RMSDH"
-ALL_GROUPS = ("key", "rest", "eta", "grid", "omniglot")
+GROUPS = {
+    "key": "The papers' defences",
+    "rest": "Variants",
+    "eta": "HM[S,g_LGA] over η (2/255 a step)",
+    "omniglot": "Omniglot, the recipes at full length",
+    "reach": "Omniglot, the first recipes, and HM[S,g_LGA] with an adversary of another reach",
+    "far": "Omniglot, the other defences with steps of 10/255, 2,000 steps of training",
+    "panum": "Omniglot, the first recipes under the attacks of Panum et al.",
+    "mnist": "MNIST, the second recipes",
+}
+"""The groups of runs with a table of their own."""
+ALL_GROUPS = (*GROUPS, "grid")
+
+
+Column = tuple[str, str, str]
+"""(protocol, quantity, title) of a table."""
 
 
 @dataclass(frozen=True)
 class Yardstick:
-    """How the runs of a data set are measured.
+    """How the runs of a group are measured.
 
     Attributes:
-        protocol: that gives ERS.
-        queries: measured, of the 896 digits and 2,120 drawings; clustering takes them all.
-        clustering: the eps of that protocol, whose NMI is a column.
+        protocol: that is measured where none is asked for.
+        columns: of the tables.
+        queries: measured at most, by protocol: of the 896 digits, 2,120 drawings or 10,000 of MNIST; the rest take all.
     """
 
     protocol: str
-    queries: int
-    clustering: tuple[str, ...]
-
-    @property
-    def columns(self) -> tuple[tuple[str, str, str], ...]:
-        """(protocol, quantity, title) of the tables."""
-        own = (
-            ("ers", "ERS"),
-            ("recall_at_1", "R@1"),
-            ("LTM", "R@1 under LTM"),
-            ("GTM", "R@1 under GTM"),
-            ("nmi", "NMI"),
-        )
-        return (
-            *((self.protocol, quantity, title) for quantity, title in own),
-            *(("clustering", f"nmi@{eps}", f"NMI, clustering attack {eps}") for eps in self.clustering),
-        )
+    columns: tuple[Column, ...]
+    queries: dict[str, int]
 
 
-DIGITS = Yardstick("ers-digits", 256, ("10/255", "40/255"))
-DRAWINGS = Yardstick("ers-28", 512, ("16/255", "77/255"))
+def scores(protocol: str) -> tuple[Column, ...]:
+    """ERS and what stands beside it."""
+    titles = {"ers": "ERS", "recall_at_1": "R@1", "LTM": "R@1 under LTM", "GTM": "R@1 under GTM", "nmi": "NMI"}
+    return tuple((protocol, quantity, title) for quantity, title in titles.items())
+
+
+def attacked_nmi(*eps: str) -> tuple[Column, ...]:
+    """Lowest NMI under the clustering attacks that know the labels."""
+    return tuple(("clustering", f"nmi@{e}", f"NMI, clustering attack {e}") for e in eps)
+
+
+def worst_case(*eps: str) -> tuple[Column, ...]:
+    """R@1 under strict."""
+    return tuple(("strict", f"strict@{e}", f"R@1, strict {e}") for e in eps)
+
+
+DIGITS = Yardstick("ers-digits", (*scores("ers-digits"), *attacked_nmi("10/255", "40/255")), {"ers-digits": 256})
+DRAWINGS = Yardstick(
+    "ers-28",
+    (*scores("ers-28"), *attacked_nmi("16/255", "77/255"), *worst_case("8/255", "16/255", "32/255", "77/255")),
+    {"ers-28": 512, "strict": 512},
+)
+REACH = Yardstick("ers-28", scores("ers-28"), DRAWINGS.queries)
+TRAINED = Yardstick(
+    "ers-28",
+    (
+        ("training", "iterations", "steps trained"),
+        ("training", "spread", "spread"),
+        ("training", "recall_at_1", "training R@1"),
+        *scores("ers-28"),
+    ),
+    DRAWINGS.queries,
+)
+NEAREST_POSITIVE = Yardstick(
+    "panum-28",
+    (
+        ("panum-28", "recall_at_1", "R@1"),
+        *(("panum-28", f"{kind}:R@1", f"of the right queries, {kind}") for kind in ("FGSM", "CW", "R-FGSM", "PGD")),
+    ),
+    {},
+)
+FIGURES = Yardstick(
+    "ers-28",
+    (*scores("ers-28"), *attacked_nmi("16/255", "77/255")),
+    {"ers-28": 512, "clustering": 2000},
+)
+YARDSTICKS = {
+    "omniglot": DRAWINGS,
+    "reach": REACH,
+    "far": TRAINED,
+    "panum": NEAREST_POSITIVE,
+    "mnist": FIGURES,
+}
 
 
 def yardstick(group: str) -> Yardstick:
     """Of a group of runs."""
-    return DRAWINGS if group == "omniglot" else DIGITS
+    return YARDSTICKS.get(group, DIGITS)
 
 
 @dataclass(frozen=True)
@@ -94,6 +165,11 @@ class Run:
     tag: str = ""
 
     @property
+    def notes_training(self) -> bool:
+        """Whether the last check of training is a finding itself: whether the embeddings collapse."""
+        return self.group in ("grid", "far")
+
+    @property
     def name(self) -> str:
         """Its folder and its name in the table."""
         return f"{self.recipe}{self.tag}@{self.seed}"
@@ -102,8 +178,15 @@ class Run:
 def planned() -> Iterator[Run]:
     """Every run: the defences, HM over η, and HM[S,D] over all samplings; on digits shorter than the recipes."""
     for seed in SEEDS:
-        for recipe in OMNIGLOT:
-            yield Run("omniglot", recipe, seed)
+        for group, recipes in (("omniglot", OMNIGLOT), ("mnist", MNIST), ("reach", FIRST), ("panum", PANUM)):
+            for recipe in recipes:
+                yield Run(group, recipe, seed)
+        for tag, changes in REACHES:
+            yield Run("reach", DRAWN + "hm-lga", seed, changes, tag)
+        contrastive = "omniglot-small-conv3-contrastive-robust-p"
+        yield Run("panum", contrastive, seed, {"defense": "none", "defense_params": {}}, "+none")
+        for recipe in FAR:
+            yield Run("far", recipe, seed, {"step": "10/255", "iterations": 2000, "check_every": 250}, "+far")
         for group, recipes in (("key", KEY), ("rest", REST)):
             for recipe in recipes:
                 yield Run(group, recipe, seed, {"iterations": STEPS, "check_every": STEPS})
@@ -131,6 +214,11 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+def measured() -> set[tuple[str, str]]:
+    """(run, protocol) that have rows."""
+    return {(row["run"], row["protocol"]) for row in rows_of(ROWS)}
+
+
 @click.group()
 def cli() -> None:
     """Train, measure and report what docs/findings.md says."""
@@ -143,20 +231,22 @@ def cli() -> None:
 @click.option("--only", default="", help="Part of the run's name.")
 def train(group: str | None, seed: int | None, only: str) -> None:
     """Train the runs that are missing."""
+    known = measured()
     for run in chosen(group, seed, only):
         folder = RUNS / run.name
-        if (folder / "checkpoint.json").exists():
+        if (folder / "checkpoint.json").exists() or (run.name, "training") in known:
             continue
         for old in folder.glob("*"):
             old.unlink()
         recipe = load_recipe(run.recipe, {**run.changes, "seed": run.seed})
         try:
-            last = train_run(recipe, folder, allow_collapse=True).progress[-1]
-            if run.group == "grid":
-                record(run, "training", {"spread": last.spread})
+            last = train_run(recipe, folder, allow_collapse=run.group != "far").progress[-1]
             click.echo(f"{run.name}: loss {last.loss:.4f} spread {last.spread:.3f} {last.seconds:.0f} s", err=True)
         except DmlbenchError as error:
             click.echo(f"{run.name}: {error}", err=True)
+        if run.notes_training and (checks := rows_of(folder / "log.csv")):
+            last_check = {"iterations": "iteration", "spread": "spread", "recall_at_1": "recall_at_1"}
+            record(run, "training", {ours: float(checks[-1][theirs]) for ours, theirs in last_check.items()})
 
 
 def record(run: Run, protocol: str, values: dict[str, float | None]) -> None:
@@ -183,13 +273,13 @@ FIELDS = ("run", "group", "recipe", "tag", "seed", "protocol", "quantity", "valu
 @click.option("--protocol", "named", help="By default the one that gives the data set's ERS.")
 def measure(group: str | None, seed: int | None, only: str, named: str | None) -> None:
     """Evaluate the finished runs that have no rows yet."""
-    known = {(row["run"], row["protocol"]) for row in rows_of(ROWS)}
+    known = measured()
     for run in chosen(group, seed, only):
         folder, own = RUNS / run.name, yardstick(run.group)
         protocol = named or own.protocol
         if (run.name, protocol) in known or not (folder / "checkpoint.json").exists():
             continue
-        result = evaluate(str(folder), None, protocol, limit=None if protocol == "clustering" else own.queries)
+        result = evaluate(str(folder), None, protocol, limit=own.queries.get(protocol))
         values: dict[str, float | None] = {**result.benign, "ers": result.ers}
         values |= {m.component: m.value for m in result.measurements}
         for worst in result.extras.get("clustering", {}).get("worst", []):
@@ -213,12 +303,12 @@ def collected() -> Table:
     return {key: list(by_seed.values()) for key, by_seed in found.items()}
 
 
-def cell(values: list[float] | None) -> str:
+def cell(values: list[float] | None, digits: int = 1) -> str:
     """Mean over the seeds, and their range where there are several."""
     if not values:
         return "–"
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f}–{max(values):.1f})"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
 def markdown(table: Table, group: str) -> list[str]:
@@ -233,9 +323,12 @@ def markdown(table: Table, group: str) -> list[str]:
         "| --- | --- |" + " --- |" * len(own.columns),
     ]
     for name in names:
-        seeds = len(table.get((group, name, own.protocol, "ers"), []))
-        cells = [cell(table.get((group, name, protocol, quantity))) for protocol, quantity, _ in own.columns]
-        lines.append(f"| `{name}` | {seeds} | " + " | ".join(cells) + " |")
+        found = [table.get((group, name, protocol, quantity), []) for protocol, quantity, _ in own.columns]
+        cells = [
+            cell(values, 2 if quantity == "spread" else 0 if quantity == "iterations" else 1)
+            for values, (_, quantity, _) in zip(found, own.columns, strict=True)
+        ]
+        lines.append(f"| `{name}` | {max(map(len, found))} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -289,13 +382,6 @@ def draw(axes: Any, table: Table, groups: tuple[str, ...], title: str) -> None:
     axes.set_ylabel(f"ERS ({protocol})")
     axes.set_title(f"{title}: robustness against recall; lines: range over seeds", fontsize=9)
 
-
-GROUPS = {
-    "key": "The papers' defences",
-    "rest": "Variants",
-    "eta": "HM[S,g_LGA] over η (2/255 a step)",
-    "omniglot": "Omniglot, the recipes at full length",
-}
 
 if __name__ == "__main__":
     cli()

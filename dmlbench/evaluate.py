@@ -151,6 +151,7 @@ def evaluate(
         theirs = fingerprint(other) if other else {}
         configuration |= {**known, **{f"surrogate_{key}": value for key, value in theirs.items()}}
     work.agree(configuration, resume)
+    earlier = work.units.spent() if work.units else 0.0
     subject = prepare(embedder, dataset, limit=limit, device=device, progress=progress, work=work, cache=cache)
     if other is not None:
         source = prepare(
@@ -244,7 +245,7 @@ def evaluate(
         extras=extras,
         warnings=(*doubts_about(subject, measurements, nonfinite), *doubts),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        seconds=time.monotonic() - began,
+        seconds=earlier + time.monotonic() - began,
     ).with_arrays(arrays, sample)
 
 

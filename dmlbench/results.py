@@ -127,6 +127,7 @@ class Evaluation(_Record):
     warnings: tuple[Flag, ...] = ()
     date: str
     seconds: float
+    """wall-clock time of the run, and what the searches took that an interrupted run or shards had finished before"""
 
     _arrays: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)
     _sample: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)

@@ -11,7 +11,8 @@ import json
 import re
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,11 +108,22 @@ class Units:
 
     def searched(self) -> bool:
         """Is a search's unit kept, which alone says how long it took? What is done once for all of them is not one."""
-        for path in self.folder.glob("*.npz"):
-            with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as bundle:
+        return next(self._seconds(), None) is not None
+
+    def spent(self) -> float:
+        """Seconds that the kept units of searches took, in whatever process."""
+        return sum(self._seconds(), 0.0)
+
+    def _seconds(self) -> Iterator[float]:
+        """What each kept unit of a search took; damaged files are left out, as they are done again."""
+        for path in sorted(self.folder.glob("*.npz")):
+            with (
+                suppress(OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error),
+                zipfile.ZipFile(path) as bundle,
+            ):
                 if "seconds.npy" in bundle.namelist():
-                    return True
-        return False
+                    with bundle.open("seconds.npy") as stream:
+                        yield float(np.lib.format.read_array(stream, allow_pickle=False).sum())
 
     def remove(self) -> None:
         """Delete the units and the folder, once the result is written."""

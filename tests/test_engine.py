@@ -164,6 +164,21 @@ def test_an_unreadable_configuration_is_an_error(model, short, tmp_path):
         measured(model, short, work=Work(units), resume=True)
 
 
+def test_a_resumed_run_took_what_was_finished_before_too(model, short, whole, tmp_path):
+    """Each kept unit is made to say that it took 1,000 s; one of them is damaged and done again."""
+    units = stopped(model, short, tmp_path)
+    kept = sorted(units.folder.glob("?A*.npz"))
+    for path in kept:
+        path.write_bytes(results.npz_bytes({**results.read_npz(path), "seconds": np.array([1000.0])}))
+    kept[0].write_bytes(kept[0].read_bytes()[:-30])
+    before = 1000 * (len(kept) - 1)
+    assert before > 0 and before <= units.spent() < before + 60
+    done = measured(model, short, work=Work(units), resume=True)
+    same(done, whole)
+    assert before < done.seconds < before + 60
+    assert Units(tmp_path / "none").spent() == 0
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_shards_merge_to_the_same_bytes(count, model, short, whole, tmp_path):
     folders = [tmp_path / f"{i}" for i in range(count)]

@@ -42,8 +42,10 @@ REST = (
 DRAWN = "omniglot-small-conv3-triplet-"
 OMNIGLOT = tuple(
     f"{DRAWN}{d}-2"
-    for d in ("none", "est", "act", "hm-lga", "hm-lga-ics")
-    + ("hm-r-m", "hm-r-m-ics", "hm-b-m", "hm-constant", "hm-sqrt", "hm-square")
+    for d in (
+        *("none", "est", "act", "hm-lga", "hm-lga-ics"),
+        *("hm-r-m", "hm-r-m-ics", "hm-b-m", "hm-constant", "hm-sqrt", "hm-square"),
+    )
 )
 FIRST = tuple(f"{DRAWN}{d}" for d in ("none", "est", "act", "hm-lga-ics"))
 REACHES: tuple[tuple[str, dict[str, Any]], ...] = (

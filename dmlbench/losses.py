@@ -5,6 +5,7 @@ triplet and contrastive are reduced by the plain mean, the others as that packag
 are :func:`hardness`, :func:`triplet` and :func:`proxy_anchor_each`.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +100,10 @@ def _pml(name: str, *, space: bool = False, **fixed: Any) -> Callable[[int, int,
         if name == "ContrastiveLoss" and distance.metric == "cosine":
             # The package's cosine is a similarity: a positive margin of 1, a negative one of 1 - margin.
             given |= {"pos_margin": 1.0, "neg_margin": 1.0 - given.get("neg_margin", 1.0)}
+        for key, parameter in inspect.signature(getattr(losses, name)).parameters.items():
+            wanted = parameter.default
+            if key in params and isinstance(wanted, (int, float)) and not isinstance(params[key], (int, float)):
+                raise UsageError(f"loss parameter {key} = {params[key]!r} must be a number")
         try:
             loss: nn.Module = getattr(losses, name)(**given)
         except TypeError as error:

@@ -4,13 +4,14 @@ The packaged recipes lie in ``dmlbench/recipes``; a recipe may extend another by
 """
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dmlbench.checkpoints import PACKAGE, first_problem
 from dmlbench.datasets import DATASETS
@@ -40,7 +41,7 @@ class Recipe(BaseModel):
     is an anchor.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     id: str = Field(pattern=ID)
     title: str = ""
@@ -73,6 +74,17 @@ class Recipe(BaseModel):
     precision: Literal["float32", "mixed"] = "float32"
     check_every: int = Field(default=200, ge=1)
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_values(cls, table: Any) -> Any:
+        """No key is true or false; Python would take them for 1 and 0."""
+        for key, value in table.items() if isinstance(table, dict) else ():
+            if isinstance(value, bool):
+                raise ValueError(f"{key} is {str(value).lower()}, not a number or text")
+            if isinstance(value, dict) and (wrong := [k for k, v in value.items() if _endless(v)]):
+                raise ValueError(f"{key}.{wrong[0]} must be a finite number")
+        return table
 
     @property
     def threat(self) -> Threat:
@@ -142,6 +154,10 @@ class Recipe(BaseModel):
         return [f"{k} ({mine[k]!r}, was {theirs[k]!r})" for k in mine if mine[k] != theirs[k]]
 
 
+def _endless(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def packaged_recipes() -> list[str]:
     """Ids of the packaged recipes."""
     return sorted(p.stem for p in RECIPES.glob("*.toml") if not p.stem.startswith("_"))
@@ -159,8 +175,12 @@ def _table(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if parent is None:
         return table
     if not isinstance(parent, str) or Path(parent).name != parent:
-        raise DataError(f"recipe {path}: extends must name a recipe in the same folder")
-    return {**_table(path.parent / f"{parent}.toml", (*seen, path)), **table}
+        raise DataError(f"recipe {path}: extends must name a recipe in the same folder or a packaged one")
+    beside = path.parent / f"{parent}.toml"
+    if not beside.is_file() and not (beside := RECIPES / f"{parent}.toml").is_file():
+        known = [p.stem for p in (*path.parent.glob("*.toml"), *RECIPES.glob("*.toml"))]
+        raise UsageError(f"recipe {path} extends {parent!r}, which does not exist{suggest(parent, known)}")
+    return {**_table(beside, (*seen, path)), **table}
 
 
 def make_recipe(table: dict[str, Any], where: str) -> Recipe:

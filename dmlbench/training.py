@@ -46,6 +46,10 @@ COLLAPSE_FROM = 100
 """Untrained networks embed everything alike too: collapse is looked for from this step on."""
 
 
+RUN_FILES = ("state.pt", "last.safetensors", "best.safetensors", "checkpoint.json", "log.csv")
+"""What a run leaves from its first check on, and no other run writes over."""
+
+
 class TrainingFailed(DataError):
     """The run ended early: a loss that is not a number, or a collapsed model. Exit code 4."""
 
@@ -175,6 +179,14 @@ def fitting(recipe: Recipe) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Within it, what a network draws by itself (dropout, drop path) depends on ``seed`` alone."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def batches(
     recipe: Recipe, dataset: RetrievalDataset, labels: np.ndarray, device: torch.device, rank: int, start: int
 ) -> Iterator[Batch]:
@@ -227,13 +239,29 @@ def quick_check(learner: Learner, recipe: Recipe, images: Tensor, labels: Tensor
         clean = embedder(images)
         benign = margins(embedder, clean, labels, clean) > 0
         length = clean.norm(dim=1).mean().clamp_min(1e-12)
-        spread = embedder.distance.paired(clean, clean.roll(len(clean) // 2, 0)).mean() / length
+        spread = (clean - clean.roll(len(clean) // 2, 0)).norm(dim=1).mean() / length
     threat = recipe.threat.but(steps=QUICK_STEPS, step=2.5 * recipe.threat.radius / QUICK_STEPS, start="clean")
     rng = Rng(0, torch.arange(len(images), device=images.device))
     moved = pgd(lambda x: margins(embedder, embedder(x), labels, clean), images, threat, rng)
     with torch.no_grad():
         attacked = margins(embedder, embedder(moved), labels, clean) > 0
     return 100.0 * float(benign.float().mean()), 100.0 * float(attacked.float().mean()), float(spread)
+
+
+def collapsed(rows: list[Progress], last: bool) -> bool:
+    """Have the embeddings become alike and stayed so: at two checks in a row, or at the ``last`` one of the run?
+
+    What grows is still leaving the state that untrained networks are in.
+    """
+
+    def alike(i: int) -> bool:
+        rising = i > 0 and rows[i].spread > 1.1 * rows[i - 1].spread
+        return not rows[i].spread >= COLLAPSE and not rising
+
+    if not rows or rows[-1].iteration < COLLAPSE_FROM:
+        return False
+    before = len(rows) > 1 and rows[-2].iteration >= COLLAPSE_FROM and alike(len(rows) - 2)
+    return alike(len(rows) - 1) and (last or before)
 
 
 def log_bytes(rows: list[Progress]) -> bytes:
@@ -364,16 +392,21 @@ def train(
     base = [group["lr"] for group in optimizer.param_groups]
     rows: list[Progress] = []
     best = -math.inf
-    if world.leads:
-        prepare_folder(folder)
     if resume:
         state = read_state(folder, recipe, world.size)
-        learner.load_state_dict(state["learner"])
-        optimizer.load_state_dict(state["optimizer"])
-        rows = [Progress(**row) for row in state["rows"]]
-        best = float(state["best"])
-    elif (folder / "state.pt").exists():
-        raise UsageError(f"{folder} already holds a run: resume it with --resume, or name another folder")
+        try:
+            learner.load_state_dict(state["learner"])
+            optimizer.load_state_dict(state["optimizer"])
+            rows = [Progress(**row) for row in state["rows"]]
+            best = float(state["best"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"{folder / 'state.pt'} is not the state of such a run: {error}") from None
+        if world.leads and not (folder / "last.safetensors").exists():
+            write_weights(folder / "last.safetensors", learner.embedder.network)
+    elif held := [name for name in RUN_FILES if (folder / name).exists()]:
+        raise UsageError(f"{folder} already holds a run ({held[0]}): resume it with --resume, or name another folder")
+    if world.leads:
+        prepare_folder(folder)
     world.share(learner)
 
     sample = np.random.default_rng(seed_of("quick")).permutation(len(dataset))[:QUICK_QUERIES]
@@ -382,16 +415,24 @@ def train(
     mixed = recipe.precision == "mixed" and device.type == "cuda"
     start = rows[-1].iteration if rows else 0
     total = torch.zeros((), device=device)
-    since = collapsed = 0
+    since = 0
+
+    def judge() -> None:
+        if not allow_collapse and collapsed(rows, bool(rows) and rows[-1].iteration == recipe.iterations):
+            raise TrainingFailed(
+                f"the model has collapsed by step {rows[-1].iteration}: embeddings of different images lie "
+                f"{rows[-1].spread:.2g} apart (of their length), below {COLLAPSE}; --allow-collapse trains on"
+            )
 
     if world.leads:
         write_whole(folder / "recipe.json", json_bytes(recipe.model_dump(mode="json")))
+    judge()
     for batch in batches(recipe, dataset, labels, device, world.rank, start):
         factor = learning_rate(recipe, batch.iteration)
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * factor
         optimizer.zero_grad(set_to_none=True)
-        with fitting(recipe):
+        with fitting(recipe), own_randomness(batch.seed, device):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
                 loss = defense.step(learner, batch, inner, **params)
             loss.backward()
@@ -417,8 +458,6 @@ def train(
         row = Progress(done, mean, benign, attacked, spread, recipe.lr * factor, round(time.monotonic() - began, 1))
         rows.append(row)
         report(row)
-        rising = len(rows) > 1 and spread > 1.1 * rows[-2].spread
-        collapsed = collapsed + 1 if not spread >= COLLAPSE and done >= COLLAPSE_FROM and not rising else 0
         if world.leads:
             write_weights(folder / "last.safetensors", learner.embedder.network)
             if benign + attacked > best:
@@ -426,10 +465,6 @@ def train(
                 write_weights(folder / "best.safetensors", learner.embedder.network)
             write_whole(folder / "log.csv", log_bytes(rows))
             save_state(folder, recipe, learner, optimizer, rows, best, world.size)
-        if collapsed >= 2 and not allow_collapse:
-            raise TrainingFailed(
-                f"the model has collapsed by step {done}: embeddings of different images lie {spread:.2g} apart "
-                f"(of their length), below {COLLAPSE}; --allow-collapse trains on"
-            )
+        judge()
     entry = finish(folder, recipe, dataset, learner.embedder) if world.leads else {}
     return Trained(folder, tuple(rows), entry)

@@ -17,7 +17,7 @@ from dmlbench.losses import build_loss, hardness, proxy_anchor_each, triplet
 from dmlbench.models import ARCHITECTURES
 from dmlbench.optimizers import pgd
 from dmlbench.rng import Rng
-from dmlbench.sampling import draw
+from dmlbench.sampling import SAMPLINGS, draw
 from dmlbench.threat import Threat
 
 MARGIN = 0.2
@@ -194,7 +194,7 @@ def test_hm_by_hand(name: str, ics: float) -> None:
     rows = miner.triplets("R")
     clean = embedded(model, b.images)
     sampling = name.removeprefix("B(").removesuffix(")")
-    aim = miner.triplets(sampling, "destination") if len(sampling) == 1 else rows
+    aim = miner.triplets(sampling, "destination") if len(sampling) == 1 and sampling != "R" else rows
     wanted = destination(name, clean, aim, 0.12)
     e = embedded(model, moved).view(3, 3, -1)
     for i, (a, p, n) in enumerate(rows.tolist()):
@@ -202,7 +202,7 @@ def test_hm_by_hand(name: str, ics: float) -> None:
         end = distance(e[i, 0], e[i, 1]) - distance(e[i, 0], e[i, 2])
         assert float(before[3 * i]) == pytest.approx(max(0.0, wanted[i] - start) ** 2, abs=1e-5)
         assert float(after[3 * i]) == pytest.approx(max(0.0, wanted[i] - end) ** 2, abs=1e-5)
-        if start >= wanted[i]:
+        if start >= wanted[i] or name == "R":
             assert torch.equal(images[3 * i : 3 * i + 3], moved[3 * i : 3 * i + 3])
     loss = triplet_mean(e)
     assert float(model.previous) == pytest.approx(loss, abs=1e-5)
@@ -211,13 +211,20 @@ def test_hm_by_hand(name: str, ics: float) -> None:
     assert value.item() == pytest.approx(loss, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", list(SAMPLINGS))
+def test_hm_to_its_own_source_perturbs_nothing(name: str) -> None:
+    _, _, calls, _ = trained("hm", source=name, destination=name)
+    ((images, moved, _, _, _),) = calls
+    assert torch.equal(images, moved)
+
+
 def test_hm_starts_with_the_gentlest_adversary() -> None:
     """Before the first step there is no loss: H_D is -γ, as for any loss of γ or more."""
     model = learner()
     miner = Miner(model, batch())
-    assert float(DESTINATIONS["LGA"](model, miner, 0.0)) == pytest.approx(-MARGIN)
+    assert float(DESTINATIONS["LGA"](model, miner, miner.triplets, 0.0)) == pytest.approx(-MARGIN)
     model.previous.fill_(0.0)
-    assert float(DESTINATIONS["LGA"](model, miner, 0.0)) == 0.0
+    assert float(DESTINATIONS["LGA"](model, miner, miner.triplets, 0.0)) == 0.0
 
 
 def test_hm_with_a_small_margin_minds_the_constant_only_where_it_is_used() -> None:

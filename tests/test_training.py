@@ -216,8 +216,93 @@ def collapsing(tmp_path: Path, **options):
 def test_collapse_ends_the_run_unless_allowed(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailed, match=r"collapsed by step .* --allow-collapse"):
         collapsing(tmp_path / "a")
+    assert not (tmp_path / "a" / "checkpoint.json").exists()
     done = collapsing(tmp_path / "b", allow_collapse=True)
     assert done.progress[-1].iteration == 160 and done.progress[-1].spread < training.COLLAPSE
+    with pytest.raises(TrainingFailed, match="collapsed by step 160"):
+        collapsing(tmp_path / "a", resume=True)
+    collapsing(tmp_path / "a", resume=True, allow_collapse=True)
+    assert (tmp_path / "a" / "checkpoint.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("spreads", "last", "fallen"),
+    [
+        ([(50, 0.01), (100, 0.01)], False, False),
+        ([(100, 0.01), (150, 0.01)], False, True),
+        ([(100, 0.01), (150, 0.015)], False, False),
+        ([(100, 0.5), (150, 0.01)], False, False),
+        ([(100, 0.5), (150, 0.01)], True, True),
+        ([(400, 0.01)], True, True),
+        ([(99, 0.01)], True, False),
+        ([(100, math.nan), (150, math.nan)], False, True),
+        ([], True, False),
+    ],
+)
+def test_collapse_is_two_checks_in_a_row_or_the_last(spreads, last: bool, fallen: bool) -> None:
+    rows = [training.Progress(done, 0.1, 0.0, 0.0, spread, 1e-3, 0.0) for done, spread in spreads]
+    assert training.collapsed(rows, last) == fallen
+
+
+def test_what_a_network_draws_by_itself_depends_on_the_seed(tmp_path: Path) -> None:
+    """Dropout in the network: the same bytes from two runs, whatever was drawn before, and from a resumed one."""
+    torch.manual_seed(1)
+    made = recipe("digits-smallcnn-triplet-none", arch="timm:resnet10t")
+    made = made.model_copy(update={"arch_kwargs": {"in_chans": 1, "drop_rate": 0.5}, "iterations": 4, "check_every": 2})
+    train(made, tmp_path / "a")
+    torch.rand(7)
+    state = torch.random.get_rng_state()
+    train(made, tmp_path / "b")
+    assert torch.equal(state, torch.random.get_rng_state())
+    weights = [(tmp_path / name / "last.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+    def stop(row) -> None:
+        if row.iteration == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(made, tmp_path / "c", report=stop)
+    torch.rand(7)
+    train(made, tmp_path / "c", resume=True)
+    assert (tmp_path / "c" / "last.safetensors").read_bytes() == weights[0]
+
+
+def test_spread_is_a_length_in_every_space(tmp_path: Path) -> None:
+    """1 - cos of embeddings that lie 0.1 of their length apart is 0.005; the spread is 0.1."""
+    for space in "NCE":
+        found = train(recipe("digits-smallcnn-triplet-none", space=space), tmp_path / space).progress[-1].spread
+        embedder = load_model(str(tmp_path / space)).eval()
+        data = load_dataset("digits", "train")
+        sample = np.random.default_rng(training.seed_of("quick")).permutation(len(data))[: training.QUICK_QUERIES]
+        with torch.no_grad():
+            e = embedder(data.images[sample]).numpy()
+        apart = np.linalg.norm(e - np.roll(e, len(e) // 2, 0), axis=1).mean() / np.linalg.norm(e, axis=1).mean()
+        assert found == pytest.approx(apart, rel=1e-3)
+
+
+@pytest.mark.parametrize("held", training.RUN_FILES)
+def test_what_a_run_left_is_not_written_over(held: str, tmp_path: Path) -> None:
+    (tmp_path / held).write_text("mine")
+    with pytest.raises(UsageError, match="already holds a run"):
+        train(recipe(), tmp_path)
+    assert (tmp_path / held).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_resume_mends_lost_weights_and_refuses_another_state(tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "r")
+    wanted = (tmp_path / "r" / "last.safetensors").read_bytes()
+    (tmp_path / "r" / "last.safetensors").unlink()
+    train(recipe(), tmp_path / "r", resume=True)
+    assert (tmp_path / "r" / "last.safetensors").read_bytes() == wanted
+    state = torch.load(tmp_path / "r" / "state.pt", weights_only=True)
+    for broken in ({k: v for k, v in state.items() if k != "learner"}, {**state, "learner": {}}):
+        torch.save(broken, tmp_path / "r" / "state.pt")
+        with pytest.raises(DataError, match="is not the state of such a run"):
+            train(recipe(), tmp_path / "r", resume=True)
+    with pytest.raises(DataError, match="nothing to resume"):
+        train(recipe(), tmp_path / "typo", resume=True)
+    assert not (tmp_path / "typo").exists()
 
 
 @pytest.mark.parametrize(
@@ -248,6 +333,13 @@ def test_collapse_ends_the_run_unless_allowed(tmp_path: Path) -> None:
             "the contrastive loss's",
         ),
         ([HM, "--set", "arch_kwargs.depth=3"], 2, "depth"),
+        ([HM, "--set", "lr=Infinity"], 2, "finite"),
+        ([HM, "--set", "eps=true"], 2, "eps is true"),
+        ([HM, "--set", "embed_dim=true"], 2, "embed_dim is true"),
+        ([HM, "--set", "defense_params.ics=Infinity"], 2, "defense_params.ics must be a finite number"),
+        ([HM, "--threads", "100000"], 2, "threads"),
+        (["digits-smallcnn-proxyanchor-at", "--set", "loss_params.alpha=abc"], 2, "alpha = 'abc' must be a number"),
+        (["digits-smallcnn-proxyanchor-trades", "--set", "defense_params.beta=-6.0"], 2, "beta -6.0 must be 0"),
         ([HM, "--set", "arch_kwargs.width=-1"], 2, "negative dimension"),
         ([HM, "--set", "groups=1000000"], 2, "2000000 images a step, at most 1000000"),
         ([HM, "--defense", "eat", "--set", "loss=proxy-anchor"], 2, "defence"),
@@ -296,6 +388,11 @@ def test_recipes_extend_each_other(tmp_path: Path) -> None:
     (tmp_path / "loop.toml").write_text('extends = "loop"\n')
     with pytest.raises(DataError, match="extends itself"):
         load_recipe(str(tmp_path / "loop.toml"))
+    (tmp_path / "own.toml").write_text('extends = "_digits"\ndefense = "act"\n')
+    assert load_recipe(str(tmp_path / "own.toml")).eps == load_recipe(HM).eps
+    (tmp_path / "typo.toml").write_text('extends = "_digit"\n')
+    with pytest.raises(UsageError, match="did you mean '_digits'"):
+        load_recipe(str(tmp_path / "typo.toml"))
     (tmp_path / "broken.toml").write_text("dataset = ")
     with pytest.raises(DataError, match="cannot be read"):
         load_recipe(str(tmp_path / "broken.toml"))

@@ -83,7 +83,7 @@ def gather(recipe: str | None, changes: dict[str, Any], named: dict[str, Any]) -
     help="Change any key of the recipe; TABLE.KEY for one key of a table.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; other numbers round sums otherwise.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads; other numbers round sums otherwise.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--allow-collapse", is_flag=True, help="Train on where all embeddings have become alike.")
 @click.option("--list", "listing", is_flag=True, help="List the packaged recipes.")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dmlbench.defenses.base import Batch, Inner, Learner, Miner, search, triples
@@ -18,8 +18,10 @@ from dmlbench.losses import hardness, triplet
 from dmlbench.registry import Registry
 from dmlbench.sampling import SAMPLINGS
 
-Destination = Callable[[Learner, Miner, float], Float[Tensor, "..."]]
-"""(Learner, Miner, constant) to H_D, one for each anchor or one for all."""
+Mined = Callable[[str], Int[Tensor, "t 3"]]
+"""A sampling to the anchors' triplets mined so, rows of the batch."""
+Destination = Callable[[Learner, Miner, Mined, float], Float[Tensor, "..."]]
+"""(Learner, Miner, Mined, constant) to H_D, one for each anchor or one for all."""
 
 BOOST = 0.1
 """ξ of g_B."""
@@ -31,26 +33,27 @@ def remaining(learner: Learner) -> Float[Tensor, ""]:
 
 
 def _mined(name: str) -> Destination:
-    def destination(learner: Learner, miner: Miner, constant: float) -> Tensor:
-        rows = miner.triplets(name, "destination")
-        return hardness(learner.embedder.distance, miner.embeddings[rows])
+    def destination(learner: Learner, miner: Miner, mined: Mined, constant: float) -> Tensor:
+        return hardness(learner.embedder.distance, miner.embeddings[mined(name)])
 
     return destination
 
 
 def _boosted(name: str) -> Destination:
-    mined = _mined(name)
-    return lambda learner, miner, constant: mined(learner, miner, constant) + BOOST * (1.0 - remaining(learner))
+    of = _mined(name)
+    return lambda learner, miner, mined, constant: (
+        of(learner, miner, mined, constant) + BOOST * (1.0 - remaining(learner))
+    )
 
 
 DESTINATIONS: Registry[Destination] = Registry(
     "destination hardness",
     {
         **{name: _mined(name) for name in SAMPLINGS},
-        "LGA": lambda learner, miner, constant: -learner.margin * remaining(learner),
-        "square": lambda learner, miner, constant: -learner.margin * remaining(learner).square(),
-        "sqrt": lambda learner, miner, constant: -learner.margin * remaining(learner).sqrt(),
-        "constant": lambda learner, miner, constant: torch.full_like(learner.previous, constant),
+        "LGA": lambda learner, miner, mined, constant: -learner.margin * remaining(learner),
+        "square": lambda learner, miner, mined, constant: -learner.margin * remaining(learner).square(),
+        "sqrt": lambda learner, miner, mined, constant: -learner.margin * remaining(learner).sqrt(),
+        "constant": lambda learner, miner, mined, constant: torch.full_like(learner.previous, constant),
         **{f"B({name})": _boosted(name) for name in SAMPLINGS},
     },
 )
@@ -79,6 +82,9 @@ def hm(
         ics: λ of the intra-class structure loss, λ·max(0, d(a, a~) - d(a, p) + ics_margin); 0 is none.
         ics_margin: its margin.
 
+    Where both are the same sampling the destination is the source triplet itself, so HM[S,S] perturbs nothing, as in the
+    paper's table (η "N/A"), and HM[S,g_B(S)] raises each triplet's own hardness.
+
     The loss of the step before is, as we read it, the HM triplet loss without the ICS term. a and p
     of the ICS term are the clean images, embedded in the same pass as the perturbed triplet.
     """
@@ -89,7 +95,9 @@ def hm(
     miner = Miner(learner, batch)
     distance = learner.embedder.distance
     rows = miner.triplets(source)
-    target = DESTINATIONS[destination](learner, miner, constant)
+    target = DESTINATIONS[destination](
+        learner, miner, lambda name: rows if name == source else miner.triplets(name, "destination"), constant
+    )
 
     def gap(x: Tensor) -> Tensor:
         return F.relu(target - hardness(distance, triples(learner.embedder(x)))).square().repeat_interleave(3)

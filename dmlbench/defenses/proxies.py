@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dmlbench.defenses.base import Batch, Inner, Learner, embed, search
+from dmlbench.errors import UsageError
 from dmlbench.losses import proxy_anchor_each
 
 
@@ -39,6 +40,8 @@ def trades(learner: Learner, batch: Batch, inner: Inner, *, beta: float = 6.0) -
 
     The search starts from a reference moved by 1e-7, as EST's does.
     """
+    if not beta >= 0:
+        raise UsageError(f"beta {beta} must be 0 or more")
     distance = learner.embedder.distance
     reference = embed(learner, batch.images) + 1e-7
     moved = search(learner, batch, inner, batch.images, lambda x: -distance.paired(learner.embedder(x), reference))

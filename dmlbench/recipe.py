@@ -5,6 +5,7 @@ The packaged recipes lie in ``dmlbench/recipes``; a recipe may extend another by
 
 import json
 import math
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -226,7 +227,15 @@ def load_recipe(name: str, changes: dict[str, Any] | None = None) -> Recipe:
         if name.endswith(".toml"):
             raise UsageError(f"recipe file {name} does not exist")
         raise UsageError(f"unknown recipe {name!r}{suggest(name, packaged_recipes())}")
-    return make_recipe(changed({**_table(path), "id": path.stem}, changes or {}), f"recipe {name}")
+    table = _table(path)
+    if "id" in table:
+        raise UsageError(f"recipe {name}: the file's name is its id; a key id would do nothing")
+    return make_recipe(changed({**table, "id": slug(path.stem)}, changes or {}), f"recipe {name}")
+
+
+def slug(name: str) -> str:
+    """A name as an id: lower case, and a dash for what an id may not hold."""
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).lstrip("._-")
 
 
 def command_of(recipe: Recipe) -> str:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dmlbench.errors import DataError
+from dmlbench.errors import DataError, UsageError
 from dmlbench.losses import MARGIN
 from dmlbench.registry import Registry
 from dmlbench.rng import Rng
@@ -34,6 +34,21 @@ def check_classes(labels: np.ndarray, per_class: int, name: str = "data set") ->
         raise DataError(
             f"{name}: class {first} has {counts.min()} image{'s' * int(counts.min() != 1)} where the batch sampler "
             f"needs {per_class} per class ({short} such class{'es' * int(short != 1)})"
+        )
+
+
+def check_groups(labels: np.ndarray, groups: int, per_class: int) -> None:
+    """Refuse as many groups as would need an image twice, which would be its own positive.
+
+    Raises:
+        UsageError: the smallest class runs out of images in a batch.
+    """
+    counts = np.unique(labels, return_counts=True)[1]
+    most = len(counts) * (int(counts.min()) // per_class)
+    if groups > most:
+        raise UsageError(
+            f"{groups} groups of {per_class} need an image twice in a batch: with {len(counts)} classes, the smallest "
+            f"of {counts.min()} images, set groups to {most} or less"
         )
 
 

@@ -36,7 +36,7 @@ from dmlbench.parallel import World
 from dmlbench.recipe import Recipe, command_of
 from dmlbench.results import json_bytes, prepare_folder, write_whole
 from dmlbench.rng import Rng, seed_of
-from dmlbench.sampling import check_classes, class_batch
+from dmlbench.sampling import check_classes, check_groups, class_batch
 
 QUICK_QUERIES = 256
 QUICK_STEPS = 8
@@ -377,6 +377,7 @@ def train(
     device = torch.device(device)
     dataset = load_dataset(recipe.dataset, "train")
     check_classes(dataset.labels, recipe.per_class, f"data set {recipe.dataset!r}")
+    check_groups(dataset.labels, recipe.groups, recipe.per_class)
     labels = np.unique(dataset.labels, return_inverse=True)[1].astype(np.int64)
     defense = DEFENSES[recipe.defense]
     params = defense.parameters(recipe.defense_params)

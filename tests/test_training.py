@@ -349,6 +349,7 @@ def test_a_resume_mends_lost_weights_and_refuses_another_state(tmp_path: Path) -
         (["--defense", "act", "--dataset", "digits"], 2, "--arch"),
         ([HM, "--resume"], 4, "nothing to resume"),
         ([HM, "--set", "per_class=500"], 4, "needs 500 per class"),
+        ([HM, "--set", "groups=1000"], 2, "need an image twice in a batch: with 5 classes"),
     ],
 )
 def test_bad_input_is_one_line(capsys, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
@@ -388,6 +389,11 @@ def test_recipes_extend_each_other(tmp_path: Path) -> None:
     (tmp_path / "loop.toml").write_text('extends = "loop"\n')
     with pytest.raises(DataError, match="extends itself"):
         load_recipe(str(tmp_path / "loop.toml"))
+    (tmp_path / "My Recipe.toml").write_text('extends = "base"\n')
+    assert load_recipe(str(tmp_path / "My Recipe.toml")).id == "my-recipe"
+    (tmp_path / "named.toml").write_text('extends = "base"\nid = "other"\n')
+    with pytest.raises(UsageError, match="a key id would do nothing"):
+        load_recipe(str(tmp_path / "named.toml"))
     (tmp_path / "own.toml").write_text('extends = "_digits"\ndefense = "act"\n')
     assert load_recipe(str(tmp_path / "own.toml")).eps == load_recipe(HM).eps
     (tmp_path / "typo.toml").write_text('extends = "_digit"\n')

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from dmlbench.cli.output import json_option, print_json, print_list
 from dmlbench.errors import UsageError
 from dmlbench.parallel import World
-from dmlbench.recipe import Recipe, changed, load_recipe, make_recipe, packaged_recipes
+from dmlbench.recipe import Recipe, changed, load_recipe, make_recipe, packaged_recipes, slug
 from dmlbench.subject import resolve_device
 from dmlbench.training import Progress as Row
 from dmlbench.training import train as run_training
@@ -63,7 +62,7 @@ def gather(recipe: str | None, changes: dict[str, Any], named: dict[str, Any]) -
     if named["defense"] in ("at", "trades", "eat"):
         changes = {"loss": "proxy-anchor", **changes}
     name = f"{named['dataset']}-{named['arch']}-{changes.get('loss', 'triplet')}-{named['defense']}"
-    table = {"id": re.sub(r"[^a-z0-9._-]+", "-", name.lower()), **named}
+    table = {"id": slug(name), **named}
     return make_recipe(changed(table, changes), "the options")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import hashlib
 import io
 import os
 import pickle
@@ -14,10 +15,23 @@ import pytest
 import torch
 from conftest import shared
 from PIL import Image
-from trees import cars_tree, class_tree, cub_from_lists, cub_tree, idx_file, inshop_tree, picture, sop_tree
+from trees import (
+    cars_tree,
+    class_tree,
+    cub_from_lists,
+    cub_tree,
+    grocery_tree,
+    idx_file,
+    inshop_tree,
+    lfw_tree,
+    picture,
+    sop_tree,
+    zipped,
+)
 
 from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
 from dmlbench.datasets.base import Counts, TensorImages, counts_of, data_roots
+from dmlbench.datasets.verify import verify
 from dmlbench.errors import DataError, UsageError
 from dmlbench.preprocess import Preprocess
 
@@ -127,6 +141,87 @@ def test_inshop_has_queries_and_gallery_apart(root: Path) -> None:
     listing.write_text(listing.read_text().replace(" gallery", " galery"))
     with pytest.raises(DataError, match="'galery' is not train, query or gallery"):
         unchecked("inshop", "test")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_grocery_by_class_whatever_its_own_split_says(packed: bool, root: Path, tmp_path: Path) -> None:
+    tree = grocery_tree(tmp_path)
+    if packed:
+        zipped(tree, root / "grocery-224.zip")
+    else:
+        tree.rename(root / "grocery")
+    train, test = unchecked("grocery", "train"), unchecked("grocery", "test")
+    assert train.labels.tolist() == [0] * 3 + [30] * 3 + [0] * 2 + [30] * 2 + [0] * 2 + [30] * 2
+    assert len(train.query) == len(train.gallery) == 14 and train.class_names[30] == "Kind-30"
+    assert set(test.labels) == {0, 49} and test.class_names[49] == "Kind-80" and counts_of(test) == Counts(14, 2, 10)
+    source = test.images.source  # type: ignore[attr-defined]
+    for c in (0, 49):  # the five of the smallest hash, written out
+        paths = [p.removeprefix("dataset/") for p, label in zip(source.paths, test.labels, strict=True) if label == c]
+        five = sorted(paths, key=lambda p: hashlib.sha256(p.encode()).hexdigest())[:5]
+        asked = {source.paths[row].removeprefix("dataset/") for row in test.query if test.labels[row] == c}
+        assert asked == set(five)
+    row = int(test.gallery[0])
+    loose = (tmp_path if packed else root) / "grocery" / source.paths[row]
+    torch.testing.assert_close(test.images[np.array([row])][0], by_hand(loose))
+    with pytest.raises(DataError, match=r"found 14 images of 2 classes, 10 of them queries where 2,888 images of 50"):
+        load_dataset("grocery")
+
+
+def test_an_archive_and_its_folder_are_the_same_data_set(root: Path, tmp_path: Path) -> None:
+    archive = zipped(grocery_tree(tmp_path), root / "grocery-224.zip")
+    packed = unchecked("grocery", "test").sha256
+    archive.unlink()
+    (tmp_path / "grocery").rename(root / "grocery")
+    assert unchecked("grocery", "test").sha256 == packed
+
+
+def test_archives_and_lists_that_are_broken(root: Path, tmp_path: Path) -> None:
+    archive = root / "grocery-224.zip"
+    archive.write_bytes(b"PK\3\4 cut off")
+    with pytest.raises(DataError, match=r"grocery-224\.zip cannot be read"):
+        unchecked("grocery", "test")
+    archive.unlink()
+    tree = grocery_tree(root)
+    (tree / "dataset" / "val.txt").write_text("val/a.jpg, many, 0\n")
+    with pytest.raises(DataError, match=r"val\.txt: line 1: the class 'many' is not a whole number"):
+        unchecked("grocery", "test")
+    (tree / "dataset" / "val.txt").unlink()
+    with pytest.raises(DataError, match=r"val\.txt cannot be read"):
+        unchecked("grocery", "test")
+
+
+def test_a_picture_that_is_broken_inside_an_archive_is_named(root: Path, tmp_path: Path) -> None:
+    tree = grocery_tree(tmp_path)
+    broken = next((tree / "dataset" / "val" / "Fruit" / "Kind-31").glob("*.jpg"))
+    broken.write_bytes(broken.read_bytes()[:200])
+    zipped(tree, root / "grocery-224.zip")
+    lines = verify("grocery")[1].broken
+    assert len(lines) == 1 and f"{broken.name}:" in lines[0]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_lfw_takes_people_of_four_and_six_of_each(packed: bool, root: Path, tmp_path: Path) -> None:
+    tree = lfw_tree(tmp_path / "lfw", {"Ann_Lee": 4, "Bob": 3, "Cem": 9})
+    if packed:
+        zipped(tmp_path / "lfw", root / "lfw-4plus.zip")
+    else:
+        tree.rename(root / "lfw-deepfunneled")
+    found = unchecked("lfw", "test")
+    assert found.class_names == ["Ann_Lee", "Cem"] and found.labels.tolist() == [0] * 4 + [1] * 6
+    assert found.query.tolist() == [0, 4] and found.gallery.tolist() == [1, 2, 3, 5, 6, 7, 8, 9]
+    assert [Path(p).name for p in found.images.source.paths[4:]] == [f"Cem_{i:04d}.jpg" for i in range(1, 7)]  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="has no training split"):
+        load_dataset("lfw", "train")
+
+
+@pytest.mark.parametrize(("name", "archive"), [("grocery", "grocery-224.zip"), ("lfw", "lfw-4plus.zip")])
+def test_the_real_archives_are_whole(name: str, archive: str, data: Path) -> None:
+    shared(archive)
+    found = load_dataset(name)
+    rows = np.array([0, len(found) // 2])
+    assert counts_of(found) == DATASETS[name].counts["test"]
+    assert not set(found.query) & set(found.gallery) and len(found.images.source.digests()) == len(found)  # type: ignore[attr-defined]
+    assert {len(found.images.source.picture(int(r)).getbands()) for r in rows} == {3}  # type: ignore[attr-defined]
 
 
 def test_mnist_is_torchvisions(data: Path) -> None:

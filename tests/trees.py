@@ -2,6 +2,7 @@
 
 import os
 import struct
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -105,6 +106,41 @@ def inshop_tree(root: Path) -> Path:
     (base / "Eval").mkdir()
     text = f"{len(lines)}\nimage_name item_id evaluation_status\n{''.join(lines)}"
     (base / "Eval" / "list_eval_partition.txt").write_text(text)
+    return base
+
+
+def zipped(folder: Path, archive: Path) -> Path:
+    """Everything below ``folder`` in a zip archive, by its path below the folder."""
+    with zipfile.ZipFile(archive, "w") as bundle:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                bundle.write(path, path.relative_to(folder).as_posix())
+    return archive
+
+
+def grocery_tree(root: Path, classes: Iterable[int] = (0, 30, 31, 80), each: int = 7) -> Path:
+    """The Grocery Store data set: its own three lists, each naming some photographs of every class."""
+    base = root / "grocery" / "dataset"
+    lines: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for c in classes:
+        for i in range(each):
+            part = ("train", "val", "test")[i % 3]
+            name = f"{part}/Fruit/Kind-{c}/Kind-{c}_{i:03d}.jpg"
+            picture(base / name, seed=100 * c + i)
+            lines[part].append(f"{name}, {c}, {c // 10}\n")
+    for part, listed in lines.items():
+        (base / f"{part}.txt").write_text("".join(listed))
+    header = "Class Name (str),Class ID (int),Coarse Class Name (str)\n"
+    (base / "classes.csv").write_text(header + "".join(f"Kind-{c},{c},Fruit\n" for c in range(81)))
+    return root / "grocery"
+
+
+def lfw_tree(root: Path, people: dict[str, int]) -> Path:
+    """Deep-funneled LFW with so many photographs by name."""
+    base = root / "lfw-deepfunneled"
+    for p, (name, count) in enumerate(people.items()):
+        for i in range(1, count + 1):
+            picture(base / name / f"{name}_{i:04d}.jpg", seed=50 * p + i)
     return base
 
 

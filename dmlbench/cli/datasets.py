@@ -7,7 +7,7 @@ import click
 
 from dmlbench.cli.output import Bar, json_option, print_facts, print_json, print_list
 from dmlbench.datasets import DATASETS, load_dataset
-from dmlbench.errors import DataError
+from dmlbench.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from dmlbench.datasets.verify import SplitReport
@@ -40,6 +40,9 @@ def show_dataset(name: str, as_json: bool) -> None:
             d = load_dataset(name, split)
         except DataError as error:
             facts[split] = f"not here: {error}"
+            continue
+        except UsageError as error:
+            facts[split] = str(error)
             continue
         facts["licence"], facts["source"] = d.licence, d.source
         facts[split] = {

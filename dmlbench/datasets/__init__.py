@@ -10,7 +10,9 @@ from dmlbench.datasets import cars as _cars
 from dmlbench.datasets import cifar as _cifar
 from dmlbench.datasets import cub as _cub
 from dmlbench.datasets import digits as _digits
+from dmlbench.datasets import grocery as _grocery
 from dmlbench.datasets import inshop as _inshop
+from dmlbench.datasets import lfw as _lfw
 from dmlbench.datasets import mnist as _mnist
 from dmlbench.datasets import omniglot as _omniglot
 from dmlbench.datasets import sop as _sop
@@ -215,6 +217,21 @@ DATASETS: Registry[DatasetEntry] = Registry(
             "ers-224",
             counts=_inshop.COUNTS,
             licence="non-commercial research",
+        ),
+        "grocery": DatasetEntry(
+            _grocery.grocery,
+            "Grocery Store photographs, 250 queries of 50 unseen products against 2,638 others",
+            "ers-224",
+            shape=(3, 128, 128),
+            counts=_grocery.COUNTS,
+            licence="MIT",
+        ),
+        "lfw": DatasetEntry(
+            _lfw.lfw,
+            "Labeled Faces in the Wild, 610 people, one query each against 2,564 others",
+            "ers-224",
+            counts=_lfw.COUNTS,
+            licence="research",
         ),
     },
 )

@@ -8,6 +8,8 @@ be decoded raises :class:`Undecodable` with the reason; which images of a data s
 import hashlib
 import io
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -98,10 +100,14 @@ class Files:
             )
         return self
 
+    def read(self, row: int) -> bytes:
+        """What the file of a row holds; raises OSError."""
+        return self.path(row).read_bytes()
+
     def picture(self, row: int) -> Image.Image:
         path = self.path(row)
         try:
-            picture = decoded(path.read_bytes())
+            picture = decoded(self.read(row))
             if self.upright:
                 picture = ImageOps.exif_transpose(picture)
             return picture if self.boxes is None else boxed(picture, self.boxes[row])
@@ -122,7 +128,7 @@ class Files:
     def digests(self) -> np.ndarray:
         def one(row: int) -> bytes:
             try:
-                return hashlib.sha256(self.path(row).read_bytes()).digest()
+                return hashlib.sha256(self.read(row)).digest()
             except OSError as error:
                 raise DataError(f"image file {shown(self.path(row))} cannot be read: {error.strerror}") from None
 
@@ -131,6 +137,43 @@ class Files:
     def crops(self) -> bytes:
         boxes = b"" if self.boxes is None else np.ascontiguousarray(self.boxes, dtype="<f8").tobytes()
         return (b"upright" if self.upright else b"as stored") + boxes
+
+
+@dataclass(frozen=True, eq=False)
+class Packed(Files):
+    """Image files inside a zip archive, which is ``root``; they are read where they lie."""
+
+    @cached_property
+    def archive(self) -> zipfile.ZipFile:
+        """The archive, open; several threads may read from it."""
+        return opened(self.root)
+
+    def missing(self) -> list[int]:
+        members = set(self.archive.namelist())
+        return [row for row, path in enumerate(self.paths) if path not in members]
+
+    def read(self, row: int) -> bytes:
+        try:
+            return self.archive.read(self.paths[row])
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise OSError(None, str(error) or "truncated", str(self.path(row))) from None
+
+    def state(self) -> bytes:
+        at = self.root.stat()
+        told = [os.fsencode(self.root.resolve()), f"{at.st_size} {at.st_mtime_ns} {at.st_ctime_ns}".encode()]
+        return hashlib.sha256(b"\0".join([*told, *(os.fsencode(path) for path in self.paths)])).digest()
+
+
+def opened(archive: Path) -> zipfile.ZipFile:
+    """A zip archive to read from.
+
+    Raises:
+        DataError: it is none, or is cut off.
+    """
+    try:
+        return zipfile.ZipFile(archive)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"archive {shown(archive)} cannot be read: {error}") from None
 
 
 @dataclass(frozen=True, eq=False)

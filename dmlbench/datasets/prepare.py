@@ -306,4 +306,20 @@ ORIGINS: dict[str, Origin] = {
             "Eval/list_eval_partition.txt of them, and give that folder."
         ),
     ),
+    "grocery": Origin(
+        "grocery",
+        ("dataset/classes.csv",),
+        manual=(
+            "Get the repository https://github.com/marcusklasson/GroceryStoreDataset (git clone, or its ZIP) at commit "
+            "fc80ba9, and give the folder or the archive."
+        ),
+    ),
+    "lfw": Origin(
+        "lfw-deepfunneled",
+        ("Abdullah_Gul/Abdullah_Gul_0004.jpg",),
+        manual=(
+            "Get lfw-deepfunneled.tgz of Labeled Faces in the Wild (its first home, vis-www.cs.umass.edu/lfw, does not "
+            "always answer)."
+        ),
+    ),
 }

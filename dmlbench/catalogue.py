@@ -11,7 +11,7 @@ from dmlbench.clustering import CLUSTER_ATTACKS
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import OBJECTIVES
 from dmlbench.optimizers import COSTS, OPTIMIZERS
-from dmlbench.protocol import Component, Protocol, load_protocol, protocol_names
+from dmlbench.protocol import Component, Protocol, protocol_names, protocol_versions
 from dmlbench.targets import TARGETS
 
 HEAD = """# Protocols, attacks and scores
@@ -135,8 +135,15 @@ def protocol_section(p: Protocol) -> Iterator[str]:
 def render() -> str:
     """The whole page."""
     lines: list[str] = [HEAD, "## Protocols\n"]
+    older: list[Protocol] = []
     for name in protocol_names():
-        lines += protocol_section(load_protocol(name))
+        current, *superseded = protocol_versions(name)
+        lines += protocol_section(current)
+        older += superseded
+    if older:
+        lines.append("### Superseded versions\n\nKept for the results that were made with them; they still run.\n")
+        rows = [[f"`{p.id}`", p.superseded_by or "", f"`{p.sha256[:16]}`"] for p in older]
+        lines += table(["protocol", "superseded by", "sha256"], rows)
     lines.append("## Attacks\n")
     rows = []
     for name, a in ATTACKS.items():

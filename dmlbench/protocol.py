@@ -1,7 +1,8 @@
 """Protocols: which attacks, how strong, read how. Declarative, versioned TOML files, never edited after release.
 
 A protocol's ``sha256`` is the hash of its parsed content and lands in every result; a bug in an
-attack or a changed number is a new protocol with the old one's ``superseded_by`` set.
+attack or a changed number is a new version. ``NAME.toml`` is the current version of NAME; an older one stays as
+``NAME@VERSION.toml`` with ``superseded_by`` set, and still runs by that name.
 """
 
 import hashlib
@@ -108,6 +109,11 @@ class Protocol(_Record):
         """Hash of everything that can change a number: all but the title and the successor."""
         content = self.model_dump(mode="json", exclude={"title", "superseded_by"}, exclude_defaults=True)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def id(self) -> str:
+        """What :func:`load_protocol` takes for this version: the name, with ``@version`` where it is superseded."""
+        return f"{self.name}@{self.version}" if self.superseded_by else self.name
 
     def threat_of(self, component: Component) -> Threat:
         """The threat of one component."""
@@ -297,19 +303,39 @@ def _check_step(step: Step, protocol: Protocol) -> None:
 
 
 def protocol_names() -> list[str]:
-    """The packaged protocols."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+    """The packaged protocols, each of which stands for its current version."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml") if "@" not in path.stem)
+
+
+def protocol_versions(name: str) -> list[Protocol]:
+    """Every packaged version of one protocol, the current one first; empty for an unknown name."""
+    if name not in protocol_names():
+        return []
+    older = sorted(path.stem for path in FOLDER.glob(f"{name}@*.toml"))
+    return [load_protocol(name), *map(load_protocol, older)]
+
+
+def packaged_protocol(name: str, sha256: str) -> Protocol | None:
+    """The packaged version of ``name`` with this content; None where there is none."""
+    return next((p for p in protocol_versions(name) if p.sha256 == sha256), None)
 
 
 @lru_cache
 def load_protocol(name: str) -> Protocol:
-    """A packaged protocol by name, or any by the path of its TOML file.
+    """A packaged protocol by name, one version of it by ``NAME@VERSION``, or any by the path of its TOML file.
 
     Raises:
-        UsageError: unknown name. DataError: the file is missing or not a protocol.
+        UsageError: unknown name or version. DataError: the file is missing or not a protocol.
     """
     if name.endswith(".toml"):
         return read_protocol(Path(name))
-    if name not in protocol_names():
+    base, _, version = name.partition("@")
+    if base not in protocol_names():
         raise UsageError(f"unknown protocol {name!r}{suggest(name, protocol_names())}")
-    return read_protocol(FOLDER / f"{name}.toml")
+    current = read_protocol(FOLDER / f"{base}.toml")
+    if version in ("", current.version):
+        return current
+    file = FOLDER / f"{name}.toml"
+    if not file.is_file():
+        raise UsageError(f"protocol {base!r} has no version {version!r}; the current one is {current.version!r}")
+    return read_protocol(file)

@@ -319,9 +319,7 @@ def test_what_stands_behind_a_row(board, tmp_path, monkeypatch):
     monkeypatch.delenv("DMLBENCH_CHECKPOINTS")
 
     rules = load_protocol("ers-digits").model_copy(update={"superseded_by": "ers-digits-2"})
-    monkeypatch.setattr(
-        "dmlbench.leaderboard.build.load_protocol", lambda n: rules if n == "ers-digits" else load_protocol(n)
-    )
+    monkeypatch.setattr("dmlbench.leaderboard.build.packaged_protocol", lambda name, sha256: rules)
     assert set(statuses(board).values()) == {"stale"}
     digits = [r for r in rank(rows_of(board)) if (r.dataset, r.protocol) == ("digits", "ers-digits")]
     assert {r.rank for r in digits} == {None}

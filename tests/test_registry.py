@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 import dmlbench
+from dmlbench import protocol
 from dmlbench.attacks import ATTACKS, parse
 from dmlbench.checkpoints import checkpoints, packaged
 from dmlbench.errors import DataError, UsageError
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import OBJECTIVES
-from dmlbench.protocol import load_protocol, protocol_names, read_protocol
+from dmlbench.protocol import FOLDER, load_protocol, packaged_protocol, protocol_names, protocol_versions, read_protocol
 from dmlbench.registry import Registry
 from dmlbench.targets import TARGETS
 
@@ -56,24 +57,55 @@ def test_packaged_protocols_load_and_are_hashed(name: str) -> None:
 
 
 RELEASED = {
-    "clustering": "93d6ae711b7a666db962bac2cb0f62020cd21b80ec53f9b86112cde223715d25",
-    "ers-224": "783addc16456acc6639fe2cd1b980adebb3356d5b39b7ec3d14bb0ba6dd23750",
-    "ers-224-published": "3abe3f9d4022c938fc8ea4ab803ea04ae1cedf86f110bf84e754969498fce9b8",
-    "ers-28": "21998eaa5f3b66255d0e95b7c004d79dc2f8ff383649dbc386f274e78736be1b",
-    "ers-28-published": "5911ef89cc35a2aa30a456633b9ca634786e02b2a21d8020f5bf4415cbae3e87",
-    "ers-digits": "f7e5741ab866648b149946bfda4316e996af411e3904f744ec69c9511a9c629a",
-    "ers-digits-published": "c33abdd19ebe34354cb2db8f0d198bfbdb6de335f4dde936dd593e38be4407bf",
-    "panum-28": "428d985c9fe39a3adad8332e7246e464499c7691987cb2c75d7b3e6bf68546c8",
-    "panum-28-l2": "0722c3eaee6c97afa12f1420df79c1c991dfd645942a0707350380f61142ab41",
-    "strict": "044fb3fed9a8f1de64e8e228d484634e82ac08f0cf9dd3848deb2eaf32f3d20b",
-    "strict-fast": "bc5211c2eca1de018c1101f56bb5b430630c5d2996b22a8a8ccc2162e8d99384",
-    "strict-fast-l2": "086165752cf1ed86590529e95cb6f8624a2ae26ddfb34e54653c82af3686dc32",
-    "strict-l2": "dc1315161b667147ded7f297e673b6c1b8f60d8f914f3a154e002e65356356c3",
+    "clustering@1": "93d6ae711b7a666db962bac2cb0f62020cd21b80ec53f9b86112cde223715d25",
+    "ers-224@1": "783addc16456acc6639fe2cd1b980adebb3356d5b39b7ec3d14bb0ba6dd23750",
+    "ers-224-published@1": "3abe3f9d4022c938fc8ea4ab803ea04ae1cedf86f110bf84e754969498fce9b8",
+    "ers-28@1": "21998eaa5f3b66255d0e95b7c004d79dc2f8ff383649dbc386f274e78736be1b",
+    "ers-28-published@1": "5911ef89cc35a2aa30a456633b9ca634786e02b2a21d8020f5bf4415cbae3e87",
+    "ers-digits@1": "f7e5741ab866648b149946bfda4316e996af411e3904f744ec69c9511a9c629a",
+    "ers-digits-published@1": "c33abdd19ebe34354cb2db8f0d198bfbdb6de335f4dde936dd593e38be4407bf",
+    "panum-28@1": "428d985c9fe39a3adad8332e7246e464499c7691987cb2c75d7b3e6bf68546c8",
+    "panum-28-l2@1": "0722c3eaee6c97afa12f1420df79c1c991dfd645942a0707350380f61142ab41",
+    "strict@1": "044fb3fed9a8f1de64e8e228d484634e82ac08f0cf9dd3848deb2eaf32f3d20b",
+    "strict-fast@1": "bc5211c2eca1de018c1101f56bb5b430630c5d2996b22a8a8ccc2162e8d99384",
+    "strict-fast-l2@1": "086165752cf1ed86590529e95cb6f8624a2ae26ddfb34e54653c82af3686dc32",
+    "strict-l2@1": "dc1315161b667147ded7f297e673b6c1b8f60d8f914f3a154e002e65356356c3",
 }
 
 
 def test_every_packaged_protocol_has_a_hash_that_it_keeps() -> None:
-    assert sorted(RELEASED) == sorted(protocol_names())
+    versions = [p for name in protocol_names() for p in protocol_versions(name)]
+    assert sorted(RELEASED) == sorted(f"{p.name}@{p.version}" for p in versions)
+
+
+@pytest.mark.parametrize("name", protocol_names())
+def test_versions_of_a_protocol_name_their_successor(name: str) -> None:
+    current, *older = protocol_versions(name)
+    assert (current.name, current.id, current.superseded_by) == (name, name, None)
+    known = {f"{name}@{p.version}" for p in (current, *older)}
+    assert len(known) == 1 + len(older)
+    for p in older:
+        assert p.name == name and p.id == f"{name}@{p.version}" and p.superseded_by in known - {p.id}
+        assert load_protocol(p.id) == packaged_protocol(name, p.sha256) == p
+
+
+def test_a_version_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (FOLDER / "strict-fast.toml").read_text(encoding="utf-8")
+    version = load_protocol("strict-fast").version
+    new = text.replace(f'version = "{version}"', 'version = "99"')
+    (tmp_path / "strict-fast.toml").write_text(new, encoding="utf-8")
+    old = text.replace("seed = 0", 'seed = 0\nsuperseded_by = "strict-fast@99"')
+    (tmp_path / f"strict-fast@{version}.toml").write_text(old, encoding="utf-8")
+    monkeypatch.setattr(protocol, "FOLDER", tmp_path)
+    load_protocol.cache_clear()
+    try:
+        assert protocol_names() == ["strict-fast"]
+        assert load_protocol("strict-fast").version == load_protocol("strict-fast@99").version == "99"
+        assert load_protocol(f"strict-fast@{version}").id == f"strict-fast@{version}"
+        with pytest.raises(UsageError, match=r"no version '7'; the current one is '99'"):
+            load_protocol("strict-fast@7")
+    finally:
+        load_protocol.cache_clear()
 
 
 @pytest.mark.parametrize("name", [n for n in protocol_names() if n.startswith("ers-")])

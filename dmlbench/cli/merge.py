@@ -46,10 +46,12 @@ def merge(
     a strict protocol.
     """
     import dmlbench
+    from dmlbench.protocol import packaged_protocol
     from dmlbench.units import Units, Work, collect, shared_by
 
     made = shared_by(shards)
-    rules = dmlbench.load_protocol(protocol or made["protocol"])
+    rules = packaged_protocol(made["protocol"], made["protocol_sha256"]) if protocol is None else None
+    rules = rules or dmlbench.load_protocol(protocol or made["protocol"])
     embedder, images = load_subject(model or made["model"], options, made["dataset"], made["split"], ready=True)
     refuse_partial(out, foreseen(embedder, images, rules, csv, **{key: made[key] for key in ASKED}))
     prepare_folder(out)

@@ -6,7 +6,7 @@ import click
 
 from dmlbench.cli.output import json_option, print_facts, print_json, print_list
 from dmlbench.errors import DataError, NotComparable, UsageError
-from dmlbench.protocol import load_protocol, protocol_names
+from dmlbench.protocol import load_protocol, protocol_names, protocol_versions
 from dmlbench.results import write_whole
 
 
@@ -18,10 +18,18 @@ def protocols() -> None:
 @protocols.command("list", epilog="Example: dmlbench protocols list --json")
 @json_option
 def list_protocols(as_json: bool) -> None:
-    """Every packaged protocol."""
+    """Every packaged protocol, superseded versions (NAME@VERSION) after the current one."""
     items = [
-        {"id": p.name, "version": p.version, "kind": p.kind, "title": p.title, "sha256": p.sha256}
-        for p in map(load_protocol, protocol_names())
+        {
+            "id": p.id,
+            "version": p.version,
+            "kind": p.kind,
+            "title": p.title,
+            "sha256": p.sha256,
+            "superseded_by": p.superseded_by,
+        }
+        for name in protocol_names()
+        for p in protocol_versions(name)
     ]
     print_list(items, ("id", "version", "kind", "title"), as_json)
 
@@ -32,7 +40,7 @@ def list_protocols(as_json: bool) -> None:
 def show_protocol(name: str, as_json: bool) -> None:
     """One protocol: threat, components, content hash."""
     p = load_protocol(name)
-    print_facts({"id": p.name, "sha256": p.sha256, **p.model_dump(mode="json")}, as_json)
+    print_facts({"id": p.id, "sha256": p.sha256, **p.model_dump(mode="json")}, as_json)
 
 
 @protocols.command("docs", epilog="Example: dmlbench protocols docs --check --out docs/protocols.md")

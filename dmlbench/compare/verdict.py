@@ -142,12 +142,13 @@ def rescalers(
     Raises:
         NotComparable: the protocol is none of the packaged ones (nor ``protocol_file``), or has changed.
     """
-    from dmlbench.protocol import Component, load_protocol, protocol_names
+    from dmlbench.protocol import Component, load_protocol, packaged_protocol, protocol_names
 
     stated = evaluation.protocol
     if protocol_file is None and stated.name not in protocol_names():
         raise NotComparable(f"protocol {stated.name!r} is not a packaged one: name its file with --protocol")
-    protocol = load_protocol(str(protocol_file) if protocol_file else stated.name)
+    protocol = packaged_protocol(stated.name, stated.sha256) if protocol_file is None else None
+    protocol = protocol or load_protocol(str(protocol_file) if protocol_file else stated.name)
     if protocol.sha256 != stated.sha256:
         raise NotComparable(
             f"the runs were made by another content of protocol {stated.name!r} "

@@ -14,7 +14,7 @@ from dmlbench.checkpoints import checkpoints, first_problem, packaged
 from dmlbench.errors import DataError
 from dmlbench.leaderboard.row import PARTS, Row, Status, from_evaluation
 from dmlbench.leaderboard.table import from_csv, rank, to_csv
-from dmlbench.protocol import load_protocol, protocol_names
+from dmlbench.protocol import load_protocol, packaged_protocol, protocol_names
 from dmlbench.results import write_whole
 from dmlbench.submission.bundle import Refused
 from dmlbench.submission.rerun import Verification
@@ -86,10 +86,8 @@ def status_of(opened: Opened) -> Status:
     card = checkpoints().get(e.model.id)
     if submission.retracted or submission.checkpoint.status == "retracted" or (card and card.status == "retracted"):
         return "retracted"
-    if e.protocol.name not in protocol_names() or (card and card.status == "superseded"):
-        return "stale"
-    rules = load_protocol(e.protocol.name)
-    if rules.sha256 != e.protocol.sha256 or rules.superseded_by:
+    rules = packaged_protocol(e.protocol.name, e.protocol.sha256)
+    if rules is None or rules.superseded_by or (card and card.status == "superseded"):
         return "stale"
     if opened.bundle.verification is None:
         return "reproduced"

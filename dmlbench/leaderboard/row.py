@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from dmlbench.checkpoints import Checkpoint, checkpoints
 from dmlbench.intervals import cluster_bootstrap
-from dmlbench.protocol import load_protocol, protocol_names
+from dmlbench.protocol import packaged_protocol
 from dmlbench.results import Evaluation
 from dmlbench.threat import length
 
@@ -212,12 +212,13 @@ def _neat(value: float | None, digits: int = 4) -> float | None:
 
 def _eps(evaluation: Evaluation) -> float | None:
     """The protocol's radius on the [0, 1] scale, where the protocol is a packaged one; the largest of a grid."""
-    if evaluation.protocol.name not in protocol_names():
+    rules = packaged_protocol(evaluation.protocol.name, evaluation.protocol.sha256)
+    if rules is None:
         return None
     grid = evaluation.extras.get("strict", {}).get("curve") or evaluation.extras.get("clustering", {}).get("worst")
     if grid:
         return length(grid[-1]["eps"])
-    eps = load_protocol(evaluation.protocol.name).threat.get("eps")
+    eps = rules.threat.get("eps")
     return None if eps is None else length(eps)
 
 

@@ -17,7 +17,7 @@ from dmlbench.datasets import DATASETS, load_dataset
 from dmlbench.intervals import cluster_bootstrap
 from dmlbench.leaderboard.row import Row, Status, extra_numbers, from_evaluation
 from dmlbench.metrics import READOUTS
-from dmlbench.protocol import Component, Protocol, load_protocol, protocol_names
+from dmlbench.protocol import Component, Protocol, load_protocol, packaged_protocol, protocol_names
 from dmlbench.registry import suggest
 from dmlbench.results import Evaluation
 from dmlbench.submission import extras
@@ -156,7 +156,7 @@ def _protocol(e: Evaluation) -> Protocol:
         raise Refused(
             [Problem(0, f"{RUN} protocol.name", f"unknown protocol {name!r}{suggest(name, protocol_names())}")]
         )
-    rules = load_protocol(name)
+    rules = packaged_protocol(name, e.protocol.sha256) or load_protocol(name)
     problems = []
     if e.protocol.sha256 != rules.sha256:
         said = f"{e.protocol.sha256[:12]}… is not the content of protocol {name!r} here ({rules.sha256[:12]}…)"
@@ -166,7 +166,7 @@ def _protocol(e: Evaluation) -> Protocol:
     if e.protocol.seed != rules.seed:
         problems.append(Problem(0, f"{RUN} protocol.seed", f"{e.protocol.seed}, the protocol's is {rules.seed}"))
     if rules.superseded_by:
-        problems.append(Problem(0, f"{RUN} protocol.name", f"{name!r} is superseded by {rules.superseded_by!r}"))
+        problems.append(Problem(0, f"{RUN} protocol.name", f"{rules.id!r} is superseded by {rules.superseded_by!r}"))
     if problems:
         raise Refused(problems)
     return rules

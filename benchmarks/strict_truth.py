@@ -281,7 +281,8 @@ def attack(bench: Bench, cell: Cell, threat: Threat, path: Path, say: Callable[[
                 todo = todo[cell.alive[cell.pool[todo % len(cell.pool)]]][: bench.threads * bench.batch]
                 pieces = [
                     (torch.from_numpy(cell.pool[p % len(cell.pool)]).to(bench.field.clean.device), p // len(cell.pool))
-                    for p in np.array_split(todo, min(bench.threads, -(-len(todo) // FEW)))
+                    for p in np.array_split(todo, max(1, min(bench.threads, len(todo) // FEW)))
+                    if len(p)
                 ]
                 running = [workers.submit(make, piece) for piece in pieces]
                 try:

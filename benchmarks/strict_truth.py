@@ -15,11 +15,12 @@ where it was stopped. The table of everything in OUT is printed and written to O
 
 import argparse
 import json
+import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from dmlbench.exact import true_float32
 from dmlbench.metrics import recall_at_1
 from dmlbench.results import Evaluation, json_bytes, load, npz_bytes, read_npz, save, write_whole
 from dmlbench.subject import Subject, prepare, query_order
-from dmlbench.threat import Threat
+from dmlbench.threat import Threat, length
 
 Chosen = tuple[Tensor, np.ndarray]
 """Some attempts of a search: the query of each, and the number of the attempt."""
@@ -63,7 +64,7 @@ class Search:
 
 
 SEARCHES = (
-    Search("restarts of 60 steps", "restart", 40, 60),
+    Search("restarts of 60 steps", "restart", 60, 60),
     Search("50 wrong entries", "entry", 50, 60),
     Search("transfer", "transfer", 10, 60, first=0.5),
     Search("momentum 0", "restart", 4, 100, momentum=0.0),
@@ -73,7 +74,7 @@ SEARCHES = (
     Search("restarts of 1,000 steps", "restart", 3, 1000),
     Search("Square, 20,000 queries", "square", 1, 20_000),
 )
-"""About 13,000 gradients and 20,000 further forward passes for a query that nothing breaks."""
+"""About 14,000 gradients and 20,000 further forward passes for a query that nothing breaks."""
 SMALLER = "a smaller eps"
 DONORS = 400
 """Perturbations of others that "transfer" chooses from, at most."""
@@ -89,7 +90,7 @@ class Cell:
         about: what it depends on; a cell of another command is not gone on with.
         survivors: (Q,) bool, by the run.
         by: (Q,) which search broke it, -1 none, len(SEARCHES) a smaller eps.
-        images: (Q, C, H, W) the misranked images, the clean ones elsewhere.
+        images: (C, H, W) each, the misranked images, by query.
         best: (Q,) the largest margin that any search saw.
         search, done: the search in progress and how many of its attempts are done ...
         pool: (n,) ... on these queries, those unbroken when it began.
@@ -101,7 +102,7 @@ class Cell:
     about: dict[str, Any]
     survivors: np.ndarray
     by: np.ndarray
-    images: np.ndarray
+    images: dict[int, np.ndarray]
     best: np.ndarray
     search: int
     done: int
@@ -117,7 +118,9 @@ class Cell:
 
     def write(self, path: Path) -> None:
         """Keep it, whole or not at all."""
-        arrays = {k: np.asarray(v) for k, v in vars(self).items() if k != "about"}
+        arrays = {k: np.asarray(v) for k, v in vars(self).items() if k not in ("about", "images")}
+        arrays["at"] = np.array(sorted(self.images), dtype=np.int64)
+        arrays["images"] = np.stack([self.images[i] for i in sorted(self.images)]) if self.images else np.zeros(0)
         arrays["about"] = np.frombuffer(json.dumps(self.about, sort_keys=True).encode(), np.uint8)
         write_whole(path, npz_bytes(arrays))
 
@@ -127,6 +130,7 @@ class Cell:
         arrays: dict[str, Any] = read_npz(path)
         try:
             arrays["about"] = json.loads(arrays["about"].tobytes())
+            arrays["images"] = dict(zip(arrays.pop("at").tolist(), arrays["images"], strict=True))
             return cls(**arrays | {k: arrays[k].item() for k in ("search", "done", "refused", "seconds")})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{path} is not a cell of this script: {error}") from None
@@ -155,7 +159,9 @@ class Bench:
 
         def embedded(rows: np.ndarray) -> Tensor:
             with torch.no_grad():
-                parts = [subject.embedder(images[r].to(subject.device)) for r in np.array_split(rows, -(-len(rows) // 256))]
+                parts = [
+                    subject.embedder(images[r].to(subject.device)) for r in np.array_split(rows, -(-len(rows) // 256))
+                ]
             return torch.cat(parts)
 
         def column(values: np.ndarray) -> Tensor:
@@ -255,15 +261,14 @@ def ready(bench: Bench, cell: Cell, index: int, ball: Ball) -> tuple[int, Callab
 def donors(bench: Bench, cell: Cell, ball: Ball) -> Tensor:
     """(m, C, H, W) perturbations that break other queries: those found so far, and of queries that fell to the run."""
     field = bench.field
-    fallen = np.flatnonzero((cell.by >= 0) & cell.survivors)
-    parts = [torch.from_numpy(cell.images[fallen]).to(field.clean.device) - field.clean[torch.from_numpy(fallen)]]
+    parts = [torch.from_numpy(image).to(field.clean.device)[None] - field.clean[i] for i, image in cell.images.items()]
     others = query_order(len(cell.by))
-    others = others[~cell.survivors[others]][: max(0, DONORS - len(fallen))]
+    others = others[~cell.survivors[others]][: max(0, DONORS - len(parts))]
     for q in torch.from_numpy(others).to(field.clean.device).split(bench.batch):
         seeds = bench.seeds(ball.eps, len(SEARCHES), q, np.zeros(len(q), dtype=int))
         found = climb(field, ball, q, ball.start(field.clean[q], seeds, False), steps=60, stop=bench.stop)
         parts.append(found.images[found.broken] - field.clean[q[found.broken]])
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else field.clean[:0]
 
 
 def attack(bench: Bench, cell: Cell, threat: Threat, path: Path, say: Callable[[str], None]) -> None:
@@ -316,25 +321,23 @@ def absorb(bench: Bench, cell: Cell, threat: Threat, q: Tensor, found: Found) ->
     for i in hit[torch.from_numpy(sure).to(hit.device)].tolist():
         position = int(q[i])
         if cell.by[position] < 0:
-            cell.by[position] = cell.search
-            cell.images[position] = found.images[i].cpu().numpy()
+            cell.by[position], cell.images[position] = cell.search, found.images[i].cpu().numpy()
 
 
 def row_of(cell: Cell) -> dict[str, Any]:
     """What the table says of a cell."""
-    about, survivors, broken = cell.about, int(cell.survivors.sum()), int(((cell.by >= 0) & cell.survivors).sum())
-    names = [*(s.name for s in SEARCHES), SMALLER]
-    by = {name: int(((cell.by == i) & cell.survivors).sum()) for i, name in enumerate(names)}
-    counted, right = about["counted"], about["right"]
+    about, survivors, broken = cell.about, int(cell.survivors.sum()), int((cell.by >= 0).sum())
+    by = {name: int((cell.by == i).sum()) for i, name in enumerate([*(s.name for s in SEARCHES), SMALLER])}
+    counted, right = max(1, about["counted"]), max(1, about["right"])
     return {
         **{key: about[key] for key in ("model", "dataset", "protocol", "eps", "queries", "right", "effort", "bound")},
         "survivors": survivors,
         "broken": broken,
-        "share_of_right": 100.0 * broken / max(1, right),
+        "share_of_right": 100.0 * broken / right,
         "broken_by": {name: count for name, count in by.items() if count},
-        "strict": 100.0 * survivors / max(1, counted),
-        "truth": 100.0 * (survivors - broken) / max(1, counted),
-        "bound_holds": None if about["bound"] is None else broken <= about["bound"],
+        "strict": 100.0 * survivors / counted,
+        "truth": 100.0 * (survivors - broken) / counted,
+        "bound_holds": None if about["bound"] is None else 100.0 * broken / counted <= about["bound"],
         "passes": {s.name: int(n) for s, n in zip(SEARCHES, cell.passes, strict=True)},
         "refused": cell.refused,
         "seconds": cell.seconds,
@@ -344,13 +347,25 @@ def row_of(cell: Cell) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    head = ["model", "eps", "right", "survivors", "broken", "by", "% of right", "R@1 strict → truth", "bound", "CPU s"]
+    head = [
+        "model",
+        "eps",
+        "queries",
+        "right",
+        "survivors",
+        "broken",
+        "by",
+        "% of right",
+        "R@1 strict → truth",
+        "stated: at most",
+        "CPU s",
+    ]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for r in rows:
         by = ", ".join(f"{name} {count}" for name, count in r["broken_by"].items()) or "–"
-        bound = "–" if r["bound"] is None else f"{r['bound']} {'holds' if r['bound_holds'] else '**fails**'}"
+        bound = "–" if r["bound"] is None else f"{r['bound']:.1f} {'holds' if r['bound_holds'] else '**fails**'}"
         share = f"{r['share_of_right']:.2f}" + ("" if r["finished"] else " so far")
-        cells = [r["model"], r["eps"], r["right"], r["survivors"], r["broken"], by, share]
+        cells = [r["model"], r["eps"], r["queries"], r["right"], r["survivors"], r["broken"], by, share]
         cells += [f"{r['strict']:.1f} → {r['truth']:.1f}", bound, f"{r['seconds']:.0f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
@@ -378,7 +393,11 @@ def opened(path: Path) -> Evaluation:
 
 def made(options: argparse.Namespace) -> Evaluation:
     """The run of ``--model`` under ``--protocol``, made unless it was."""
-    folder = options.out / "runs" / re.sub(r"[^\w.@-]+", "_", f"{options.model}-{options.protocol}-{options.queries or 'all'}")
+    folder = (
+        options.out
+        / "runs"
+        / re.sub(r"[^\w.@-]+", "_", f"{options.model}-{options.protocol}-{options.queries or 'all'}")
+    )
     if not (folder / "manifest.json").exists():
         model = load_model(options.model)
         if model.card is None:
@@ -403,8 +422,7 @@ def verified(run: Evaluation, options: argparse.Namespace) -> None:
     subject = prepare(model, replace(dataset, query=rows), device=options.device)
     bench = Bench.of(subject, options.seed, options.effort, options.threads)
     clean = run.arrays["benign/recall_at_1"][at]
-    fallen = np.zeros(len(rows), dtype=bool)
-    smaller = bench.field.clean.cpu().numpy().copy()
+    smaller: dict[int, np.ndarray] = {}
     for eps, survived, stated in cells_of(run, options):
         protocol = f"{run.protocol.name} {run.protocol.version}"
         about = {
@@ -417,17 +435,17 @@ def verified(run: Evaluation, options: argparse.Namespace) -> None:
             "queries": len(rows),
             "counted": int((~np.isnan(clean)).sum()),
             "right": int((clean == 100).sum()),
-            "bound": None,
+            "bound": stated.get("missed_at_most"),
             "seed": options.seed,
             "effort": options.effort,
             "searches": [vars(s) for s in SEARCHES],
         }
-        survivors, none = survived[at], np.full(len(rows), -1)
-        carried = np.where(fallen & survivors, len(SEARCHES), none)
-        images = np.where((carried >= 0)[:, None, None, None], smaller, bench.field.clean.cpu().numpy())
-        lowest = np.full(len(rows), -np.inf, dtype=np.float32)
-        spent = np.zeros(len(SEARCHES), dtype=np.int64)
-        cell = Cell(about, survivors, carried, images, lowest, 0, 0, np.zeros(0, dtype=np.int64), spent, 0, 0.0)
+        survivors = survived[at]
+        images = {i: image for i, image in smaller.items() if survivors[i]}
+        by = np.full(len(rows), -1)
+        by[list(images)] = len(SEARCHES)
+        lowest, spent = np.full(len(rows), -np.inf, dtype=np.float32), np.zeros(len(SEARCHES), dtype=np.int64)
+        cell = Cell(about, survivors, by, images, lowest, 0, 0, np.zeros(0, dtype=np.int64), spent, 0, 0.0)
         name = re.sub(r"[^\w.@-]+", "_", f"{run.model.id}-{protocol}@{eps}")
         path = options.out / "cells" / f"{name}.npz"
         if path.exists():
@@ -438,20 +456,19 @@ def verified(run: Evaluation, options: argparse.Namespace) -> None:
             cell = kept
         threat = Threat(norm=run.extras["strict"]["norm"], eps=eps)
         attack(bench, cell, threat, path, lambda text, e=eps: print(f"{run.model.id} @ {e} {text}", file=sys.stderr))
-        fallen |= cell.by >= 0
-        smaller = cell.images
+        smaller |= cell.images
 
 
 def report(out: Path) -> None:
     """The table of every cell in the folder."""
     cells = [Cell.read(path) for path in sorted((out / "cells").glob("*.npz"))]
-    rows = sorted((row_of(c) for c in cells), key=lambda r: (r["dataset"], r["model"], Threat(eps=r["eps"], norm="l2").radius))
+    rows = sorted((row_of(c) for c in cells), key=lambda r: (r["dataset"], r["model"], r["protocol"], length(r["eps"])))
     write_whole(out / "strict_truth.json", json_bytes(rows))
     write_whole(out / "strict_truth.md", table(rows).encode())
     print(table(rows), end="")
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Attack the survivors of each run, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folder or bundle of a strict protocol")
@@ -462,9 +479,9 @@ def main() -> int:
     parser.add_argument("--eps", action="append", help="only this eps of the run's grid; may be repeated")
     parser.add_argument("--effort", type=float, default=1.0, help="factor on the attempts of every search")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     torch.set_num_threads(1)
     try:
         if not options.runs and not options.model:

@@ -103,7 +103,7 @@ def _class_names(subject: Subject, rows: np.ndarray, queries: np.ndarray) -> dic
     """The names of the classes that are shown, where the data set has names."""
     names = subject.dataset.class_names
     labels = np.unique(subject.dataset.labels[np.concatenate([rows, subject.rows[queries]])])
-    return {int(label): str(names[label]) for label in labels if label < len(names)}
+    return {int(label): str(names[label]) for label in labels if 0 <= label < len(names)}
 
 
 def _spread(count: int, most: int) -> np.ndarray:

@@ -175,10 +175,7 @@ def sizes(subject: Subject, threat: Threat, x: Float[Tensor, "N C H W"]) -> Floa
 def readings(subject: Subject, e: Tensor, labels: np.ndarray, seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
     """What is read of a set of embeddings (N, D): ``clusters`` (N, seeds) and ``value`` (N,), R@1 within the set."""
     clusters = assignments(e.cpu().numpy(), len(np.unique(labels)), seeds)
-    own = torch.arange(len(e), device=e.device)
-    scene = subject.scene
-    among = Scene(scene.distance, Gallery(e, scene.labels), e, scene.labels, own, own.new_zeros(len(e), 0))
-    return {"clusters": clusters, "value": retrieval(among, (1,))["recall_at_1"]}
+    return {"clusters": clusters, "value": retrieval(subject.scene.among_themselves(e), (1,))["recall_at_1"]}
 
 
 def numbers(

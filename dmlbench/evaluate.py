@@ -47,12 +47,13 @@ def benign_arrays(subject: Subject, seeds: Sequence[int]) -> dict[str, np.ndarra
     """The clean metrics: ``benign/<name>`` (Q,) of retrieval, () of clustering, and each query's clusters."""
     scene = subject.scene
     out = {f"benign/{name}": values for name, values in retrieval(scene, RECALL_AT).items()}
-    classes = scene.gallery.labels.cpu().numpy()
-    clusters = assignments(scene.gallery.embeddings, len(np.unique(classes)), seeds)
+    classed = scene.gallery.classed
+    classes = scene.gallery.labels[classed].cpu().numpy()
+    clusters = assignments(scene.gallery.embeddings[classed], len(np.unique(classes)), seeds)
     out |= {f"benign/{name}": np.array([value]) for name, value in agreement(classes, clusters).items()}
     own = scene.row.cpu().numpy()
     if (own >= 0).all():  # every query is a gallery entry, so it fell into a cluster
-        out["benign/clusters"] = clusters[own]
+        out["benign/clusters"] = clusters[(classed.cumsum(0) - 1).cpu().numpy()[own]]
     return out
 
 

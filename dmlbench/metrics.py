@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dmlbench.kmeans import lloyd, mutual_information
@@ -60,17 +60,30 @@ def recall_at_1(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     return _margin_right(scene.distances(e), scene)
 
 
+def _rank(
+    d: Float[Tensor, "B K"],
+    to_all: Float[Tensor, "B k N"],
+    ignored: Bool[Tensor, "B k N"] | None,
+    counted: int | Int[Tensor, "B k"],
+) -> Float[Tensor, " B"]:
+    """Mean over K of the share of the entries that count which are nearer than ``d``, percent."""
+    ahead = d[:, :, None] > to_all
+    if ignored is None:
+        return 100.0 * ahead.float().mean((1, 2))
+    return 100.0 * ((ahead & ~ignored).sum(2) / counted).mean(1)
+
+
 def candidate_rank(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """CA: normalised rank of the candidate in its queries' lists, 100 * mean over X of [d(q,c~) > d(q,X)]."""
     d = scene.distance.paired(e[:, None, :], scene.targets)  # (B, K)
-    return 100.0 * (d[:, :, None] > scene.target_distances).float().mean((1, 2))
+    return _rank(d, scene.target_distances, scene.target_ignored, scene.target_counted)
 
 
 def rank_in_query(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """QA: normalised rank of the candidates in the query's list, 0-based position / N, percent."""
     d = scene.distances(e)  # (B, N)
-    c = d.gather(1, scene.chosen)  # (B, K)
-    return 100.0 * (c[:, :, None] > d[:, None, :]).float().mean((1, 2))
+    ignored = None if scene.ignored is None else scene.ignored[:, None, :]
+    return _rank(d.gather(1, scene.chosen), d[:, None, :], ignored, scene.counted)
 
 
 def target_cosine(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:

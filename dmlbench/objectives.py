@@ -91,7 +91,7 @@ def spread_published(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B
 
     It is usually the nearest one, so the attack only moves away from itself and is easier to survive.
     """
-    return _extreme_gap(e, scene, scene.kin_rows[1])
+    return _extreme_gap(e, scene, scene.kin_counted)
 
 
 def gap(

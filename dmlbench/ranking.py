@@ -3,7 +3,7 @@
 Recall, average precision and MAP@R depend on the ranks of the positives alone, and a positive's rank is
 one more than the positives before it and the negatives that are not farther than it. So each positive
 costs one comparison of a row of distances with a number; only where positives are many is the row
-sorted. Ties count against the model. The query's own entry is nowhere in its list.
+sorted. Ties count against the model. The query's own entry is nowhere in its list, nor is one that does not count for it.
 """
 
 import numpy as np
@@ -25,6 +25,7 @@ def negatives_ahead(d: Float[Tensor, "B N"], scene: Scene) -> tuple[Float[Tensor
         d: distances to the whole gallery.
     """
     rows, real = scene.kin_rows[0], scene.positive_rows
+    d = d if scene.ignored is None else d.masked_fill(scene.ignored, torch.inf)
     near = d.gather(1, rows).masked_fill(~real, torch.inf).sort(1).values  # (B, P)
     real = torch.arange(near.shape[1], device=d.device) < real.sum(1, keepdim=True)
     ahead = _not_farther(d, near) if near.shape[1] <= MANY else _not_farther_sorted(d, near)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dmlbench.datasets.base import DISTRACTOR
 from dmlbench.embedding import Embedder
 from dmlbench.results import DatasetInfo, Environment, Evaluation, ModelInfo
 from dmlbench.subject import Subject
@@ -49,7 +50,7 @@ def dataset_info(subject: Subject) -> DatasetInfo:
         n_queries=len(subject.rows),
         n_queries_full=len(d.query),
         n_gallery=len(d.gallery),
-        n_classes=len(np.unique(d.labels[d.gallery])),
+        n_classes=len(np.setdiff1d(d.labels[d.gallery], [DISTRACTOR])),
         n_without_positive=int((~subject.scene.has_positive).sum()),
     )
 

@@ -2,6 +2,8 @@
 
 ``N`` gallery entries, ``B`` images under attack, ``D`` dimensions, ``K`` targets an image. Distances
 to the gallery include the image's own clean entry; the views ``same`` and ``other`` leave it out.
+Some entries do not count for an image beside its own: those that share one of its ``groups``, such as
+the same person seen by the same camera. No ranking, rank, target or objective sees them (``ignored``).
 """
 
 from dataclasses import dataclass, replace
@@ -30,17 +32,21 @@ class Gallery:
         labels: (N,) int64.
         rough: gradients may see the entries rounded to 8 bits; see :mod:`dmlbench.rounded`.
         blur: an embedding this near to the clean one, over ``scale``, is as good as it in a gradient's pass.
+        groups: (N, G) int64, or None; see :func:`sharing`.
     """
 
     embeddings: Tensor
     labels: Tensor
     rough: bool = False
     blur: float = BLUR
+    groups: Tensor | None = None
 
     @staticmethod
-    def seen(embeddings: Float[Tensor, "N D"], labels: Int[Tensor, " N"], precision: str) -> "Gallery":
+    def seen(
+        embeddings: Float[Tensor, "N D"], labels: Int[Tensor, " N"], precision: str, groups: Tensor | None = None
+    ) -> "Gallery":
         """The gallery as attacks see it whose gradients are made in ``precision``, which is settled."""
-        return Gallery(embeddings, labels, precision == "int8", BLURS.get(precision, BLUR))
+        return Gallery(embeddings, labels, precision == "int8", BLURS.get(precision, BLUR), groups)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,6 +60,11 @@ class Gallery:
     def rounded(self) -> RoundedGallery | None:
         """The entries in 8 bits, or None where gradients are to see them as they are."""
         return RoundedGallery.of(self.embeddings, self.square) if self.rough else None
+
+    @cached_property
+    def classed(self) -> Bool[Tensor, " N"]:
+        """True at entries of a class, whose labels count from 0; False at distractors, which are of none."""
+        return self.labels >= 0
 
     @cached_property
     def by_class(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -79,6 +90,14 @@ class Gallery:
         return self.square.mean().sqrt()
 
 
+def sharing(groups: Int[Tensor, "*b G"], among: Int[Tensor, "N G"]) -> Bool[Tensor, "*b N"]:
+    """True where both are in one group: the same number of 0 or more in the same column. -1 is in none."""
+    found = groups.new_zeros((*groups.shape[:-1], len(among)), dtype=torch.bool)
+    for mine, theirs in zip(groups.unbind(-1), among.unbind(-1), strict=True):
+        found |= (mine[..., None] == theirs) & (mine[..., None] >= 0)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Scene:
     """A batch of images under attack and all that is known about them.
@@ -90,6 +109,8 @@ class Scene:
         labels: (B,) their classes.
         row: (B,) each image's own gallery entry, -1 where it has none.
         chosen: (B, K) gallery rows of its targets; K may be 0.
+        groups: (B, G) int64 where the gallery has groups too, else None: entries of one of an image's groups do not
+            count for it.
     """
 
     distance: Distance
@@ -98,6 +119,7 @@ class Scene:
     labels: Tensor
     row: Tensor
     chosen: Tensor
+    groups: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -109,24 +131,54 @@ class Scene:
             labels=self.labels[index],
             row=self.row[index],
             chosen=self.chosen[index],
+            groups=None if self.groups is None else self.groups[index],
         )
 
     def aimed(self, chosen: Int[Tensor, "B K"]) -> "Scene":
         """The same scene with these targets."""
         return replace(self, chosen=chosen)
 
+    def among_themselves(self, embeddings: Float[Tensor, "B D"]) -> "Scene":
+        """The images searched among each other, all at these embeddings, aimed at nobody."""
+        own = torch.arange(len(self), device=self.row.device)
+        gallery = Gallery(embeddings, self.labels, groups=self.groups)
+        return replace(self, gallery=gallery, clean=embeddings, row=own, chosen=own.new_zeros(len(self), 0))
+
     def distances(self, embeddings: Float[Tensor, "B D"], out: Tensor | None = None) -> Float[Tensor, "B N"]:
         """From each embedding to every gallery entry; into ``out``, without a graph, where it is given."""
         return self.distance.pairwise(embeddings, self.gallery.embeddings, self.gallery.square, out)
 
     def ranked(self, embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B N"]:
-        """As ``distances``, with each image's own entry at infinity: what a ranking is read from."""
-        return self.distances(embeddings).masked_fill(self.own, torch.inf)
+        """As ``distances``, with what does not count for an image at infinity: what a ranking is read from."""
+        return self.distances(embeddings).masked_fill(self.left_out, torch.inf)
 
     @cached_property
     def own(self) -> Bool[Tensor, "B N"]:
         """True at each image's own entry."""
         return self.row[:, None] == torch.arange(len(self.gallery), device=self.row.device)
+
+    @cached_property
+    def ignored(self) -> Bool[Tensor, "B N"] | None:
+        """True at entries that share a group with the image, its own aside; None where nothing has a group."""
+        if self.groups is None or self.gallery.groups is None:
+            return None
+        return sharing(self.groups, self.gallery.groups) & ~self.own
+
+    @cached_property
+    def left_out(self) -> Bool[Tensor, "B N"]:
+        """True at what no ranking of the image holds: its own entry and the ``ignored`` ones."""
+        return self.own if self.ignored is None else self.own | self.ignored
+
+    @cached_property
+    def counted(self) -> "int | Int[Tensor, 'B 1']":
+        """How many entries normalised ranks are counted over: all but the ``ignored`` ones, so the own one too."""
+        return len(self.gallery) if self.ignored is None else (~self.ignored).sum(1, keepdim=True)
+
+    def entry(self, place: Int[Tensor, "B k"]) -> Int[Tensor, "B k"]:
+        """The gallery row of the entry at each place among those that are ``counted``, in gallery order."""
+        if self.ignored is None:
+            return place
+        return torch.searchsorted((~self.ignored).long().cumsum(1), place + 1)
 
     @cached_property
     def kin(self) -> Bool[Tensor, "B N"]:
@@ -135,13 +187,13 @@ class Scene:
 
     @cached_property
     def same(self) -> Bool[Tensor, "B N"]:
-        """True at the positives: entries of the image's class, its own left out."""
-        return self.kin & ~self.own
+        """True at the positives: entries of the image's class, its own and the ignored ones left out."""
+        return self.kin & ~self.left_out
 
     @cached_property
     def other(self) -> Bool[Tensor, "B N"]:
-        """True at the negatives: entries of another class."""
-        return ~self.kin
+        """True at the negatives: entries of another class, the ignored ones left out."""
+        return ~self.kin if self.ignored is None else ~(self.kin | self.ignored)
 
     @cached_property
     def has_positive(self) -> Bool[Tensor, " B"]:
@@ -150,8 +202,8 @@ class Scene:
 
     @cached_property
     def has_negative(self) -> Bool[Tensor, " B"]:
-        """False where every entry is of the image's class."""
-        return self.kin_rows[1].sum(1) < len(self.gallery)
+        """False where every entry that counts is of the image's class."""
+        return self.kin_rows[1].sum(1) < len(self.gallery) if self.ignored is None else self.other.any(1)
 
     @cached_property
     def kin_rows(self) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
@@ -160,14 +212,23 @@ class Scene:
 
     @cached_property
     def target_rows(self) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
-        """The same of the classes of the first targets."""
-        return self.gallery.rows_of(self.gallery.labels[self.chosen[:, 0]])
+        """The same of the classes of the first targets; the second says which count for the image too."""
+        rows, real = self.gallery.rows_of(self.gallery.labels[self.chosen[:, 0]])
+        return rows, self._counting(rows, real)
+
+    def _counting(self, rows: Int[Tensor, "B P"], real: Bool[Tensor, "B P"]) -> Bool[Tensor, "B P"]:
+        """Which of ``rows`` are ``real`` and not ignored."""
+        return real if self.ignored is None else real & ~self.ignored.gather(1, rows)
+
+    @cached_property
+    def kin_counted(self) -> Bool[Tensor, "B P"]:
+        """Which of ``kin_rows`` count for the image: neither padding nor ignored."""
+        return self._counting(*self.kin_rows)
 
     @cached_property
     def positive_rows(self) -> Bool[Tensor, "B P"]:
-        """Which of ``kin_rows`` are positives: neither padding nor the image's own entry."""
-        rows, real = self.kin_rows
-        return real & (rows != self.row[:, None])
+        """Which of ``kin_rows`` are positives: neither padding nor ignored nor the image's own entry."""
+        return self.kin_counted & (self.kin_rows[0] != self.row[:, None])
 
     @cached_property
     def table(self) -> Float[Tensor, "B N"]:
@@ -185,3 +246,16 @@ class Scene:
         b, k, d = self.targets.shape
         flat = self.distance.pairwise(self.targets.reshape(b * k, d), self.gallery.embeddings, self.gallery.square)
         return flat.view(b, k, -1).scatter(2, self.chosen[:, :, None], 0.0)
+
+    @cached_property
+    def target_ignored(self) -> Bool[Tensor, "B K N"] | None:
+        """As ``ignored``, for each target as the one that asks."""
+        if self.ignored is None or self.gallery.groups is None:
+            return None
+        found = sharing(self.gallery.groups[self.chosen], self.gallery.groups)
+        return found.scatter(2, self.chosen[:, :, None], False)
+
+    @cached_property
+    def target_counted(self) -> "int | Int[Tensor, 'B K']":
+        """As ``counted``, for each target as the one that asks."""
+        return len(self.gallery) if self.target_ignored is None else (~self.target_ignored).sum(2)

@@ -181,14 +181,20 @@ def prepare(
     def column(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(ready.device)
 
-    rows = dataset.query[wanted]
+    rows, apart = dataset.query[wanted], dataset.apart
     scene = Scene(
         distance=ready.distance,
-        gallery=Gallery.seen(at(dataset.gallery), column(dataset.labels[dataset.gallery]), ready.precision),
+        gallery=Gallery.seen(
+            at(dataset.gallery),
+            column(dataset.labels[dataset.gallery]),
+            ready.precision,
+            None if apart is None else column(apart[dataset.gallery]),
+        ),
         clean=at(rows),
         labels=column(dataset.labels[rows]),
         row=column(dataset.own_entry[wanted]),
         chosen=column(np.zeros((len(rows), 0), dtype=np.int64)),
+        groups=None if apart is None else column(apart[rows]),
     )
     return Subject(ready, dataset, rows, scene)
 

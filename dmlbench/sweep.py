@@ -30,6 +30,8 @@ MOST = (2**31 - 1) // LEVELS**2
 _WIDTH = 64
 _TIE = 1e-6
 """Share by which a squared distance must differ from a target's to be another, where products are rounded alike."""
+_FAR = 1e30
+"""A squared distance beyond every target's."""
 _NOISE = 1e-9
 """Squared distances below this share of the gallery's mean squared length are rounding."""
 
@@ -72,11 +74,12 @@ class _QueryHinge(torch.autograd.Function):
     def forward(ctx, e: Tensor, scene: Scene, sign: float) -> Tensor:  # type: ignore[no-untyped-def]
         gallery, euclidean = scene.gallery, scene.distance.metric == "euclidean"
         n, k = len(gallery), scene.chosen.shape[1]
+        pairs = scene.counted * k  # or (B, 1)
         wanted = ctx.needs_input_grad[0]
         if wanted and gallery.rounded:
             total, gradient = (_rounded_euclidean if euclidean else _rounded_cosine)(e, scene, gallery.rounded, sign)
-            ctx.save_for_backward(gradient.mul_(sign / (n * k)))
-            return total.mul_(sign / (n * k)).clamp_min_(0.0)
+            ctx.save_for_backward(gradient.mul_(sign / pairs))
+            return total[:, None].mul_(sign / pairs)[:, 0].clamp_min_(0.0)
         c = scene.distance.paired(e[:, None, :], scene.targets)  # (B, K)
         length = e.square().sum(1, keepdim=True)  # (B, 1)
         floor = (_NOISE * gallery.scale.square()).clamp_min(1e-30)
@@ -89,6 +92,8 @@ class _QueryHinge(torch.autograd.Function):
                 d = torch.maximum(d.add_(length), floor, out=d).sqrt_()
             else:
                 d = torch.mm(e, entries.t()).neg_().add_(1.0)
+            if scene.ignored is not None:
+                d.masked_fill_(scene.ignored[:, s], -sign * torch.inf)  # where the hinge is zero
             gap = (d[:, None, :] - c[:, :, None]).mul_(sign).clamp_min_(0.0)  # (B, K, n)
             value += gap.sum((1, 2))[:, None]
             if not wanted:
@@ -107,8 +112,8 @@ class _QueryHinge(torch.autograd.Function):
                 gradient = weight * e - pull - away
             else:
                 gradient = (count[:, :, None] * scene.targets).sum(1) - pull
-            ctx.save_for_backward(gradient.mul_(sign / (n * k)))
-        return value[:, 0] / (n * k)
+            ctx.save_for_backward(gradient.mul_(sign / pairs))
+        return value.div_(pairs)[:, 0]
 
     @staticmethod
     @once_differentiable
@@ -141,6 +146,8 @@ def _rounded_cosine(e: Tensor, scene: Scene, rounded: RoundedGallery, sign: floa
     for s in parts:
         codes, n = rounded.codes[s], s.stop - s.start
         product = torch._int_mm(near.codes, codes.t(), out=products[n])  # (B, n)
+        if scene.ignored is not None:
+            product.masked_fill_(scene.ignored[:, s], round(sign) * torch.iinfo(torch.int32).max)  # ahead of nothing
         active = _ahead(product, level, -sign, actives[n], masks[n], count)
         pull += torch._int_mm(active, codes, out=more)
     away = count.sum(1, keepdim=True) * rounded.centre + pull * rounded.step
@@ -181,6 +188,8 @@ def _rounded_euclidean(e: Tensor, scene: Scene, rounded: RoundedGallery, sign: f
         codes, n = rounded.codes[s], s.stop - s.start
         d = distances[n].copy_(torch._int_mm(near.codes, codes.t(), out=products[n]))  # (B, n)
         d = torch.addcmul(rounded.square[s], d, unit, out=d).add_(rest).clamp_min_(floor)
+        if scene.ignored is not None:
+            d.masked_fill_(scene.ignored[:, s], floor if sign > 0 else _FAR)  # ahead of nothing
         active = _ahead(d, level, sign, actives[n], masks[n], count)
         value += torch.mul(d.sqrt_(), active, out=masks[n]).sum(1, keepdim=True)
         slope = active.div_(d).mul_(scale)
@@ -201,23 +210,25 @@ def _rounded_euclidean(e: Tensor, scene: Scene, rounded: RoundedGallery, sign: f
 
 
 def query_hinge(e: Float[Tensor, "B D"], scene: Scene, sign: float) -> Float[Tensor, " B"]:
-    """Mean over targets and gallery of relu(sign * (d(e, X) - d(e, target))): QA+ with -1, QA- with +1."""
+    """Mean over targets and entries that count of relu(sign * (d(e, X) - d(e, target))): QA+ with -1, QA- with +1."""
     return _QueryHinge.apply(e, scene, sign)  # type: ignore[no-any-return]
 
 
 class _LevelHinge(torch.autograd.Function):
-    """(B, K) mean over X of relu(sign * (D_kX - d_k)) for fixed D (B, K, N), and its slope in d."""
+    """(B, K) mean over X of relu(sign * (D_kX - d_k)) for the D (B, K, N) of the scene's targets, and its slope in d."""
 
     @staticmethod
-    def forward(ctx, d: Tensor, fixed: Tensor, sign: float) -> Tensor:  # type: ignore[no-untyped-def]
-        n = fixed.shape[2]
+    def forward(ctx, d: Tensor, scene: Scene, sign: float) -> Tensor:  # type: ignore[no-untyped-def]
+        fixed, ignored, counted = scene.target_distances, scene.target_ignored, scene.target_counted
         value, count = torch.zeros_like(d), torch.zeros_like(d)
-        for s in blocks(d.numel(), n, d.device):
+        for s in blocks(d.numel(), fixed.shape[2], d.device):
             gap = (fixed[:, :, s] - d[:, :, None]).mul_(sign).clamp_min_(0.0)  # (B, K, n)
+            if ignored is not None:
+                gap.masked_fill_(ignored[:, :, s], 0.0)
             value += gap.sum(2)
             count += gap.sign_().sum(2)
-        ctx.save_for_backward(count.mul_(-sign / n))
-        return value.div_(n)
+        ctx.save_for_backward(count.mul_(-sign / counted))
+        return value.div_(counted)
 
     @staticmethod
     @once_differentiable
@@ -227,9 +238,9 @@ class _LevelHinge(torch.autograd.Function):
 
 
 def candidate_hinge(e: Float[Tensor, "B D"], scene: Scene, sign: float) -> Float[Tensor, " B"]:
-    """Mean over targets q and gallery of relu(sign * (d(q, X) - d(q, e))): CA+ with -1, CA- with +1."""
+    """Mean over targets q and entries that count for q of relu(sign * (d(q, X) - d(q, e))): CA+ with -1, CA- with +1."""
     d = scene.distance.paired(e[:, None, :], scene.targets)  # (B, K)
-    return _LevelHinge.apply(d, scene.target_distances, sign).mean(1)  # type: ignore[no-any-return]
+    return _LevelHinge.apply(d, scene, sign).mean(1)  # type: ignore[no-any-return]
 
 
 def _highest(t: Float[Tensor, "B n"]) -> Int[Tensor, " B"]:
@@ -275,7 +286,8 @@ def extreme_entries(
             else:
                 torch.mm(e, entries, out=d[:, s]).neg_()
         at = d.gather(1, kin).masked_fill_(~near, torch.inf).argmin(1, keepdim=True)  # (B, 1)
-        far = _highest(d.scatter_(1, kin, -torch.inf))
+        d.scatter_(1, kin, -torch.inf)
+        far = _highest(d if scene.ignored is None else d.masked_fill_(scene.ignored, -torch.inf))
     return far, kin.gather(1, at)[:, 0]
 
 
@@ -302,5 +314,6 @@ def nearest_entries(
 
         positive = nearest(kin, scene.positive_rows)
         of_target = nearest(*scene.target_rows) if aimed else None
-        negative = _highest(close.scatter_(1, kin, -torch.inf))
+        close.scatter_(1, kin, -torch.inf)
+        negative = _highest(close if scene.ignored is None else close.masked_fill_(scene.ignored, -torch.inf))
     return positive, negative, of_target

@@ -24,31 +24,33 @@ TOP_SHARE = 0.01
 
 
 def anywhere(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B k"]:
-    """Uniform over the whole gallery (CA+, QA+, TMA), with replacement."""
-    return rng.integers(len(scene.gallery), k)
+    """Uniform over all of the gallery that counts for the image (CA+, QA+, TMA), with replacement."""
+    return scene.entry(rng.integers(scene.counted, k))
 
 
 def top_percent(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B k"]:
     """Uniform over the nearest 1 % of the gallery, the image's own entry left out (CA-, QA-), all different.
 
-    The top 1 % is the first int(0.01 N) entries.
+    The top 1 % is the first int(0.01 N) entries, N those that count for the image.
 
     Raises:
         UsageError: the gallery has fewer than 100 entries, or fewer than ``k`` in its top 1 %.
     """
-    n = len(scene.gallery)
-    head = int(TOP_SHARE * n)
-    if head < 1:
+    counted = torch.as_tensor(scene.counted, device=scene.row.device)  # () or (B, 1)
+    heads = (TOP_SHARE * counted.double()).long()
+    n, least, head = int(counted.min()), int(heads.min()), int(heads.max())
+    if least < 1:
         raise UsageError(f"a gallery of {n} entries has no top 1 %: CA- and QA- need at least 100")
-    if head < k:
-        raise UsageError(f"the top 1 % of a gallery of {n} entries holds {head}, fewer than the {k} targets asked for")
+    if least < k:
+        raise UsageError(f"the top 1 % of a gallery of {n} entries holds {least}, fewer than the {k} targets asked for")
     nearest = scene.ranked(scene.clean).topk(head, largest=False).indices  # (B, head)
-    pick = rng.uniform(head).argsort(1)[:, :k]  # (B, k)
+    beyond = torch.arange(head, device=heads.device) >= heads
+    pick = rng.uniform(head).masked_fill(beyond, torch.inf).argsort(1)[:, :k]  # (B, k)
     return nearest.gather(1, pick)
 
 
 def nearest(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B k"]:
-    """The k nearest entries of any class, the image's own left out (GTT)."""
+    """The k nearest entries of any class, the image's own and the ignored ones left out (GTT)."""
     return scene.ranked(scene.clean).topk(k, largest=False).indices
 
 
@@ -69,6 +71,7 @@ def nearest_other_published(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B k"
     ranked = scene.ranked(scene.clean)  # (B, N)
     shown = scene.gallery.labels[ranked.argmin(1)]  # (B,)
     other = scene.gallery.labels[None, :] != shown[:, None]  # (B, N)
+    other = other if scene.ignored is None else other & ~scene.ignored
     closest = ranked.masked_fill(~other, torch.inf).argmin(1, keepdim=True)  # (B, 1)
     return other.long().cumsum(1).gather(1, closest) - 1
 

@@ -4,7 +4,7 @@ A user's own pictures need no entry: ``folder:PATH`` and ``csv:PATH`` are read w
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dmlbench.datasets import cars as _cars
 from dmlbench.datasets import cifar as _cifar
@@ -64,6 +64,7 @@ class DatasetEntry:
         shape: (C, H, W) that the field feeds a network.
         counts: by split, what a whole data set holds; empty where nobody knows.
         licence: on what terms the pictures come.
+        copies_count: see :class:`RetrievalDataset`; the field's numbers are made so.
     """
 
     load: Loader
@@ -73,6 +74,7 @@ class DatasetEntry:
     shape: tuple[int, int, int] = (3, 224, 224)
     counts: Mapping[str, Counts] = field(default_factory=dict)
     licence: str = "unknown"
+    copies_count: bool = True
 
 
 def _held(load: Callable[[str], RetrievalDataset]) -> Loader:
@@ -88,7 +90,9 @@ def dataset_entry(name: str) -> DatasetEntry:
     read = OWN[kind]
     if not path:
         raise UsageError(f"{name!r} needs a path after the colon")
-    return DatasetEntry(lambda split, preprocess: read(path, split, preprocess), f"pictures of {path}", "ers-224")
+    return DatasetEntry(
+        lambda split, preprocess: read(path, split, preprocess), f"pictures of {path}", "ers-224", copies_count=False
+    )
 
 
 def load_dataset(name: str, split: str = "test", preprocess: Preprocess | None = None) -> RetrievalDataset:
@@ -108,7 +112,7 @@ def load_dataset(name: str, split: str = "test", preprocess: Preprocess | None =
         raise UsageError(f"split {split!r} must be 'train' or 'test'")
     entry = dataset_entry(name)
     preprocess = preprocess or Preprocess.standard(entry.shape)
-    dataset = entry.load(split, preprocess)
+    dataset = replace(entry.load(split, preprocess), copies_count=entry.copies_count)
     if split in entry.counts:
         require_counts(dataset, entry.counts[split])
     if isinstance(dataset.images, CachedImages) and isinstance(dataset.images.source, Files):

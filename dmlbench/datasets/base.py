@@ -15,6 +15,10 @@ from torch import Tensor
 
 from dmlbench.errors import DataError
 
+JUNK, DISTRACTOR = -1, -2
+"""Labels of images of no class: junk counts for no query, a distractor is a wrong answer to every one (Market-1501's
+-1 and 0000). Neither asks, and no clustering metric looks at them."""
+
 if TYPE_CHECKING:
     Numbers = np.ndarray
 else:
@@ -63,6 +67,10 @@ class ArrayImages:
     def content(self) -> bytes:
         return hashlib.sha256(np.ascontiguousarray(self.array).tobytes()).digest()
 
+    def digests(self) -> np.ndarray:
+        """(N, 32) uint8, the sha256 of each image."""
+        return _each_digest(self.array)
+
 
 @dataclass(frozen=True, eq=False)
 class TensorImages:
@@ -91,6 +99,14 @@ class TensorImages:
     def content(self) -> bytes:
         return hashlib.sha256(self.tensor.float().contiguous().numpy().tobytes()).digest()
 
+    def digests(self) -> np.ndarray:
+        """(N, 32) uint8, the sha256 of each image."""
+        return _each_digest(self.tensor.float().numpy())
+
+
+def _each_digest(images: np.ndarray) -> np.ndarray:
+    return np.frombuffer(b"".join(hashlib.sha256(row.tobytes()).digest() for row in images), np.uint8).reshape(-1, 32)
+
 
 @dataclass(frozen=True, eq=False)
 class RetrievalDataset:
@@ -101,9 +117,15 @@ class RetrievalDataset:
         split: "train" or "test".
         images: rows of images.
         labels: (N,) int64, the class of each row. Whole numbers of any kind will do, booleans are 0 and 1, and
-            strings are numbered in sorted order and become ``class_names``.
+            strings are numbered in sorted order and become ``class_names``. Beside classes from 0 on there are
+            -1, :data:`JUNK`, and -2, :data:`DISTRACTOR`.
         query, gallery: rows (Q,) and (G,) of the images that ask and of those that are searched; by
-            default every row is both, and a query's own entry is left out of its ranking.
+            default every row is both, and a query's own entry is left out of its ranking. Junk is taken out of both.
+        groups: (N, G) or (N,) whole numbers: rows with the same number of 0 or more in one column do not count for each
+            other, e.g. pictures of one person by one camera; -1 is in no group.
+        copies_count: whether a gallery entry of the very same content as the query may be its answer, as in the
+            field's numbers on its own data sets; one's own copies are left out like one's own entry.
+        notes: what a person should know of how the images were found.
         licence, source: where the images come from and on what terms.
         class_names: optional, by label.
     """
@@ -117,6 +139,9 @@ class RetrievalDataset:
     licence: str = "unknown"
     source: str = ""
     class_names: Sequence[str] = ()
+    groups: Numbers = field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))
+    copies_count: bool = False
+    notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         labels, names = _labels(self.labels, f"data set {self.name!r}: labels")
@@ -129,6 +154,16 @@ class RetrievalDataset:
             raise DataError(f"data set {self.name!r} has no images")
         if self.labels.shape != (n,):
             raise DataError(f"data set {self.name!r}: {n} images but labels of shape {self.labels.shape}")
+        if self.labels.min() < DISTRACTOR:
+            raise DataError(
+                f"data set {self.name!r}: a label is {self.labels.min()}; classes count from 0, {JUNK} is junk that counts "
+                f"for no query, {DISTRACTOR} a distractor that is wrong for every one"
+            )
+        groups = _whole(_array(self.groups, f"data set {self.name!r}: groups"), f"data set {self.name!r}: groups")
+        groups = groups.reshape(n, 0) if groups.size == 0 else groups[:, None] if groups.ndim == 1 else groups
+        if groups.ndim != 2 or len(groups) != n:
+            raise DataError(f"data set {self.name!r}: {n} images but groups of shape {groups.shape}")
+        object.__setattr__(self, "groups", groups)
         for which in ("query", "gallery"):
             rows = _array(getattr(self, which), f"data set {self.name!r}: {which} rows")
             if rows.dtype.kind == "b":
@@ -137,6 +172,10 @@ class RetrievalDataset:
             rows = np.arange(n) if rows.size == 0 else rows
             if rows.min() < 0 or rows.max() >= n or len(np.unique(rows)) != len(rows):
                 raise DataError(f"data set {self.name!r}: {which} rows must be distinct and below {n}")
+            label = self.labels[rows]
+            rows = rows[label >= 0] if which == "query" else rows[label != JUNK]
+            if not len(rows):
+                raise DataError(f"data set {self.name!r} has no {which} image of a class")
             object.__setattr__(self, which, rows)
 
     def __len__(self) -> int:
@@ -150,11 +189,35 @@ class RetrievalDataset:
         return position[self.query]
 
     @cached_property
+    def copies(self) -> np.ndarray:
+        """(N,) a number for each content that several rows have, -1 where a row is the only one of its content."""
+        digests = getattr(self.images, "digests", None)
+        if digests is None:  # images of somebody else's making
+            return np.full(len(self), -1, dtype=np.int64)
+        _, number, count = np.unique(digests(), axis=0, return_inverse=True, return_counts=True)
+        number = number.reshape(-1)
+        return np.where(count[number] > 1, number, -1).astype(np.int64)
+
+    @cached_property
+    def apart(self) -> np.ndarray | None:
+        """(N, G) the groups, with one for each content that a query shares with a gallery entry not its own; None
+        where no row is in any group."""
+        columns = self.groups
+        if not self.copies_count and len(shared := self.copies[self.query][self.copies[self.query] >= 0]):
+            entries = np.bincount(self.copies[self.gallery][self.copies[self.gallery] >= 0], minlength=shared.max() + 1)
+            own = self.own_entry[self.copies[self.query] >= 0] >= 0
+            if (entries[shared] > own).any():
+                columns = np.concatenate([columns, self.copies[:, None]], axis=1)
+        return columns if (columns >= 0).any() else None
+
+    @cached_property
     def sha256(self) -> str:
-        """Hash of pixels, labels, query and gallery rows: what a result was measured on."""
+        """Hash of pixels, labels, query and gallery rows, and groups where there are any: what a result was measured on."""
         digest = hashlib.sha256(self.images.content())
         for rows in (self.labels, self.query, self.gallery):
             digest.update(np.ascontiguousarray(rows, dtype="<i8").tobytes())
+        if self.apart is not None:
+            digest.update(np.ascontiguousarray(self.apart, dtype="<i8").tobytes())
         return digest.hexdigest()
 
 
@@ -219,7 +282,8 @@ class Counts:
 def counts_of(dataset: RetrievalDataset) -> Counts:
     """What a data set holds."""
     apart = len(np.intersect1d(dataset.query, dataset.gallery)) == 0
-    return Counts(len(dataset), len(np.unique(dataset.labels)), len(dataset.query) if apart else None)
+    classes = np.unique(dataset.labels[dataset.labels >= 0])
+    return Counts(len(dataset), len(classes), len(dataset.query) if apart else None)
 
 
 def require_counts(dataset: RetrievalDataset, expected: Counts) -> None:

@@ -23,7 +23,7 @@ from PIL import Image, features
 from torch import Tensor
 
 from dmlbench.datasets.base import ArrayImages, RetrievalDataset, user_folder
-from dmlbench.datasets.pictures import Arrays, Source, Undecodable, each
+from dmlbench.datasets.pictures import Arrays, Files, Source, Undecodable, each
 from dmlbench.errors import DataError
 from dmlbench.preprocess import Preprocess
 
@@ -59,6 +59,17 @@ class CachedImages:
 
     def content(self) -> bytes:
         return hashlib.sha256(self._digests.tobytes() + self.source.crops() + self._preprocessing).digest()
+
+    def digests(self) -> np.ndarray:
+        """(N, 32) uint8: the same for two rows where they are cut from the same content in the same way."""
+        if isinstance(self.source, Arrays):
+            return self.source.images.digests()
+        boxes = self.source.boxes if isinstance(self.source, Files) else None
+        if boxes is None:
+            return self._digests
+        rows = zip(self._digests, boxes, strict=True)
+        cut = [hashlib.sha256(digest.tobytes() + box.astype("<f8").tobytes()).digest() for digest, box in rows]
+        return np.frombuffer(b"".join(cut), np.uint8).reshape(-1, 32)
 
     def decode(self, progress: Progress | None = None) -> None:
         """Make the cache now, if it is not there; ``progress`` hears of every image.

@@ -186,10 +186,12 @@ def _clean_problems(e: Evaluation, subject: Subject, seeds: tuple[int, ...]) -> 
             said = f"{int(differing.sum())} of {len(stated)} queries have another clean outcome than stated"
             yield Problem(2, f"{QUERIES} benign/{name}", said)
     gallery = subject.scene.gallery
-    labels = gallery.labels.cpu().numpy()
+    labels = gallery.labels[gallery.classed].cpu().numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        found = agreement(labels, assignments(gallery.embeddings.cpu().numpy(), len(np.unique(labels)), seeds))
+        found = agreement(
+            labels, assignments(gallery.embeddings[gallery.classed].cpu().numpy(), len(np.unique(labels)), seeds)
+        )
     for name, value in found.items():
         if abs(value - e.benign.get(name, value)) > CLUSTERS_AGREE:
             yield Problem(2, f"{RUN} benign.{name}", f"says {e.benign[name]:.2f}, k-means here gives {value:.2f}")

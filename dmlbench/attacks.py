@@ -91,6 +91,8 @@ ATTACKS: Registry[Attack] = Registry(
         "WM": Attack("misrank by the margin, positive and negative looked up at every step", "margin", "", _R, _OWN),
         "MT": Attack("misrank in favour of one other class", "margin_to_class", "nearest_classes", _R, _OWN,
                      note="alone: the nearest wrong class; in `strict`: the five nearest in turn"),
+        "ME": Attack("misrank in favour of one entry of another class", "margin_to_entry", "nearest_other", _R, _OWN,
+                     note="alone: the nearest wrong entry; in `strict`: the nearest ones in turn"),
         "Panum": Attack("move away from the nearest positive, read on the queries that are right when clean", "leave",
                         "nearest_same", ("recall_of_right", "map_at_r_of_right"), _PANUM,
                         ends=((0, 100), (0, 100)), note="the protocols panum-28 and panum-28-l2 have its threat"),

@@ -42,7 +42,7 @@ GLANCED = 256
 """Queries that :func:`glance` looks at, at most."""
 GLANCES = ("random", "zero-gradients")
 """Its flags."""
-WHITE = ("pgd", "apgd", "fgsm", "r-fgsm", "mi-fgsm", "pgd-restarts", "cw")
+WHITE = ("pgd", "apgd", "cosine", "fgsm", "r-fgsm", "mi-fgsm", "pgd-restarts", "cw")
 """Optimizers that use the gradient."""
 GRADIENT = frozenset({*WHITE, "universal"})
 """All that follow the gradient, among them what no strict protocol has as a step."""

@@ -13,6 +13,7 @@ from dmlbench.objectives import OBJECTIVES
 from dmlbench.optimizers import COSTS, OPTIMIZERS
 from dmlbench.protocol import Component, Protocol, protocol_names, protocol_versions
 from dmlbench.targets import TARGETS
+from dmlbench.threshold import halvings
 
 HEAD = """# Protocols, attacks and scores
 
@@ -99,17 +100,36 @@ def protocol_section(p: Protocol) -> Iterator[str]:
         total = 0
         for s in p.steps:
             t = p.threat_at(next(iter(p.grid.values()))[0], s.threat)
-            gradients, values = (s.aims * n for n in COSTS[s.optimizer].passes(t))
+            times = s.rounds if s.rounds > 1 else s.aims
+            gradients, values = (times * n for n in COSTS[s.optimizer].passes(t))
             total += gradients
             spent = f"{gradients} gradients" if gradients else f"{values} values"
-            if s.aims > 1:  # one for each other class, where there are fewer
+            if times > 1:  # one aim for each other class, where there are fewer
                 spent = f"at most {spent}"
             rows.append([s.name, f"{s.attack}@{s.optimizer}", str(s.aims), threat(s.threat), spent])
         yield from table(["step", "attack", "aims", "own threat", "cost of a survivor"], rows)
+        for s in p.steps:
+            if s.rounds > 1:
+                turns = ", ".join(f"{t.attack or s.attack} from {t.start or 'its start'}" for t in s.turns)
+                yield (
+                    f"{s.name} is repeated on what is left, in turn {turns}, where an attack that aims takes the next of {s.aims} targets each "
+                    f"time. It ends for each group of {p.together} queries after at least {s.fewest} rounds, once the last half of them "
+                    f"broke no more than {s.until:g} % of the group's queries that were right when clean, or after {s.rounds}.\n"
+                )
+        headline = "and the area under the curve" if p.threshold is None else "and the smallest eps that breaks a query"
         yield (
             f"Each step attacks what the ones before left; at most {total} gradients ({total / 32:.1f} runs of PGD-32) "
-            "a query and eps. Score: R@1 at each eps, percent, ↑ robust, and the area under the curve.\n"
+            f"a query and eps. Score: R@1 at each eps, percent, ↑ robust, {headline}.\n"
         )
+    if p.threshold is not None:
+        e = p.threshold
+        yield (
+            f"The smallest eps of each query is found by halving, on a log scale of {e.parts} steps from one eps of the grid to the next and "
+            f"in each of the {e.octaves} halves below the smallest, with one search each ({e.attack}@{e.optimizer}, {threat(e.threat)}), "
+            f"so at most {halvings(e)} of them. Score: the median over the queries that are right when clean, on the [0, 1] scale, ↑ robust.\n"
+        )
+    if p.queries is not None:
+        yield f"Measured are the first {p.queries} queries of a fixed shuffle, or all where there are fewer.\n"
     if p.audit:
         yield f"The audit (docs/audit.md) is run on {p.audit} of the queries.\n"
     if p.kind == "clustering":

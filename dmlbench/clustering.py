@@ -203,9 +203,9 @@ def run(
         UsageError: fewer than two classes are measured.
     """
     work = work or Work()
-    labels, side = subject.scene.labels.cpu().numpy(), max(subject.dataset.images.shape[1:])
+    labels, shape = subject.scene.labels.cpu().numpy(), subject.dataset.images.shape
     own = groups(subject, protocol, work)
-    parts = components(protocol, side)
+    parts = components(protocol, shape)
 
     def unit(i: int) -> Arrays:
         if i == 0:
@@ -224,16 +224,16 @@ def run(
     arrays = {f"{name}/{key}": done[i][key] for i, name in enumerate(names) for key in READ if key in done[i]}
     sample = {name: done[i]["images"] for i, name in enumerate(names) if i}
     seconds = {name: float(done[i]["seconds"].sum()) for i, name in enumerate(names) if i}
-    extras = {"clustering": summary(protocol, protocol.eps_for(side), labels, arrays)}
+    extras = {"clustering": summary(protocol, protocol.eps_for(shape), labels, arrays)}
     nonfinite = sum(int(done[i]["nonfinite"].sum()) for i, _ in enumerate(names) if i)
     return Outcome(parts, seconds, arrays, sample, extras, nonfinite=nonfinite)
 
 
-def components(protocol: Protocol, side: int) -> list[Component]:
-    """One column for each eps of the grid and each attack, for images of this side in pixels."""
+def components(protocol: Protocol, shape: Sequence[int]) -> list[Component]:
+    """One column for each eps of the grid and each attack, for images of this shape (channels, height, width)."""
     return [
         Component(name=f"{name}@{eps}", attack=name, readout="recall_at_1", worst=0, best=100, threat={"eps": eps})
-        for eps in protocol.eps_for(side)
+        for eps in protocol.eps_for(shape)
         for name in CLUSTER_ATTACKS
     ]
 

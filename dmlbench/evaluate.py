@@ -117,7 +117,7 @@ def evaluate(
         else dataset
     )
     rules = protocol if isinstance(protocol, Protocol) else load_protocol(protocol or default_protocol(dataset))
-    chosen = rules.chosen(attacks, max(dataset.images.shape[1:]))
+    chosen = rules.chosen(attacks, dataset.images.shape)
     official = rules
     eot = None if eot == rules.threat.get("eot", 1) else eot  # what it would be anyway
     if eot is not None:
@@ -153,12 +153,15 @@ def evaluate(
         configuration |= {**known, **{f"surrogate_{key}": value for key, value in theirs.items()}}
     work.agree(configuration, resume)
     earlier = work.units.spent() if work.units else 0.0
-    subject = prepare(embedder, dataset, limit=limit, device=device, progress=progress, work=work, cache=cache)
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit} must be 1 or more")
+    measured = rules.measured(len(dataset.query), limit)
+    subject = prepare(embedder, dataset, limit=measured, device=device, progress=progress, work=work, cache=cache)
     if other is not None:
         source = prepare(
             other,
             dataset,
-            limit=limit,
+            limit=measured,
             device=device,
             progress=progress,
             work=work,
@@ -263,7 +266,8 @@ RUNNERS = {"strict": strict.run, "clustering": clustering_attacks.run}
 
 def own_optimizers(rules: Protocol) -> set[str]:
     """What the protocol's own run searches with, where its kind has one."""
-    return {step.optimizer for step in rules.steps} if rules.kind == "strict" else {"pgd"}
+    threshold = {rules.threshold.optimizer} if rules.threshold else set()
+    return {step.optimizer for step in rules.steps} | threshold if rules.kind == "strict" else {"pgd"}
 
 
 def complete(rules: Protocol, chosen: Chosen) -> bool:
@@ -282,7 +286,8 @@ def reasons(
     surrogate: str | None,
 ) -> tuple[str, ...]:
     """Why a result is not a full one; empty where it is. ``surrogate`` is that model's name."""
-    why = [f"--limit {limit}"] if limit is not None and limit < len(dataset.query) else []
+    full = rules.measured(len(dataset.query))
+    why = [f"--limit {limit}"] if limit is not None and limit < full else []
     why += [] if complete(rules, chosen) else [f"--attacks {','.join(attacks or ())}"]
     why += [f"--seed {seed}"] if seed not in (None, rules.seed) else []
     why += [f"--eot {eot}"] if eot not in (None, rules.threat.get("eot", 1)) else []
@@ -302,7 +307,7 @@ def asked(
     surrogate: str | None = None,
 ) -> dict[str, Any]:
     """What :func:`~dmlbench.record.told` says of the finished result of :func:`evaluate` with these arguments."""
-    chosen = rules.chosen(attacks, max(dataset.images.shape[1:]))
+    chosen = rules.chosen(attacks, dataset.images.shape)
     other = load_model(surrogate) if surrogate is not None else None
     return {
         **essentials(embedder, dataset, rules, seed, device),

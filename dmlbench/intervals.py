@@ -99,3 +99,39 @@ def stretched(drawn: np.ndarray, estimate: float, groups: int, level: float) -> 
     low, high = np.quantile(finite, [0.5 - level / 2, 0.5 + level / 2])
     stretch = widening(groups, level)
     return float(estimate + (low - estimate) * stretch), float(estimate + (high - estimate) * stretch)
+
+
+def cluster_medians(
+    values: Num[np.ndarray, "q k"], clusters: Integer[np.ndarray, " q"], seed: int = 0, draws: int = DRAWS
+) -> Num[np.ndarray, "d k"]:
+    """Medians of k columns: first of the values themselves, then of ``draws`` resamples of classes with replacement.
+
+    Each is the smallest value that at least half of the (resampled) queries do not exceed; a column may hold inf.
+    Queries that are NaN in a column do not count there. Columns share the same resamples, so that their differences are
+    paired.
+    """
+    _, group = np.unique(clusters, return_inverse=True)
+    groups = int(group.max()) + 1
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(groups, np.full(groups, 1.0 / groups), size=draws)
+    weights = np.concatenate([np.ones((1, groups), dtype=weights.dtype), weights])  # the first is the estimate itself
+    out = np.empty((draws + 1, values.shape[1]))
+    step = max(1, _CELLS // len(values))
+    for k, column in enumerate(np.asarray(values, dtype=np.float64).T):
+        order = column.argsort(kind="stable")[: int((~np.isnan(column)).sum())]  # NaN comes last
+        for start in range(0, draws + 1, step):
+            upto = weights[start : start + step, group[order]].cumsum(1)  # (d, q)
+            half = (2 * upto >= upto[:, -1:]).argmax(1)
+            out[start : start + step, k] = column[order][half]
+    return out
+
+
+def cluster_median(
+    values: Num[np.ndarray, " q"], clusters: Integer[np.ndarray, " q"], level: float = LEVEL
+) -> tuple[float | None, tuple[float, float] | None]:
+    """The median of the values and its interval, classes resampled; None where there is no value, or a single class."""
+    known = ~np.isnan(values)
+    if not known.any():
+        return None, None
+    found = cluster_medians(values[known][:, None], clusters[known])[:, 0]
+    return float(found[0]), stretched(found[1:], float(found[0]), len(np.unique(clusters[known])), level)

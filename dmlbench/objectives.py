@@ -123,6 +123,12 @@ def margin_to_class(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"
     return gap(e, scene, of_target, positive)
 
 
+def margin_to_entry(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """ME: put the target before the nearest positive. d(f(x~), u) - min over same-class of d."""
+    positive, _, _ = nearest_entries(e, scene)
+    return gap(e, scene, scene.chosen[:, 0], positive)
+
+
 def leave(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """Panum: move away from the target, the nearest positive. -d(f(x~), c)."""
     return -scene.distance.paired(e, scene.targets[:, 0])
@@ -178,6 +184,7 @@ OBJECTIVES: Registry[Objective] = Registry(
         "spread_published": spread_published,
         "margin": margin,
         "margin_to_class": margin_to_class,
+        "margin_to_entry": margin_to_entry,
         "leave": leave,
         "order": order,
         "order_in_place": order_in_place,

@@ -33,6 +33,7 @@ from dmlbench.scene import Gallery, Scene
 from dmlbench.search import LARGE, auto_batch, searches
 from dmlbench.subject import EMBED_BLOCK, query_order, resolve_device
 from dmlbench.threat import Threat
+from dmlbench.threshold import halvings
 
 PROBE = 8
 """Images timed at a time where images are large and there is no GPU."""
@@ -184,10 +185,10 @@ def plan_of(
     where = resolve_device(device)
     if eot is not None:
         protocol = protocol.model_copy(update={"threat": {**protocol.threat, "eot": eot}})
-    if surrogate is not None and protocol.kind in RUNNERS and protocol.chosen(attacks, 1).runner:
+    if surrogate is not None and protocol.kind in RUNNERS and protocol.chosen(attacks, dataset.images.shape).runner:
         raise UsageError(f"protocol {protocol.name!r} has no transfer: name attacks, such as WM@apgd, with --attacks")
     size = batch_size or auto_batch(dataset, where, embedder)
-    queries = min(limit or len(dataset.query), len(dataset.query))
+    queries = protocol.measured(len(dataset.query), limit)
     large = int(np.prod(dataset.images.shape)) > LARGE and where.type == "cpu"
     probe = min(PROBE if large else size, size, queries)
     on = stage(embedder, dataset, where, probe)
@@ -264,7 +265,7 @@ def _row(
 
 def _jobs(protocol: Protocol, dataset: RetrievalDataset, queries: int, attacks: Sequence[str] | None) -> Iterator[_Job]:
     """Every search of the protocol."""
-    chosen = protocol.chosen(attacks, max(dataset.images.shape[1:]))
+    chosen = protocol.chosen(attacks, dataset.images.shape)
     for search in searches(protocol, [*chosen.own, *chosen.extra]):
         threat = search.threat
         passes = COSTS[search.optimizer].passes(threat)
@@ -280,18 +281,25 @@ def _runner_jobs(protocol: Protocol, dataset: RetrievalDataset, queries: int) ->
     """Those of a protocol with a runner of its own; gradients are the most that can be needed."""
     nothing: Mapping[str, Any] = {}
     others = len(np.unique(dataset.labels[dataset.gallery])) - 1
-    for eps in protocol.eps_for(max(dataset.images.shape[1:])):
+    grid = protocol.eps_for(dataset.images.shape)
+    for eps in grid:
         for step in protocol.steps:
-            threat, aims = protocol.threat_at(eps, step.threat), max(1, min(step.aims, others))
-            gradients, values = (aims * n for n in COSTS[step.optimizer].passes(threat))
+            threat = protocol.threat_at(eps, step.threat)
+            times = step.rounds if step.rounds > 1 else max(1, min(step.aims, others))
+            passes = tuple(times * n for n in COSTS[step.optimizer].passes(threat))
             row = _row(
                 f"{step.name}@{eps}", step.attack, step.optimizer, eps, queries, dataset,
-                threat.queries if step.optimizer in BY_QUERIES else threat.steps, (gradients, values),
+                threat.queries if step.optimizer in BY_QUERIES else threat.steps, (passes[0], passes[1]),
             )  # fmt: skip
             one = replace(ATTACKS[step.attack], k=1) if ATTACKS[step.attack].targets else ATTACKS[step.attack]
-            yield _Job(row, one, step.optimizer, threat, float(aims))
+            yield _Job(row, one, step.optimizer, threat, float(times))
         for name, way in clustering_attacks.CLUSTER_ATTACKS.items() if not protocol.steps else ():
             threat = protocol.threat_at(eps, nothing)
             passes = (threat.steps * threat.eot, threat.steps * threat.eot if way.moving else 0)
             row = _row(f"{name}@{eps}", name, "pgd", eps, queries, dataset, threat.steps, passes)
             yield _Job(row, ATTACKS["ES"], "pgd", threat, 1.5 if way.moving else 1.0)
+    if (rule := protocol.threshold) is not None:
+        threat, most = protocol.threat_at(grid[-1], rule.threat), halvings(rule)
+        gradients, values = (most * n for n in COSTS[rule.optimizer].passes(threat))
+        row = _row("smallest eps", rule.attack, rule.optimizer, "", queries, dataset, threat.steps, (gradients, values))
+        yield _Job(row, ATTACKS[rule.attack], rule.optimizer, threat, float(most))

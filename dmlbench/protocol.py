@@ -31,6 +31,8 @@ else:
     import tomli as tomllib
 
 FOLDER = PACKAGE / "protocols"
+COLOUR = "colour"
+"""In a grid, beside sides in pixels: images of several channels."""
 
 
 class _Record(BaseModel):
@@ -71,7 +73,10 @@ class Component(_Record):
 class Step(_Record):
     """One step of a worst case: an attack on the queries that survived the steps before it.
 
-    ``aims`` says how many of the attack's targets are tried, one after another.
+    ``aims`` says how many of the attack's targets are tried, one after another. With ``rounds`` above 1 it is
+    repeated on what is left, with other random numbers, as its ``turns`` say one after another; a turn that aims
+    takes one target, the next one each time. It ends early in each group of :attr:`Protocol.together` queries: after at least
+    ``fewest`` rounds, the last half of which broke no more than ``until`` percent of the group's queries that were right when clean.
     """
 
     name: str
@@ -79,6 +84,39 @@ class Step(_Record):
     optimizer: str
     threat: dict[str, Any] = {}
     aims: int = 1
+    rounds: int = 1
+    fewest: int = 1
+    until: FiniteFloat = 0.0
+    turns: tuple["Turn", ...] = ()
+
+    def at(self, r: int) -> tuple["Step", int]:
+        """Round ``r`` (from 0) as a step of its own, and how many rounds before it were of the same turn."""
+        if not self.turns:
+            return self, r
+        turn = self.turns[r % len(self.turns)]
+        threat = {**self.threat, **({"start": turn.start} if turn.start else {})}
+        return self.model_copy(update={"attack": turn.attack or self.attack, "threat": threat}), r // len(self.turns)
+
+
+class Turn(_Record):
+    """What a round changes of its step."""
+
+    attack: str = ""
+    start: str = ""
+
+
+class Threshold(_Record):
+    """How the smallest eps that breaks a query is found between two of the grid: by halving on a log scale.
+
+    Between two eps lie ``parts`` - 1 others, evenly on a log scale; below the smallest are ``octaves`` halves of it, with as many
+    between each two. Each is tried with one search; ``parts`` is a power of two.
+    """
+
+    attack: str
+    optimizer: str
+    threat: dict[str, Any] = {}
+    parts: int = 8
+    octaves: int = 4
 
 
 class Protocol(_Record):
@@ -98,7 +136,13 @@ class Protocol(_Record):
     components: tuple[Component, ...] = ()
     steps: tuple[Step, ...] = ()
     grid: dict[str, tuple[str, ...]] = {}
-    """side of an image in pixels, up to which these eps are meant, to the eps in ascending order"""
+    """what an image is to the eps in ascending order: "colour", or the side in pixels up to which these eps are meant"""
+    together: int = 1
+    """queries of a group, in the order of ``query_order``, that a step's rounds end for together"""
+    threshold: Threshold | None = None
+    """how the smallest eps that breaks a query is found; None: it is not"""
+    queries: int | None = None
+    """how many queries are measured, the first of ``query_order``; None: all"""
     audit: int = 0
     """queries on which the audit looks at the model as well; 0: no audit"""
     clustering_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -119,11 +163,19 @@ class Protocol(_Record):
         """The threat of one component."""
         return Threat.of({**self.threat, **component.threat})
 
-    def eps_for(self, side: int) -> tuple[str, ...]:
-        """The grid's eps for images of this side: those of the smallest listed side that is not smaller, else
-        the largest."""
-        sides = sorted(self.grid, key=int)
-        return self.grid[next((s for s in sides if int(s) >= side), sides[-1])]
+    def eps_for(self, shape: Sequence[int]) -> tuple[str, ...]:
+        """The grid's eps for images of this shape (channels, height, width): those of the smallest listed side that is not
+        smaller, else of the largest. Where the grid has eps for "colour", images of several channels take them, and
+        so do larger ones than any listed."""
+        sides = sorted((key for key in self.grid if key != COLOUR), key=int)
+        fitting = [key for key in sides if int(key) >= max(shape[1:])]
+        if COLOUR in self.grid and (shape[0] > 1 or not fitting):
+            return self.grid[COLOUR]
+        return self.grid[fitting[0] if fitting else sides[-1]]
+
+    def measured(self, count: int, limit: int | None = None) -> int:
+        """How many of ``count`` queries are measured: this protocol's number of them, or ``limit`` where that is fewer."""
+        return min(n for n in (count, self.queries, limit) if n is not None)
 
     def threat_at(self, eps: str, changes: Mapping[str, Any] = MappingProxyType({})) -> Threat:
         """The threat at one eps of the grid."""
@@ -137,11 +189,11 @@ class Protocol(_Record):
         known = [*(c.name for c in self.components), *ATTACKS]
         raise UsageError(f"unknown attack {name!r} in protocol {self.name!r}{suggest(name, known)}")
 
-    def chosen(self, names: Sequence[str] | None, side: int) -> "Chosen":
+    def chosen(self, names: Sequence[str] | None, shape: Sequence[int]) -> "Chosen":
         """What ``names`` ask for: components of this protocol, or any attack@optimizer under its threat.
 
-        ``None`` and the name "all" mean everything the protocol itself measures. ``side`` is the images'
-        side in pixels, by which a protocol with a grid knows its eps.
+        ``None`` and the name "all" mean everything the protocol itself measures. ``shape`` is the images'
+        (channels, height, width), by which a protocol with a grid knows its eps.
 
         Raises:
             UsageError: a name that is neither, or two components of one name.
@@ -158,18 +210,18 @@ class Protocol(_Record):
             elif any(c.name == name for c in self.components):
                 own.append(self.component(name))
             elif "@" in name or name in ATTACKS:
-                extra += self.combined(name, side)
+                extra += self.combined(name, shape)
             else:
                 self.component(name)
         return Chosen(_once(own), _once(extra), "all" in names)
 
-    def combined(self, name: str, side: int) -> list[Component]:
+    def combined(self, name: str, shape: Sequence[int]) -> list[Component]:
         """The columns of any attack@optimizer under this protocol's threat: one for each read-out, and for each eps
         of the grid, where there is one (in steps of 2.5 eps / steps)."""
         attack, optimizer = parse(name)
         plain = name if "@" in name else f"{name}@{optimizer}"
         found = []
-        for eps in self.eps_for(side) if self.grid else (None,):
+        for eps in self.eps_for(shape) if self.grid else (None,):
             threat: dict[str, Any] = {}
             if eps is not None:
                 at = self.threat_at(eps)
@@ -244,8 +296,11 @@ def read_protocol(path: Path) -> Protocol:
             raise UsageError(f"two steps have the name {twice!r}: one would overwrite the other")
         for side, grid in protocol.grid.items():
             radii = [protocol.threat_at(eps).radius for eps in grid]
-            if not side.isdigit() or not radii or radii != sorted(radii) or radii[0] <= 0:
-                raise UsageError(f"grid {side!r} must be a side in pixels and eps above 0 in ascending order")
+            known = side == COLOUR or side.isdigit()
+            if not known or not radii or radii != sorted(radii) or radii[0] <= 0:
+                raise UsageError(
+                    f"grid {side!r} must be a side in pixels or {COLOUR!r}, and eps above 0 in ascending order"
+                )
         return protocol
     except ValidationError as error:
         raise DataError(f"protocol {path}: {first_problem(error)}") from None
@@ -265,8 +320,18 @@ def _check_kind(protocol: Protocol) -> None:
         raise UsageError(f"kind {kind!r} needs [[components]]")
     if kind == "strict" and not protocol.steps:
         raise UsageError("kind 'strict' needs [[steps]]")
-    if kind != "strict" and protocol.steps:
-        raise UsageError(f"[[steps]] do nothing in kind {kind!r}")
+    if kind != "strict":
+        for name in ("steps", "threshold"):
+            if getattr(protocol, name):
+                raise UsageError(f"[{name}] do nothing in kind {kind!r}".replace("[steps]", "[[steps]]"))
+    for name in ("queries", "together"):
+        if (value := getattr(protocol, name)) is not None and value < 1:
+            raise UsageError(f"{name} {value} must be 1 or more")
+    repeated = any(step.rounds > 1 for step in protocol.steps)
+    if repeated != (protocol.together > 1):
+        raise UsageError("together, and a step with rounds above 1, do nothing without each other")
+    if protocol.threshold is not None:
+        _check_threshold(protocol.threshold, protocol)
     unread = [key for key in UNREAD.get(kind, ()) if key in protocol.threat]
     if unread:
         raise UsageError(f"[threat] {unread[0]} does nothing in kind {kind!r}")
@@ -285,21 +350,39 @@ def _check_component(c: Component, protocol: Protocol) -> None:
 
 
 def _check_step(step: Step, protocol: Protocol) -> None:
-    OPTIMIZERS[step.optimizer], ATTACKS[step.attack]
-    try:
-        protocol.threat_at("0", step.threat)
-    except UsageError as error:
-        raise UsageError(f"step {step.name!r}: {error}") from None
-    if "eps" in step.threat:
-        raise UsageError(f"step {step.name!r}: threat eps does nothing, since the [grid] has eps")
-    if step.optimizer in WHOLE_SET:
-        raise UsageError(
-            f"step {step.name!r}: optimizer {step.optimizer!r} needs all queries at once, and a step has the survivors"
-        )
-    if step.aims < 1:
-        raise UsageError(f"step {step.name!r}: aims {step.aims} must be 1 or more")
-    if step.aims > 1 and not ATTACKS[step.attack].targets:
+    turns = [step.at(r)[0] for r in range(max(1, len(step.turns)))]
+    for turn in turns:
+        _check_search(f"step {step.name!r}", turn.attack, turn.optimizer, turn.threat, protocol)
+    for name in ("aims", "rounds", "fewest"):
+        if getattr(step, name) < 1:
+            raise UsageError(f"step {step.name!r}: {name} {getattr(step, name)} must be 1 or more")
+    if step.aims > 1 and not any(ATTACKS[turn.attack].targets for turn in turns):
         raise UsageError(f"step {step.name!r}: aims {step.aims}, but attack {step.attack!r} has no targets to choose")
+    if step.rounds == 1 and (step.turns or step.fewest > 1 or step.until):
+        raise UsageError(f"step {step.name!r}: turns, fewest and until do nothing in a single round")
+    if step.fewest > step.rounds or not 0 <= step.until <= 100:
+        raise UsageError(
+            f"step {step.name!r}: fewest {step.fewest} is at most rounds {step.rounds}, and until {step.until} a percentage"
+        )
+
+
+def _check_search(where: str, attack: str, optimizer: str, threat: Mapping[str, Any], protocol: Protocol) -> None:
+    """That a search can be run on some of the queries at any eps."""
+    OPTIMIZERS[optimizer], ATTACKS[attack]
+    try:
+        protocol.threat_at("0", threat)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+    if "eps" in threat:
+        raise UsageError(f"{where}: threat eps does nothing, since the [grid] has eps")
+    if optimizer in WHOLE_SET:
+        raise UsageError(f"{where}: optimizer {optimizer!r} needs all queries at once, and a step has the survivors")
+
+
+def _check_threshold(t: Threshold, protocol: Protocol) -> None:
+    _check_search("threshold", t.attack, t.optimizer, t.threat, protocol)
+    if t.parts < 1 or t.parts & (t.parts - 1) or t.octaves < 1:
+        raise UsageError(f"threshold: parts {t.parts} must be a power of two and octaves {t.octaves} 1 or more")
 
 
 def protocol_names() -> list[str]:

@@ -35,7 +35,9 @@ TITLES = {
     "ers": "ERS measured",
     "claimed_ers": "ERS claimed",
     "claim_gap": "Gap",
+    "smallest_eps": "Smallest eps that breaks a query",
     "worst_case_recall_at_1": "Worst-case R@1 %",
+    "worst_case_missed_at_most": "Missed at most, points",
     "worst_case_area": "Area of the worst-case curve %",
     "clustering_ami": "AMI clean %",
     "clustering_ami_attacked": "AMI attacked %",
@@ -50,7 +52,7 @@ TITLES = {
 }
 """Titles of columns; the others are called by their name in the CSV."""
 
-WORST_CASE = ("worst_case_area", "worst_case_recall_at_1")
+WORST_CASE = ("smallest_eps", "worst_case_recall_at_1", "worst_case_area")
 CLUSTERS = ("clustering_ami_attacked", "clustering_nmi_attacked", "clustering_ami", "clustering_nmi")
 FIRST = (
     "rank",
@@ -181,6 +183,9 @@ def _board(
 
 def _plots(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """What the board ranks by against clean R@1 (or clean AMI), and ERS against worst-case R@1."""
+    if any(r.smallest_eps is not None for r in rows):
+        title = "smallest eps that breaks a query"
+        return [_plot(rows, "recall_at_1", "smallest_eps", "R@1, clean, %", title, "Worst case against clean R@1", "")]
     if any(r.worst_case_area is not None for r in rows):
         title = "area of the worst-case curve, %"
         return [

@@ -3,12 +3,15 @@
 The first positive and the first negative are looked up anew at every step, and a query is broken as
 soon as the negative is not farther than the positive at *any* image that any search looked at. A
 protocol of kind "strict" lists the searches; each is run on the queries that survived those before it,
-at the smallest eps first: what breaks a query at one eps breaks it at every larger one. What counts in
+at the smallest eps first: what breaks a query at one eps breaks it at every larger one. A search may be
+repeated in rounds until these break almost nothing (:mod:`dmlbench.rounds`), and the smallest eps that
+breaks each query may be looked for between those of the grid (:mod:`dmlbench.threshold`). What counts in
 the end is the harness's own read-out of the image that a search stopped at (docs/strict.md).
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -19,20 +22,23 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dmlbench.attacks import ATTACKS, aim
+from dmlbench.attacks import ATTACKS, Attack, aim
 from dmlbench.embedding import Embedder, require_finite
 from dmlbench.errors import DataError, UsageError
 from dmlbench.exact import true_float32
+from dmlbench.intervals import cluster_median
 from dmlbench.metrics import RECALL_AT, mean, retrieval
 from dmlbench.objectives import OBJECTIVES, gap
 from dmlbench.optimizers import OPTIMIZERS, watched
 from dmlbench.outcome import Outcome
 from dmlbench.protocol import Component, Protocol, Step
+from dmlbench.rounds import fallen, groups, last_half, missed, rounds_run
 from dmlbench.scene import Scene
 from dmlbench.search import batches, halved, joined
 from dmlbench.subject import Progress, Subject, query_order
 from dmlbench.sweep import nearest_entries
 from dmlbench.threat import Threat
+from dmlbench.threshold import bracket, ladder
 from dmlbench.units import Arrays, Work
 
 SURVIVED, CLEAN_WRONG, CARRIED = -1, 0, 1
@@ -42,6 +48,8 @@ PROXIES = ("recall_at_2", "recall_at_4", "recall_at_8", "map_at_r")
 """Read at the images that the searches for R@1 stopped at: no search aimed at them, so the true worst is lower."""
 BATCHES = 2
 """Batches in a unit at most: few enough to be dealt out, enough that a batch is not almost empty once few survive."""
+SMALLEST = "smallest_eps/value"
+"""The per-query array of the smallest eps found, on the [0, 1] scale."""
 ROUGH = ("tf32", "bfloat16")
 """Precisions in which the embeddings of a gradient's forward pass are rounded."""
 FOLLOWED = ("recall_at_1", *PROXIES)
@@ -137,6 +145,8 @@ class Misrank:
             values = gap(e, scene, negative, positive)
             return values, values.detach()
         margins = gap(e.detach(), scene, negative, positive)
+        if self.objective == "margin_to_entry":
+            of_target = scene.chosen[:, 0]
         if of_target is not None:
             return gap(e, scene, of_target, positive), margins
         return OBJECTIVES[self.objective](e, scene), margins
@@ -171,8 +181,12 @@ class Attempt:
     nonfinite: int
 
 
-def attempt(subject: Subject, step: Step, threat: Threat, positions: np.ndarray, seed: int) -> Attempt:
+def attempt(
+    subject: Subject, step: Step, threat: Threat, positions: np.ndarray, seed: int, turn: int | None = None
+) -> Attempt:
     """Run one step on the queries at ``positions``, each of its aims on what the ones before left.
+
+    ``turn`` is of a step's round: how many rounds like it there were before. It has one aim, the next one each time.
 
     Raises:
         AssertionError: an image left the ball or [0, 1]; an optimizer is at fault.
@@ -183,15 +197,18 @@ def attempt(subject: Subject, step: Step, threat: Threat, positions: np.ndarray,
     clean = subject.dataset.images[subject.rows[positions]].to(subject.device)
     attack = ATTACKS[step.attack]
     if attack.targets:
-        classes = len(scene.gallery.labels.unique())
-        attack = replace(attack, k=min(step.aims, classes - 1) if step.aims > 1 else attack.k)
+        attack = replace(attack, k=min(step.aims, most_aims(scene, attack)) if step.aims > 1 else attack.k)
         scene = aim(attack, scene, rng)
-    count = scene.chosen.shape[1] if step.aims > 1 else 1
+        if turn is not None:
+            scene = scene.aimed(scene.chosen[:, [turn % attack.k]])
+    if turn is not None:
+        rng = rng.fold(step.attack, threat.start, turn)
+    count = scene.chosen.shape[1] if step.aims > 1 and turn is None else 1
     log = Log(clean)
     with torch.no_grad(), watched() as trouble:
         images = clean
         for j in range(count):
-            aimed = scene.aimed(scene.chosen[:, j : j + 1]) if step.aims > 1 else scene
+            aimed = scene.aimed(scene.chosen[:, j : j + 1]) if count > 1 else scene
             hunt = Misrank(subject.embedder, attack.objective, aimed, log, eot=threat.eot)
             alive = hunt.unsettled()
             if not bool(alive.any()):
@@ -211,6 +228,12 @@ def attempt(subject: Subject, step: Step, threat: Threat, positions: np.ndarray,
         broken, np.where((log.first > 0).cpu().numpy(), log.first.cpu().numpy(), log.calls.cpu().numpy()), 0
     )
     return Attempt(images, broken, iteration, readouts, log.gradients, log.values, trouble.count)
+
+
+def most_aims(scene: Scene, attack: Attack) -> int:
+    """How many targets every query has: other classes, or entries of other classes where the targets are entries."""
+    _, _, counts, _ = scene.gallery.by_class
+    return len(counts) - 1 if attack.targets == "nearest_classes" else len(scene.gallery) - int(counts.max())
 
 
 def read(subject: Subject, scene: Scene, threat: Threat, images: Tensor, clean: Tensor) -> dict[str, np.ndarray]:
@@ -239,6 +262,7 @@ class Standing:
         broken_by: :data:`SURVIVED`, :data:`CLEAN_WRONG`, :data:`CARRIED` or 2 + the step's index.
         iteration: loss values that the breaking step had seen.
         norm: size of the perturbation that broke it, or of the last one tried.
+        round: the round of its step that broke it, from 1; 0 where no round did.
         worst: by read-out, the lowest value seen so far.
     """
 
@@ -246,15 +270,18 @@ class Standing:
     broken_by: np.ndarray
     iteration: np.ndarray
     norm: np.ndarray
+    round: np.ndarray
     worst: dict[str, np.ndarray]
 
-    def absorb(self, positions: np.ndarray, index: int, found: Arrays) -> None:
-        """What step ``index`` made of the queries at ``positions``, all alive until now; see :func:`piece`."""
+    def absorb(self, positions: np.ndarray, index: int, found: Arrays, turn: int = 0) -> None:
+        """What step ``index`` made of the queries at ``positions``, all alive until now, see :func:`piece`; ``turn`` is
+        the round, from 1, of a step that has several."""
         hit = positions[found["broken"]]
         self.alive[hit] = False
         self.broken_by[hit] = index + 2
         self.iteration[hit] = found["iteration"][found["broken"]]
         self.norm[positions] = found["norm"]
+        self.round[hit] = turn
         for name, values in self.worst.items():
             values[positions] = np.minimum(values[positions], found[name])
 
@@ -274,18 +301,27 @@ def begin(subject: Subject) -> Standing:
         broken_by=np.where(alive, SURVIVED, CLEAN_WRONG).astype(np.int8),
         iteration=np.zeros(len(alive), dtype=np.int32),
         norm=np.zeros(len(alive), dtype=np.float32),
+        round=np.zeros(len(alive), dtype=np.int32),
         worst={name: clean[name].copy() for name in FOLLOWED},
     )
 
 
-def piece(subject: Subject, step: Step, threat: Threat, seed: int, keep: np.ndarray, positions: np.ndarray) -> Arrays:
+def piece(
+    subject: Subject,
+    step: Step,
+    threat: Threat,
+    seed: int,
+    keep: np.ndarray,
+    turn: int | None,
+    positions: np.ndarray,
+) -> Arrays:
     """One step on some queries, as it is kept on disk.
 
     Returns:
         ``broken``, ``iteration`` and ``norm``, and by name the read-outs that :class:`Standing` follows, (n,) each;
         ``gradients``, ``values`` and ``nonfinite`` (1,); ``images`` (m, C, H, W) of those of ``positions`` that are in ``keep``.
     """
-    found = attempt(subject, step, threat, positions, seed)
+    found = attempt(subject, step, threat, positions, seed, turn)
     clean = subject.dataset.images[subject.rows[positions]].to(subject.device)
     return {
         "broken": found.broken,
@@ -299,51 +335,99 @@ def piece(subject: Subject, step: Step, threat: Threat, seed: int, keep: np.ndar
     }
 
 
+@dataclass(frozen=True)
+class Field:
+    """What every pass over the queries needs to know.
+
+    Attributes:
+        bounds: of the blocks of queries that units are made of, in the order of ``query_order``.
+        keep: the queries whose adversarial images are wanted.
+    """
+
+    subject: Subject
+    seed: int
+    batch_size: int
+    progress: Progress
+    work: Work
+    bounds: tuple[tuple[int, int], ...]
+    order: np.ndarray
+    keep: np.ndarray
+
+    @staticmethod
+    def of(
+        subject: Subject,
+        protocol: Protocol,
+        seed: int,
+        batch_size: int,
+        progress: Progress,
+        work: Work,
+        keep: np.ndarray,
+    ) -> "Field":
+        """Blocks of :data:`BATCHES` batches, but of whole groups of the protocol's."""
+        order = query_order(len(subject.rows))
+        size = max(1, BATCHES * batch_size // protocol.together) * protocol.together
+        return Field(subject, seed, batch_size, progress, work, tuple(batches(len(order), size)), order, keep)
+
+    def over(
+        self, name: str, unit: str, wanted: np.ndarray, search: Callable[[np.ndarray], Arrays]
+    ) -> list[tuple[np.ndarray, Arrays]]:
+        """``search`` of the queries that are ``wanted`` (Q,) bool, in units; by unit the queries' positions and what it gave.
+
+        A unit is made of a fixed block of queries, drawn from all over the set so that blocks thin out alike. Who is
+        wanted is part of its name: what is kept counts for nobody else. Under a shard, units of others are left out.
+        """
+        left = {i: np.sort(self.order[a:b][wanted[self.order[a:b]]]) for i, (a, b) in enumerate(self.bounds)}
+        left = {i: positions for i, positions in left.items() if len(positions)}
+        units = {i: (f"{unit} of {_digest(positions)}", *self.bounds[i]) for i, positions in left.items()}
+
+        def compute(i: int) -> Arrays:
+            def part(a: int, b: int) -> Arrays:
+                return search(left[i][a:b])
+
+            count = len(left[i])
+            ends = np.linspace(0, count, -(-count // self.batch_size) + 1).astype(int).tolist()
+            return joined([halved(part, a, b) for a, b in pairwise(ends)])
+
+        self.progress.start(name, sum(b - a for _, a, b in units.values()))
+        found = self.work.each(name, units, compute, partial(self.progress.advance, name))
+        return [(left[i], arrays) for i, arrays in found.items()]
+
+
+def cost(found: Iterable[tuple[np.ndarray, Arrays]]) -> dict[str, Any]:
+    """What units of :func:`piece` cost together: ``gradients``, ``values``, ``nonfinite`` and ``seconds``."""
+    spent = {key: sum(int(arrays[key].sum()) for _, arrays in found) for key in ("gradients", "values", "nonfinite")}
+    return {**spent, "seconds": float(sum(arrays["seconds"].sum() for _, arrays in found))}
+
+
 def settle(
-    subject: Subject,
-    standing: Standing,
-    index: int,
-    step: Step,
-    threat: Threat,
-    seed: int,
-    batch_size: int,
-    progress: Progress,
-    keep: dict[int, np.ndarray],
-    work: Work,
+    field: Field, protocol: Protocol, standing: Standing, index: int, eps: str, keep: dict[int, np.ndarray]
 ) -> dict[str, Any]:
     """Run the protocol's step ``index`` on the survivors; what it cost, as :func:`summary` takes it.
 
-    A unit is a step on the survivors of a fixed block of queries, :data:`BATCHES` times ``batch_size`` drawn from
-    all over the set, so that blocks thin out alike. Who survived is part of its name: what is kept counts for
-    nobody else. ``keep`` holds the adversarial image of some queries by position, replaced as they are attacked.
+    ``keep`` holds the adversarial image of some queries by position, replaced as they are attacked.
     """
-    name, wanted = f"{step.name}@{threat.eps}", np.array(list(keep))
-    order, alive = query_order(len(subject.rows)), standing.alive
-    bounds = list(batches(len(order), BATCHES * batch_size))
-    left = {i: np.sort(order[a:b][alive[order[a:b]]]) for i, (a, b) in enumerate(bounds)}
-    left = {i: positions for i, positions in left.items() if len(positions)}
-    units = {i: (f"{name} {index} of {_digest(positions)}", *bounds[i]) for i, positions in left.items()}
-
-    def unit(i: int) -> Arrays:
-        def part(a: int, b: int) -> Arrays:
-            return piece(subject, step, threat, seed, wanted, left[i][a:b])
-
-        count = len(left[i])
-        ends = np.linspace(0, count, -(-count // batch_size) + 1).astype(int).tolist()
-        return joined([halved(part, a, b) for a, b in pairwise(ends)])
-
-    progress.start(name, sum(b - a for _, a, b in units.values()))
-    found = work.each(name, units, unit, partial(progress.advance, name))
-    for i, arrays in found.items():
-        standing.absorb(left[i], index, arrays)
-        keep.update(zip(left[i][np.isin(left[i], wanted)].tolist(), arrays["images"], strict=True))
-    return {
-        **{
-            key: sum(int(arrays[key].sum()) for arrays in found.values())
-            for key in ("gradients", "values", "nonfinite")
-        },
-        "seconds": float(sum(arrays["seconds"].sum() for arrays in found.values())),
-    }
+    step = protocol.steps[index]
+    group = groups(len(standing.alive), protocol.together)
+    right, before = standing.broken_by != CLEAN_WRONG, standing.alive.copy()
+    spent: list[tuple[np.ndarray, Arrays]] = []
+    many = step.rounds > 1
+    for r in range(step.rounds):
+        now, turn = step.at(r)
+        going = standing.alive.copy()
+        if many and r:
+            ran = rounds_run(step, group, right, before, standing.round)
+            going &= ran[group] > r
+        if not going.any():
+            break
+        threat = protocol.threat_at(eps, now.threat)
+        search = partial(piece, field.subject, now, threat, field.seed, field.keep, turn if many else None)
+        name = f"{step.name}@{eps}"
+        found = field.over(name, f"{name} {index}{f' round {r}' if many else ''}", going, search)
+        for positions, arrays in found:
+            standing.absorb(positions, index, arrays, r + 1 if many else 0)
+            keep.update(zip(positions[np.isin(positions, field.keep)].tolist(), arrays["images"], strict=True))
+        spent += found
+    return cost(spent)
 
 
 def _digest(positions: np.ndarray) -> str:
@@ -366,9 +450,10 @@ def run(
     shard: what it does not attack is unknown.
     """
     work = work or Work()
-    side = max(subject.dataset.images.shape[1:])
-    grid, parts = protocol.eps_for(side), components(protocol, side)
+    shape = subject.dataset.images.shape
+    grid, parts = protocol.eps_for(shape), components(protocol, shape)
     standing = begin(subject)
+    field = Field.of(subject, protocol, seed, batch_size, progress, work, kept)
     arrays: dict[str, np.ndarray] = {}
     sample: dict[str, np.ndarray] = {}
     spent: list[list[dict[str, Any]]] = []
@@ -377,31 +462,78 @@ def run(
     for eps, part in zip(grid, parts, strict=True):
         name = part.name
         standing.broken_by[standing.broken_by > CARRIED] = CARRIED
-        threats = [protocol.threat_at(eps, step.threat) for step in protocol.steps]
-        spent.append(
-            [
-                settle(subject, standing, i, step, threat, seed, batch_size, progress, images, work)
-                for i, (step, threat) in enumerate(zip(protocol.steps, threats, strict=True))
-            ]
-        )
+        standing.round[:] = 0
+        spent.append([settle(field, protocol, standing, i, eps, images) for i in range(len(protocol.steps))])
         arrays[f"{name}/value"] = outcome(standing.broken_by, clean)
         arrays[f"{name}/norm"] = standing.norm.copy()
         arrays[f"{name}/broken_by"] = standing.broken_by.copy()
         arrays[f"{name}/iteration"] = standing.iteration.copy()
+        if protocol.together > 1:
+            arrays[f"{name}/round"] = standing.round.copy()
         for proxy in PROXIES:
             arrays[f"{name}/{proxy}"] = standing.worst[proxy].copy()
         sample[name] = np.stack([images[int(p)] for p in kept])
+    halving: dict[str, Any] | None = None
+    if protocol.threshold is not None:
+        by = np.stack([arrays[f"{part.name}/broken_by"] for part in parts])
+        arrays[SMALLEST], halving = smallest(field, protocol, grid, by, clean)
     if work.shard:
         return None
     seconds = {part.name: sum(cost["seconds"] for cost in costs) for part, costs in zip(parts, spent, strict=True)}
     broken_by = {eps: arrays[f"{part.name}/broken_by"] for eps, part in zip(grid, parts, strict=True)}
-    extras = {"strict": summary(protocol, grid, clean, arrays, spent)}
-    nonfinite = sum(int(cost["nonfinite"]) for costs in spent for cost in costs)
+    extras = {"strict": summary(protocol, grid, clean, subject.scene.labels.cpu().numpy(), arrays, spent, halving)}
+    nonfinite = sum(int(cost["nonfinite"]) for costs in [*spent, [halving] if halving else []] for cost in costs)
     return Outcome(parts, seconds, arrays, sample, extras, broken_by=broken_by, nonfinite=nonfinite)
 
 
-def components(protocol: Protocol, side: int) -> list[Component]:
-    """One column for each eps of the grid, ascending, for images of this side in pixels."""
+def smallest(
+    field: Field,
+    protocol: Protocol,
+    grid: Sequence[str],
+    broken_by: Int[np.ndarray, "E Q"],
+    clean: Float[np.ndarray, " Q"],
+) -> tuple[Float[np.ndarray, " Q"], dict[str, Any]]:
+    """The smallest eps found that breaks each query, on the [0, 1] scale, and what the search for it cost.
+
+    Between the largest eps of the grid that leaves a query alone and the smallest that breaks it, by halving: queries
+    that ask about the same eps are searched together. inf where the largest eps does not break it, NaN where it is
+    not right when clean.
+    """
+    rule = protocol.threshold
+    assert rule is not None
+    step = Step(name="smallest eps", attack=rule.attack, optimizer=rule.optimizer, threat=rule.threat)
+    steps, places = ladder([protocol.threat_at(eps).radius for eps in grid], rule)
+    low, high = bracket(broken_by >= CARRIED, places, len(steps))
+    middle, nothing = high, np.zeros(0, dtype=np.int64)
+    spent: list[tuple[np.ndarray, Arrays]] = []
+
+    def search(positions: np.ndarray) -> Arrays:
+        """One search of each at its own eps."""
+        out = []
+        for place in np.unique(middle[positions]):
+            at = positions[middle[positions] == place]
+            threat = protocol.threat_at("0", rule.threat).but(eps=float(steps[place]))
+            out.append({**piece(field.subject, step, threat, field.seed, nothing, None, at), "at": at})
+        return joined(out)
+
+    for halving in itertools.count(1):
+        undecided = high - low > 1
+        if not undecided.any():
+            break
+        middle = (low + high) // 2
+        found = field.over(step.name, f"{step.name}, halving {halving}", undecided, search)
+        for _, arrays in found:
+            at, hit = arrays["at"], arrays["broken"]
+            high[at[hit]], low[at[~hit]] = middle[at[hit]], middle[at[~hit]]
+        known = np.concatenate([positions for positions, _ in found]) if found else nothing
+        others = np.setdiff1d(np.flatnonzero(undecided), known)  # of another shard
+        low[others] = high[others] - 1
+        spent += found
+    return np.where(np.isnan(clean) | (clean != 100.0), np.nan, np.append(steps, np.inf)[high]), cost(spent)
+
+
+def components(protocol: Protocol, shape: Sequence[int]) -> list[Component]:
+    """One column for each eps of the grid, ascending, for images of this shape (channels, height, width)."""
     return [
         Component(
             name=f"strict@{eps}",
@@ -412,7 +544,7 @@ def components(protocol: Protocol, side: int) -> list[Component]:
             best=100,
             threat={"eps": eps},
         )
-        for eps in protocol.eps_for(side)
+        for eps in protocol.eps_for(shape)
     ]
 
 
@@ -432,48 +564,94 @@ def summary(
     protocol: Protocol,
     grid: Sequence[str],
     clean: Float[np.ndarray, " Q"],
+    labels: Int[np.ndarray, " Q"],
     arrays: Mapping[str, np.ndarray],
     spent: Sequence[Sequence[Mapping[str, Any]]],
+    halving: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that a run says of its queries' outcomes: what goes into ``extras.strict``.
 
     Args:
         clean: R@1 of each query before any attack, percent, NaN without positives.
-        arrays: per eps ``strict@<eps>/`` value, broken_by and the :data:`PROXIES`, (Q,) each.
+        arrays: per eps ``strict@<eps>/`` value, broken_by and the :data:`PROXIES`, (Q,) each; under a protocol with
+            rounds also round, with a threshold :data:`SMALLEST`.
         spent: by eps and step the ``gradients``, ``values`` (passes over all queries) and ``seconds`` it cost.
+        halving: the same of the search for the smallest eps.
     """
     count = max(1, int((~np.isnan(clean)).sum()))
+    group, right = groups(len(clean), protocol.together), clean == 100.0
     rows: list[dict[str, Any]] = []
     for eps, costs in zip(grid, spent, strict=True):
         by = arrays[f"strict@{eps}/broken_by"]
-        left, done = int(np.isin(by, (CLEAN_WRONG, CARRIED), invert=True).sum()), []
+        alive, done = ~np.isin(by, (CLEAN_WRONG, CARRIED)), []
         carried = int((by == CARRIED).sum())
+        row: dict[str, Any] = {"eps": eps, "recall_at_1": mean(arrays[f"strict@{eps}/value"])}
+        row |= {proxy: mean(arrays[f"strict@{eps}/{proxy}"]) for proxy in PROXIES}
         for index, (step, cost) in enumerate(zip(protocol.steps, costs, strict=True)):
-            broken = int((by == index + 2).sum())
-            row = {"step": step.name, "attacked": left, "broken": broken}
-            row |= {name: cost[name] for name in ("gradients", "values", "seconds")}
-            done.append({**row, "points": 100.0 * broken / count})
-            left -= broken
-        rows.append(
-            {
-                "eps": eps,
-                "recall_at_1": mean(arrays[f"strict@{eps}/value"]),
-                **{proxy: mean(arrays[f"strict@{eps}/{proxy}"]) for proxy in PROXIES},
-                "carried": 100.0 * carried / count,
-                "steps": done,
-            }
-        )
+            here = by == index + 2
+            entry: dict[str, Any] = {"step": step.name, "attacked": int(alive.sum()), "broken": int(here.sum())}
+            entry |= {name: cost[name] for name in ("gradients", "values", "seconds")}
+            entry["points"] = 100.0 * entry["broken"] / count
+            if step.rounds > 1:
+                first = np.where(here, arrays[f"strict@{eps}/round"], 0)
+                ran = rounds_run(step, group, right, alive, first)
+                total = fallen(step.rounds, group, first)
+                entry["rounds"] = np.diff(total.sum(0))[: int(ran.max(initial=0))].tolist()
+                most = int((by == SURVIVED).sum())
+                estimate, bound = missed(last_half(total, ran))
+                row["missed"] = 100.0 * min(estimate, most) / count
+                row["missed_at_most"] = 100.0 * min(bound, most) / count
+            done.append(entry)
+            alive &= ~here
+        rows.append({**row, "carried": 100.0 * carried / count, "steps": done})
     curve = [mean(clean), *(row["recall_at_1"] for row in rows)]
     radii = [0.0, *(protocol.threat_at(eps).radius for eps in grid)]
-    right = max(1, int((clean == 100.0).sum()))
+    passes = {
+        name: sum(s[name] for row in rows for s in row["steps"]) + (halving or {}).get(name, 0)
+        for name in ("gradients", "values")
+    }
     return {
         "norm": protocol.threat_at(grid[0]).norm,
         "clean": curve[0],
         "curve": rows,
-        "area": area(radii, curve),
-        "gradients_per_query": sum(s["gradients"] for row in rows for s in row["steps"]) / right / len(grid),
-        "values_per_query": sum(s["values"] for row in rows for s in row["steps"]) / right / len(grid),
+        **(
+            {"area": area(radii, curve)}
+            if protocol.threshold is None
+            else {"smallest_eps": halfway(protocol, grid, arrays[SMALLEST], labels, halving or {})}
+        ),
+        **{f"{name}_per_query": n / max(1, int(right.sum())) / len(grid) for name, n in passes.items()},
         "codes": codes(protocol),
+    }
+
+
+def halfway(
+    protocol: Protocol,
+    grid: Sequence[str],
+    found: Float[np.ndarray, " Q"],
+    labels: Int[np.ndarray, " Q"],
+    halving: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The median of the smallest eps over the queries that are right when clean, on the [0, 1] scale, and its interval.
+
+    ``median`` and the ends of the ``interval`` are None where they are beyond the largest eps of the grid; there is no interval
+    where a single class says nothing of the spread. Values are of the ladder, and the true one lies between that and the one
+    below: the lower end is therefore one step down.
+    """
+    assert protocol.threshold is not None
+    steps, _ = ladder([protocol.threat_at(eps).radius for eps in grid], protocol.threshold)
+    place = np.searchsorted(steps, found * (1 - 1e-6)).astype(np.float64)  # beyond the last where none was found
+    middle, ends = cluster_median(np.where(np.isnan(found), np.nan, place), labels)
+
+    def at(position: float | None) -> float | None:
+        return None if position is None else ([*steps.tolist(), None, 0.0][int(np.clip(position, -1, len(steps)))])
+
+    cost = {name: halving.get(name, 0) for name in ("gradients", "values", "seconds")}
+    return {
+        "norm": protocol.threat_at(grid[0]).norm,
+        "median": at(middle),
+        "interval": ends and [at(np.floor(ends[0]) - 1), at(np.ceil(ends[1]))],
+        "largest": float(steps[-1]),
+        **cost,
     }
 
 

@@ -110,6 +110,11 @@ def query_order(count: int) -> np.ndarray:
     return np.random.default_rng(20220601).permutation(count)
 
 
+def measured_queries(count: int, limit: int | None = None) -> np.ndarray:
+    """(n,) which of ``count`` queries are measured, ascending: all, or the first ``limit`` of :func:`query_order`."""
+    return np.sort(query_order(count)[: count if limit is None else limit])
+
+
 @true_float32()
 def embed(embedder: Embedder, dataset: RetrievalDataset, rows: np.ndarray, progress: Progress | None = None) -> Tensor:
     """(len(rows), D) clean embeddings, in blocks of :data:`EMBED_BLOCK`.
@@ -160,9 +165,7 @@ def prepare(
         raise UsageError(f"--limit {limit} must be 1 or more")
     where = resolve_device(device)
     ready = ready_to_attack(embedder, len(dataset.gallery), where, gradients)
-    wanted = np.arange(len(dataset.query))
-    if limit is not None and limit < len(wanted):
-        wanted = np.sort(query_order(len(dataset.query))[:limit])
+    wanted = measured_queries(len(dataset.query), limit)
     everyone = np.union1d(dataset.gallery, dataset.query)
 
     def clean() -> dict[str, np.ndarray]:

@@ -1,9 +1,9 @@
 """The threat model: how far, in which norm, and for how long an adversary may go.
 
 ``Threat`` is the record; a :class:`Ball` holds what one norm means: ``project`` (also into [0, 1]),
-``ascent`` (the steepest unit step), ``sample`` (a random start) and ``size`` (how far an image has
+``ascent`` (the steepest unit step), ``sample`` and ``corner`` (random starts) and ``size`` (how far an image has
 moved). Every function takes a batch and treats each image alone. Lengths are on the [0, 1] scale of
-pixels, and may be written as fractions ("8/255").
+pixels, and may be written as fractions ("8/255", "0.25/255").
 """
 
 import math
@@ -20,6 +20,8 @@ from dmlbench.errors import UsageError
 from dmlbench.registry import Registry, suggest
 from dmlbench.rng import Rng
 
+STARTS = ("clean", "random", "corner")
+"""Where a search may begin."""
 TOLERANCE = 1e-5
 """How far outside the ball float rounding may put an image, relative to max(1, eps)."""
 
@@ -29,12 +31,23 @@ def length(text: Any, name: str = "eps") -> float:
     try:
         if isinstance(text, bool):
             raise ValueError(text)
-        value = float(Fraction(text)) if isinstance(text, str) else float(text)
+        if isinstance(text, str):
+            top, slash, bottom = text.partition("/")
+            if "/" in bottom:
+                raise ValueError(text)
+            value = float(Fraction(top) / Fraction(bottom)) if slash else float(Fraction(top))
+        else:
+            value = float(text)
     except (ValueError, TypeError, OverflowError, ZeroDivisionError):
         raise UsageError(f"{name} {text!r} is not a number or a fraction such as 8/255") from None
     if not math.isfinite(value) or value < 0:
         raise UsageError(f"{name} {text!r} must be zero or more")
     return value
+
+
+def written(value: float, norm: str) -> str:
+    """A length as a person reads it: of "linf" in steps of a pixel of 8 bits, ``"12.3/255"``."""
+    return f"{value * 255:.3g}/255" if norm == "linf" else f"{value:.3g}"
 
 
 def check_counts(fields: Mapping[str, Any]) -> None:
@@ -58,7 +71,8 @@ class Threat:
             (for "l2" the length of the whole perturbation, which may exceed 1).
         step: step length of iterative optimizers, as ``eps``.
         steps: number of iterations.
-        start: "clean" (the image itself) or "random" (uniform in the ball).
+        start: "clean" (the image itself), "random" (uniform in the ball) or "corner" (as far out as the ball goes,
+            in a random direction: for "linf" eps up or down in every pixel).
         restarts: independent runs, of which each image keeps its best.
         queries: forward passes that a black-box optimizer may spend.
         eot: forward passes averaged for each value and gradient (expectation over transformations,
@@ -82,8 +96,8 @@ class Threat:
         check_counts(vars(self))
         if self.steps < 0 or min(self.restarts, self.queries, self.eot) < 1:
             raise UsageError("steps must be 0 or more; restarts, queries and eot 1 or more")
-        if self.start not in ("clean", "random"):
-            raise UsageError(f"start {self.start!r} must be 'clean' or 'random'")
+        if self.start not in STARTS:
+            raise UsageError(f"start {self.start!r} must be {', '.join(map(repr, STARTS[:-1]))} or {STARTS[-1]!r}")
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "Threat":
@@ -137,6 +151,8 @@ class Threat:
 
     def begin(self, clean: Tensor, rng: Rng) -> Tensor:
         """Where a search starts, by ``start``."""
+        if self.start == "corner":
+            return self.project(clean + self.ball.corner(clean, self.radius, rng), clean)
         return self.sample(clean, rng) if self.start == "random" else clean.clone()
 
     def contains(self, images: Tensor, clean: Tensor) -> Tensor:
@@ -153,6 +169,7 @@ class Ball:
     project: Callable[[Tensor, Tensor, float], Tensor]
     ascent: Callable[[Tensor], Tensor]
     sample: Callable[[Tensor, float, Rng], Tensor]
+    corner: Callable[[Tensor, float, Rng], Tensor]
     size: Callable[[Tensor], Tensor]
 
 
@@ -167,6 +184,10 @@ def _linf_project(images: Tensor, clean: Tensor, eps: float) -> Tensor:
 
 def _linf_sample(clean: Tensor, eps: float, rng: Rng) -> Tensor:
     return (rng.uniform(*clean.shape[1:]) * 2.0 - 1.0) * eps
+
+
+def _linf_corner(clean: Tensor, eps: float, rng: Rng) -> Tensor:
+    return rng.signs(*clean.shape[1:]) * eps
 
 
 def _l2_size(delta: Tensor) -> Tensor:
@@ -190,10 +211,16 @@ def _l2_sample(clean: Tensor, eps: float, rng: Rng) -> Tensor:
     return direction * _each(rng.uniform() ** (1.0 / size), clean) * eps
 
 
+def _l2_corner(clean: Tensor, eps: float, rng: Rng) -> Tensor:
+    return _l2_ascent(rng.normal(*clean.shape[1:])) * eps
+
+
 BALLS: Registry[Ball] = Registry(
     "norm",
     {
-        "linf": Ball(_linf_project, torch.sign, _linf_sample, lambda delta: delta.flatten(1).abs().amax(1)),
-        "l2": Ball(_l2_project, _l2_ascent, _l2_sample, _l2_size),
+        "linf": Ball(
+            _linf_project, torch.sign, _linf_sample, _linf_corner, lambda delta: delta.flatten(1).abs().amax(1)
+        ),
+        "l2": Ball(_l2_project, _l2_ascent, _l2_sample, _l2_corner, _l2_size),
     },
 )

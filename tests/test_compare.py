@@ -210,7 +210,7 @@ def test_the_threat_is_read_from_what_evaluate_writes():
     from dmlbench.results import conditions
 
     rules, other = load_protocol("ers-digits"), load_model("digits-smallcnn-triplet-act").name
-    chosen = rules.chosen(None, 8)
+    chosen = rules.chosen(None, (1, 8, 8))
     written = reasons(rules, chosen, load_dataset("digits"), None, 64, 3, 4, other)
     assert conditions(written) == {"eot": "4", "surrogate": "digits-smallcnn-triplet-act"}
     assert conditions(reasons(rules, chosen, load_dataset("digits"), None, 64, 3, None, None)) == conditions(())

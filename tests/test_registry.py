@@ -66,9 +66,13 @@ RELEASED = {
     "ers-digits-published@1": "c33abdd19ebe34354cb2db8f0d198bfbdb6de335f4dde936dd593e38be4407bf",
     "panum-28@1": "428d985c9fe39a3adad8332e7246e464499c7691987cb2c75d7b3e6bf68546c8",
     "panum-28-l2@1": "0722c3eaee6c97afa12f1420df79c1c991dfd645942a0707350380f61142ab41",
+    "strict@2": "c9e3e80e8eedfd15ea713f70e9bf6e7516bd074adeb4ef081e39eedbf44b9997",
     "strict@1": "044fb3fed9a8f1de64e8e228d484634e82ac08f0cf9dd3848deb2eaf32f3d20b",
+    "strict-fast@2": "43f04b5b91a8f39e51fdb6af7a785c0c48ff7c832e23fbb09ebb7e7f60b2542a",
     "strict-fast@1": "bc5211c2eca1de018c1101f56bb5b430630c5d2996b22a8a8ccc2162e8d99384",
+    "strict-fast-l2@2": "48a901365d0f266824ebc554b0847e9557a7888a99182c74c85e95c7685060dd",
     "strict-fast-l2@1": "086165752cf1ed86590529e95cb6f8624a2ae26ddfb34e54653c82af3686dc32",
+    "strict-l2@2": "540daa187c7fbfbf31323b3612fafffddbd0cb45ba5ca89a8a90036ebf7fdea9",
     "strict-l2@1": "dc1315161b667147ded7f297e673b6c1b8f60d8f914f3a154e002e65356356c3",
 }
 
@@ -279,7 +283,7 @@ def test_no_run_is_made_of_two_components_of_one_name() -> None:
     twice = p.model_copy(update={"components": (*p.components, p.components[0])})
     for names in (None, ["GTM"], ["QA+@square"]):
         with pytest.raises(UsageError, match=r"'ers-digits' has two components 'CA\+'"):
-            twice.chosen(names, 8)
+            twice.chosen(names, (1, 8, 8))
 
 
 def test_checkpoint_file_refuses_unknown_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +299,7 @@ def test_checkpoint_file_refuses_unknown_keys(tmp_path: Path, monkeypatch: pytes
 
 ORDER = [
     "errors", "version", "registry", "rng", "threat", "checkpoints", "embedding", "scene", "objectives", "targets",
-    "optimizers", "metrics", "attacks", "protocol", "results", "intervals", "subject", "search", "record", "checks", "strict", "clustering", "audit", "evaluate",
+    "optimizers", "metrics", "attacks", "protocol", "threshold", "results", "intervals", "subject", "rounds", "search", "record", "checks", "strict", "clustering", "audit", "evaluate",
 ]  # fmt: skip
 
 

@@ -21,16 +21,27 @@ from dmlbench.subject import prepare
 DEFAULT = "digits-smallcnn-triplet-hm-lga-ics"
 
 
-def shortened(name: str = "strict", steps: int = 12, queries: int = 40, audit: int = 0):
+def shortened(name: str = "strict", steps: int = 12, queries: int = 40, audit: int = 0, rounds: int = 6):
     """A packaged protocol with less of each search: the same code paths."""
     p = load_protocol(name)
     few = tuple(
         s.model_copy(
-            update={"threat": {**s.threat, **({"queries": queries} if "queries" in s.threat else {"steps": steps})}}
+            update={
+                "threat": {**s.threat, **({"queries": queries} if "queries" in s.threat else {"steps": steps})},
+                "rounds": min(s.rounds, rounds),
+                "fewest": min(s.fewest, rounds // 2),
+            }
         )
         for s in p.steps
     )
-    return p.model_copy(update={"steps": few, "audit": audit})
+    changes: dict[str, object] = {"steps": few, "audit": audit, "clustering_seeds": (0,)}
+    if p.threshold:
+        changes["threshold"] = p.threshold.model_copy(
+            update={"threat": {**p.threshold.threat, "steps": steps}, "parts": 2, "octaves": 1}
+        )
+    if p.together > 1:
+        changes["together"] = 20
+    return p.model_copy(update=changes)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +56,31 @@ def whole(model):
 
 def test_the_packaged_protocols_are_the_ones_described() -> None:
     full, fast = load_protocol("strict"), load_protocol("strict-fast")
+    assert [(s.name, s.attack, s.optimizer, s.threat) for s in full.steps] == [
+        ("W1", "WM", "apgd", {"steps": 100, "start": "clean"}),
+        ("RS", "WM", "cosine", {"steps": 50}),
+        ("SQ", "WM", "square", {"queries": 1000}),
+    ]
+    turns = [full.steps[1].at(r) for r in range(9)]
+    assert [(s.attack, s.threat["start"], before) for s, before in turns] == [
+        ("WM", "corner", 0), ("WM", "random", 0), ("WM", "corner", 0), ("ME", "corner", 0),
+        ("WM", "corner", 1), ("WM", "random", 1), ("WM", "corner", 1), ("ME", "corner", 1), ("WM", "corner", 2),
+    ]  # fmt: skip
+    assert fast.steps == full.steps[:1] and (fast.grid, fast.threshold) == (full.grid, full.threshold)
+    assert full.eps_for((1, 28, 28)) == ("8/255", "16/255", "32/255", "77/255")
+    assert full.eps_for((1, 8, 8))[-1] == "40/255"
+    colour = full.eps_for((3, 224, 224))
+    assert [round(eval(eps) * 255, 6) for eps in colour] == [0.25, 0.5, 1, 2, 4, 8]
+    for shape in ((3, 32, 32), (3, 112, 96), (1, 64, 64), (4, 8, 8)):
+        assert full.eps_for(shape) == colour
+    assert (full.measured(896), full.measured(10_000), full.measured(10_000, 64)) == (896, 1000, 64)
+    for name in ("strict-l2", "strict-fast-l2"):
+        assert load_protocol(name).threat["norm"] == "l2"
+        assert load_protocol(name).steps == load_protocol(name.removesuffix("-l2")).steps
+
+
+def test_the_first_version_is_the_one_described() -> None:
+    full, fast = load_protocol("strict@1"), load_protocol("strict-fast@1")
     assert [(s.name, s.attack, s.optimizer, s.aims, s.threat) for s in full.steps] == [
         ("W1", "WM", "apgd", 1, {"steps": 100, "start": "clean"}),
         ("W2", "WM", "apgd", 1, {"steps": 100, "start": "random"}),
@@ -52,12 +88,13 @@ def test_the_packaged_protocols_are_the_ones_described() -> None:
         ("SQ", "WM", "square", 1, {"queries": 1000}),
     ]
     assert fast.steps == full.steps[:1] and fast.grid == full.grid
-    assert full.eps_for(28) == ("8/255", "16/255", "32/255", "77/255")
-    assert full.eps_for(224) == full.eps_for(500) == ("2/255", "4/255", "8/255")
-    assert full.eps_for(8)[-1] == "40/255" and full.eps_for(32) == full.eps_for(224)
+    assert full.eps_for((1, 28, 28)) == ("8/255", "16/255", "32/255", "77/255")
+    assert full.eps_for((3, 224, 224)) == full.eps_for((1, 500, 500)) == ("2/255", "4/255", "8/255")
+    assert full.eps_for((3, 8, 8))[-1] == "40/255" and full.eps_for((1, 32, 32)) == full.eps_for((3, 224, 224))
+    assert full.measured(10_000) == 10_000 and full.threshold is None
     for name in ("strict-l2", "strict-fast-l2"):
-        assert load_protocol(name).threat["norm"] == "l2"
-        assert load_protocol(name).steps == load_protocol(name.removesuffix("-l2")).steps
+        assert load_protocol(f"{name}@1").threat["norm"] == "l2"
+        assert load_protocol(f"{name}@1").steps == load_protocol(f"{name.removesuffix('-l2')}@1").steps
     gradients = sum(s.aims * s.threat["steps"] for s in full.steps if "steps" in s.threat)
     assert gradients <= 13 * 32, "within thirteen PGD-32 runs, Square apart"
 
@@ -85,7 +122,7 @@ def test_the_curve_counts_queries_once(whole) -> None:
         assert bool((whole.arrays[f"{name}/norm"] <= radius + 1e-5).all())
         before = survived
     assert strict["curve"][-1]["recall_at_1"] < strict["curve"][0]["recall_at_1"] <= strict["clean"]
-    assert strict["codes"]["SQ"] == 5 and whole.ers is None
+    assert strict["codes"]["SQ"] == 4 and whole.ers is None
 
 
 def test_area_is_the_mean_height() -> None:
@@ -157,7 +194,7 @@ def test_other_spaces_and_l2(space: str) -> None:
 
 def test_every_wrong_class_is_tried_in_turn(model) -> None:
     """MT with all four wrong classes of digits breaks what each class alone breaks."""
-    subject, p = prepare(model, dmlbench.load_dataset("digits"), limit=48), shortened(steps=16)
+    subject, p = prepare(model, dmlbench.load_dataset("digits"), limit=48), shortened("strict@1", steps=16)
     step, at = p.steps[2], np.arange(48)
     threat = p.threat_at("20/255", step.threat)
     right = attempt(subject, step, threat.but(eps="0", steps=0), at, 0)
@@ -205,6 +242,11 @@ def test_a_collapsed_model_is_flagged() -> None:
     (('attack = "WM"', 'attack = "VM"'), "unknown attack 'VM'"),
     (('"10/255", "20/255"', '"20/255", "10/255"'), "ascending"),
     (("8 = [", "eight = ["), "side in pixels"),
+    (("parts = 8", "parts = 6"), "power of two"),
+    (("parts = 8", "parts = 8\nsteps = 3"), "threshold.steps"),
+    (("queries = 1000", "queries = 0"), "must be 1 or more"),
+    (("queries = 1000", "together = 9"), "nothing without each other"),
+    (('start = "random"', 'start = "edge"'), "'clean', 'random' or 'corner'"),
 ])  # fmt: skip
 def test_a_broken_protocol_file_is_one_line(tmp_path, change, message) -> None:
     text = (dmlbench.protocol.FOLDER / "strict-fast.toml").read_text()
@@ -223,13 +265,14 @@ def test_it_is_kept_on_disk_whole(whole, tmp_path) -> None:
 
 def test_strict_fast_from_the_command_line(typed, tmp_path) -> None:
     done = typed("evaluate", "--model", DEFAULT, "--protocol", "strict-fast", "--limit", "24", "--out", "run")
-    assert "area under the curve" in done.out and "40/255" in done.out and "retention" in done.out
+    assert "smallest eps that breaks a query, median" in done.out and "40/255" in done.out and "retention" in done.out
     assert "ERS" not in done.out
     plan = typed("evaluate", "--model", DEFAULT, "--protocol", "strict", "--plan", "--json").json
     plan = [row for row in plan if "@" in row["id"]]
-    assert [row["id"] for row in plan[:4]] == ["W1@5/255", "W2@5/255", "MT@5/255", "SQ@5/255"]
-    assert plan[2]["gradients"] == 896 * 32 * 4 and plan[3]["gradients"] == 0  # five aims, but four other classes
-    assert plan[0]["values"] == 896 and plan[3]["values"] == 896 * 1000
+    rounds = dmlbench.load_protocol("strict").steps[1].rounds
+    assert [row["id"] for row in plan[:4]] == ["W1@5/255", "RS@5/255", "SQ@5/255", "W1@10/255"]
+    assert plan[1]["gradients"] == 896 * 50 * rounds and plan[2]["gradients"] == 0
+    assert plan[0]["values"] == 896 and plan[2]["values"] == 896 * 1000
 
 
 @pytest.mark.parametrize("name", [DEFAULT, "digits-smallcnn-triplet-none"])

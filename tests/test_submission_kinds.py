@@ -300,7 +300,7 @@ def believable(files, tmp_path, change, protocol):
         for m, ends in zip(content["measurements"], cluster_bootstrap(table, kept["label"]).columns, strict=True):
             m["interval"] = ends
         if protocol == "clustering":
-            content["extras"]["clustering"] = clustering.summary(rules, rules.eps_for(8), kept["label"], kept)
+            content["extras"]["clustering"] = clustering.summary(rules, rules.eps_for((1, 8, 8)), kept["label"], kept)
             return
         spent = [point["steps"] for point in content["extras"]["strict"]["curve"]]
         clean = kept["benign/recall_at_1"]

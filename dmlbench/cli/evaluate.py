@@ -199,7 +199,7 @@ def foreseen(
     from dmlbench.evaluate import reasons
     from dmlbench.leaderboard import foresee
 
-    chosen = rules.chosen(attacks, max(images.images.shape[1:]))
+    chosen = rules.chosen(attacks, images.images.shape)
     why = reasons(rules, chosen, images, attacks, limit, seed, eot, surrogate)
     if csv:
         prepare_folder(csv.parent)

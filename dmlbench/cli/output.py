@@ -59,8 +59,11 @@ class RichProgress:
         self._total = None if total is None else bars.add_task("total", total=total)
 
     def start(self, task: str, total: int) -> None:
-        """A bar for ``task``."""
-        self._tasks[task] = self._bars.add_task(task, total=total)
+        """A bar for ``task``; one that begins again, as a step's rounds do, keeps its bar."""
+        if task in self._tasks:
+            self._bars.reset(self._tasks[task], total=total)
+        else:
+            self._tasks[task] = self._bars.add_task(task, total=total)
 
     def advance(self, task: str, count: int) -> None:
         """Move it, and the total with it."""

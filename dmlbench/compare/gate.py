@@ -33,6 +33,7 @@ DEFAULT_DROPS: Mapping[str, float] = {
     "ers": 1.0,
     "recall_at_1": 1.0,
     "nmi": 1.0,
+    "worst_case_recall_at_1": 1.0,
     "worst_case_area": 1.0,
     "clustering_nmi_attacked": 3.0,
     "any": 3.0,

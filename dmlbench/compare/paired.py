@@ -18,7 +18,7 @@ from jaxtyping import Float, Integer
 from scipy import sparse
 
 from dmlbench.errors import DataError, NotComparable
-from dmlbench.intervals import DRAWS, LEVEL, cluster_bootstrap, stretched
+from dmlbench.intervals import DRAWS, LEVEL, cluster_bootstrap, cluster_medians, stretched
 from dmlbench.leaderboard.row import extra_numbers, worst_case_by_query
 from dmlbench.optimizers import WHOLE_SET
 from dmlbench.results import Evaluation
@@ -179,7 +179,9 @@ def _extra(
     worst = worst_case_by_query(base), worst_case_by_query(candidate)
     out = []
     for name in numbers:
-        if worst[0] is not None and worst[1] is not None and name in worst[0]:
+        if name == "smallest_eps" and name in other:
+            out.append(_smallest(base, candidate, i, j, seed, draws))
+        elif worst[0] is not None and worst[1] is not None and name in worst[0]:
             sides = worst[0][name][i], worst[1][name][j]
             nowhere = np.isnan(sides[0]) | np.isnan(sides[1])
             first, second = (np.where(nowhere, np.nan, side) for side in sides)
@@ -194,6 +196,27 @@ def _extra(
                 interval = nmi_interval(base, candidate, keys, i, j, seed, draws)
             out.append(Paired(name, False, numbers[name], other.get(name), interval))
     return out
+
+
+def _smallest(base: Evaluation, candidate: Evaluation, i: np.ndarray, j: np.ndarray, seed: int, draws: int) -> Paired:
+    """The medians of the smallest eps, each over the common queries that its model gets right when clean, [0, 1] scale;
+    what is beyond the largest eps of the grid counts as that."""
+    table = np.stack(
+        [
+            np.minimum(e.arrays["smallest_eps/value"][rows], e.extras["strict"]["smallest_eps"]["largest"])
+            for e, rows in ((base, i), (candidate, j))
+        ],
+        axis=1,
+    )
+    label = base.arrays["label"][i]
+    known = ~np.isnan(table)
+    if not known.any(0).all():
+        return Paired("smallest_eps", False, None, None, None)
+    found = cluster_medians(table, label, seed, draws)
+    groups = int(min(len(np.unique(label[k])) for k in known.T))
+    difference = found[:, 1] - found[:, 0]
+    interval = stretched(difference[1:], float(difference[0]), groups, LEVEL)
+    return Paired("smallest_eps", False, float(found[0, 0]), float(found[0, 1]), interval)
 
 
 def worst_clusters(e: Evaluation) -> str:

@@ -8,22 +8,16 @@ from dmlbench.compare.verdict import Comparison, Difference
 MARK = {"better": "▲", "same": "=", "worse": "▼", "inconclusive": "?"}
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.2f}"
-
-
-def _ends(m: Difference) -> str:
-    return "–" if m.interval is None else f"[{m.interval[0]:+.2f}, {m.interval[1]:+.2f}]"
-
-
 def _cells(m: Difference) -> tuple[str, ...]:
+    form = ".3g" if m.metric == "smallest_eps" else ".2f"  # a length, on the [0, 1] scale of pixels
+
+    def number(value: float | None, sign: str = "") -> str:
+        return "–" if value is None else f"{value:{sign}{form}}"
+
+    ends = "–" if m.interval is None else f"[{number(m.interval[0], '+')}, {number(m.interval[1], '+')}]"
     allowed = "–" if m.allowed is None else f"{m.allowed:g}"
     verdict = f"{MARK[m.verdict]} {m.verdict}" + (", REGRESSION" if m.regression else "")
-    return (m.metric, _number(m.base), _number(m.candidate), _signed(m.difference), _ends(m), allowed, verdict)
+    return (m.metric, number(m.base), number(m.candidate), number(m.difference, "+"), ends, allowed, verdict)
 
 
 HEADER = ("metric", "base", "candidate", "difference", "95 % interval", "may drop", "verdict")

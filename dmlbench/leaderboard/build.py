@@ -35,7 +35,7 @@ def rows_of(board: Path) -> list[Row]:
         DataError: a submission cannot be read or contradicts itself, or two give the same row.
     """
     rows: list[Row] = []
-    seen: dict[tuple[str, str, str], Path] = {}
+    seen: dict[tuple[str, ...], Path] = {}
     for folder in sorted((board / "submissions").glob("*")):
         if not folder.is_dir():
             raise DataError(f"{folder} is no folder")

@@ -6,7 +6,7 @@ browser would read as HTML is refused, so a cell can be shown anywhere.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -134,8 +134,16 @@ class Row(BaseModel):
     worst_case_recall_at_1: Percent | None = None
     worst_case_recall_at_1_lo: float | None = None
     worst_case_recall_at_1_hi: float | None = None
+    smallest_eps: Annotated[float, Field(gt=0)] | None = None
+    """median over the queries that are right when clean of the smallest eps found that breaks it, [0, 1] scale; the
+    largest eps of the grid where it is beyond that: then smallest_eps_hi is empty and smallest_eps_lo is that too"""
+    smallest_eps_lo: Annotated[float, Field(ge=0)] | None = None
+    smallest_eps_hi: Annotated[float, Field(ge=0)] | None = None
+    """empty where it is beyond the largest eps of the grid"""
+    worst_case_missed_at_most: Percent | None = None
+    """upper bound of the points that ten times the rounds would take from worst_case_recall_at_1"""
     worst_case_area: Percent | None = None
-    """mean height of the curve of worst-case R@1 from eps 0 to the largest"""
+    """version 1: mean height of the curve of worst-case R@1 from eps 0 to the largest"""
     worst_case_area_lo: float | None = None
     worst_case_area_hi: float | None = None
     clustering_nmi: Percent | None = None
@@ -165,25 +173,27 @@ class Row(BaseModel):
     seconds: Annotated[float, Field(ge=0)] | None = None
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        """What a board holds once: the model, the data set's split and the protocol."""
-        return (self.protocol, f"{self.dataset}/{self.split or 'test'}", self.model)
+    def key(self) -> tuple[str, str, str, str]:
+        """What a board holds once: the protocol, the data set's split, the model, and the protocol's version."""
+        return (self.protocol, f"{self.dataset}/{self.split or 'test'}", self.model, self.protocol_version or "")
 
     @property
     def headline(self) -> float | None:
-        """What rows are ranked by: ERS; under a protocol without one the area of the worst-case curve, or
+        """What rows are ranked by: ERS; under a protocol without one the smallest eps that breaks a query, or
         AMI of the attacked clusters."""
         return next((getattr(self, n) for n in HEADLINES if getattr(self, n) is not None), None)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The interval of :attr:`headline`."""
+        """The interval of :attr:`headline`; the smallest eps may have no upper end."""
         name = next((n for n in HEADLINES if getattr(self, n) is not None), "")
         low, high = getattr(self, f"{name}_lo", None), getattr(self, f"{name}_hi", None)
+        if name == "smallest_eps" and low is not None and high is None:
+            high = np.inf
         return None if low is None or high is None else (low, high)
 
 
-HEADLINES = ("ers", "worst_case_area", "clustering_ami_attacked")
+HEADLINES = ("ers", "smallest_eps", "worst_case_area", "clustering_ami_attacked")
 """What a row is ranked by: the first of these that it has."""
 
 COLUMNS: tuple[str, ...] = tuple(Row.model_fields)
@@ -200,10 +210,13 @@ _SMALL = ("tma_raw", "es_d_raw", "eps")
 
 
 def shown(column: str, value: Any) -> str:
-    """A cell as a person reads it: one digit after the point, three where the whole scale is about 1."""
+    """A cell as a person reads it: one digit after the point, three where the whole scale is about 1, and three digits of
+    the smallest eps, which lies on a log scale."""
     if value is None:
         return ""
-    return f"{value:.{3 if column in _SMALL else 1}f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:#.3g}" if column.startswith("smallest_eps") else f"{value:.{3 if column in _SMALL else 1}f}"
 
 
 def _neat(value: float | None, digits: int = 4) -> float | None:
@@ -303,6 +316,7 @@ def from_evaluation(
 
 
 EXTRA_COLUMNS = (
+    "smallest_eps",
     "worst_case_recall_at_1",
     "worst_case_area",
     "clustering_nmi",
@@ -319,13 +333,20 @@ def extra_numbers(e: Evaluation) -> dict[str, float]:
     found: dict[str, float | None] = {}
     if strict := e.extras.get("strict"):
         found["worst_case_recall_at_1"] = strict["curve"][-1]["recall_at_1"]
-        found["worst_case_area"] = strict["area"]
+        found["worst_case_area"] = strict.get("area")
+        if (smallest := strict.get("smallest_eps")) and found["worst_case_recall_at_1"] is not None:
+            found["smallest_eps"] = within(smallest["median"], smallest)
     if clustering := e.extras.get("clustering"):
         known = [row for row in clustering["worst"] if row["labelled"]]
         for name in ("nmi", "ami"):
             found[f"clustering_{name}"] = clustering["clean"][name]
             found[f"clustering_{name}_attacked"] = known[-1][name]
     return {name: float(value) for name, value in found.items() if value is not None and np.isfinite(value)}
+
+
+def within(value: float | None, smallest: Mapping[str, Any]) -> float:
+    """A number of ``extras.strict.smallest_eps``, or the largest eps of the grid where it is beyond that."""
+    return float(smallest["largest"] if value is None else value)
 
 
 def headline(e: Evaluation) -> tuple[str, float] | None:
@@ -335,13 +356,20 @@ def headline(e: Evaluation) -> tuple[str, float] | None:
 
 
 def _extra_columns(e: Evaluation) -> dict[str, Any]:
-    found: dict[str, Any] = {name: _neat(value) for name, value in extra_numbers(e).items()}
+    found: dict[str, Any] = {
+        name: _neat(value, 6 if name == "smallest_eps" else 4) for name, value in extra_numbers(e).items()
+    }
     if "worst_case_recall_at_1" in found:
         ends = e.part(strict_columns(e)[-1]).interval
         if ends is not None:
             lo, hi = np.clip(ends, 0.0, 100.0)
             found["worst_case_recall_at_1_lo"], found["worst_case_recall_at_1_hi"] = _neat(float(lo)), _neat(float(hi))
-        if (worst := worst_case_by_query(e)) is not None:
+        if (smallest := e.extras["strict"].get("smallest_eps")) and smallest["interval"]:
+            low, high = smallest["interval"]
+            found["smallest_eps_lo"] = _neat(within(low, smallest), 6)
+            found["smallest_eps_hi"] = _neat(high, 6)
+        found["worst_case_missed_at_most"] = _neat(e.extras["strict"]["curve"][-1].get("missed_at_most"))
+        if "worst_case_area" in found and (worst := worst_case_by_query(e)) is not None:
             ends = cluster_bootstrap(worst["worst_case_area"][:, None], e.arrays["label"]).mean
             if ends is not None:
                 found["worst_case_area_lo"], found["worst_case_area_hi"] = map(_neat, ends)
@@ -354,8 +382,8 @@ def strict_columns(e: Evaluation) -> list[str]:
 
 
 def worst_case_by_query(e: Evaluation) -> dict[str, np.ndarray] | None:
-    """What each query adds to ``worst_case_recall_at_1`` and ``worst_case_area``, (Q,) each, whose means they are;
-    None for other protocols and without the queries' outcomes.
+    """What each query adds to ``worst_case_recall_at_1`` and, where there is one, ``worst_case_area``, (Q,) each, whose means
+    they are; None for other protocols and without the queries' outcomes.
 
     The area is linear in the outcomes, so each query has one of its own.
     """
@@ -368,4 +396,5 @@ def worst_case_by_query(e: Evaluation) -> dict[str, np.ndarray] | None:
     radii = np.array([0.0, *(length(name.rpartition("@")[2]) for name in names)])
     curve = np.stack([e.arrays[key].astype(np.float64) for key in keys], axis=1)
     areas: np.ndarray = (np.diff(radii) * (curve[:, 1:] + curve[:, :-1]) / 2).sum(1) / radii[-1]
-    return {"worst_case_recall_at_1": curve[:, -1], "worst_case_area": areas}
+    found = {"worst_case_recall_at_1": curve[:, -1], "worst_case_area": areas}
+    return {name: values for name, values in found.items() if name in extra_numbers(e)}

@@ -107,7 +107,7 @@ def from_csv(path: Path) -> list[Row]:
         raise DataError(f"{path} has CR line ends where LF are expected")
     reader = csv.DictReader(io.StringIO(text), strict=True)
     rows: list[Row] = []
-    seen: dict[tuple[str, str, str], int] = {}
+    seen: dict[tuple[str, ...], int] = {}
     try:
         header = list(reader.fieldnames or [])
         if "schema_version" not in header:
@@ -193,9 +193,9 @@ def _allowed(path: Path, make: Callable[[], Row]) -> Row:
 def _beside(row: Row, path: Path) -> list[Row]:
     """The rows of the file that stay when ``row`` is added."""
     rows = from_csv(path) if path.exists() else []
-    if row.partial and any(r.partial is None for r in rows if r.key == row.key):
+    if row.partial and any(r.partial is None for r in rows if r.key[:3] == row.key[:3]):
         raise DataError(
             f"{path} holds a full result of {row.model!r} under {row.protocol!r}; "
             f"a partial one ({row.partial}) does not replace it"
         )
-    return [r for r in rows if r.key != row.key]
+    return [r for r in rows if r.key[:3] != row.key[:3]]

@@ -12,6 +12,7 @@ from dmlbench.optimizers.apgd import apgd
 from dmlbench.optimizers.base import Divisible, Gradient, Hunt, Loss, Optimizer, autograd, keep_lower, watched
 from dmlbench.optimizers.black import POPULATION, nes, noise, spsa
 from dmlbench.optimizers.carlini import ROUNDS, cw
+from dmlbench.optimizers.cosine import cosine
 from dmlbench.optimizers.gradient import fgsm, mi_fgsm, pgd, pgd_restarts, r_fgsm
 from dmlbench.optimizers.square import square
 from dmlbench.optimizers.universal import universal
@@ -31,6 +32,7 @@ __all__ = [
     "Optimizer",
     "apgd",
     "autograd",
+    "cosine",
     "cw",
     "fgsm",
     "keep_lower",
@@ -84,6 +86,7 @@ OPTIMIZERS: Registry[Optimizer] = Registry(
         "r-fgsm": r_fgsm,
         "mi-fgsm": mi_fgsm,
         "apgd": apgd,
+        "cosine": cosine,
         "cw": cw,
         "nes": nes,
         "spsa": spsa,
@@ -110,6 +113,7 @@ COSTS: dict[str, Cost] = {
         lambda t: t.restarts * max(1, t.steps),
         lambda t: t.restarts if t.steps else 0,
     ),
+    "cosine": Cost("restarts × steps gradients, 1 value each", lambda t: t.restarts * t.steps, lambda t: t.restarts),
     "cw": Cost(f"{ROUNDS} × steps gradients", lambda t: ROUNDS * t.steps, lambda t: 1 + ROUNDS),
     "nes": Cost(f"{POPULATION} × steps values", values=lambda t: _probed(t) if t.radius else 0),
     "spsa": Cost(f"{POPULATION} × steps values", values=lambda t: _probed(t)),

@@ -160,7 +160,7 @@ def _strict(runs: Sequence[Run]) -> Markup | None:
     lines: list[Line] = []
     for run in runs:
         found = run.evaluation.extras.get("strict")
-        if not found or any(found[key] is None or np.isnan(found[key]) for key in ("clean", "area")):
+        if not found or found["clean"] is None or np.isnan(found["clean"]):
             continue  # not a strict run, or one without a query that has a positive
         by_name = {m.component: m for m in run.evaluation.measurements}
         points: list[tuple[float, float, tuple[float, float] | None]] = [(0.0, float(found["clean"]), None)]

@@ -1,7 +1,8 @@
 """Level 0 of what protocols of kind strict and clustering add: ``extras`` and the arrays that it comes from.
 
 Strict: how each query ended at each eps fits its outcomes, its norms and what happened at the smaller
-eps; the curve, its area and the counts of every step are computed again. Clustering: NMI, AMI, pair F1
+eps, rounds ended when they had to, and the smallest eps lies where the grid says; the curve, the counts of every step and
+the headline are computed again. Clustering: NMI, AMI, pair F1
 and R@1 are computed again from the clusters that each image fell into. The flags of the audit are those
 of its findings.
 """
@@ -17,7 +18,9 @@ from dmlbench.audit import CHECKS, FEW, HIDDEN, Finding, last_resort
 from dmlbench.evaluate import retention
 from dmlbench.protocol import Component, Protocol
 from dmlbench.results import Evaluation
+from dmlbench.rounds import groups, rounds_run
 from dmlbench.submission.bundle import Problem, Refused
+from dmlbench.threshold import bracket, ladder
 
 RUN = "run/evaluation.json"
 QUERIES = "run/per_query.npz"
@@ -25,6 +28,9 @@ SAMPLE = "run/adversarial_sample.npz"
 
 CLOSE = 1e-3
 """How far a stated number may be from the one computed again, in points: rounding of sums."""
+
+LENGTHS_CLOSE = 1e-6
+"""The same for lengths on the [0, 1] scale of pixels."""
 
 ARRAYS: Mapping[str, Mapping[str, str]] = {
     "strict": {"broken_by": "i", "iteration": "i", **dict.fromkeys(strict.PROXIES, "f")},
@@ -58,6 +64,7 @@ class _Step(_Form):
     values: Count
     seconds: Cost
     points: Percent
+    rounds: tuple[Count, ...] | None = None
 
 
 class _Point(_Form):
@@ -68,14 +75,27 @@ class _Point(_Form):
     recall_at_8: Percent
     map_at_r: Percent
     carried: Percent
+    missed: Percent | None = None
+    missed_at_most: Percent | None = None
     steps: tuple[_Step, ...]
+
+
+class _Smallest(_Form):
+    norm: Literal["linf", "l2"]
+    median: Cost | None
+    interval: tuple[Cost | None, Cost | None] | None
+    largest: Cost
+    gradients: Count
+    values: Count
+    seconds: Cost
 
 
 class _Strict(_Form):
     norm: Literal["linf", "l2"]
     clean: Percent
     curve: Annotated[tuple[_Point, ...], Field(min_length=1)]
-    area: Percent
+    area: Percent | None = None
+    smallest_eps: _Smallest | None = None
     gradients_per_query: Cost
     values_per_query: Cost
     codes: dict[str, int]
@@ -140,14 +160,14 @@ def form_problems(e: Evaluation) -> Iterator[Problem]:
 
 
 def parts_of(rules: Protocol, e: Evaluation) -> list[Component]:
-    """The columns that a full run has; under a grid they depend on the side of the images that the sample holds."""
+    """The columns that a full run has; under a grid they depend on the shape of the images that the sample holds."""
     if rules.kind not in ARRAYS:
         return list(rules.components)
-    sides = {max(images.shape[1:]) for name, images in e.sample.items() if "@" in name and images.ndim == 4}
-    if len(sides) != 1:
+    shapes = {images.shape[1:] for name, images in e.sample.items() if "@" in name and images.ndim == 4}
+    if len(shapes) != 1:
         raise Refused([Problem(0, SAMPLE, "holds no images of one size")])
     find = strict.components if rules.kind == "strict" else clustering.components
-    return find(rules, sides.pop())
+    return find(rules, shapes.pop())
 
 
 def shape_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) -> Iterator[Problem]:
@@ -156,6 +176,10 @@ def shape_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) -
         if key not in KEYS[rules.kind]:
             yield Problem(0, f"{RUN} extras.{key}", f"is not what a run of kind {rules.kind!r} has")
     wanted = {f"{c.name}/{key}": kind for c in parts for key, kind in ARRAYS.get(rules.kind, {}).items()}
+    if rules.together > 1:
+        wanted |= {f"{c.name}/round": "i" for c in parts}
+    if rules.threshold is not None:
+        wanted[strict.SMALLEST] = "f"
     if rules.kind == "clustering":
         wanted |= {"clustering/clean/clusters": "i", "clustering/clean/value": "f"}
     for name, kind in wanted.items():
@@ -175,6 +199,10 @@ def outcome_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component])
     if rules.kind == "strict":
         yield from _broken_problems(e, rules, parts)
         yield from _proxy_problems(e, parts)
+        if rules.together > 1:
+            yield from _round_problems(e, rules, parts)
+        if rules.threshold is not None:
+            yield from _smallest_problems(e, rules, parts)
     elif rules.kind == "clustering":
         yield from _cluster_problems(e, parts)
 
@@ -214,6 +242,46 @@ def _broken_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component])
             said = "differ from the smaller eps that broke the query"
             yield from _count(carried & was & (now[key] != before[key]), f"{c.name}/{key}", said)
         before = now
+
+
+def _round_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) -> Iterator[Problem]:
+    """The round that broke each query: one where a step with rounds did, and one that its group was still given."""
+    right = e.arrays["benign/recall_at_1"] == 100.0
+    group = groups(len(right), rules.together)
+    for c in parts:
+        by, first = e.arrays[f"{c.name}/broken_by"], e.arrays[f"{c.name}/round"]
+        many = np.array([step.rounds for step in rules.steps])
+        here = by > strict.CARRIED
+        most = np.where(here, many[np.where(here, by - 2, 0)], 1)
+        wrong = np.where(most > 1, (first < 1) | (first > most), first != 0)
+        yield from _count(wrong, f"{c.name}/round", "do not fit broken_by")
+        if wrong.any():
+            continue
+        for index in np.flatnonzero(many > 1):
+            of_step = np.where(by == index + 2, first, 0)
+            alive = (by == strict.SURVIVED) | (by >= index + 2)
+            late = of_step > rounds_run(rules.steps[index], group, right, alive, of_step)[group]
+            yield from _count(late, f"{c.name}/round", "are after the last that the protocol gives the group")
+
+
+def _smallest_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) -> Iterator[Problem]:
+    """The smallest eps of each query: one that is asked about, between the last eps that left it alone and the first that did not."""
+    assert rules.threshold is not None
+    right, found = e.arrays["benign/recall_at_1"] == 100.0, e.arrays[strict.SMALLEST]
+    yield from _count(
+        np.isnan(found) == right, strict.SMALLEST, "are missing where the query is right when clean, or there where not"
+    )
+    steps, places = ladder([rules.threat_of(c).radius for c in parts], rules.threshold)
+    broken = np.stack([e.arrays[f"{c.name}/broken_by"] >= strict.CARRIED for c in parts])
+    low, high = bracket(broken, places, len(steps))
+    lengths = np.append(steps, np.inf)
+    at = np.searchsorted(steps, found * (1 - LENGTHS_CLOSE))
+    with np.errstate(invalid="ignore"):
+        off = (found != lengths[at]) & ~(np.abs(found - lengths[at]) <= LENGTHS_CLOSE * found)
+    yield from _count(right & off, strict.SMALLEST, "are none of the eps that are asked about")
+    yield from _count(
+        right & ((at <= low) | (at > high)), strict.SMALLEST, "do not lie between the grid's eps that say so"
+    )
 
 
 def _proxy_problems(e: Evaluation, parts: Sequence[Component]) -> Iterator[Problem]:
@@ -263,7 +331,8 @@ def number_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) 
             said = f"has {shape} steps by eps, the protocol {[len(rules.steps)] * len(grid)}"
             yield Problem(0, f"{RUN} extras.strict.curve", said)
             return
-        again = strict.summary(rules, grid, e.arrays["benign/recall_at_1"], e.arrays, spent)
+        clean, halving = e.arrays["benign/recall_at_1"], e.extras["strict"].get("smallest_eps")
+        again = strict.summary(rules, grid, clean, e.arrays["label"], e.arrays, spent, halving)
         yield from _differences("extras.strict", e.extras["strict"], again)
         yield from _audit_problems(e, rules, parts)
     elif rules.kind == "clustering":
@@ -274,7 +343,7 @@ def number_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) 
 
 
 def _differences(where: str, stated: Any, found: Any) -> Iterator[Problem]:
-    """Where two trees of lists, mappings and values differ, numbers by more than :data:`CLOSE`."""
+    """Where two trees of lists, mappings and values differ, numbers by more than :data:`CLOSE`, lengths :data:`LENGTHS_CLOSE`."""
     if isinstance(stated, dict) and isinstance(found, dict):
         for key in sorted({*stated, *found}):
             yield from _differences(f"{where}.{key}", stated.get(key), found.get(key))
@@ -282,7 +351,7 @@ def _differences(where: str, stated: Any, found: Any) -> Iterator[Problem]:
         for n, (a, b) in enumerate(zip(stated, found, strict=True)):
             yield from _differences(f"{where}.{n}", a, b)
     elif isinstance(stated, int | float) and isinstance(found, float):
-        if not abs(stated - found) <= CLOSE:
+        if not abs(stated - found) <= (LENGTHS_CLOSE if ".smallest_eps." in where else CLOSE):
             yield Problem(0, f"{RUN} {where}", f"says {stated}, the queries' own outcomes give {found}")
     elif stated != found:
         yield Problem(0, f"{RUN} {where}", f"says {stated!r}, the queries' own outcomes give {found!r}")

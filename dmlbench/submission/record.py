@@ -56,11 +56,12 @@ class Stated(_Record):
     weights_sha256: Sha256
     recall_at_1: Percent
     ers: float | None = None
+    smallest_eps: float | None = None
     worst_case_area: Percent | None = None
     clustering_ami_attacked: float | None = None
 
 
-STATED_EXTRA = ("worst_case_area", "clustering_ami_attacked")
+STATED_EXTRA = ("smallest_eps", "worst_case_area", "clustering_ami_attacked")
 """What a submission states where its protocol has no ERS."""
 
 

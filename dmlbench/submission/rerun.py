@@ -29,13 +29,15 @@ from dmlbench.intervals import cluster_bootstrap
 from dmlbench.leaderboard.row import headline
 from dmlbench.models import build, check_probe, fill, parameter_count
 from dmlbench.models.spec import preprocess_of
-from dmlbench.protocol import Component, Protocol
+from dmlbench.protocol import Component, Protocol, Step
 from dmlbench.results import Evaluation
-from dmlbench.subject import Progress, Silent, Subject, prepare
+from dmlbench.subject import Progress, Silent, Subject, measured_queries, prepare
 from dmlbench.submission.bundle import Problem, refuse
 from dmlbench.submission.replay import AGREE, clusters_differ, dataset_of
 from dmlbench.submission.static import RUN, WEIGHTS, Checked
 
+OCTAVES = 0.125
+"""How far the smallest eps may differ on a log scale with base 2: one step between two eps that are asked about."""
 SHARE = 0.05
 """Share of the queries that level 3 attacks again ..."""
 LEAST = 64
@@ -173,11 +175,25 @@ def rerun_share(
     if checked.protocol.kind == "clustering":
         part = checked.parts[draw.integers(len(checked.parts))]
         return _one_cluster_attack(checked, prepare(embedder, dataset, device=device), part, chosen, progress)
-    count = min(len(dataset.query), max(least, int(np.ceil(share * len(dataset.query)))))
-    picked = np.sort(draw.choice(dataset.query, size=count, replace=False))
+    measured = dataset.query[measured_queries(len(dataset.query), checked.protocol.queries)]
+    count = min(len(measured), max(least, int(np.ceil(share * len(measured)))))
+    picked = np.sort(draw.choice(measured, size=count, replace=False))
     few = dataclasses.replace(dataset, query=picked)
     rules = checked.protocol.model_copy(update={"audit": 0})  # a share is too few for it
+    rules = rules.model_copy(update={"steps": _as_long(rules, checked.evaluation)})
     return _rerun(checked, embedder, few, rules, 3, chosen, device, progress)
+
+
+def _as_long(rules: Protocol, stated: Evaluation) -> tuple[Step, ...]:
+    """The protocol's steps, with as many rounds as the run took at the most: some queries do not say when all have had enough."""
+    curve = stated.extras.get("strict", {}).get("curve", [])
+    out = []
+    for index, step in enumerate(rules.steps):
+        if step.rounds > 1:
+            most = max([2, *(len(row["steps"][index]["rounds"]) for row in curve)])
+            step = step.model_copy(update={"rounds": most, "fewest": most})
+        out.append(step)
+    return tuple(out)
 
 
 def rerun_all(checked: Checked, embedder: Embedder, *, device: str = "auto", progress: Progress | None = None) -> Rerun:
@@ -234,8 +250,8 @@ def _new_flags(checked: Checked, found: Evaluation) -> Iterator[Problem]:
 
 
 def _disagreements(checked: Checked, found: Evaluation, at: np.ndarray, level: int) -> Iterator[Problem]:
-    """Parts (and ERS, or the area of the worst-case curve) whose mean over the same queries differs by more than
-    :data:`AGREE` points and whose paired interval excludes zero."""
+    """Parts (and ERS, or the area of the worst-case curve, or the smallest eps) whose mean over the same queries differs by
+    more than :data:`AGREE` points (:data:`OCTAVES`) and whose paired interval excludes zero."""
     stated, rules, parts = checked.evaluation, checked.protocol, checked.parts
     sides = [
         np.stack([c.rescale(e.arrays[f"{c.name}/value"][rows].astype(np.float64)) for c in parts], axis=1)
@@ -246,7 +262,18 @@ def _disagreements(checked: Checked, found: Evaluation, at: np.ndarray, level: i
     intervals = cluster_bootstrap(difference, np.arange(len(at)))
     means = np.nanmean(difference, axis=0)
     whole, ends, name, unit = float(means.mean()), intervals.mean, "ers", "ERS"
-    if rules.kind == "strict":
+    if rules.threshold is not None:
+        largest = rules.threat_of(parts[-1]).radius
+        smallest = [  # beyond the largest counts as a little more than that
+            np.log2(np.minimum(e.arrays[strict.SMALLEST][rows], largest * 2**OCTAVES))
+            for e, rows in ((stated, at), (found, np.arange(len(at))))
+        ]
+        ratio = smallest[1] - smallest[0]
+        ends, whole = cluster_bootstrap(ratio[:, None], np.arange(len(at))).mean, float(np.nanmean(ratio))
+        if abs(whole) > OCTAVES and (ends is None or ends[0] > 0 or ends[1] < 0):
+            said = f"attacking {len(at)} queries again gave {2**whole:.2f} times the smallest eps that is stated"
+            yield Problem(level, f"{RUN} extras.strict.smallest_eps", said)
+    if rules.kind == "strict" and rules.threshold is None:
         radii = [0.0, *(rules.threat_of(c).radius for c in parts)]
         share = np.array([strict.area(radii, [0.0, *one]) for one in np.eye(len(parts))])  # the area is linear
         of_area = cluster_bootstrap((difference @ share)[:, None], np.arange(len(at))).mean
@@ -255,7 +282,9 @@ def _disagreements(checked: Checked, found: Evaluation, at: np.ndarray, level: i
         (f"measurements.{c.name}", mean, of_part, AGREE, "score")
         for c, mean, of_part in zip(parts, means, intervals.columns, strict=True)
     ]
-    for field, mean, found_ends, allowed, of in [*rows, (name, whole, ends, AGREE / 2, unit)]:
+    if rules.threshold is None:
+        rows.append((name, whole, ends, AGREE / 2, unit))
+    for field, mean, found_ends, allowed, of in rows:
         if abs(mean) > allowed and (found_ends is None or found_ends[0] > 0 or found_ends[1] < 0):
             yield Problem(level, f"{RUN} {field}", _said(mean, len(at), f"points of {of}"))
 

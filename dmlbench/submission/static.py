@@ -20,6 +20,7 @@ from dmlbench.metrics import READOUTS
 from dmlbench.protocol import Component, Protocol, load_protocol, packaged_protocol, protocol_names
 from dmlbench.registry import suggest
 from dmlbench.results import Evaluation
+from dmlbench.subject import measured_queries
 from dmlbench.submission import extras
 from dmlbench.submission.bundle import Bundle, Problem, Refused, manifest_of, read_arrays, read_bundle
 from dmlbench.submission.extras import CLOSE, QUERIES, RUN, SAMPLE
@@ -80,7 +81,7 @@ def check_static(path: Path, board: Path | None = None) -> Checked:
     submission, evaluation = opened.submission, opened.evaluation
     rules = _protocol(evaluation)
     parts = extras.parts_of(rules, evaluation)
-    shapes = [*_shape_problems(evaluation, parts), *extras.shape_problems(evaluation, rules, parts)]
+    shapes = [*_shape_problems(evaluation, rules, parts), *extras.shape_problems(evaluation, rules, parts)]
     problems = [*shapes, *_identity_problems(submission, evaluation)]
     if not shapes:
         problems += _number_problems(evaluation, rules, parts)
@@ -192,7 +193,8 @@ def _identity_problems(s: Submission, e: Evaluation) -> Iterator[Problem]:
         ("ers", stated.ers, e.ers),
         *((name, getattr(stated, name), ran_extra.get(name)) for name in STATED_EXTRA),
     ):
-        if (number is None) != (ran is None) or abs((number or 0.0) - (ran or 0.0)) > CLOSE:
+        close = extras.LENGTHS_CLOSE if name == "smallest_eps" else CLOSE
+        if (number is None) != (ran is None) or abs((number or 0.0) - (ran or 0.0)) > close:
             yield Problem(0, f"{file} stated.{name}", f"says {number}, the run {ran}")
     card = s.checkpoint
     if not card.files or card.files[0].sha256 != e.model.weights_sha256:
@@ -226,23 +228,24 @@ def _repeats(s: Submission, e: Evaluation, board: Path, path: Path) -> Iterator[
             continue
         if other.id == s.id:
             yield Problem(0, "submission.yaml id", f"{s.id!r} is already that of submissions/{folder.name}")
-        same = (other.stated.weights_sha256, other.stated.protocol, other.stated.dataset)
-        if same == (s.stated.weights_sha256, s.stated.protocol, s.stated.dataset):
+        same = (other.stated.weights_sha256, other.stated.protocol_sha256, other.stated.dataset)
+        if same == (s.stated.weights_sha256, s.stated.protocol_sha256, s.stated.dataset):
             said = f"these weights are already on the board under {other.stated.protocol!r} as {other.id!r}"
             yield Problem(0, "submission.yaml stated.weights_sha256", said)
     if here.parent == (board / "submissions").resolve() and here.name != s.id:
         yield Problem(0, "submission.yaml id", f"is {s.id!r}, its folder is called {here.name!r}")
 
 
-def _shape_problems(e: Evaluation, parts: Sequence[Component]) -> Iterator[Problem]:
+def _shape_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) -> Iterator[Problem]:
     """Is it a full run of this protocol on this data set, with every array that it must have?"""
     d = e.dataset
     if e.partial:
         yield Problem(0, f"{RUN} partial", f"a partial run ({', '.join(e.partial)}) has no place on the board")
     if d.split != "test":
         yield Problem(0, f"{RUN} dataset.split", f"{d.split!r}, the board holds results on 'test'")
-    if d.n_queries != d.n_queries_full:
-        yield Problem(0, f"{RUN} dataset.n_queries", f"{d.n_queries} of {d.n_queries_full} queries")
+    if d.n_queries != (due := rules.measured(d.n_queries_full)):
+        of = f", of which {rules.name!r} measures {due}" if due != d.n_queries_full else ""
+        yield Problem(0, f"{RUN} dataset.n_queries", f"{d.n_queries} of {d.n_queries_full} queries{of}")
     if d.name not in DATASETS:
         yield Problem(0, f"{RUN} dataset.name", f"unknown data set {d.name!r}{suggest(d.name, DATASETS)}")
         return
@@ -262,8 +265,8 @@ def _shape_problems(e: Evaluation, parts: Sequence[Component]) -> Iterator[Probl
             yield Problem(
                 0, f"{RUN} dataset.sha256", f"{d.sha256[:12]}…, data set {d.name!r} here is {images.sha256[:12]}…"
             )
-        elif not np.array_equal(np.sort(query), np.sort(images.query)):
-            yield Problem(0, f"{QUERIES} query", "are not the queries of the data set")
+        elif not np.array_equal(query, images.query[measured_queries(len(images.query), rules.queries)]):
+            yield Problem(0, f"{QUERIES} query", "are not the queries of the data set that are to be measured")
         elif not np.array_equal(label, images.labels[query]):
             yield Problem(0, f"{QUERIES} label", "are not the classes of the data set")
     found = [m.component for m in e.measurements]

@@ -9,25 +9,22 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT_DATA = ("checkpoints.json", "leaderboard")
-LEFT_OUT = (
-    "adversarial_sample.npz",
-    "mnist-*",
-    "omniglot-*-ers-28-published",
-    "*-clustering",
-    "*-strict",
-    "digits-*-ers-digits-published",
-)
-"""Adversarial images, of use only to who validates a submission, from a checkout; and runs that nobody compares with by
-default, as those of superseded models are too. Their rows are in the CSV files all the same. The wheel is to stay under
-15 MB."""
+USUAL = ("ers-28", "ers-224", "ers-digits")
+"""The protocols that ``compare`` takes where only a model's id is given."""
 
 
 def left_out(here: Path) -> Callable[[str, list[str]], set[str]]:
-    """What ``copytree`` is to pass over: :data:`LEFT_OUT`, and the runs of superseded models."""
+    """What ``copytree`` is to pass over: adversarial images, and every run but those of active models under
+    :data:`USUAL` protocols (docs/leaderboard.md)."""
     models = json.loads((here / "checkpoints.json").read_text(encoding="utf-8"))["checkpoints"]
-    old = [name for name, entry in models.items() if entry.get("status") == "superseded"]
-    protocols = [path.stem for path in (here / "dmlbench" / "protocols").glob("*.toml")]
-    return shutil.ignore_patterns(*LEFT_OUT, *(f"{name}-{protocol}" for name in old for protocol in protocols))
+    kept = {f"{name}-{protocol}" for name, m in models.items() if not m.get("superseded_by") for protocol in USUAL}
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        at = Path(folder)
+        runs = {name for name in names if (at / name / "run").is_dir()} if at.name == "submissions" else set()
+        return (runs - kept) | ({"adversarial_sample.npz"} & set(names))
+
+    return ignored
 
 
 class BuildWithRootData(build_py):

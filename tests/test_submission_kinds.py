@@ -376,7 +376,7 @@ def test_invented_clean_clusters_fall_at_the_replay(made, bundle, tmp_path):
     ("change", "field", "reason"),
     [
         (lambda x, clean: x * 0, f"{SAMPLE} C3@40/255", "outside the linf ball of 40/255"),
-        (lambda x, clean: x[:3], f"{SAMPLE} C3@40/255", "is not float32 images of shape (256, 1, 8, 8)"),
+        (lambda x, clean: x[:3], f"{SAMPLE} C3@40/255", "is not float32 images of shape (32, 1, 8, 8)"),
         (lambda x, clean: (x + clean) / 2, f"{QUERIES} C3@40/255/norm", "are not the norms"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from dmlbench.cli.output import json_option, print_json
+from dmlbench.submission.bundle import LEAST_SAMPLE
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -66,7 +67,13 @@ def _holding(mark: str, value: object, where: str = "") -> Iterator[str]:
 @click.option("--submission", type=_FILE, help="By default submission.yaml beside the run folder.")
 @click.option("--weights", type=_FILE, help="The model's safetensors file; by default the registered one.")
 @click.option("--no-weights", is_flag=True, help="Leave the weights out: the package holds the same file.")
-@click.option("--sample", type=int, help="Keep the adversarial images of only so many sampled queries, 32 or more.")
+@click.option(
+    "--sample",
+    type=int,
+    default=LEAST_SAMPLE,
+    show_default=True,
+    help="Of how many sampled queries the adversarial images are kept, 32 or more.",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -79,7 +86,7 @@ def pack(
     submission: Path | None,
     weights: Path | None,
     no_weights: bool,
-    sample: int | None,
+    sample: int,
     out: Path,
     as_json: bool,
 ) -> int:

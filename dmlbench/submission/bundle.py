@@ -6,7 +6,7 @@ and while reading, links and paths that leave the bundle are refused.
 ================================  ===================================================================
 ``submission.yaml``               who submits what (:class:`dmlbench.submission.record.Submission`)
 ``run/evaluation.json``           the result, with ``run/per_query.npz``, ``run/adversarial_sample.npz``
-                                  and ``run/manifest.json`` beside it: a run folder as ``evaluate`` wrote it
+                                  and ``run/manifest.json`` beside it: the numbers of a run, in the least room
 ``weights.safetensors``           the model; may be left out where the registry's file is the same
 ``manifest.json``                 size and sha256 of every file above
 ``verification.json``             only in a folder on the board: what a full rerun by somebody else gave

@@ -1,6 +1,7 @@
 """From a run folder to a bundle: ``submission.yaml`` with what is known filled in, then one zip file."""
 
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from dmlbench.checkpoints import PACKAGE, Checkpoint, checkpoints, first_problem, sha256_of
 from dmlbench.errors import DataError, UsageError
 from dmlbench.leaderboard.row import extra_numbers
-from dmlbench.results import Evaluation, json_bytes, load, npz_bytes, write_whole
+from dmlbench.results import Evaluation, json_bytes, load, narrowed, npz_bytes, stacked, write_whole
 from dmlbench.subject import query_order
 from dmlbench.submission.bundle import LEAST_SAMPLE, LIMITS, MANIFEST, make_manifest, zip_bytes
 from dmlbench.submission.record import FILL_IN, LICENSES, STATED_EXTRA
@@ -97,14 +98,16 @@ def pack(
     submission: Path,
     weights: Path | None = None,
     with_weights: bool = True,
-    sample: int | None = None,
+    sample: int = LEAST_SAMPLE,
 ) -> dict[str, bytes]:
-    """The files of the bundle.
+    """The files of the bundle: those of the run, its outcomes in the least room that holds them exactly.
+
+    The targets are left out: they follow from the protocol's seed and the model.
 
     Args:
         weights: the model's file; by default the registered one that lies in this package.
         with_weights: False leaves them out, which the board accepts where the package holds the same file.
-        sample: keep the adversarial images of only so many of the sampled queries, for a smaller bundle.
+        sample: of how many of the sampled queries the adversarial images are kept.
 
     Raises:
         DataError: a file is missing, or the weights are not those of the run.
@@ -116,13 +119,14 @@ def pack(
         if name.startswith("run/"):
             files[name] = _read(run / name.removeprefix("run/"))
     files["submission.yaml"] = _read(submission)
-    if sample is not None:
-        if sample < LEAST_SAMPLE:
-            raise UsageError(f"--sample {sample}: a bundle holds the images of at least {LEAST_SAMPLE} queries")
-        files["run/adversarial_sample.npz"] = npz_bytes(shortened(e, sample))
-        inner = {name.removeprefix("run/"): raw for name, raw in files.items() if name.startswith("run/")}
-        inner.pop(MANIFEST)
-        files["run/manifest.json"] = json_bytes(make_manifest(inner))
+    if sample < LEAST_SAMPLE:
+        raise UsageError(f"--sample {sample}: a bundle holds the images of at least {LEAST_SAMPLE} queries")
+    outcomes = {name: values for name, values in e.arrays.items() if not name.endswith("/targets")}
+    files["run/per_query.npz"] = npz_bytes(narrowed(outcomes), zipfile.ZIP_LZMA)
+    files["run/adversarial_sample.npz"] = npz_bytes(stacked(shortened(e, sample)), zipfile.ZIP_LZMA)
+    inner = {name.removeprefix("run/"): raw for name, raw in files.items() if name.startswith("run/")}
+    inner.pop(MANIFEST)
+    files["run/manifest.json"] = json_bytes(make_manifest(inner))
     if with_weights:
         path = weights or packaged_weights(e)
         if not path.is_file():

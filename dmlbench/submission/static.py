@@ -19,7 +19,7 @@ from dmlbench.leaderboard.row import Row, Status, extra_numbers, from_evaluation
 from dmlbench.metrics import READOUTS
 from dmlbench.protocol import Component, Protocol, load_protocol, packaged_protocol, protocol_names
 from dmlbench.registry import suggest
-from dmlbench.results import Evaluation
+from dmlbench.results import Evaluation, unstacked, widened
 from dmlbench.subject import measured_queries
 from dmlbench.submission import extras
 from dmlbench.submission.bundle import Bundle, Problem, Refused, manifest_of, read_arrays, read_bundle
@@ -142,9 +142,11 @@ def _evaluation(bundle: Bundle) -> Evaluation:
         raise Refused([Problem(0, RUN, f"is not JSON: {error}")]) from None
     if problems := list(extras.form_problems(evaluation)):
         raise Refused(problems)
-    return evaluation.with_arrays(
-        read_arrays(files["per_query.npz"], QUERIES), read_arrays(files["adversarial_sample.npz"], SAMPLE)
-    )
+    try:
+        sample = unstacked(read_arrays(files["adversarial_sample.npz"], SAMPLE))
+    except (ValueError, RecursionError) as error:
+        raise Refused([Problem(0, SAMPLE, str(error))]) from None
+    return evaluation.with_arrays(widened(read_arrays(files["per_query.npz"], QUERIES)), sample)
 
 
 def _no_constant(name: str) -> float:

@@ -3,12 +3,14 @@
 Gradient masking, randomness and breakdown make a model look robust that is not (Athalye, Carlini and
 Wagner, ICML 2018; Carlini et al., "On Evaluating Adversarial Robustness", 2019). Each check asks one
 question and answers with a number, a limit and a verdict in words; docs/audit.md is the page to read.
-"fail": the measured robustness is not to be believed; "warn": look again. A finding that is not a pass
-travels with the result as a flag.
+"fail": the measured robustness is not to be believed; "warn": look again; "pass": no doubt was found. A finding
+that is not a pass travels with the result as a flag.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from dmlbench.attacks import AttackLoss
 from dmlbench.checks import COLLAPSE, spread
+from dmlbench.checks import FLAGS as OTHER_FLAGS
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import margin
 from dmlbench.optimizers import OPTIMIZERS, autograd, watched
@@ -28,6 +31,7 @@ from dmlbench.scene import Scene
 from dmlbench.strict import CLEAN_WRONG, SURVIVED, attempt
 from dmlbench.subject import Subject
 from dmlbench.threat import Threat
+from dmlbench.unseen import Survey, history, joined, survey
 
 PAGE = "docs/audit.md"
 NOISE_DRAWS = 50
@@ -40,8 +44,17 @@ BEYOND, TRIED = 1.5, 64
 """F4 asks whether gradients break the same queries, so many at the most, in a ball this much larger."""
 GLANCED = 256
 """Queries that :func:`glance` looks at, at most."""
-GLANCES = ("random", "zero-gradients")
-"""Its flags."""
+SURVEYED = 128
+"""Of these, queries that it searches from, at most a quarter of those measured."""
+DOWNHILL = 75.0
+"""Percent of the queries on which the gradient's sign beats all random directions, under which A1 warns."""
+LOST, CHANCE = 20.0, 120.0
+"""Points that may be lost elsewhere than at the test images: so many, and ``CHANCE / sqrt(n)`` that n queries may lose
+by accident."""
+KNOWN = 40.0
+"""Percent of the queries that are right when clean and have to be right near the test images too."""
+LANDED = 0.3
+"""Median distance of midpoints to the nearest entry, over that of the queries, under which A4 warns."""
 WHITE = ("pgd", "apgd", "cosine", "fgsm", "r-fgsm", "mi-fgsm", "pgd-restarts", "cw")
 """Optimizers that use the gradient."""
 GRADIENT = frozenset({*WHITE, "universal"})
@@ -119,6 +132,11 @@ class Evidence:
     def left(self, eps: str, steps: int) -> np.ndarray:
         """(Q,) bool: right when clean and not broken at this eps by the first so many steps, or before."""
         return left_by(self.broken_by[eps], steps)
+
+    @cached_property
+    def surveyed(self) -> Survey:
+        """What becomes of the queries near the test images."""
+        return survey(self.subject, self.positions)
 
     def attacked(self, step: Step, threat: Threat, positions: np.ndarray) -> np.ndarray:
         """(n,) bool: which queries one more search breaks."""
@@ -231,23 +249,33 @@ def _broken_beyond(evidence: Evidence, eps: str, queries: np.ndarray) -> float:
 
 
 def useful_gradient(evidence: Evidence) -> Finding:
-    """A1: does a small step along the gradient's sign beat 20 random sign directions on fewer than 90 % of queries?
+    """A1: does a small step along the gradient's sign beat 20 random sign directions on fewer than 75 % of queries?
 
     The step is 4/255; 0.5/255 for images of less than 28 pixels a side, where few pixels let random
     directions come near the best one before the loss bends.
     """
-    loss, rng = evidence.loss(), evidence.subject.rng(evidence.seed, "A1")[torch.from_numpy(evidence.positions)]
-    x = evidence.images
-    step = (4 if max(x.shape[2:]) >= 28 else 0.5) / 255
-    _, gradient = autograd(loss, x, rng)
+    return _useful_gradient(_downhill(evidence.subject, evidence.positions))
+
+
+def _downhill(subject: Subject, positions: np.ndarray) -> np.ndarray:
+    """(n,) bool: is the gradient's sign a better direction than every random one?"""
+    images, scene = _shown(subject, positions)
+    rng = subject.rng("A1")[torch.from_numpy(positions).to(subject.device)]
+    loss = AttackLoss(subject.embedder, margin, scene)
+    step = (4 if max(images.shape[2:]) >= 28 else 0.5) / 255
+    _, gradient = autograd(loss, images, rng)
     with torch.no_grad():
-        along = loss((x - step * gradient.sign()).clamp(0, 1))
+        along = loss((images - step * gradient.sign()).clamp(0, 1))
         beaten = torch.ones_like(along, dtype=torch.bool)
         for _ in range(20):
-            beaten &= along < loss((x + step * rng.signs(*x.shape[1:])).clamp(0, 1))
-    share = 100.0 * float(beaten.float().mean())
+            beaten &= along < loss((images + step * rng.signs(*images.shape[1:])).clamp(0, 1))
+    return beaten.cpu().numpy()
+
+
+def _useful_gradient(downhill: np.ndarray) -> Finding:
+    share = 100.0 * float(downhill.mean())
     message = f"a small step along the gradient beats 20 random directions on {share:.1f} % of the queries"
-    return Finding("A1", "warn" if share < 90 else "pass", share, 90.0, message)
+    return Finding("A1", "warn" if share < DOWNHILL else "pass", share, DOWNHILL, message)
 
 
 def noise_is_no_rival(evidence: Evidence) -> Finding:
@@ -270,6 +298,76 @@ def noise_is_no_rival(evidence: Evidence) -> Finding:
     if nearest == float("inf"):
         return Finding("A2", "pass", None, 2.0, message)
     return Finding("A2", "warn" if nearest < 2 else "pass", nearest, 2.0, message)
+
+
+def forgets(evidence: Evidence) -> Finding:
+    """F5: does a copy that has just seen images 1/255 away embed new images as the model does, to 1e-5?"""
+    if randomness(evidence).verdict == "fail":
+        return Finding("F5", "skip", None, 1e-5, "two passes differ anyway, since the model is random")
+    return _forgets(history(evidence.subject, evidence.positions))
+
+
+def _forgets(gap: float) -> Finding:
+    if math.isnan(gap):
+        return Finding("F5", "skip", None, 1e-5, "the model cannot be copied")
+    if gap > 1e-5:
+        message = (
+            f"embeddings change by {gap:.1e} where other images were embedded before: the model remembers what it was "
+            "shown, so it is not one function of the image, and attacks on it prove nothing"
+        )
+        return Finding("F5", "fail", gap, 1e-5, message)
+    return Finding("F5", "pass", gap, 1e-5, "embeddings do not depend on what was embedded before")
+
+
+def generalises(evidence: Evidence) -> Finding:
+    """A3: do far fewer queries survive the same search, or are far fewer right at all, where it begins from images that
+    are near the test images but none of them?
+
+    These are midpoints to another image of the class and images one pixel aside, of which the better counts; right at
+    all must also be the query with the least bit of each pixel changed.
+    """
+    return _generalises(evidence.surveyed)
+
+
+def _generalises(found: Survey) -> Finding:
+    right = {name: 100.0 * float(values.mean()) for name, values in found.right.items()}
+    kept = {name: 100.0 * float(values.mean()) for name, values in found.kept.items()}
+    known = min(right["least bits"], max(right["midpoint"], right["aside"]))
+    if known < KNOWN:
+        message = (
+            f"of the queries that are right, {right['least bits']:.1f} % are right once the least bit of each pixel is "
+            f"changed, {right['aside']:.1f} % one pixel aside and {right['midpoint']:.1f} % half-way to another image "
+            "of the class: the model knows the test images rather than their classes"
+        )
+        return Finding("A3", "warn", known, KNOWN, message)
+    lost = kept["as is"] - max(kept["midpoint"], kept["aside"])
+    limit = LOST + CHANCE / math.sqrt(len(found.nearness))
+    message = (
+        f"{kept['as is']:.1f} % of the queries survive a short search from the test image, {kept['midpoint']:.1f} % from "
+        f"half-way to another image of the class and {kept['aside']:.1f} % from one pixel aside"
+    )
+    if lost > limit:
+        return Finding("A3", "warn", lost, limit, f"{message}: what withstands is the test images, not their classes")
+    return Finding("A3", "pass", lost, limit, message)
+
+
+def leaves_the_entries(evidence: Evidence) -> Finding:
+    """A4: do midpoints land on entries of the gallery: at less than 0.3 of the queries' distance to the nearest one?"""
+    return _leaves_the_entries(evidence.surveyed)
+
+
+def _leaves_the_entries(found: Survey) -> Finding:
+    apart = found.nearness[~np.isnan(found.nearness)]
+    if not len(apart):
+        return Finding("A4", "skip", None, LANDED, "every query's embedding is also that of another entry")
+    ratio = float(np.median(apart))
+    message = (
+        f"the image half-way between two of a class is {ratio:.2f} times as far from the nearest entry as a query is"
+    )
+    if ratio < LANDED:
+        message += ": the model gives back entries of the gallery for images that are not in it"
+        return Finding("A4", "warn", ratio, LANDED, message)
+    return Finding("A4", "pass", ratio, LANDED, message)
 
 
 def nothing_changes(evidence: Evidence) -> Finding:
@@ -314,20 +412,79 @@ def not_collapsed(evidence: Evidence) -> Finding:
     )
 
 
-CHECKS: Registry[Callable[[Evidence], Finding]] = Registry(
+@dataclass(frozen=True)
+class Check:
+    """One question of the audit.
+
+    Attributes:
+        ask: how it is answered.
+        doubt: what the flag of a finding that is no pass means, whatever the model.
+        flag: of the same finding where the run has no audit (:func:`glance`); "" where it is not asked then.
+    """
+
+    ask: Callable[[Evidence], Finding]
+    doubt: str
+    flag: str = ""
+
+
+CHECKS: Registry[Check] = Registry(
     "check",
     {
-        "F1": randomness,
-        "F2": zero_gradients,
-        "F3": unbounded,
-        "F4": black_beats_white,
-        "A1": useful_gradient,
-        "A2": noise_is_no_rival,
-        "H1": nothing_changes,
-        "H2": inside_the_ball,
-        "H3": not_collapsed,
+        "F1": Check(
+            randomness,
+            "Two passes of the same images differ: the model is random, so a single gradient says little.",
+            "random",
+        ),
+        "F2": Check(
+            zero_gradients,
+            "The gradient is zero, NaN or infinite for more than 1 % of the queries: searches along it stand still.",
+            "zero-gradients",
+        ),
+        "F3": Check(
+            unbounded, "Queries stay right where any image may be reached: the search fails, and not the attack."
+        ),
+        "F4": Check(
+            black_beats_white,
+            "Searches that see values alone break queries that all searches along the gradient left: the gradient hides "
+            "them (fail), or the loss is rugged (warn).",
+        ),
+        "F5": Check(
+            forgets,
+            "Embeddings depend on which images were embedded before: the model remembers, and attacks prove nothing.",
+            "remembers",
+        ),
+        "A1": Check(
+            useful_gradient,
+            "A small step along the gradient is often no better than random ones: searches along it may be misled.",
+            "misleading-gradients",
+        ),
+        "A2": Check(noise_is_no_rival, "A search breaks hardly more queries than a few random images do."),
+        "A3": Check(
+            generalises,
+            "The test images withstand attacks, or are recognised, that images near them do not: they may have been "
+            "memorised.",
+            "memorised",
+        ),
+        "A4": Check(
+            leaves_the_entries,
+            "Images that are not in the gallery are given the embeddings of images that are: these may have been stored.",
+            "gallery-copies",
+        ),
+        "H1": Check(nothing_changes, "At eps 0 an image or an outcome differs: the harness is at fault."),
+        "H2": Check(inside_the_ball, "An adversarial image is outside the ball or [0, 1]: the harness is at fault."),
+        "H3": Check(not_collapsed, "The embeddings are nearly constant: collapsed, not robust."),
     },
 )
+FIRST = ("F1", "F2", "F3", "F4", "A1", "A2", "H1", "H2", "H3")
+"""The checks that there were when version 1 of the strict protocols was released."""
+GLANCES = tuple(check.flag for check in CHECKS.values() if check.flag)
+"""The flags of :func:`glance`."""
+FLAGS = {
+    **OTHER_FLAGS,
+    **{check.flag: check.doubt for check in CHECKS.values() if check.flag},
+    **{f"audit-{name}": check.doubt for name, check in CHECKS.items()},
+}
+"""What each flag of a result means."""
 
 
 def examine(
@@ -341,7 +498,7 @@ def examine(
         message = "no query is right when clean, so nothing can be attacked"
         found = [Finding(name, "skip", None, 0.0, message) for name in CHECKS if name != "H3"]
         return [*found, not_collapsed(evidence)]
-    return [check(evidence) for check in CHECKS.values()]
+    return [check.ask(evidence) for check in CHECKS.values()]
 
 
 def _evenly(positions: np.ndarray, most: int) -> np.ndarray:
@@ -360,29 +517,45 @@ def _shown(subject: Subject, positions: np.ndarray) -> tuple[Tensor, Scene]:
 def glance(
     subject: Subject, recall: Float[np.ndarray, " Q"], optimizers: Collection[str], batch_size: int
 ) -> Iterator[Flag]:
-    """F1, and F2 where one of ``optimizers`` follows the gradient, on up to :data:`GLANCED` queries right when clean.
+    """The checks with a ``flag``, on some of the queries that are right when clean: what every result can afford.
 
-    What a result without an audit can afford: three passes and one gradient of each. The gradient is the margin's, as
-    in the audit: unlike that of the shift it has no reason to vanish at the clean image. It is asked of the model
-    that the searches are made on, the surrogate where there is one. A model that is known to be random is not told so
-    twice.
+    F1 and F2 are asked of up to :data:`GLANCED` queries, the others of up to :data:`SURVEYED`; where none of
+    ``optimizers`` follows the gradient, F1, F5 and A4 alone. F2 and A1 are asked of the model that the searches are
+    made on, the surrogate where there is one. Their gradient is the margin's, as in the audit: unlike that of the
+    shift it has no reason to vanish at the clean image. A model that is known to be random is asked F2 alone.
 
     Args:
         recall: clean R@1 of each query, percent, NaN without positives.
         optimizers: names of what the run searched with.
     """
-    positions = _evenly(np.flatnonzero(recall == 100.0), GLANCED)
-    batches = [positions[a : a + batch_size] for a in range(0, len(positions), batch_size)]
-    if not any(flag == "randomised" for flag, _ in subject.embedder.doubts):
-        gaps = [_gap(subject, *_shown(subject, part)) for part in batches]
-        if (finding := _randomness(max(gaps, default=0.0))).verdict == "fail":
-            yield Flag(flag="random", message=f"{finding.message} ({PAGE})")
-    if not GRADIENT & set(optimizers):
+    right = np.flatnonzero(recall == 100.0)
+    if not len(right):
         return
-    source = subject.surrogate or subject
-    missing = [_missing(source, *_shown(source, part)) for part in batches]
-    if missing:
+    followed, source = bool(GRADIENT & set(optimizers)), subject.surrogate or subject
+    batches = _batches(_evenly(right, GLANCED), batch_size)
+    random = any(flag == "randomised" for flag, _ in subject.embedder.doubts)
+    found = []
+    if not random:
+        found.append(_randomness(max(_gap(subject, *_shown(subject, part)) for part in batches)))
+        random = found[0].verdict == "fail"
+    few = _batches(_evenly(right, min(SURVEYED, -(-len(right) // 4))), batch_size)
+    if not random:
+        found.append(_forgets(max(history(subject, part) for part in few)))
+    blind = False
+    if followed:
+        missing = [_missing(source, *_shown(source, part)) for part in batches]
         share = 100.0 * float(torch.cat([rows for rows, _ in missing]).float().mean())
-        finding = _zero_gradients(share, sum(wrong for _, wrong in missing))
-        if finding.verdict == "fail":
-            yield Flag(flag="zero-gradients", message=f"{finding.message} ({PAGE})")
+        found.append(_zero_gradients(share, sum(wrong for _, wrong in missing)))
+        blind = found[-1].verdict == "fail"
+    if followed and not random and not blind:
+        found.append(_useful_gradient(np.concatenate([_downhill(source, part) for part in few])))
+    if not random:
+        surveyed = joined([survey(subject, part) for part in few])
+        found += [_generalises(surveyed), _leaves_the_entries(surveyed)]
+    for finding in found:
+        if finding.verdict in ("warn", "fail"):
+            yield Flag(flag=CHECKS[finding.check].flag, message=f"{finding.message} ({PAGE})")
+
+
+def _batches(positions: np.ndarray, size: int) -> list[np.ndarray]:
+    return [positions[a : a + size] for a in range(0, len(positions), size)]

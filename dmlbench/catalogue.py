@@ -183,7 +183,7 @@ def render() -> str:
     rows = [[f"`{n}`", COSTS[n].text, text(f)] for n, f in OPTIMIZERS.items()]
     lines += table(["optimizer", "cost an image", "how"], rows)
     lines.append("## Checks of the audit\n")
-    lines += table(["check", "question"], [[n, text(f)[4:]] for n, f in CHECKS.items()])
+    lines += table(["check", "question"], [[n, text(c.ask)[4:]] for n, c in CHECKS.items()])
     lines.append(
         "## Other numbers\n\n"
         "`retention`: for every part that reads R@1, the value as a percentage of the clean R@1 of the same model, "

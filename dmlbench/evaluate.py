@@ -28,7 +28,7 @@ from dmlbench.fingerprint import fingerprint
 from dmlbench.intervals import cluster_bootstrap
 from dmlbench.metrics import RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.models import load_model
-from dmlbench.protocol import Chosen, Component, Protocol, load_protocol
+from dmlbench.protocol import Chosen, Component, Protocol, counted, ers_of, load_protocol
 from dmlbench.record import dataset_info, environment, model_info
 from dmlbench.results import Evaluation, Measurement, ProtocolInfo, finite
 from dmlbench.rounded import settled
@@ -342,7 +342,7 @@ def essentials(
 def scores(
     components: Sequence[Component], arrays: dict[str, np.ndarray], seconds: dict[str, float], *, complete: bool
 ) -> tuple[tuple[Measurement, ...], float | None, tuple[float, float] | None]:
-    """Measurements with intervals, and ERS (None unless ``complete`` and every part has a value)."""
+    """Measurements with intervals, and ERS (None unless ``complete`` and every part has a value), see :func:`counted`."""
     if not components:
         return (), None, None
     table = np.stack(
@@ -370,7 +370,9 @@ def scores(
     parts = [m.score for m in measured]
     if not complete or any(p is None for p in parts):
         return tuple(measured), None, None
-    return tuple(measured), float(np.mean([p for p in parts if p is not None])), intervals.mean
+    within = counted(table)
+    ends = intervals.mean if within is table else cluster_bootstrap(within, arrays["label"]).mean
+    return tuple(measured), ers_of(parts), ends
 
 
 def retention(measurements: Sequence[Measurement], benign: dict[str, float]) -> dict[str, float]:

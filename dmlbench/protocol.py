@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from dmlbench.attacks import ATTACKS, load_plugins, parse
@@ -68,6 +69,24 @@ class Component(_Record):
             return None
         low, high = sorted(float(self.rescale(limit)) for limit in READOUTS[self.readout].limits)
         return min(max(ends[0], low), high), min(max(ends[1], low), high)
+
+
+def counted(scores: np.ndarray) -> np.ndarray:
+    """Scores (Q, parts) as they count in ERS: a part whose mean is below 0 or above 100 is moved to there.
+
+    The same table where none is. A mean can lie outside where a search goes the wrong way, which is no robustness.
+    """
+    present = ~np.isnan(scores)
+    means = np.where(present, scores, 0.0).sum(0) / np.maximum(present.sum(0), 1)
+    excess = means - np.clip(means, 0.0, 100.0)
+    moved: np.ndarray = scores - excess if excess.any() else scores
+    return moved
+
+
+def ers_of(scores: Sequence[float | None]) -> float | None:
+    """The mean of the parts' scores, each within 0 to 100; None where one has no value."""
+    present = [min(max(score, 0.0), 100.0) for score in scores if score is not None]
+    return float(np.mean(present)) if scores and len(present) == len(scores) else None
 
 
 class Step(_Record):

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from dmlbench.audit import FLAGS
 from dmlbench.checkpoints import PACKAGE
 from dmlbench.leaderboard.build import CLAIMS, load_boards
 from dmlbench.leaderboard.row import COLUMNS, NUMBERS, STATUSES, Row
@@ -71,13 +72,6 @@ STRICT = ("strict", "strict-fast")
 """The protocols whose worst-case R@1 stands beside ERS; Euclidean balls are another question."""
 LEFT_OUT = ("protocol", "dataset", "schema_version")
 ORDER = (*FIRST, *(c for c in COLUMNS if c not in FIRST and c not in LEFT_OUT))
-FLAGS = {
-    "collapsed": "The embeddings are nearly constant. Nothing can be moved, so attack scores look high and say nothing about robustness.",
-    "no-positive": "Some queries have no other image of their class in the gallery and are left out of recall.",
-    "no-attacks": "No attack was run.",
-}
-"""What a flag means where no run on the board says it in words of its own."""
-
 _WIDTH = (40.0, 350.0)
 _HEIGHT = (226.0, 14.0)
 
@@ -91,7 +85,8 @@ def write_site(board: Path, out: Path) -> list[str]:
     sources = _sources(board)
     environment = _environment()
     prepare_folder(out)
-    flags = _flags(boards, sources)
+    raised = sorted({f for rows in boards.values() for r in rows for f in (r.flags or "").split()})
+    flags = {flag: FLAGS.get(flag, "See the run's record.") for flag in raised}
     listed = [_card(name, rows) for name, rows in boards.items()]
     shared = {"boards": listed, "statuses": STATUSES, "flags": flags}
     written = {"index.html": environment.get_template("index.html.j2").render(**shared, root="", current="index.html")}
@@ -130,13 +125,6 @@ def _sources(board: Path) -> dict[str, tuple[str, str]]:
             card = json.dumps(submission.checkpoint.model_dump(mode="json", exclude_none=True), indent=2) + "\n"
             out[folder.name] = (card, (folder / "run" / "evaluation.json").read_text(encoding="utf-8"))
     return out
-
-
-def _flags(boards: Mapping[str, Sequence[Row]], sources: Mapping[str, tuple[str, str]]) -> dict[str, str]:
-    """Every flag on the boards with an explanation: our words, else those of a run that raised it."""
-    said = {f["flag"]: f["message"] for _, run in sources.values() for f in json.loads(run)["warnings"]}
-    raised = sorted({f for rows in boards.values() for r in rows for f in (r.flags or "").split()})
-    return {flag: FLAGS.get(flag) or said.get(flag, "See the run's record.") for flag in raised}
 
 
 def _card(name: str, rows: Sequence[Row]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from masks import MASKS
 from PIL import Image
 from test_strict import shortened
 from torch import nn
@@ -18,9 +19,7 @@ import dmlbench
 from dmlbench.audit import CHECKS, Evidence, _broken_beyond, black_beats_white, examine
 from dmlbench.checkpoints import PACKAGE, checkpoint, packaged
 from dmlbench.embedding import DISTANCES, Embedder
-from dmlbench.errors import UsageError
 from dmlbench.evaluate import evaluate
-from dmlbench.masks import MASKS
 from dmlbench.strict import run
 from dmlbench.subject import prepare
 
@@ -156,9 +155,6 @@ def test_a_finding_is_plain_data() -> None:
 def test_from_the_command_line(typed) -> None:
     honest = typed("audit", TRAINED[-1], "--queries", "12", "--protocol", "strict-fast", "--json").json
     assert honest["verdict"] in ("pass", "warn") and honest["queries"] == 12
-    masked = typed("audit", TRAINED[0], "--mask", "binarise", "--queries", "12", "--protocol", "strict-fast")
-    assert "not to be believed" in masked.out and "F2" in masked.out and "fail" in masked.out
-    assert "did you mean 'binarise'" in typed("audit", TRAINED[0], "--mask", "binarize", code=2).err
     assert "kind 'ers'" in typed("audit", TRAINED[0], "--protocol", "ers-digits", code=2).err
     assert "unknown model" in typed("audit", "nobody", code=2).err
 
@@ -174,7 +170,9 @@ def test_the_pages_own_models_are_audited_on_the_images_of_evaluate(typed, tmp_p
     entry = checkpoint(TRAINED[0])
     shutil.copy(PACKAGE / "weights" / str(entry.files[0].path), tmp_path / "mine.safetensors")
     (tmp_path / "mine.json").write_text(json.dumps(entry.model_dump(mode="json", exclude_none=True)))
-    own, spec = (line.split()[2:] for line in page.splitlines() if re.match(r"dmlbench audit (python:|mine)", line))
+    own, spec, mask = (
+        line.split()[2:] for line in page.splitlines() if re.match(r"dmlbench audit (python:|mine)", line)
+    )
     few = ["--protocol", "strict-fast", "--json", "--device", "cpu"]
 
     own += ["--interpolation", "nearest", "--channel-order", "bgr", "--name", "mine"]
@@ -183,9 +181,7 @@ def test_the_pages_own_models_are_audited_on_the_images_of_evaluate(typed, tmp_p
     curves = [[p | {"steps": None} for p in c] for c in (found["curve"], result["extras"]["strict"]["curve"])]
     assert found["model"] == "mine" and curves[0] == curves[1]
     assert [f["check"] for f in found["findings"]] == list(CHECKS)
+    (tmp_path / "masked.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    masked = typed("audit", *mask, "--queries", "12", "--protocol", "strict-fast", "--device", "cpu")
+    assert "not to be believed" in masked.out and "F2" in masked.out and "fail" in masked.out
     assert typed("audit", *spec, "--queries", "4", *few).json["model"] == "mine"
-
-
-def test_masks_are_no_way_around_names() -> None:
-    with pytest.raises(UsageError, match="unknown mask"):
-        MASKS["nothing"]

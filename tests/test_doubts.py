@@ -5,17 +5,23 @@ import copy
 import numpy as np
 import pytest
 import torch
+from masks import APART, CHEATS, MASKS
 from torch import nn
 
 import dmlbench
-from dmlbench.audit import glance
+from dmlbench.audit import CHECKS, FLAGS, SURVEYED, glance
+from dmlbench.checkpoints import PACKAGE
+from dmlbench.checks import doubts_about
 from dmlbench.errors import DataError
 from dmlbench.evaluate import evaluate
-from dmlbench.masks import MASKS
+from dmlbench.leaderboard.build import load_boards
+from dmlbench.metrics import retrieval
 from dmlbench.optimizers import autograd, watched
-from dmlbench.protocol import load_protocol
-from dmlbench.results import Evaluation
+from dmlbench.protocol import counted, ers_of, load_protocol
+from dmlbench.results import Evaluation, Measurement
 from dmlbench.rng import Rng
+from dmlbench.subject import Subject, prepare
+from dmlbench.unseen import STEPS
 
 PLAIN = "digits-smallcnn-triplet-none"
 KINDS = ("ers-digits", "strict-fast", "clustering", "panum-28-l2")
@@ -133,8 +139,6 @@ def test_honest_models_are_not_doubted(name: str, kind: str) -> None:
 
 
 def test_a_glance_does_not_depend_on_the_batch_size_and_takes_no_more_than_it_says() -> None:
-    from dmlbench.subject import prepare
-
     seen = []
 
     def counted(x, network):
@@ -144,7 +148,75 @@ def test_a_glance_does_not_depend_on_the_batch_size_and_takes_no_more_than_it_sa
     subject = prepare(spoilt(counted), dmlbench.load_dataset("digits"), device="cpu")
     recall = np.full(len(subject.rows), 100.0)
     seen.clear()
-    small = list(glance(subject, recall, {"pgd"}, 7))
-    assert max(seen) == 7 and sum(seen) == 3 * 256
+    small = list(glance(subject, recall, {"pgd"}, 60))
+    few = (len(subject.rows) + 3) // 4
+    passes = 3 + 2 + 3 * (1 + STEPS + 1)  # of history; of nearness and least bits; of each start of the searches
+    assert max(seen) == 60 and sum(seen) == 3 * 256 + min(SURVEYED, few) * passes
     assert small == list(glance(subject, recall, {"pgd"}, 1000)) and [f.flag for f in small] == ["zero-gradients"]
     assert list(glance(subject, np.zeros_like(recall), {"pgd"}, 7)) == []
+
+
+def doubted(subject: Subject) -> set[str]:
+    """Flags of a result that reads ES:D, found without the attacks."""
+    clean = retrieval(subject.scene)["recall_at_1"]
+    shift = Measurement(
+        component="ES:D", attack="ES", optimizer="pgd", readout="embedding_shift", better="lower", value=1.0, score=50.0,
+        n=len(clean),
+    )  # fmt: skip
+    return {f.flag for f in (*doubts_about(subject, [shift]), *glance(subject, clean, {"pgd"}, 256))}
+
+
+@pytest.mark.parametrize("name", [*CHEATS, *APART])
+def test_cheats_are_doubted(name: str) -> None:
+    torch.manual_seed(0)
+    cheat, flag = {**CHEATS, **APART}[name]
+    subject = prepare(cheat(dmlbench.load_model(PLAIN)), dmlbench.load_dataset("digits"), limit=120, device="cpu")
+    clean = retrieval(subject.scene)["recall_at_1"]
+    assert np.nanmean(clean) > 50, "it retrieves"
+    assert flag in doubted(subject)
+
+
+def test_there_are_many_masks_and_cheats_of_which_many_set_nothing() -> None:
+    assert len(MASKS) + len(CHEATS) + len(APART) >= 24 and len(APART) >= 12
+    assert not set(CHEATS) & set(APART)
+
+
+@pytest.mark.parametrize("name", [PLAIN, "digits-smallcnn-triplet-hm-lga-ics", "digits-smallcnn-triplet-min-max"])
+def test_the_models_that_cheats_are_made_of_are_not_doubted(name: str) -> None:
+    subject = prepare(dmlbench.load_model(name), dmlbench.load_dataset("digits"), limit=120, device="cpu")
+    assert doubted(subject) == set()
+
+
+def test_parts_out_of_range_are_told_and_cut() -> None:
+    p = load_protocol("ers-digits")
+    threat = {**p.threat, "steps": 2}
+    p = p.model_copy(
+        update={"threat": threat, "components": tuple(c for c in p.components if c.name in ("CA+", "LTM"))}
+    )
+    torch.manual_seed(0)
+    trap = evaluate(CHEATS["trap"][0](dmlbench.load_model(PLAIN)), "digits", p, limit=64, device="cpu")
+    first, second = (trap.part(name).score for name in ("CA+", "LTM"))
+    assert first is not None and second is not None and first > 150 and 0 <= second <= 100
+    assert trap.ers == pytest.approx((100 + second) / 2) and f"CA+ {first:.1f}" in flags(trap)["out-of-range"]
+    assert trap.ers_interval is not None and trap.ers_interval[0] <= trap.ers <= trap.ers_interval[1]
+
+
+def test_scores_are_moved_into_range_as_a_whole() -> None:
+    scores = np.array([[150.0, 10.0, -30.0], [170.0, 20.0, np.nan]])
+    moved = counted(scores)
+    assert np.nanmean(moved, axis=0).tolist() == [100.0, 15.0, 0.0]
+    assert (moved[1] - moved[0])[:2].tolist() == [20.0, 10.0] and np.isnan(moved[1, 2])
+    inside = scores[:, 1:2]
+    assert counted(inside) is inside
+    assert ers_of([150.0, 20.0, -3.0]) == 40.0 and ers_of([1.0, None]) is None and ers_of([]) is None
+
+
+def test_every_flag_has_one_meaning() -> None:
+    raised = {
+        f
+        for rows in load_boards(PACKAGE.parent / "leaderboard").values()
+        for r in rows
+        for f in (r.flags or "").split()
+    }
+    assert raised <= set(FLAGS)
+    assert {f"audit-{name}" for name in CHECKS} <= set(FLAGS)

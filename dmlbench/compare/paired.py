@@ -21,6 +21,7 @@ from dmlbench.errors import DataError, NotComparable
 from dmlbench.intervals import DRAWS, LEVEL, cluster_bootstrap, cluster_medians, stretched
 from dmlbench.leaderboard.row import extra_numbers, worst_case_by_query
 from dmlbench.optimizers import WHOLE_SET
+from dmlbench.protocol import counted, ers_of
 from dmlbench.results import Evaluation
 
 Ends = tuple[float, float] | None
@@ -134,10 +135,11 @@ def pair(
     if base.ers is not None and loose & set(parts):
         out.insert(0, _left_out("ers"))
     elif base.ers is not None:
-        scores = [side[:p] for side in means]
-        whole = candidate.ers is not None and all(v is not None for v in scores[1])
-        interval = cluster_bootstrap(difference[:, :p], label, seed, draws).mean if whole else None
-        out.insert(0, Paired("ers", False, _of(scores[0]), _of(scores[1]) if whole else None, interval))
+        before, after = (ers_of(side[:p]) for side in means)
+        after = after if candidate.ers is not None else None
+        gained = counted(second[:, :p]) - counted(first[:, :p])
+        interval = None if after is None else cluster_bootstrap(gained, label, seed, draws).mean
+        out.insert(0, Paired("ers", False, before, after, interval))
     for name in ("nmi", "ami"):  # of the whole gallery, whichever queries were measured
         if name in base.benign:
             values = base.benign[name], candidate.benign.get(name)
@@ -229,10 +231,6 @@ def worst_clusters(e: Evaluation) -> str:
 def _mean(values: np.ndarray) -> float | None:
     kept = values[~np.isnan(values)]
     return float(kept.mean()) if len(kept) and np.isfinite(kept).all() else None
-
-
-def _of(scores: list[float | None]) -> float | None:
-    return float(np.mean([s for s in scores if s is not None])) if scores else None
 
 
 CLUSTERS = "benign/clusters"

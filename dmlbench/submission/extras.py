@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmlbench import clustering, strict
-from dmlbench.audit import CHECKS, FEW, HIDDEN, Finding, last_resort
+from dmlbench.audit import CHECKS, FEW, FIRST, HIDDEN, Finding, last_resort
 from dmlbench.evaluate import retention
 from dmlbench.protocol import Component, Protocol
 from dmlbench.results import Evaluation
@@ -361,7 +361,8 @@ def _audit_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) 
     """One finding for each check, a flag for each that is no pass, and F4 no better than the arrays say."""
     stated = e.extras.get("audit", [])
     wanted = list(CHECKS) if rules.audit else []
-    if (names := [f["check"] for f in stated]) != wanted:
+    names = [f["check"] for f in stated]
+    if names != wanted and not (rules.audit and rules.version == "1" and tuple(names) == FIRST):
         said = f"holds the checks {', '.join(names) or 'none'}; the protocol has {', '.join(wanted) or 'none'}"
         yield Problem(0, f"{RUN} extras.audit", said)
         return

@@ -17,7 +17,15 @@ from dmlbench.datasets import DATASETS, load_dataset
 from dmlbench.intervals import cluster_bootstrap
 from dmlbench.leaderboard.row import Row, Status, extra_numbers, from_evaluation
 from dmlbench.metrics import READOUTS
-from dmlbench.protocol import Component, Protocol, load_protocol, packaged_protocol, protocol_names
+from dmlbench.protocol import (
+    Component,
+    Protocol,
+    counted,
+    ers_of,
+    load_protocol,
+    packaged_protocol,
+    protocol_names,
+)
 from dmlbench.registry import suggest
 from dmlbench.results import Evaluation, unstacked, widened
 from dmlbench.subject import measured_queries
@@ -319,10 +327,11 @@ def _number_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component])
             yield from _same_ends(
                 f"{RUN} measurements.{c.name}.interval", m.interval, c.possible(ends) if limited else ends
             )
-        ers = [m.score for m in e.measurements] if rules.kind == "ers" else [None]
-        mean = None if any(p is None for p in ers) else float(np.mean([p for p in ers if p is not None]))
+        mean = ers_of([m.score for m in e.measurements]) if rules.kind == "ers" else None
+        cut = counted(scores)
+        whole = intervals.mean if cut is scores else cluster_bootstrap(cut, e.arrays["label"]).mean
         yield from _same(f"{RUN} ers", e.ers, mean)
-        yield from _same_ends(f"{RUN} ers_interval", e.ers_interval, None if mean is None else intervals.mean)
+        yield from _same_ends(f"{RUN} ers_interval", e.ers_interval, None if mean is None else whole)
     yield from extras.number_problems(e, rules, parts)
 
 

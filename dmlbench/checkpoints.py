@@ -1,7 +1,8 @@
 """checkpoints.json: what each registered model is (never what was measured), and its files.
 
 One JSON file at the repository root is the source; the wheel carries it. Every record is validated
-and unknown keys are refused. Files are safetensors; size and sha256 are checked before they are read.
+and unknown keys are refused. Our own files are safetensors; other people's are what they published. Size and hash,
+as far as they are known, are checked before a file is read.
 """
 
 import hashlib
@@ -56,6 +57,8 @@ class Arch(_Record):
     builder: str
     kwargs: dict[str, Any] = {}
     embed_dim: int
+    head: bool = True
+    """false: the network's features, without its last layer"""
     n_params: int | None = None
 
 
@@ -66,13 +69,18 @@ class File(_Record):
     address or a folder), else in the repository's ``checkpoints`` folder.
 
     ``manual`` says how to get a file that cannot be fetched by a program.
+
+    ``hash`` is what its publisher says of it where that is no whole sha256: a kind and the first digits or all of
+    them, such as ``"sha256:f37072fd"`` or ``"md5:e82633"``. A file without ``sha256`` is trusted when it is first
+    fetched: its sha256 is kept beside it, and a later copy has to be the same.
     """
 
     path: str | None = None
     url: str | None = None
     mirrors: tuple[str, ...] = ()
     manual: str | None = None
-    sha256: str | None = None
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    hash: str | None = Field(default=None, pattern=r"^(sha256:[0-9a-f]{6,64}|md5:[0-9a-f]{6,32})$")
     bytes: int | None = None
     format: Literal["safetensors", "torch", "lightning"] = "safetensors"
 
@@ -80,28 +88,57 @@ class File(_Record):
 class Input(_Record):
     """The image the network sees: side length and channels, and how to get there from a file."""
 
-    size: int
+    size: int | tuple[int, int]
+    """one side of a square, or height and width"""
     channels: int
     resize: int | None = None
     """what the whole picture is resized to before the centre crop, aspect not kept"""
     resize_shorter_side: bool = False
     """``resize`` is the shorter side instead, aspect kept"""
+    resize_longest_side: bool = False
+    """``resize`` is the longest side instead, aspect kept, and what lacks to ``size`` is padded"""
+    pad: int = 0
+    """the grey of the padding, 0 to 255"""
+    squash: bool = False
+    """the whole picture is scaled to ``size``, aspect not kept, and nothing is cut"""
+    box: tuple[int, int, int, int] | None = None
+    """left, top, right, bottom in pixels, cut from the picture first"""
     crop: int | None = None
     interpolation: str = "bilinear"
     order: Literal["rgb", "bgr"] = "rgb"
 
+    @model_validator(mode="after")
+    def _one_way(self) -> "Input":
+        if sum((self.resize_shorter_side, self.resize_longest_side, self.squash)) > 1:
+            raise ValueError("resize_shorter_side, resize_longest_side and squash exclude each other")
+        if self.resize is None and (self.resize_shorter_side or self.resize_longest_side):
+            raise ValueError("resize_shorter_side and resize_longest_side need resize, in pixels")
+        if self.squash and self.resize is not None:
+            raise ValueError("squash scales to size itself: leave resize out")
+        return self
+
 
 class Normalize(_Record):
-    """Mean and std per channel, applied inside the model after the perturbation."""
+    """Mean and std per channel, applied inside the model after the perturbation.
+
+    Both are in units of pixels in [0, ``scale``]: 255 for networks (Caffe's) that are fed pixels of 0 to 255.
+    """
 
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    scale: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
     def _divides(self) -> "Normalize":
         if self.std is not None and not all(0 < value < math.inf for value in self.std):
             raise ValueError("std must be above zero")
         return self
+
+    def of_unit(self) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+        """Mean and std for pixels in [0, 1]."""
+        std = self.std or (None if self.scale == 1 else (1.0,))
+        mean, std = (None if v is None else tuple(value / self.scale for value in v) for v in (self.mean, std))
+        return mean, std
 
 
 class Embedding(_Record):
@@ -129,10 +166,14 @@ class Paper(_Record):
 
 
 class Claim(_Record):
-    """A number somebody else reports for this model; never mixed with measured ones."""
+    """A number somebody else reports for this model; never mixed with measured ones.
+
+    ``protocol`` "clean" is no attack; ``dataset`` is where it was measured, by default the one it was trained on.
+    """
 
     protocol: str
     metric: str
+    dataset: str | None = None
     value: float
     source: str
 
@@ -228,7 +269,11 @@ def checkpoint(name: str) -> Checkpoint:
 
 def sha256_of(path: Path) -> str:
     """The file's sha256, read in pieces."""
-    digest = hashlib.sha256()
+    return _digest(path, "sha256")
+
+
+def _digest(path: Path, kind: str) -> str:
+    digest = hashlib.new(kind, usedforsecurity=False)
     with path.open("rb") as stream:
         while piece := stream.read(1 << 20):
             digest.update(piece)
@@ -236,13 +281,17 @@ def sha256_of(path: Path) -> str:
 
 
 def verified(path: Path, file: File) -> Path:
-    """``path`` if it is the file that the registry names; else a clear error."""
+    """``path`` if it is the file that the registry names, as far as that says; else a clear error."""
     if not path.is_file():
         raise DataError(f"weights file {path} does not exist")
     if file.bytes is not None and path.stat().st_size != file.bytes:
         raise DataError(
             f"weights file {path} has {path.stat().st_size} bytes where the registry says {file.bytes}: truncated?"
         )
-    if file.sha256 is not None and (found := sha256_of(path)) != file.sha256:
-        raise DataError(f"weights file {path} has sha256 {found[:12]}… where the registry says {file.sha256[:12]}…")
+    for stated in (file.sha256 and f"sha256:{file.sha256}", file.hash):
+        if not stated:
+            continue
+        kind, _, digits = stated.partition(":")
+        if not (found := _digest(path, kind)).startswith(digits):
+            raise DataError(f"weights file {path} has {kind} {found[:12]}… where the registry says {digits[:12]}…")
     return path

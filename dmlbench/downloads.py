@@ -1,4 +1,4 @@
-"""Fetching a file whose size and sha256 are known, going on where an interrupted download stopped."""
+"""Fetching a file, going on where an interrupted download stopped; its size and sha256 are checked where they are known."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ TIMEOUT = 30.0
 """seconds without an answer"""
 
 Heard = Callable[[int, int], None]
-"""Called with (bytes there, bytes in all)."""
+"""Called with (bytes there, bytes in all, 0 where nobody says)."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Download:
     Attributes:
         name: what it is called here.
         urls: where it lies, tried in order.
-        bytes, sha256: what it must be.
+        bytes, sha256: what it must be; None where nobody says.
     """
 
     name: str
     urls: Sequence[str]
-    bytes: int
-    sha256: str
+    bytes: int | None
+    sha256: str | None
 
 
 class _Resuming:
@@ -42,10 +42,11 @@ class _Resuming:
 
     def __call__(self, url: str, output_file: Any, _: Any, check_only: bool = False) -> None:
         have = self.part.stat().st_size if self.part.exists() else 0
-        if have > self.file.bytes:
+        known = self.file.bytes
+        if have and (known is None or have > known):  # without a size, what is there may be of another file
             self.part.unlink()
             have = 0
-        if have < self.file.bytes:
+        if known is None or have < known:
             self._rest(url, have)
         self.part.replace(output_file)
 
@@ -57,21 +58,23 @@ class _Resuming:
                 raise DataError(f"{url} answers with a web page, not with {self.file.name}")
             goes_on = answer.status_code == requests.codes.partial_content
             done = have if goes_on else 0
+            size = self.file.bytes
+            if size is None and "Content-Encoding" not in answer.headers:
+                stated = answer.headers.get("Content-Length", "")
+                size = int(stated) if stated.isdecimal() else None
             with self.part.open("ab" if goes_on else "wb") as stream:
                 for piece in answer.iter_content(PIECE):
                     stream.write(piece)
                     done += len(piece)
-                    self.heard(done, self.file.bytes)
-                    if done > self.file.bytes:
-                        raise DataError(f"{url} gives more than the {self.file.bytes:,} bytes of {self.file.name}")
-        if done < self.file.bytes:
-            raise DataError(
-                f"{url} broke off at {done:,} of {self.file.bytes:,} bytes; the same command goes on from there"
-            )
+                    self.heard(done, size or 0)
+                    if size is not None and done > size:
+                        raise DataError(f"{url} gives more than the {size:,} bytes of {self.file.name}")
+        if size is not None and done < size:
+            raise DataError(f"{url} broke off at {done:,} of {size:,} bytes; the same command goes on from there")
 
 
 def fetch(file: Download, folder: Path, heard: Heard = lambda done, total: None) -> Path:
-    """The file in ``folder``, downloaded if it is not there, its size and sha256 checked.
+    """The file in ``folder``, downloaded if it is not there, its size and sha256 checked where they are known.
 
     Raises:
         DataError: no address gives the right file; the last reason is told.
@@ -87,7 +90,7 @@ def fetch(file: Download, folder: Path, heard: Heard = lambda done, total: None)
         try:
             found = pooch.retrieve(
                 url,
-                known_hash=f"sha256:{file.sha256}",
+                known_hash=f"sha256:{file.sha256}" if file.sha256 else None,
                 fname=file.name,
                 path=folder,
                 downloader=_Resuming(file, part, heard),

@@ -215,8 +215,14 @@ class Embedder(nn.Module):
 
     def frozen(self, device: torch.device | str | None = None) -> "Embedder":
         """A copy made for attacking: eval mode, no parameter gradients, batch norms folded into the
-        convolutions and channels_last where that changes nothing but float rounding."""
-        twin = copy.deepcopy(self).eval().requires_grad_(False)
+        convolutions and channels_last where that changes nothing but float rounding.
+
+        A network that cannot be copied (a traced one, one that holds a lock) is used as it is, and only moved.
+        """
+        try:
+            twin = copy.deepcopy(self).eval().requires_grad_(False)
+        except Exception:  # the network is anybody's code; what it holds can refuse a copy for many reasons
+            return self._sharing(device)
         twin.steps = None
         if device is not None:
             twin = twin.to(device)
@@ -224,6 +230,14 @@ class Embedder(nn.Module):
         if any(isinstance(m, nn.Conv2d) for m in twin.modules()):
             twin = twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return twin
+
+    def _sharing(self, device: torch.device | str | None) -> "Embedder":
+        """Another Embedder around the same network, in eval mode."""
+        twin = copy.copy(self)
+        twin._modules, twin._buffers = dict(self._modules), dict(self._buffers)
+        twin.steps = None
+        twin.eval()
+        return twin if device is None else twin.to(device)
 
 
 def _folded(network: nn.Module, shape: tuple[int, int, int], device: torch.device) -> nn.Module:

@@ -1,4 +1,4 @@
-"""From a decoded picture to the pixels that a network is fed: resize, centre crop, channels.
+"""From a decoded picture to the pixels that a network is fed: a fixed box, resize, centre crop or padding, channels.
 
 An attack works on what comes out here, scaled to [0, 1]; mean and std come after it, inside the model.
 The field's 224-pixel setting resizes to exactly 256x256 (the aspect ratio is not kept) and crops the
@@ -36,6 +36,10 @@ class Preprocess:
         size: (H, W) of the result, cut from the centre.
         resize: (H, W) that the whole picture is scaled to before the cut, aspect not kept; None for ``size``.
         shorter: scale the shorter side to this many pixels instead, aspect kept.
+        longest: scale the longest side to this many pixels instead, aspect kept; what lacks to ``size`` is padded
+            on both sides.
+        pad: the grey of the padding, 0 to 255.
+        box: (left, top, right, bottom) in pixels, cut from the picture before anything else; right and bottom excluded.
         interpolation: a name of :data:`INTERPOLATIONS`.
         channels: 1 for grey, 3 for colour.
         order: "rgb", or "bgr" for networks converted from Caffe.
@@ -47,6 +51,9 @@ class Preprocess:
     interpolation: str = "bilinear"
     channels: int = 3
     order: str = "rgb"
+    longest: int | None = None
+    pad: int = 0
+    box: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
         INTERPOLATIONS[self.interpolation]
@@ -54,8 +61,14 @@ class Preprocess:
             raise UsageError(f"images have 1 or 3 channels, not {self.channels}")
         if self.order not in ("rgb", "bgr"):
             raise UsageError(f"channel order {self.order!r} must be 'rgb' or 'bgr'")
-        if self.resize is not None and self.shorter is not None:
-            raise UsageError("a picture is resized to an exact size or by its shorter side, not both")
+        if sum(way is not None for way in (self.resize, self.shorter, self.longest)) > 1:
+            raise UsageError("a picture is resized to an exact size, by its shorter or by its longest side, not both")
+        if not 0 <= self.pad <= 255:
+            raise UsageError(f"padding is a grey from 0 to 255, not {self.pad}")
+        if self.box is not None and not (0 <= self.box[0] < self.box[2] and 0 <= self.box[1] < self.box[3]):
+            raise UsageError(f"box {self.box} is not (left, top, right, bottom) with left < right and top < bottom")
+        if self.longest is not None and not 1 <= self.longest <= min(self.size):
+            raise UsageError(f"a longest side of {self.longest} does not fit into {self.size[0]}x{self.size[1]}")
         scaled = self.resize or ((self.shorter,) * 2 if self.shorter is not None else self.size)
         if min(self.size) < 1 or any(s < c for s, c in zip(scaled, self.size, strict=True)):
             raise UsageError(f"cannot cut {self.size[0]}x{self.size[1]} from a picture of {scaled[0]}x{scaled[1]}")
@@ -74,26 +87,52 @@ class Preprocess:
         return (self.channels, *self.size)
 
     def describe(self) -> dict[str, Any]:
-        """The record as plain values: what a cache is keyed by and a result records."""
-        return asdict(self)
+        """The record as plain values: what a cache is keyed by and a result records.
+
+        What is not used is left out, so that a new way to prepare pictures changes no key of the others.
+        """
+        found = asdict(self)
+        unused = [] if self.longest is not None else ["longest", "pad"]
+        return {k: v for k, v in found.items() if k not in unused and not (k == "box" and v is None)}
 
     def __call__(self, picture: Image.Image) -> np.ndarray:
-        """(C, H, W) uint8 of one picture, in its own mode as decoded."""
+        """(C, H, W) uint8 of one picture, in its own mode as decoded.
+
+        Raises:
+            ValueError: pixels without a known range, or a picture that does not hold the box.
+        """
+        if self.box is not None:
+            if self.box[2] > picture.width or self.box[3] > picture.height:
+                raise ValueError(f"a picture of {picture.width}x{picture.height} does not hold the box {self.box}")
+            picture = picture.crop(self.box)
         picture = eight_bit(picture).convert("L" if self.channels == 1 else "RGB")
-        width, height = picture.size
-        if self.shorter is not None:
-            short = min(width, height)
-            target = (self.shorter * height // short, self.shorter * width // short)
-        else:
-            target = self.resize or self.size
-        if (height, width) != target:
-            picture = picture.resize((target[1], target[0]), INTERPOLATIONS[self.interpolation])
-        top, left = round((target[0] - self.size[0]) / 2), round((target[1] - self.size[1]) / 2)
+        target = self._target(*picture.size)
+        if picture.size != target[::-1]:
+            picture = picture.resize(target[::-1], INTERPOLATIONS[self.interpolation])
         pixels = np.asarray(picture, dtype=np.uint8).reshape(*target, self.channels)
+        if self.longest is not None:
+            pixels = self._padded(pixels)
+        top, left = round((pixels.shape[0] - self.size[0]) / 2), round((pixels.shape[1] - self.size[1]) / 2)
         pixels = pixels[top : top + self.size[0], left : left + self.size[1]]
         if self.order == "bgr":
             pixels = pixels[:, :, ::-1]
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def _target(self, width: int, height: int) -> tuple[int, int]:
+        """(H, W) that a picture is scaled to."""
+        if self.shorter is not None:
+            short = min(width, height)
+            return self.shorter * height // short, self.shorter * width // short
+        if self.longest is not None:
+            scale = self.longest / max(width, height)
+            return max(1, round(height * scale)), max(1, round(width * scale))
+        return self.resize or self.size
+
+    def _padded(self, pixels: np.ndarray) -> np.ndarray:
+        """(H, W, channels) of ``size``, the picture in the middle; an odd row or column more goes below or right."""
+        lacks = [size - side for size, side in zip(self.size, pixels.shape[:2], strict=True)]
+        around = [(lack // 2, lack - lack // 2) for lack in lacks]
+        return np.pad(pixels, (*around, (0, 0)), constant_values=self.pad)
 
 
 def eight_bit(picture: Image.Image) -> Image.Image:

@@ -190,7 +190,10 @@ def test_prefixes(prefix: str) -> None:
     state = smallcnn().state_dict()
     dressed = {prefix + k: v for k, v in state.items()} | {"criterion.proxies": torch.zeros(2)}
     found, plain = strip(dressed, state)
-    assert found == prefix and {k: v for k, v in plain.items() if k != "criterion.proxies"}.keys() == state.keys()
+    assert (
+        found == prefix.replace("_orig_mod.", "")
+        and {k: v for k, v in plain.items() if k != "criterion.proxies"}.keys() == state.keys()
+    )
 
 
 def test_a_users_pth_on_a_timm_network(tmp_path: Path) -> None:
@@ -447,8 +450,9 @@ def test_modes_randomness_and_batches() -> None:
 
 
 def test_another_size_than_the_network_takes(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"timm:vit_tiny_patch16_224' does not take images of 3x32x32 .*--input-size"):
-        open_model("timm:vit_tiny_patch16_224", ModelOptions(input_size=(32, 32)))
+    (tmp_path / "mine.py").write_text(FACTORY)
+    with pytest.raises(DataError, match=r"python:.*' does not take images of 3x32x32 .*--input-size"):
+        open_model(f"python:{tmp_path / 'mine.py'}:make", ModelOptions(input_size=(32, 32)))
 
 
 def test_spaces() -> None:

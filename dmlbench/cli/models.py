@@ -47,8 +47,8 @@ def show_model(name: str, as_json: bool) -> None:
 @json_option
 def inspect_file(file: Path, checkpoint_key: str | None, arch: tuple[str, ...], as_json: bool) -> None:
     """What is in a weights file, which architecture fits, and what is missing. Nothing in it is run."""
-    from dmlbench.models.inspection import describe, fits
-    from dmlbench.models.weights import listed, read_file
+    from dmlbench.models.files import listed, read_file
+    from dmlbench.models.inspection import clip_names, describe, fits
 
     found = read_file(file, checkpoint_key)
     facts = describe(found)
@@ -63,6 +63,7 @@ def inspect_file(file: Path, checkpoint_key: str | None, arch: tuple[str, ...], 
             "missing": list(f.missing),
             "unexpected": list(f.unexpected),
             "other_shape": list(f.other_shape),
+            "left_out": list(f.left),
         }
         for f in best
     ]
@@ -73,13 +74,23 @@ def inspect_file(file: Path, checkpoint_key: str | None, arch: tuple[str, ...], 
     for f in best:
         lacks = [
             f"{what} {listed(names)}"
-            for what, names in (("missing", f.missing), ("unexpected", f.unexpected), ("other shape", f.other_shape))
+            for what, names in (
+                ("missing", f.missing),
+                ("unexpected", f.unexpected),
+                ("other shape", f.other_shape),
+                ("fits, but would leave out", f.left),
+            )
             if names
         ]
         prefix = f" without prefix {f.prefix!r}" if f.prefix else ""
-        verdict = f"fits{prefix}, embeddings of {f.embed_dim} values" if f.whole else "; ".join(lacks)
+        width = f", embeddings of {f.embed_dim} values" if f.embed_dim else ""
+        verdict = f"fits{prefix}{width}" if f.whole else "; ".join(lacks)
         click.echo(f"{f.builder}: {verdict}")
-    if not best:
+    for note in found.notes:
+        click.echo(f"note: {note}")
+    if names := clip_names(found):
+        click.echo(f"a vision half of CLIP: --model {' or '.join(names)} --weights {file}")
+    elif not best:
         click.echo("no known architecture has tensors of these names: compare with one by --arch timm:NAME")
     elif best[0].whole:
         click.echo(f"try: dmlbench evaluate --model {file} --dataset ...")

@@ -12,9 +12,11 @@ from dmlbench.embedding import Embedder
 from dmlbench.errors import UsageError
 from dmlbench.models.architectures import ARCHITECTURES, build_network, parameter_count
 from dmlbench.models.behaviour import probe_images, settle
-from dmlbench.models.forms import FORMS, build, check_probe, open_model, space_of
+from dmlbench.models.files import read_file, read_weights
+from dmlbench.models.forms import FORMS, open_model
+from dmlbench.models.records import build, check_probe, space_of
 from dmlbench.models.spec import ModelOptions, Spec
-from dmlbench.models.weights import fill, read_file, read_weights, write_weights
+from dmlbench.models.weights import fill, write_weights
 
 __all__ = [
     "ARCHITECTURES",

@@ -1,10 +1,10 @@
-"""Networks by name: small nets of our own, and timm's and torchvision's with a head of any width.
+"""Networks by name: our own small ones, those of publications, and timm's and torchvision's with a head of any width.
 
 A builder is a name of :data:`ARCHITECTURES`, or ``timm:NAME``, ``torchvision:NAME`` or ``hf-hub:NAME``.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,20 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from dmlbench.errors import DataError, DmlbenchError, UsageError
+from dmlbench.models.heads import require_width, with_head
+from dmlbench.models.published import IMAGENET_MEAN, IMAGENET_STD, PUBLISHED, Fed, published
+from dmlbench.models.small import Ensemble, c2f2, conv3, smallcnn
+from dmlbench.preprocess import Preprocess
 from dmlbench.registry import Registry, suggest
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-HEADS = ("fc", "classifier", "head", "heads", "last_linear")
-"""Where networks keep their last layer."""
 MOST_PARAMETERS = 2_000_000_000
 """Of a network that a record or a spec describes."""
-MOST_WIDTH = 1 << 20
-"""Values of an embedding."""
 MOST_MEMBERS = 100
 """Networks of an ensemble."""
 _MOST_TENSORS = 20_000
@@ -39,69 +36,6 @@ _NOT_OF_THE_NETWORK = (
     "device", "dtype", "features_only", "feature_cfg", "model_cfg", "kwargs_filter", "progress",
 )  # fmt: skip
 """How the arguments of timm and torchvision begin that read files, fetch, or change what is made, not its size."""
-
-
-def smallcnn(channels: int = 1, width: int = 16, embed_dim: int = 64, size: int = 8) -> nn.Module:
-    """Three 3x3 convolutions (strides 1, 2, 2) and a linear layer, for 8x8 images."""
-    side = (size + 3) // 4
-    return nn.Sequential(
-        nn.Conv2d(channels, width, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(4 * width * side * side, embed_dim),
-    )
-
-
-def conv3(channels: int = 1, width: int = 32, embed_dim: int = 128, size: int = 28) -> nn.Module:
-    """Three 3x3 convolutions of stride 2 and a linear layer, for 28x28 images."""
-    side = (size + 7) // 8
-    return nn.Sequential(
-        nn.Conv2d(channels, width, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(4 * width * side * side, embed_dim),
-    )
-
-
-def c2f2(channels: int = 1, embed_dim: int = 512) -> nn.Module:
-    """The field's C2F2 at 28x28: two 5x5 convolutions with max-pooling, two linear layers."""
-    return nn.Sequential(
-        nn.Conv2d(channels, 32, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(3136, 1024),
-        nn.ReLU(),
-        nn.Linear(1024, embed_dim),
-    )
-
-
-class Ensemble(nn.Module):
-    """Several networks as one: their L2-normalised embeddings side by side, divided by √members.
-
-    So the squared distance of two images is the mean of the members' squared distances. (The papers
-    leave open how an ensemble's embeddings are joined; members learn spaces of their own, whose axes
-    do not correspond, so an average of coordinates would mean nothing.)
-    """
-
-    def __init__(self, members: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, images: Tensor) -> Tensor:
-        parts = [F.normalize(member(images), dim=1) for member in self.members]
-        return torch.cat(parts, 1) / len(parts) ** 0.5
 
 
 def ensemble(member: str = "conv3", members: int = 3, **kwargs: Any) -> nn.Module:
@@ -126,6 +60,8 @@ class Built:
         input_shape: (C, H, W) it was made for, None where nothing is said.
         mean, std: per channel, None for none.
         interpolation: how its maker resizes pictures.
+        fed: all that its publication says of its pictures; it comes before what is said above.
+        stated: how pictures are prepared, where its weights say so.
         notes: sentences for the user.
     """
 
@@ -134,64 +70,9 @@ class Built:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     interpolation: str = "bilinear"
+    fed: Fed | None = None
+    stated: Preprocess | None = None
     notes: tuple[str, ...] = ()
-
-
-def head_of(network: nn.Module) -> str | None:
-    """The name of the module that holds a network's last layer."""
-    return next((name for name in HEADS if isinstance(getattr(network, name, None), nn.Module)), None)
-
-
-def _last_linear(module: nn.Module) -> tuple[str, nn.Linear] | None:
-    """Name (below ``module``, "" for itself) and layer of the last linear layer."""
-    found = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    return found[-1] if found else None
-
-
-def with_head(network: nn.Module, embed_dim: int, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """The network with its last linear layer giving ``embed_dim`` values, or left out where that is 0.
-
-    Where ``tensors`` hold the head as one linear layer (as RobRank's MNASNet does), the whole head
-    becomes one.
-
-    Raises:
-        UsageError: the network has no last layer that we know.
-    """
-    require_width(embed_dim)
-    if callable(reset := getattr(network, "reset_classifier", None)):  # timm's own way, which keeps the pooling
-        reset(embed_dim)
-        return network
-    name = head_of(network)
-    last = _last_linear(getattr(network, name)) if name else None
-    if name is None or last is None:
-        raise UsageError(f"a {type(network).__name__} has no last layer to change: leave --embed-dim out")
-    inner, layer = last
-    if embed_dim == 0 and inner == "":
-        setattr(network, name, nn.Identity())
-    elif embed_dim == 0:
-        _replace(getattr(network, name), inner, nn.Identity())
-    elif inner == "" or f"{name}.weight" in (tensors or {}):
-        first = next(m for m in getattr(network, name).modules() if isinstance(m, nn.Linear))
-        setattr(network, name, nn.Linear(first.in_features, embed_dim))
-    else:
-        _replace(getattr(network, name), inner, nn.Linear(layer.in_features, embed_dim))
-    return network
-
-
-def _replace(head: nn.Module, inner: str, layer: nn.Module) -> None:
-    """Put ``layer`` at the dotted name ``inner`` below ``head``."""
-    above, _, last = inner.rpartition(".")
-    setattr(head.get_submodule(above), last, layer)
-
-
-def head_width(network: nn.Module, tensors: Mapping[str, Tensor]) -> int | None:
-    """How wide the head is in a file's tensors (already without prefix); None where they hold none.
-
-    The width is that of the last two-dimensional weight under the head's name.
-    """
-    name = head_of(network)
-    widths = [t.shape[0] for k, t in tensors.items() if name and k.startswith(f"{name}.") and t.dim() == 2]
-    return int(widths[-1]) if widths else None
 
 
 def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -199,16 +80,6 @@ def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make()
-
-
-def require_width(embed_dim: int) -> None:
-    """Refuse a last layer that no embedding has.
-
-    Raises:
-        UsageError: below 0 or above :data:`MOST_WIDTH`.
-    """
-    if not 0 <= embed_dim <= MOST_WIDTH:
-        raise UsageError(f"embed_dim {embed_dim} is not 0 (no last layer) to {MOST_WIDTH}")
 
 
 @contextmanager
@@ -309,9 +180,11 @@ def _timm(name: str, embed_dim: int | None, pretrained: bool, kwargs: Mapping[st
             raise UsageError(f"timm:{name} does not take these arguments: {_first_line(error)}") from None
         raise DataError(f"timm cannot fetch {name}: {_first_line(error)}") from None
     about = getattr(network, "pretrained_cfg", None) or {}
+    channels, *sides = about.get("input_size") or (3, 224, 224)
+    sides = kwargs.get("img_size", sides)
     return Built(
         network=network,
-        input_shape=tuple(about.get("input_size") or (3, 224, 224)),
+        input_shape=(channels, *((sides, sides) if isinstance(sides, int) else sides)),  # type: ignore[arg-type]
         mean=tuple(about.get("mean") or IMAGENET_MEAN),
         std=tuple(about.get("std") or IMAGENET_STD),
         interpolation=about.get("interpolation") or "bilinear",
@@ -343,7 +216,7 @@ def _torchvision(
         raise DataError(f"torchvision cannot fetch {name}: {_first_line(error)}") from None
     if embed_dim is not None:
         with_head(network, embed_dim)
-    size = 299 if name == "inception_v3" else 224
+    size = kwargs.get("image_size", 299 if name == "inception_v3" else 224)
     return Built(network, (3, size, size), IMAGENET_MEAN, IMAGENET_STD)
 
 
@@ -384,6 +257,9 @@ def build_network(
             given = {**known.arguments, **known.arguments.get("kwargs", {})}
             size = given.get("size", _C2F2_SIZE)
             network = _made(lambda: make(**arguments), f"architecture {builder!r}", most)
+            if builder in PUBLISHED:
+                fed = PUBLISHED[builder].fed
+                return Built(network, fed.preprocess.shape, fed.mean, fed.std, fed=fed)
             return Built(network, (given.get("channels", 1), size, size))
         except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
             raise UsageError(f"architecture {builder!r} does not take these arguments: {_said(error)}") from None
@@ -393,7 +269,19 @@ def build_network(
         return _timm(builder, embed_dim, pretrained, arguments, most)
     if kind == "torchvision":
         return _torchvision(name, embed_dim, pretrained, arguments, most)
-    raise UsageError(f"unknown architecture {builder!r}: it is none of {', '.join(ARCHITECTURES)}, timm:, torchvision:")
+    raise UsageError(
+        f"unknown architecture {builder!r}: it is a name (such as {', '.join(list(ARCHITECTURES)[:3])}), timm:NAME or torchvision:NAME"
+    )
+
+
+def known_as(name: str) -> str | None:
+    """The builder whose package has a network of this name, None for none: ``resnet50`` is ``timm:resnet50``."""
+    import timm
+    from torchvision import models
+
+    if timm.is_model(name):
+        return f"timm:{name}"
+    return f"torchvision:{name}" if name in models.list_models(module=models) else None
 
 
 def parameter_count(network: nn.Module) -> int:
@@ -402,5 +290,12 @@ def parameter_count(network: nn.Module) -> int:
 
 
 ARCHITECTURES: Registry[Callable[..., nn.Module]] = Registry(
-    "architecture", {"smallcnn": smallcnn, "conv3": conv3, "c2f2": c2f2, "ensemble": ensemble}
+    "architecture",
+    {
+        "smallcnn": smallcnn,
+        "conv3": conv3,
+        "c2f2": c2f2,
+        "ensemble": ensemble,
+        **{name: partial(published, name) for name in PUBLISHED},
+    },
 )

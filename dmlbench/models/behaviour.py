@@ -127,6 +127,11 @@ def settle(embedder: Embedder, output_key: str | None = None) -> None:
         for module in embedder.modules():
             module.training = False
         notes.append(f"kept training after eval(), put right: {', '.join(stuck[:3])}{' ...' if len(stuck) > 3 else ''}")
+    others = {p.dtype for p in embedder.network.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+    if others and not isinstance(embedder.network, torch.jit.ScriptModule):
+        embedder.network = embedder.network.float()
+        kinds = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in others))
+        notes.append(f"weights in {kinds} are computed with in float32")
     images = probe_images(embedder.input_shape, 3).to(embedder.device)
     with torch.no_grad():
         output = attempt(embedder, images)

@@ -3,7 +3,7 @@
 ======================  ===========================================================================
 a registered id         checkpoints.json
 ``timm:NAME``           timm's network; ``torchvision:NAME`` and ``hf-hub:NAME`` alike
-a weights file          with ``--spec``, or of an architecture that is recognised (RobRank's ``.ckpt``)
+weights                 a file, or a folder of the hub: with ``--spec``, or of an architecture that is recognised
 a run folder            what ``dmlbench train`` left: its last weights
 ``python:WHERE:NAME``   the user's own function; WHERE is a module or a ``.py`` file. Only this form runs code
 ``ensemble:A,B``        several of these, their embeddings side by side
@@ -11,241 +11,226 @@ a run folder            what ``dmlbench train`` left: its last weights
 """
 
 import hashlib
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from operator import index
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
-from torch import nn
 
-from dmlbench.checkpoints import Checkpoint, checkpoint, checkpoints, sha256_of, verified
+from dmlbench.checkpoints import checkpoint, checkpoints
 from dmlbench.embedding import DISTANCES, Distance, Embedder
 from dmlbench.errors import DataError, UsageError
-from dmlbench.fetching import weights_path
-from dmlbench.models.architectures import (
-    MOST_PARAMETERS,
-    Built,
-    Ensemble,
-    build_network,
-    head_of,
-    head_width,
-    with_head,
-)
+from dmlbench.models.architectures import ARCHITECTURES, MOST_PARAMETERS, Built, Ensemble, build_network, known_as
+from dmlbench.models.assembly import Chosen, assemble, load
 from dmlbench.models.behaviour import probe_images, settle
-from dmlbench.models.inspection import best_fit
-from dmlbench.models.spec import ModelOptions, Spec, preprocess_of
-from dmlbench.models.weights import SUFFIXES, WeightsFile, fill, fill_from, read_file, read_weights, strip
+from dmlbench.models.files import WeightsFile, is_weights, read_file
+from dmlbench.models.heads import head_of
+from dmlbench.models.inspection import best_fit, clip_names, width_of
+from dmlbench.models.layouts import match
+from dmlbench.models.own_code import made_by, stated_shape
+from dmlbench.models.records import build, check_probe, registered, space_of, trained
+from dmlbench.models.spec import ModelOptions, Spec
+from dmlbench.models.weights import fill_from
 from dmlbench.preprocess import Preprocess
-from dmlbench.registration import read_entry
 from dmlbench.registry import Registry, suggest
 
-
-def space_of(entry: Checkpoint) -> str:
-    """The letter of the checkpoint's embedding space."""
-    if entry.embedding.metric == "cosine":
-        return "C"
-    return "N" if entry.embedding.normalized else "E"
+__all__ = ["FORMS", "build", "check_probe", "open_model", "space_of"]
 
 
-def build(entry: Checkpoint, name: str) -> Embedder:
-    """The untrained :class:`Embedder` that a checkpoint describes.
-
-    Raises:
-        UsageError: it cannot be built, or has more than :data:`MOST_PARAMETERS` parameters.
-    """
-    own = ":" not in entry.arch.builder
-    width = None if own else entry.arch.embed_dim
-    built = build_network(entry.arch.builder, embed_dim=width, kwargs=entry.arch.kwargs, most=MOST_PARAMETERS)
-    preprocess = preprocess_of(entry.input)
-    return Embedder(
-        built.network,
-        preprocess.shape,
-        mean=entry.normalize.mean,
-        std=entry.normalize.std,
-        distance=DISTANCES[space_of(entry)],
-        name=name,
-        preprocess=preprocess,
+def _chosen(options: ModelOptions) -> Chosen:
+    """What the options say of a file's layers; whoever wants the features alone leaves out all that follows them."""
+    named = tuple(part for part in (options.leave_out or "").split(",") if part)
+    if options.head is not None and options.embed_dim is not None:
+        raise UsageError("--head takes a layer of the file, --embed-dim makes another: only one of them")
+    return Chosen(
+        embed_dim=options.embed_dim,
+        head=options.head,
+        without=None if options.embed_dim == 0 else named,
+        prefix=options.prefix,
+        size=options.input_size,
     )
 
 
-def check_probe(embedder: Embedder, entry: Checkpoint, name: str) -> None:
-    """Refuse a model whose embedding of the fixed input is not the registered one."""
-    if entry.probe is None:
-        return
-    with torch.no_grad():
-        found = embedder.eval()(probe_images(embedder.input_shape))[0]
-    if len(entry.probe.embedding) > len(found):
-        raise DataError(
-            f"model {name!r}: its probe has {len(entry.probe.embedding)} values, its embeddings have {len(found)}"
-        )
-    found = found[: len(entry.probe.embedding)]
-    expected = torch.tensor(entry.probe.embedding)
-    gap = float((found - expected).abs().max())
-    if not gap <= entry.probe.atol:
-        raise DataError(
-            f"model {name!r} gives another embedding for the probe input than registered "
-            f"(off by {gap:.2g}, allowed {entry.probe.atol:.2g}): wrong preprocessing or weights"
-        )
-
-
-_OF_THE_RECORD = (
-    "embed_dim", "output_key", "input_size", "resize", "interpolation", "order", "channels",
-    "mean", "std", "distance", "normalize", "name",
-)  # fmt: skip
-"""Options that a model with a record, registered or in a run folder, does not take."""
-
-
-def _registered(name: str, options: ModelOptions) -> Embedder:
-    """A model of checkpoints.json; ``--weights`` gives the file of one that is downloaded by hand."""
-    entry = checkpoint(name)
-    _only_the_record(f"model {name!r} is registered", options)
-    embedder = build(entry, name)
-    if options.weights is not None:
-        file = _weights_file(options)
-        embedder.network = _with_their_head(embedder.network, file, entry.arch.embed_dim)
-        embedder.notes = tuple(fill_from(embedder.network, file))
-        embedder.weights_sha256 = sha256_of(file.path)
-        _require_registered_file(embedder.weights_sha256, entry, name)
-    else:
-        path = weights_path(name, entry)
-        fill(embedder.network, read_weights(path), f"weights file {path}")
-        embedder.weights_sha256 = sha256_of(path)
-    if entry.status != "active":
-        embedder.notes = (*embedder.notes, standing(name, entry))
-    embedder.card, embedder.arch = entry, entry.arch.builder
-    check_probe(embedder, entry, name)
-    return embedder
-
-
-def standing(name: str, entry: Checkpoint) -> str:
-    """One sentence about a registered model that is no longer current."""
-    instead = f" by {entry.superseded_by}" if entry.superseded_by else ""
-    return f"{name} is {entry.status}{instead}{': ' + entry.reason if entry.reason else ''}"
-
-
-def _require_registered_file(found: str, entry: Checkpoint, name: str) -> None:
-    stated = {file.sha256 for file in entry.files if file.sha256}
-    if stated and found not in stated:
-        raise DataError(f"--weights has sha256 {found[:12]}..., which is not the file registered for model {name!r}")
-
-
 def _weights_file(options: ModelOptions) -> WeightsFile:
-    path = Path(str(options.weights)).expanduser()
-    return read_file(path, options.checkpoint_key)
-
-
-def _with_their_head(network: nn.Module, file: WeightsFile, embed_dim: int | None) -> nn.Module:
-    """The network with a head as the file has it, or as ``embed_dim`` says."""
-    _, tensors = strip(file.tensors, network.state_dict())
-    width = head_width(network, tensors) if embed_dim is None else embed_dim
-    if head_of(network) is None or (width is None and not tensors):
-        return network
-    return with_head(network, width or 0, tensors)
+    return read_file(Path(str(options.weights)).expanduser(), options.checkpoint_key)
 
 
 def _library(name: str, options: ModelOptions) -> Embedder:
-    """A network of timm, torchvision or a hub, with published, given, or no weights."""
+    """A network of timm, torchvision or a hub, or one of ours by name, with published, given, or no weights."""
     if options.weights is None or options.weights == "pretrained":
-        built = build_network(
-            name, embed_dim=options.embed_dim, pretrained=options.weights == "pretrained" or name.startswith("hf-hub:")
-        )
-        notes, sha256 = _unweighted(built, name, options), None
-    else:
-        file = _weights_file(options)
-        built = build_network(name)
-        network = _with_their_head(built.network, file, options.embed_dim)
-        notes, sha256 = fill_from(network, file), sha256_of(file.path)
-        built = replace(built, network=network)
-        width = head_width(network, strip(file.tensors, network.state_dict())[1])
-        if options.embed_dim is None and width:
-            notes.append(
-                f"the last layer ({head_of(network)}, {width} values) is the embedding; --embed-dim 0 leaves it out"
-            )
+        return _unweighted(name, options)
+    file = _weights_file(options)
+    _require_the_same(name, file, options)
+    return _filled(name, {}, file, options, name)
+
+
+def _filled(builder: str, kwargs: Mapping[str, Any], file: WeightsFile, options: ModelOptions, name: str) -> Embedder:
+    """A network with a file's weights, fed in one way whatever door it came through."""
+    chosen = _chosen(options)
+    built, notes = load(assemble(builder, kwargs, file, chosen), file, builder, chosen)
+    built = _fed_by(file, replace(built, interpolation="bilinear" if built.fed is None else built.interpolation))
     embedder = _embedder(built, options, name)
-    embedder.notes, embedder.weights_sha256, embedder.arch = tuple(notes), sha256, name
+    last = head_of(built.network)
+    if options.embed_dim is None and options.head is None and ":" in builder and last is not None:
+        width = width_of(built.network, embedder.input_shape)
+        notes.append(f"the last layer ({last}, {width} values) is the embedding; --embed-dim 0 leaves it out")
+    embedder.notes, embedder.weights_sha256, embedder.arch = (*notes, _told(embedder, options)), file.sha256, builder
     return embedder
 
 
-def _unweighted(built: Built, name: str, options: ModelOptions) -> list[str]:
-    if options.weights is None and not name.startswith("hf-hub:"):
-        return [f"{name} is untrained: name its weights with --weights FILE, or --weights pretrained"]
-    if options.embed_dim:
-        return [f"{name}: the last layer of width {options.embed_dim} is new and untrained"]
-    if options.embed_dim is None and head_of(built.network) is not None:
-        return [f"{name}: the class scores of its last layer are the embedding; --embed-dim 0 leaves that layer out"]
-    return []
+def _told(embedder: Embedder, options: ModelOptions) -> str:
+    """One sentence on how a file's network is fed, and by which options otherwise."""
+    p = embedder.preprocess
+    way = (
+        f"the longest side to {p.longest} and padding" if p.longest else
+        f"the shorter side to {p.shorter}, then the centre {p.size[0]}x{p.size[1]}" if p.shorter else
+        f"all of it to {p.resize[0]}x{p.resize[1]}, then the centre {p.size[0]}x{p.size[1]}" if p.resize else
+        f"all of it to {p.size[0]}x{p.size[1]}"
+    )  # fmt: skip
+    if embedder.identity:
+        scaled = "pixels in [0, 1]"
+    else:
+        mean, std = (", ".join(f"{v:.3g}" for v in t.flatten().tolist()) for t in (embedder.mean, embedder.std))
+        scaled = f"mean {mean}, std {std}"
+    return f"a picture is fed so: {way} ({p.interpolation}), {scaled}; --resize, --mean and --std say otherwise"
+
+
+def _fed_by(file: WeightsFile, built: Built) -> Built:
+    """What the hub's configuration beside a file says of its pictures, where there is one."""
+    said = file.config.get("pretrained_cfg")
+    if not isinstance(said, Mapping):
+        return built
+    try:
+        channels, height, width = (int(v) for v in said.get("input_size") or built.input_shape or (3, 224, 224))
+        mean, std = (
+            tuple(float(v) for v in said.get(k) or own or ()) for k, own in (("mean", built.mean), ("std", built.std))
+        )
+        interpolation = str(said.get("interpolation") or built.interpolation)
+        plain = Preprocess.standard((channels, height, width), interpolation)
+        if said.get("crop_mode") == "squash":
+            plain = Preprocess((height, width), interpolation=interpolation, channels=channels)
+        elif said.get("crop_pct"):
+            short = int(min(height, width) / float(said["crop_pct"]))
+            plain = Preprocess((height, width), shorter=short, interpolation=interpolation, channels=channels)
+    except (TypeError, ValueError, ZeroDivisionError, UsageError) as error:
+        raise DataError(f"{file.path / 'config.json'}: pretrained_cfg is not understood: {error}") from None
+    return replace(built, input_shape=plain.shape, mean=mean, std=std, interpolation=interpolation, stated=plain)
+
+
+def _require_the_same(name: str, file: WeightsFile, options: ModelOptions) -> None:
+    """Refuse a file that ``--model FILE`` would feed otherwise: the same weights have one number.
+
+    Raises:
+        UsageError: the mean or std of the architecture that is recognised is another.
+    """
+    if (options.mean is not None and options.std is not None) or file.config:
+        return
+    fit = best_fit(file)
+    if fit is None or fit.builder == name:
+        return
+    with torch.device("meta"):
+        theirs, ours = (build_network(b) for b in (fit.builder, name))
+    if (theirs.mean, theirs.std, theirs.fed) != (ours.mean, ours.std, ours.fed):
+        raise UsageError(
+            f"{file.path} is recognised as {fit.builder}, which is fed mean {theirs.mean} and std {theirs.std}; "
+            f"{name} is fed mean {ours.mean} and std {ours.std}: say which with --mean and --std"
+        )
+
+
+def _unweighted(name: str, options: ModelOptions) -> Embedder:
+    """A network without a file: its maker's weights, or none."""
+    if options.head or options.leave_out or options.prefix or options.checkpoint_key:
+        raise UsageError("--head, --leave-out, --checkpoint-prefix and --checkpoint-key are of a file: --weights FILE")
+    hub = name.startswith("hf-hub:")
+    published = options.weights == "pretrained" or hub
+
+    def make(**kwargs: Any) -> Built:
+        return build_network(name, embed_dim=options.embed_dim, pretrained=published, kwargs=kwargs)
+
+    built = make()
+    if options.input_size is not None and built.input_shape is not None and options.input_size != built.input_shape[1:]:
+        if getattr(getattr(built.network, "patch_embed", None), "img_size", None):
+            built = make(img_size=options.input_size)
+        elif hasattr(built.network, "image_size") and len(set(options.input_size)) == 1 and not published:
+            built = make(image_size=options.input_size[0])
+    notes: tuple[str, ...] = ()
+    if options.weights is None and not hub:
+        notes = (f"{name} is untrained: name its weights with --weights FILE, or --weights pretrained",)
+    elif options.embed_dim:
+        notes = (f"{name}: the last layer of width {options.embed_dim} is new and untrained",)
+    elif options.embed_dim is None and head_of(built.network) is not None:
+        notes = (f"{name}: the class scores of its last layer are the embedding; --embed-dim 0 leaves that layer out",)
+    embedder = _embedder(built, options, name)
+    embedder.notes, embedder.arch = notes, name
+    return embedder
 
 
 def _embedder(built: Built, options: ModelOptions, name: str, plain: Distance = DISTANCES["N"]) -> Embedder:
     """The Embedder of a network made from a library: its maker's facts, changed by the options."""
     shape = built.input_shape or (options.channels or 3, *(options.input_size or (224, 224)))
-    preprocess = options.fed(Preprocess.standard(shape, built.interpolation))
-    mean, std = _normalisation(options, built.mean, built.std, preprocess.channels)
+    stated = built.fed.preprocess if built.fed else built.stated
+    preprocess = options.fed(stated or Preprocess.standard(shape, built.interpolation), said=stated is not None)
+    mean, std = options.normalisation(built.mean, built.std, preprocess.channels)
     return Embedder(
         built.network,
         preprocess.shape,
         mean=mean,
         std=std,
-        distance=options.space(plain),
+        distance=options.space(DISTANCES[built.fed.space] if built.fed else plain),
         name=options.name or name,
         preprocess=preprocess,
     )
 
 
-def _normalisation(
-    options: ModelOptions, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Mean and std per channel; a single number serves all channels.
-
-    Raises:
-        UsageError: another number of values than channels.
-    """
-    fitted = []
-    for what, values in (("mean", options.mean or mean), ("std", options.std or std)):
-        if values is not None and len(values) not in (1, channels):
-            raise UsageError(f"--{what} has {len(values)} values for {channels} channels")
-        fitted.append(values * channels if values is not None and len(values) == 1 else values)
-    return fitted[0], fitted[1]
-
-
 def _file(path: Path, options: ModelOptions) -> Embedder:
-    """A weights file: of the architecture that the spec names, or of one that is recognised."""
+    """Weights alone: of the architecture that a spec or the hub's configuration names, or of one that is recognised."""
     if options.weights is not None:
         raise UsageError(f"--model {path} is a weights file itself: leave --weights out, or name an architecture")
     if options.spec is not None:
         return _specified(path, Spec.read(options.spec), options)
     file = read_file(path, options.checkpoint_key)
-    fit = best_fit(file)
+    name = path.name if path.is_dir() else path.stem
+    if "architecture" in file.config:
+        arguments = file.config.get("model_args") or {}
+        return _filled(f"timm:{file.config['architecture']}", arguments, file, options, name)
+    fit = best_fit(file, _chosen(options))
     if fit is None:
-        raise UsageError(
-            f"no known architecture fits {path}: name it with --model timm:NAME --weights {path} or --spec; "
-            f"'dmlbench models inspect {path}' tells what is in it"
-        )
-    built = fit.build()
-    notes = fill_from(built.network, file)
-    embedder = _embedder(built, options, path.stem)
-    embedder.notes = (f"{path.name} fits {fit.builder} with embeddings of {fit.embed_dim} values", *notes)
-    embedder.weights_sha256, embedder.arch = sha256_of(path), fit.builder
+        raise UsageError(f"no known architecture fits {path}: {_advice(path, file)}")
+    embedder = _filled(fit.builder, fit.kwargs, file, options, name)
+    found = (
+        f"{path.name} fits {fit.builder} with embeddings of {width_of(embedder.network, embedder.input_shape)} values"
+    )
+    embedder.notes = (found, *embedder.notes)
     return embedder
+
+
+def _advice(path: Path, file: WeightsFile) -> str:
+    """What to try where nothing fits."""
+    if kind := file.config.get("model_type"):
+        return (
+            f"its config.json is of transformers ({kind}), whose names of layers are its own: "
+            "a function of yours may load it, --model python:FILE.py:FUNCTION"
+        )
+    if names := clip_names(file):
+        return f"it is a vision half of CLIP, and its file does not say which activation: --model {' or '.join(names)}"
+    return f"name it with --model timm:NAME --weights {path} or --spec; 'dmlbench models inspect {path}' tells what is in it"
 
 
 def _specified(path: Path, spec: Spec, options: ModelOptions) -> Embedder:
     """A weights file with its spec; options on the command line win over the spec."""
-    own = ":" not in spec.arch.builder
-    built = build_network(spec.arch.builder, kwargs=spec.arch.kwargs, most=MOST_PARAMETERS)
     file = read_file(path, options.checkpoint_key or spec.checkpoint_key)
-    network = built.network if own else _with_their_head(built.network, file, spec.arch.embed_dim)
-    notes = fill_from(network, file)
+    width = None if ":" not in spec.arch.builder else spec.arch.embed_dim if spec.arch.head else 0
+    chosen = replace(_chosen(options), size=options.input_size or spec.preprocess().size)
+    if chosen.head is None:
+        chosen = replace(chosen, embed_dim=width, without=None if width == 0 else chosen.without)
+    made = assemble(spec.arch.builder, spec.arch.kwargs, file, chosen, most=MOST_PARAMETERS)
+    built, notes = load(made, file, spec.arch.builder, chosen)
     preprocess = options.fed(spec.preprocess(), said=True)
-    mean, std = _normalisation(options, spec.normalize.mean, spec.normalize.std, preprocess.channels)
+    mean, std = options.normalisation(*spec.normalize.of_unit(), preprocess.channels)
     letter = "C" if spec.embedding.metric == "cosine" else "N" if spec.embedding.normalized else "E"
     embedder = Embedder(
-        network,
+        built.network,
         preprocess.shape,
         mean=mean,
         std=std,
@@ -255,100 +240,28 @@ def _specified(path: Path, spec: Spec, options: ModelOptions) -> Embedder:
     )
     settle(embedder, options.output_key or spec.output_key)
     with torch.no_grad():
-        width = embedder(probe_images(embedder.input_shape, 1)).shape[1]
-    if width != spec.arch.embed_dim:
-        raise DataError(f"spec {options.spec} says embed_dim {spec.arch.embed_dim}, the network gives {width}")
+        given = embedder(probe_images(embedder.input_shape, 1)).shape[1]
+    if given != spec.arch.embed_dim:
+        raise DataError(f"spec {options.spec} says embed_dim {spec.arch.embed_dim}, the network gives {given}")
     embedder.notes = (*embedder.notes, *notes)
-    embedder.weights_sha256, embedder.arch = sha256_of(path), spec.arch.builder
+    embedder.weights_sha256, embedder.arch = file.sha256, spec.arch.builder
     return embedder
-
-
-def _only_the_record(what: str, options: ModelOptions) -> None:
-    """Refuse options that a model with a record does not take."""
-    if said := [key for key in _OF_THE_RECORD if getattr(options, key) is not None]:
-        raise UsageError(
-            f"{what}: its record says how it is fed and compared, so "
-            f"--{said[0].replace('_', '-').replace('order', 'channel-order')} does not go with it (--model FILE --spec takes other settings)"
-        )
-
-
-def _trained(run: Path, options: ModelOptions) -> Embedder:
-    """The last weights of a finished run of ``dmlbench train``."""
-    if options.weights is not None or options.spec is not None:
-        raise UsageError(f"--model {run} is a training run with its own weights: leave --weights and --spec out")
-    _only_the_record(f"--model {run} is a training run", options)
-    name, entry = read_entry(run)
-    path = verified(run / "last.safetensors", entry.files[0])
-    embedder = build(entry, name)
-    fill(embedder.network, read_weights(path), f"weights file {path}")
-    embedder.card, embedder.arch, embedder.weights_sha256 = entry, entry.arch.builder, entry.files[0].sha256
-    check_probe(embedder, entry, str(run))
-    return embedder
-
-
-def _imported(where: str) -> ModuleType:
-    """The module of a name or of a ``.py`` file; running it is what the user asked for."""
-    path = Path(where).expanduser()
-    if where.endswith(".py"):
-        if not path.is_file():
-            raise UsageError(f"python:{where} is not a file")
-        label = f"dmlbench_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
-        spec = importlib.util.spec_from_file_location(label, path)
-        assert spec is not None and spec.loader is not None  # a .py file always has both
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[label] = module
-        spec.loader.exec_module(module)
-        return module
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    return importlib.import_module(where)
-
-
-def stated_shape(module: nn.Module, name: str) -> tuple[int, int, int] | None:
-    """The (C, H, W) in a module's ``input_shape``, None where it has none.
-
-    Raises:
-        UsageError: it is not three positive integers.
-    """
-    stated = getattr(module, "input_shape", None)
-    if stated is None:
-        return None
-    try:
-        c, h, w = (index(value) for value in stated)
-    except (TypeError, ValueError):
-        c = h = w = 0
-    if min(c, h, w) < 1:
-        raise UsageError(f"{name}: input_shape {stated!r} is not (channels, height, width), three positive integers")
-    return c, h, w
 
 
 def _python(rest: str, options: ModelOptions) -> Embedder:
     """The user's own function: called without arguments, gives a module or an Embedder."""
-    where, colon, attribute = rest.rpartition(":")
-    if not colon or not where or not attribute:
-        raise UsageError("python: needs a module or file and a name, e.g. python:mynets.py:make")
-    try:
-        factory = getattr(_imported(where), attribute, None)
-        if not callable(factory):
-            raise UsageError(f"python:{where} has no function {attribute!r}")
-        made = factory() if not isinstance(factory, nn.Module) else factory
-    except UsageError:
-        raise
-    except Exception as error:  # anybody's code
-        raise DataError(f"python:{rest} failed: {type(error).__name__}: {error}") from None
+    made = made_by(rest)
     if isinstance(made, Embedder):
         embedder = made
         embedder.name = options.name or made.name
-    elif isinstance(made, nn.Module):
-        built = Built(made, stated_shape(made, f"python:{rest}"))
-        embedder = _embedder(built, options, f"python:{rest}")
     else:
-        raise DataError(f"python:{rest} gave a {type(made).__name__}, not a torch.nn.Module")
+        embedder = _embedder(Built(made, stated_shape(made, f"python:{rest}")), options, f"python:{rest}")
     notes = [f"python:{rest} is your own code and was run"]
     if options.weights is not None:
-        file = _weights_file(options)
-        notes += fill_from(embedder.network, file)
-        embedder.weights_sha256 = sha256_of(file.path)
+        file, chosen = _weights_file(options), _chosen(options)
+        found = match(file.tensors, embedder.network.state_dict(), chosen.prefix)
+        notes += fill_from(embedder.network, file, found, f"python:{rest}", chosen.without)
+        embedder.weights_sha256 = file.sha256
     embedder.notes = (*embedder.notes, *notes)
     embedder.arch = f"python:{rest}"
     return embedder
@@ -394,21 +307,26 @@ def open_model(name: str, options: ModelOptions | None = None) -> Embedder:
             behave as one (4).
     """
     options = options or ModelOptions()
+    path = Path(name).expanduser()
     kind, colon, rest = name.partition(":")
     if colon and kind in FORMS:
         embedder = FORMS[kind](rest, options)
     elif name in checkpoints():
-        embedder = _registered(name, options)
-    elif Path(name).expanduser().is_file() or name.endswith(SUFFIXES):
-        embedder = _file(Path(name).expanduser(), options)
-    elif Path(name).expanduser().is_dir():
-        embedder = _trained(Path(name).expanduser(), options)
+        embedder = registered(name, options)
+    elif is_weights(path):
+        embedder = _file(path, options)
+    elif path.is_dir():
+        embedder = trained(path, options)
+    elif name in ARCHITECTURES and options.weights is not None:
+        embedder = _library(name, options)
     elif colon:
         raise UsageError(f"unknown form of model {kind + ':'!r}{suggest(kind, FORMS)}")
     else:
+        if also := known_as(name):
+            raise UsageError(f"unknown model {name!r}; did you mean {also!r}?")
         checkpoint(name)  # unknown: says so, with a suggestion
         raise UsageError(f"unknown model {name!r}")
-    if options.spec is not None and not name.endswith(SUFFIXES):
+    if options.spec is not None and not is_weights(path):
         raise UsageError("--spec describes a weights file: --model FILE --spec spec.json")
     embedder.precision, embedder.compiled = options.precision, options.compiled
     if embedder.card is None and options.spec is None:

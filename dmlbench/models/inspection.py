@@ -4,20 +4,27 @@ Candidates are compared by the names and shapes of their tensors, without prefix
 trained or downloaded, and the tensors of the larger ones are never allocated.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dmlbench.models.architectures import Built, build_network, head_of, head_width, with_head
-from dmlbench.models.weights import WeightsFile, strip
+from dmlbench.models.architectures import build_network
+from dmlbench.models.assembly import AS_IT_IS, Chosen, assemble
+from dmlbench.models.files import WeightsFile
+from dmlbench.models.heads import HEADS
+from dmlbench.models.layouts import among, clip_prefix, left_out, match, renamed, strip, unknown, unwrapped
+from dmlbench.models.published import PUBLISHED
 
 CANDIDATES = {
+    **{name: entry.telling for name, entry in PUBLISHED.items()},
     **{f"torchvision:resnet{depth}": "layer1.0.conv1.weight" for depth in (18, 34, 50, 101, 152)},
     "torchvision:mnasnet1_0": "layers.8.0.layers.0.weight",
-    "torchvision:mobilenet_v2": "features.1.conv.0.0.weight",
+    "torchvision:mobilenet_v2": "features.0.0.weight",
     "torchvision:mobilenet_v3_large": "features.1.block.0.0.weight",
     "torchvision:googlenet": "inception3a.branch1.conv.weight",
     "torchvision:inception_v3": "Mixed_5b.branch1x1.conv.weight",
@@ -27,7 +34,10 @@ CANDIDATES = {
     "torchvision:convnext_tiny": "features.1.0.block.0.weight",
     **{f"torchvision:vit_b_{n}": "encoder.layers.encoder_layer_0.ln_1.weight" for n in (16, 32)},
     "torchvision:swin_t": "features.1.0.norm1.weight",
-    **{f"timm:vit_{size}_patch16_224": "blocks.0.attn.qkv.weight" for size in ("tiny", "small", "base")},
+    **{f"timm:vit_{size}_patch16_224": "blocks.0.attn.qkv.weight" for size in ("tiny", "small", "base", "large")},
+    **{f"timm:vit_{size}_patch14_dinov2": "blocks.0.ls1.gamma" for size in ("small", "base", "large")},
+    **{f"timm:vit_{size}_patch14_reg4_dinov2": "reg_token" for size in ("small", "base", "large")},
+    "timm:vit_base_patch16_siglip_224": "attn_pool.latent",
     **{f"timm:{name}_224": "blocks.0.attn.qkv.weight" for name in ("vit_base_patch32", "deit_small_distilled_patch16")},
     "timm:inception_v4": "features.0.conv.weight",
     "timm:resnetv2_50": "stages.0.blocks.0.conv1.weight",
@@ -38,6 +48,35 @@ CANDIDATES = {
 """Which networks of other packages a file is compared with, and one name by which each is known."""
 
 
+_CLIP = {
+    (768, 32): "timm:vit_base_patch32_clip",
+    (768, 16): "timm:vit_base_patch16_clip",
+    (1024, 14): "timm:vit_large_patch14_clip",
+}
+"""CLIP's vision transformers by (width, patch)."""
+
+
+def clip_names(file: WeightsFile) -> list[str]:
+    """timm's names for a file that holds a vision half of CLIP: OpenAI's activation first, then the exact one."""
+    prefix = clip_prefix(file.tensors)
+    if prefix is None:
+        return []
+    shape = file.tensors[f"{prefix}conv1.weight"].shape
+    name = _CLIP.get((shape[0], shape[-1]))
+    return [f"{name}_quickgelu_224 (OpenAI's and what was tuned from it)", f"{name}_224 (LAION's)"] if name else []
+
+
+def width_of(network: nn.Module, shape: tuple[int, int, int]) -> int | None:
+    """The width of a network's embedding, without memory or work; None where it cannot be told."""
+    try:
+        twin = copy.deepcopy(network).to("meta").eval()
+        with torch.no_grad():
+            out = twin(torch.empty(2, *shape, device="meta"))
+        return int(out.shape[1]) if isinstance(out, Tensor) and out.dim() in (2, 4) else None
+    except Exception:  # some networks look at values, which are not there
+        return None
+
+
 @dataclass(frozen=True)
 class Fit:
     """How well a file fits an architecture.
@@ -45,39 +84,33 @@ class Fit:
     Attributes:
         builder: its name, as ``--model`` or a spec's ``arch.builder`` takes it.
         kwargs: further arguments of the builder.
-        embed_dim: the width of the file's last layer, 0 where it has none.
+        embed_dim: the width of the embedding; None where it cannot be told.
         prefix: what stands before the network's own names in the file.
         matched: tensors of the network that the file has in the same shape.
         missing, unexpected, other_shape: names that keep it from fitting.
-        names: the file's names without the prefix.
+        left: trained layers of the file that the network would leave out.
     """
 
     builder: str
     kwargs: Mapping[str, Any]
-    embed_dim: int
+    embed_dim: int | None
     prefix: str
     matched: int
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     other_shape: tuple[str, ...]
-    names: tuple[str, ...]
+    left: tuple[str, ...]
 
     @property
     def whole(self) -> bool:
-        """The file has all of the network, and nothing more of its parts."""
-        return not (self.missing or self.unexpected or self.other_shape)
+        """The file has all of the network, and nothing more of its parts, nor layers beside it."""
+        return not (self.missing or self.unexpected or self.other_shape or self.left)
 
     @property
     def share(self) -> float:
         """Matched names among all of both, 0 to 1."""
-        return self.matched / max(1, self.matched + len(self.missing) + len(self.unexpected) + len(self.other_shape))
-
-    def build(self) -> Built:
-        """The network, untrained, with the file's head."""
-        built = build_network(self.builder, kwargs=self.kwargs)
-        if ":" in self.builder and head_of(built.network):
-            with_head(built.network, self.embed_dim, dict.fromkeys(self.names, torch.empty(0)))
-        return built
+        wrong = len(self.missing) + len(self.unexpected) + len(self.other_shape) + len(self.left)
+        return self.matched / max(1, self.matched + wrong)
 
 
 def _own(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -97,58 +130,72 @@ def _own(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, {"channels": first[1], "width": first[0], "embed_dim": last[0], "size": size}
 
 
-def _compare(file: WeightsFile, builder: str, kwargs: Mapping[str, Any]) -> Fit:
+def _compare(file: WeightsFile, builder: str, kwargs: Mapping[str, Any], chosen: Chosen) -> Fit:
     with torch.device("meta"):
-        built = build_network(builder, kwargs=kwargs)
-        network = built.network
-        prefix, tensors = strip(file.tensors, network.state_dict())
-        width = 0
-        if ":" in builder and head_of(network):
-            width = head_width(network, tensors) or 0
-            network = with_head(network, width, tensors)
+        made = assemble(builder, kwargs, file, chosen)
+    network, found = made.built.network, made.found
     own = network.state_dict()
-    prefix, tensors = strip(file.tensors, own)
-    parts = {k.partition(".")[0] for k in own}
-    other = tuple(k for k in own if k in tensors and tensors[k].shape != own[k].shape)
-    if ":" not in builder:
-        width = kwargs["embed_dim"]
+    left = left_out(file, found, network)
+    inside = {k: v for k, v in found.tensors.items() if found.prefix + k not in left}
+    other = tuple(k for k in own if k in inside and inside[k].shape != own[k].shape)
+    stray = () if chosen.without is None else tuple(unknown(left, found, network))
     return Fit(
         builder=builder,
         kwargs=dict(kwargs),
-        embed_dim=width,
-        prefix=prefix,
-        matched=sum(k in tensors for k in own) - len(other),
-        missing=tuple(k for k in own if k not in tensors and not k.endswith("num_batches_tracked")),
-        unexpected=tuple(prefix + k for k in tensors if k not in own and k.partition(".")[0] in parts),
+        embed_dim=width_of(network, made.built.input_shape or (3, 224, 224)),
+        prefix=found.prefix,
+        matched=sum(k in inside for k in own) - len(other),
+        missing=tuple(k for k in own if k not in inside and not k.endswith("num_batches_tracked")),
+        unexpected=tuple(found.prefix + k for k in inside if k not in own),
         other_shape=other,
-        names=tuple(tensors),
+        left=tuple(
+            n
+            for n in stray
+            if not among(n, (*(chosen.without or ()), *([chosen.head] if chosen.head else ())), found.prefix)
+        ),
     )
 
 
-def fits(file: WeightsFile, builders: Iterable[str] | None = None) -> list[Fit]:
+def fits(file: WeightsFile, builders: Iterable[str] | None = None, chosen: Chosen = AS_IT_IS) -> list[Fit]:
     """How every candidate fits, the best first; those with nothing in common are left out."""
     return sorted(
-        (f for f in _each(file, promising(file) if builders is None else builders) if f.matched),
+        (f for f in _each(file, promising(file) if builders is None else builders, chosen) if f.matched),
         key=lambda f: (-f.whole, -f.share),
     )
 
 
-def _each(file: WeightsFile, builders: Iterable[str]) -> Iterator[Fit]:
+def _each(file: WeightsFile, builders: Iterable[str], chosen: Chosen) -> Iterator[Fit]:
     """Every candidate worth a comparison, compared as it is asked for."""
     for builder, kwargs in _own(file.tensors):
-        yield _compare(file, builder, kwargs)
+        yield _compare(file, builder, kwargs, chosen)
     for builder in builders:
-        yield _compare(file, builder, {})
+        yield _compare(file, builder, {}, chosen)
 
 
 def promising(file: WeightsFile) -> list[str]:
     """The candidates whose telling name the file has, behind any prefix."""
-    return [b for b, telling in CANDIDATES.items() if any(f".{name}".endswith(f".{telling}") for name in file.tensors)]
+    names = {f".{unwrapped(name)}".replace(".register_tokens", ".reg_token") for name in file.tensors}
+    return [b for b, telling in CANDIDATES.items() if any(name.endswith(f".{telling}") for name in names)]
 
 
-def best_fit(file: WeightsFile) -> Fit | None:
+def best_fit(file: WeightsFile, chosen: Chosen = AS_IT_IS) -> Fit | None:
     """The first architecture that the file fits wholly, if there is one."""
-    return next((fit for fit in _each(file, promising(file)) if fit.whole), None)
+    near = (builder for builder in promising(file) if _may_fit(file, builder))
+    return next((fit for fit in _each(file, near, chosen) if fit.whole), None)
+
+
+@lru_cache(maxsize=128)
+def _own_tensors(builder: str) -> Mapping[str, Tensor]:
+    """A candidate's tensors, without memory."""
+    with torch.device("meta"):
+        return build_network(builder).network.state_dict()
+
+
+def _may_fit(file: WeightsFile, builder: str) -> bool:
+    """Whether a file has nearly all names of a candidate's body in its shapes: a quick look before the comparison."""
+    own = {k: v for k, v in _own_tensors(builder).items() if k.partition(".")[0] not in HEADS and v.dim() > 0}
+    tensors = match(renamed(file.tensors, own), own).tensors
+    return sum(k not in tensors or (tensors[k].shape != v.shape and "pos_embed" not in k) for k, v in own.items()) <= 3
 
 
 def describe(file: WeightsFile) -> dict[str, Any]:
@@ -164,7 +211,7 @@ def describe(file: WeightsFile) -> dict[str, Any]:
         "parameters": sum(t.numel() for t in floating),
         "types": sorted({str(t.dtype).removeprefix("torch.") for t in file.tensors.values()}),
         "not_finite": [
-            k for k, t in file.tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())
+            k for k, t in file.tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())
         ],
         "first": next(iter(file.tensors), None),
         "last": next(reversed(list(file.tensors)), None),

@@ -1,7 +1,8 @@
 """What a user says of a model: command-line options, and a spec file that reads like a registry entry."""
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -9,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dmlbench.checkpoints import Arch, Checkpoint, Embedding, Input, Normalize, first_problem
 from dmlbench.embedding import DISTANCES, Distance
 from dmlbench.errors import DataError, UsageError
-from dmlbench.models.architectures import MOST_WIDTH
+from dmlbench.models.heads import MOST_WIDTH
 from dmlbench.preprocess import Preprocess
 
 LARGEST_SIDE = 4096
@@ -60,24 +61,33 @@ class Spec(BaseModel):
 
 
 def preprocess_of(given: Input) -> Preprocess:
-    """The record of a registry entry's ``input``: ``resize`` is exact, or by the shorter side where it says so.
+    """The record of a registry entry's ``input``: ``resize`` is exact, or by the side that it says.
 
     Raises:
         UsageError: a side above :data:`LARGEST_SIDE`, or what :class:`Preprocess` refuses.
     """
-    if (largest := max(given.size, given.crop or 0, given.resize or 0)) > LARGEST_SIDE:
+    height, width = (given.size, given.size) if isinstance(given.size, int) else given.size
+    if (largest := max(height, width, given.crop or 0, given.resize or 0)) > LARGEST_SIDE:
         raise UsageError(f"input: {largest} pixels a side, at most {LARGEST_SIDE} are allowed")
-    size = (given.crop or given.size,) * 2
-    if given.resize is None:
-        standard = Preprocess.standard((given.channels, *size), given.interpolation)
-        return Preprocess(**{**standard.describe(), "order": given.order})
-    return Preprocess(
-        size=size,
-        resize=None if given.resize_shorter_side else (given.resize, given.resize),
-        shorter=given.resize if given.resize_shorter_side else None,
-        interpolation=given.interpolation,
-        channels=given.channels,
-        order=given.order,
+    size = (given.crop,) * 2 if given.crop else (height, width)
+    way = "shorter" if given.resize_shorter_side else "longest" if given.resize_longest_side else "exact"
+    if given.squash:
+        plain = Preprocess(size, channels=given.channels)
+    elif given.resize is None:
+        plain = Preprocess.standard((given.channels, *size))
+    else:
+        plain = resized(Preprocess(size, channels=given.channels), way, given.resize, given.pad)
+    return replace(plain, interpolation=given.interpolation, order=given.order, box=given.box)
+
+
+def resized(plain: Preprocess, way: str, pixels: int, pad: int = 0) -> Preprocess:
+    """``plain`` with another resize: "exact", "shorter" or "longest" side to ``pixels``."""
+    return replace(
+        plain,
+        resize=(pixels, pixels) if way == "exact" else None,
+        shorter=pixels if way == "shorter" else None,
+        longest=pixels if way == "longest" else None,
+        pad=pad,
     )
 
 
@@ -94,7 +104,13 @@ class ModelOptions:
         precision: one of :data:`PRECISIONS`, for gradients.
         compiled: whether gradient steps go through torch.compile.
         input_size: (H, W) of the images.
-        resize: "exact:N", "shorter:N" or "none", before the centre crop.
+        head: the layer of the weights file that is put in place of the network's last one.
+        leave_out: parts of the weights file that the embedding is to do without, by comma.
+        prefix: what stands before the network's names in the weights file.
+        resize: "exact:N", "shorter:N" or "none" before the centre crop, or "longest:N" and padding.
+        pad: the grey of the padding, 0 to 255.
+        box: (left, top, right, bottom) cut from each picture first.
+        scale: 255 for networks that are fed pixels of 0 to 255; mean and std are in the same units.
         interpolation: see :mod:`dmlbench.preprocess`.
         order: "rgb" or "bgr".
         channels: 1 or 3.
@@ -107,14 +123,20 @@ class ModelOptions:
     weights: str | None = None
     spec: Path | None = None
     embed_dim: int | None = None
+    head: str | None = None
+    leave_out: str | None = None
     checkpoint_key: str | None = None
+    prefix: str | None = None
     output_key: str | None = None
     precision: str = "auto"
     compiled: bool = False
     input_size: tuple[int, int] | None = None
     resize: str | None = None
+    pad: int | None = None
+    box: tuple[int, int, int, int] | None = None
     interpolation: str | None = None
     order: str | None = None
+    scale: float | None = None
     channels: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -131,6 +153,13 @@ class ModelOptions:
             raise UsageError(f"--input-size {self.input_size[0]}x{self.input_size[1]}: at most {LARGEST_SIDE} a side")
         if self.std is not None and min(self.std) <= 0:
             raise UsageError("--std must be above zero")
+        if self.scale is not None and not 0 < self.scale < math.inf:
+            raise UsageError("--scale must be above zero")
+        if self.scale is None and max(self.mean or (0.0,)) > 1:
+            raise UsageError(
+                f"--mean {max(self.mean or ()):g} is above 1, and pixels are in [0, 1]: --scale 255 says that "
+                "mean and std are of pixels of 0 to 255"
+            )
 
     def fed(self, plain: Preprocess, said: bool = False) -> Preprocess:
         """``plain`` with what the options change; another size has the field's resize for that size.
@@ -140,17 +169,36 @@ class ModelOptions:
         channels = self.channels or plain.channels
         size = self.input_size or plain.size
         new = plain if said and size == plain.size else Preprocess.standard((channels, *size))
-        resize, shorter = new.resize, new.shorter
-        if self.resize is not None:
-            resize, shorter = _resize(self.resize)
-        return Preprocess(
+        if self.resize == "none":
+            new = Preprocess(size)
+        elif self.resize is not None:
+            new = resized(new, *_resize(self.resize))
+        return replace(
+            new,
             size=size,
-            resize=resize,
-            shorter=shorter,
             interpolation=self.interpolation or plain.interpolation,
             channels=channels,
             order=self.order or plain.order,
+            pad=new.pad if self.pad is None else self.pad,
+            box=self.box or plain.box,
         )
+
+    def normalisation(
+        self, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int
+    ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+        """Mean and std for pixels in [0, 1], per channel: those given, changed by the options; one number serves all.
+
+        Raises:
+            UsageError: another number of values than channels.
+        """
+        told = Normalize(mean=self.mean, std=self.std, scale=self.scale or 1.0).of_unit()
+        fitted = []
+        for what, said, own in zip(("mean", "std"), told, (mean, std), strict=True):
+            values = said or own
+            if values is not None and len(values) not in (1, channels):
+                raise UsageError(f"--{what} has {len(values)} values for {channels} channels")
+            fitted.append(values * channels if values is not None and len(values) == 1 else values)
+        return fitted[0], fitted[1]
 
     def space(self, plain: Distance) -> Distance:
         """The embedding space: ``plain`` with what ``distance`` and ``normalize`` change.
@@ -167,13 +215,11 @@ class ModelOptions:
         return DISTANCES["C" if metric == "cosine" else "N" if normalized else "E"]
 
 
-def _resize(text: str) -> tuple[tuple[int, int] | None, int | None]:
-    """(exact size, shorter side) of "exact:256", "shorter:256", "256" (exact) or "none"."""
-    if text == "none":
-        return None, None
+def _resize(text: str) -> tuple[str, int]:
+    """(way, pixels) of "exact:256", "shorter:256", "longest:224" or "256" (exact)."""
     kind, _, number = text.rpartition(":")
-    if kind not in ("", "exact", "shorter") or not number.isdecimal() or not number.strip("0"):
-        raise UsageError(f"--resize {text!r} must be exact:N, shorter:N or none")
+    if kind not in ("", "exact", "shorter", "longest") or not number.isdecimal() or not number.strip("0"):
+        raise UsageError(f"--resize {text!r} must be exact:N, shorter:N, longest:N or none")
     if len(number) > 9 or int(number) > LARGEST_SIDE:
         raise UsageError(f"--resize {text!r}: N is at most {LARGEST_SIDE}")
-    return (None, int(number)) if kind == "shorter" else ((int(number),) * 2, None)
+    return kind or "exact", int(number)

@@ -1,0 +1,187 @@
+"""A network and the weights of a file, put together: at the size of its position embeddings, with the file's head."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from dmlbench.errors import UsageError
+from dmlbench.models.architectures import Built, build_network
+from dmlbench.models.files import WeightsFile
+from dmlbench.models.heads import head_of, head_width, layer_of, with_head, with_layer
+from dmlbench.models.layouts import Match, adapted, match, renamed
+from dmlbench.models.published import PUBLISHED
+from dmlbench.models.weights import fill, fill_from
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the user says of a file's layers.
+
+    Attributes:
+        embed_dim: width of the last layer, 0 to leave it out, None for the file's own.
+        head: the file's layer that is put in place of the network's last one.
+        without: the file's layers that are left out on purpose; None for whatever is left.
+        prefix: what stands before the network's names.
+        size: (H, W) of the images, None for that of the file's position embeddings.
+    """
+
+    embed_dim: int | None = None
+    head: str | None = None
+    without: tuple[str, ...] | None = ()
+    prefix: str | None = None
+    size: tuple[int, int] | None = None
+
+
+AS_IT_IS = Chosen()
+
+
+@dataclass(frozen=True, eq=False)
+class Assembled:
+    """An untrained network of the shape that a file needs, and the file's tensors under its names.
+
+    Attributes:
+        built: the network, and how it is fed.
+        found: the tensors.
+        notes: sentences for the user.
+    """
+
+    built: Built
+    found: Match
+    notes: tuple[str, ...] = ()
+
+
+def assemble(
+    builder: str,
+    kwargs: Mapping[str, Any],
+    file: WeightsFile,
+    chosen: Chosen = AS_IT_IS,
+    most: int | None = None,
+) -> Assembled:
+    """The network that a builder's name stands for, made ready for a file; nothing is loaded yet.
+
+    Raises:
+        UsageError: unknown name, or arguments that the builder does not take; several copies of the network in the
+            file; a size that the network does not take.
+    """
+    kwargs = dict(kwargs)
+    if builder in PUBLISHED and "embed_dim" not in kwargs:
+        last = PUBLISHED[builder].last
+        widths = [t.shape[0] for k, t in file.tensors.items() if f".{k}".endswith(f".{last}") and t.dim() > 1]
+        kwargs |= {"embed_dim": widths[0]} if widths else {}
+    built = build_network(builder, kwargs=kwargs, most=most)
+    own = built.network.state_dict()
+    found = match(renamed(file.tensors, own), own, chosen.prefix)
+    notes: list[str] = []
+    if ":" in builder and (size := _image_size(built, found, chosen.size)) is not None:
+        name, sides, trained = size
+        built = build_network(builder, kwargs=kwargs | {name: sides}, most=most)
+        notes = [f"position embeddings are of images of {trained}" + (
+            "" if chosen.size is None else f", resized to {chosen.size[0]}x{chosen.size[1]}"
+        )]  # fmt: skip
+    if any(p.is_meta for p in built.network.parameters()):  # shapes alone are compared
+        found = replace(found, tensors={k: v.to("meta") for k, v in found.tensors.items()})
+    found = replace(found, tensors=adapted(found.tensors, built.network))
+    if ":" in builder and head_of(built.network) is not None:
+        width = head_width(built.network, found.tensors) if chosen.embed_dim is None else chosen.embed_dim
+        if chosen.head is not None:
+            width = 0
+        if width is not None or found.tensors:
+            built = replace(built, network=with_head(built.network, width or 0, found.tensors))
+    return Assembled(built, found, tuple(notes))
+
+
+def load(
+    assembled: Assembled, file: WeightsFile, architecture: str, chosen: Chosen = AS_IT_IS
+) -> tuple[Built, list[str]]:
+    """The network with a file's weights in it, and sentences about what was done.
+
+    Raises:
+        DataError: the file does not fit; what is missing or of another shape is listed by name.
+        UsageError: the file has trained layers beside the network that nobody asked to leave out; no such head.
+    """
+    network, found = assembled.built.network, assembled.found
+    head: tuple[nn.Module, str, dict[str, Tensor]] | None = None
+    without = chosen.without
+    if chosen.head is not None:
+        head = _head(file, found, chosen.head)
+        without = None if without is None else (*without, head[1], *_own_head(network, found))
+    notes = fill_from(network, file, found, architecture, without)
+    if head is not None:
+        layer, name, tensors = head
+        fill(layer, tensors, f"weights file {file.path}, layer {name},")
+        network = with_layer(network, layer)
+        notes.append(f"{file.name}: layer {name!r} is put in place of the last one")
+    return replace(assembled.built, network=network), [*notes, *assembled.notes]
+
+
+def _head(file: WeightsFile, found: Match, name: str) -> tuple[nn.Module, str, dict[str, Tensor]]:
+    """The layer of a file that ``--head`` names, with or without the prefix, its name in the file, its tensors."""
+    every = {**file.tensors, **file.beside}
+    for full in (name, found.prefix + name):
+        tensors = {k.removeprefix(f"{full}."): v for k, v in every.items() if k.startswith(f"{full}.")}
+        if tensors:
+            layer = layer_of(tensors, full)
+            if layer is None:
+                raise UsageError(
+                    f"--head {name!r} is no linear layer and no batch norm ({', '.join(sorted(tensors))}): "
+                    "a network that ends in more is built by --model python:FILE.py:FUNCTION"
+                )
+            if isinstance(layer, nn.BatchNorm1d):
+                tensors.setdefault("num_batches_tracked", layer.state_dict()["num_batches_tracked"])
+            return layer, full, tensors
+    raise UsageError(f"--head {name!r}: {file.path} has no such layer")
+
+
+def _own_head(network: nn.Module, found: Match) -> tuple[str, ...]:
+    """The name in the file of the last layer that another one replaces."""
+    name = head_of(network)
+    return (found.prefix + name,) if name else ("fc", "classifier", "head", "heads")
+
+
+def _image_size(built: Built, found: Match, wanted: tuple[int, int] | None) -> tuple[str, Any, str] | None:
+    """(argument, sides, "HxW" of the file) where a vision transformer has to be built for another size than its own.
+
+    Raises:
+        UsageError: its position embeddings are of no square, and no size is given.
+    """
+    network = built.network
+    own = network.state_dict()
+    for name, argument in (("pos_embed", "img_size"), ("encoder.pos_embedding", "image_size")):
+        mine, theirs = own.get(name), found.tensors.get(name)
+        patch = next((k for k in ("patch_embed.proj.weight", "conv_proj.weight") if k in own), None)
+        if mine is None or theirs is None or patch is None or mine.dim() != 3 or theirs.dim() != 3:
+            continue
+        grid = getattr(getattr(network, "patch_embed", None), "grid_size", None) or (round(mine.shape[1] ** 0.5),) * 2
+        extra = mine.shape[1] - grid[0] * grid[1]
+        tokens = theirs.shape[1] - (1 if extra == 0 and theirs.shape[1] != mine.shape[1] and _odd(theirs) else extra)
+        side, (down, right) = round(tokens**0.5), own[patch].shape[-2:]
+        square = side * side == tokens
+        trained = f"{side * down}x{side * right}" if square else f"{tokens} patches"
+        if not square and wanted is None:
+            raise UsageError(
+                f"position embeddings of {tokens} patches are of no square image: --input-size HxW says which"
+            )
+        size = wanted or (side * down, side * right)
+        if size[0] % down or size[1] % right:
+            raise UsageError(
+                f"--input-size {size[0]}x{size[1]}: this network's images are cut into patches of {down}x{right}"
+            )
+        if square and size[0] // down * (size[1] // right) == tokens and size[0] // down != side:
+            raise UsageError(
+                f"--input-size {size[0]}x{size[1]}: as many patches as the file's {trained}, laid out otherwise"
+            )
+        if size == built.input_shape[1:] and square and (side, side) == tuple(grid):  # type: ignore[index]
+            return None
+        if argument == "image_size":
+            if size[0] != size[1]:
+                raise UsageError(f"--input-size {size[0]}x{size[1]}: torchvision's vision transformers take squares")
+            return argument, size[0], trained
+        return argument, size, trained
+    return None
+
+
+def _odd(position: Tensor) -> bool:
+    """Whether one token more than a square's patches has a position."""
+    return round((position.shape[1] - 1) ** 0.5) ** 2 == position.shape[1] - 1

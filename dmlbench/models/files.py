@@ -1,0 +1,279 @@
+"""What people keep weights in, read by content and not by name: a file, or a folder of files.
+
+safetensors; what ``torch.save`` writes (see :mod:`dmlbench.models.pickles`): a state dictionary, or one inside a
+larger dictionary (a training checkpoint, PyTorch Lightning's ``.ckpt``); a folder of the Hugging Face hub; shards
+with their index. Nothing that a file holds is run.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dmlbench.checkpoints import sha256_of
+from dmlbench.errors import DataError, UsageError
+from dmlbench.models.pickles import StandIn, torch_content, would_run
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar", ".pkl", ".index.json")
+KEYS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params", "module")
+"""Where training programs keep the state dictionary inside their checkpoints, in the order looked at."""
+AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema", "teacher")
+"""Where they keep an average over training steps of the same weights, which timm takes where there is one."""
+OF_A_LOSS = ("criterion", "loss", "optimizer", "scheduler", "scaler", "proxies", "proxy", "centers", "centres")
+"""What else is kept there, and is no part of a network at test."""
+_WHOLE = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+"""The weights in a folder of the hub."""
+_INDEX = ".index.json"
+
+
+@dataclass(frozen=True, eq=False)
+class WeightsFile:
+    """What a weights file, or a folder of them, holds.
+
+    Attributes:
+        path: as it was named.
+        format: "safetensors", "torch" or "lightning".
+        content: everything in it, by top-level key; for a bare state dictionary the same as ``tensors``.
+        key: the top-level key (dotted for nested ones) of the state dictionary, "" for the top itself.
+        tensors: the state dictionary, names as in the file.
+        parts: the files that were read.
+        beside: further state dictionaries in it, which are neither a copy of this one nor a loss's: names with their key.
+        notes: sentences about what was chosen or passed over.
+        config: the hub's ``config.json`` beside it.
+    """
+
+    path: Path
+    format: str
+    content: Mapping[str, Any] = field(repr=False)
+    key: str
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    parts: tuple[Path, ...] = ()
+    beside: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        """What notes call it."""
+        return self.path.name
+
+    @property
+    def sha256(self) -> str:
+        """Of the file; of several, the hash of their hashes in order."""
+        hashes = [sha256_of(part) for part in self.parts]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def is_weights(path: Path) -> bool:
+    """Whether a path names weights: a file, a name that ends like one, or a folder that holds some."""
+    return path.is_file() or str(path).endswith(SUFFIXES) or (path.is_dir() and _in_folder(path) is not None)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        DataError: it is broken; "truncated" where it ends before what it lists.
+    """
+    try:
+        return load_file(str(path))
+    except (SafetensorError, OSError, KeyError, AttributeError) as error:
+        said = "truncated" if _cut_off(path) else str(error)
+        raise DataError(f"weights file {path} is not a readable safetensors file: {said}") from None
+
+
+def _cut_off(path: Path) -> bool:
+    """Whether a safetensors file ends before the last of the tensors that its head lists."""
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        if path.stat().st_size < 8 + size:
+            return True
+        try:
+            listed = json.loads(stream.read(size))
+            ends = [entry["data_offsets"][1] for name, entry in listed.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            return False
+    return path.stat().st_size < 8 + size + max(ends, default=0)
+
+
+def _is_safetensors(path: Path, head: bytes) -> bool:
+    """By content: 8 bytes that count those of the JSON that follows."""
+    size = int.from_bytes(head[:8], "little")
+    return (head[8:9] == b"{" and size <= path.stat().st_size) or path.suffix.lower() == ".safetensors"
+
+
+def read_file(path: Path, key: str | None = None) -> WeightsFile:
+    """Read weights in any form that is understood; nothing in them is run.
+
+    Args:
+        path: the file or folder.
+        key: where the state dictionary is, e.g. "model" or "nested.model"; by default an average over training
+            steps where there is a whole one, else the first of :data:`KEYS`, else the only one.
+
+    Raises:
+        DataError: missing, broken, or holding what would have to be run.
+        UsageError: no state dictionary under ``key``, or none found; the keys there are are named.
+    """
+    if path.is_dir():
+        inside = _in_folder(path)
+        if inside is None:
+            raise DataError(f"weights file {path} {_what_folder(path)}")
+        return replace(read_file(inside, key), path=path, config=_config(path))
+    if not path.is_file():
+        raise DataError(f"weights file {path} does not exist")
+    if path.name.endswith(_INDEX):
+        return _sharded(path, key)
+    with path.open("rb") as stream:
+        head = stream.read(512)
+    if head.lstrip().startswith(b"<"):
+        raise DataError(f"weights file {path} is a web page, not weights: the download asked for a confirmation?")
+    if _is_safetensors(path, head):
+        tensors = read_weights(path)
+        return _chosen(path, "safetensors", tensors, key, (path,))
+    content, stood_in = torch_content(path)
+    if isinstance(content, StandIn):
+        raise would_run(path, content.named)
+    if not isinstance(content, Mapping):
+        raise DataError(f"weights file {path} holds a {type(content).__name__}, not a dictionary of tensors")
+    content = {str(k): v for k, v in content.items()}
+    kind = "lightning" if "pytorch-lightning_version" in content else "torch"
+    found = _chosen(path, kind, content, key, (path,))
+    if stood_in:
+        more = f" and {len(stood_in) - 2} more" if len(stood_in) > 2 else ""
+        said = f"{path.name}: values of other packages were passed over: {', '.join(stood_in[:2])}{more}"
+        found = replace(found, notes=(*found.notes, said))
+    return found
+
+
+def _in_folder(folder: Path) -> Path | None:
+    """The weights in a folder as the hub lays it out; None where there are none, or several."""
+    for name in (*(n + _INDEX for n in _WHOLE), *_WHOLE):
+        if (folder / name).is_file():
+            return folder / name
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name.lower().endswith(SUFFIXES[:-1])]
+    return files[0] if len(files) == 1 and not (folder / "checkpoint.json").exists() else None
+
+
+def _what_folder(folder: Path) -> str:
+    """What a folder without readable weights is."""
+    below = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())[:1000]
+    if any(str(p).endswith("_model_states.pt") for p in below):
+        one = [p for p in below if str(p).endswith("_model_states.pt")]
+        alone = f"; {folder / one[0]} is its only part" if len(one) == 1 else ""
+        return f"is a checkpoint of DeepSpeed, in parts: its zero_to_fp32.py joins them into one file{alone}"
+    if any(p.suffix == ".distcp" for p in below):
+        return (
+            "is a distributed checkpoint of torch, in parts: torch.distributed.checkpoint.format_utils "
+            "(dcp_to_torch) joins them into one file"
+        )
+    weights = [str(p) for p in below if p.name.lower().endswith(SUFFIXES)]
+    if weights:
+        return f"is a folder with several files of weights: name one of {', '.join(weights[:4])}"
+    return "is a folder without weights"
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _sharded(path: Path, key: str | None) -> WeightsFile:
+    """The parts that an index lists, which lie beside it."""
+    try:
+        placed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in placed.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{path} is not an index of weights: it has no weight_map from tensors to files") from None
+    if not names or any(Path(name).name != name or name.endswith(_INDEX) for name in names):
+        raise DataError(f"{path}: its files are to lie beside it: {', '.join(names[:3]) or 'none is named'}")
+    tensors: dict[str, Tensor] = {}
+    kind = "safetensors"
+    for name in names:
+        if not (path.parent / name).is_file():
+            raise DataError(f"weights file {path.parent / name} does not exist: {path.name} lists it")
+        part = read_file(path.parent / name)
+        tensors |= part.tensors
+        kind = part.format
+    if missing := sorted(set(placed) - set(tensors)):
+        raise DataError(f"{path.parent}: its files lack {listed(missing)}, which {path.name} lists")
+    return _chosen(path, kind, tensors, key, tuple(path.parent / name for name in names))
+
+
+def _tensors_in(value: Any) -> dict[str, Tensor]:
+    return {str(k): v for k, v in value.items() if isinstance(v, Tensor)} if isinstance(value, Mapping) else {}
+
+
+def _is_state(value: Any) -> bool:
+    """Tensors alone, by name."""
+    return isinstance(value, Mapping) and bool(value) and len(_tensors_in(value)) == len(value)
+
+
+def _chosen(path: Path, kind: str, content: Mapping[str, Any], key: str | None, parts: tuple[Path, ...]) -> WeightsFile:
+    """The state dictionary in a file's content."""
+    if key is not None:
+        found: Any = content
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        if not _tensors_in(found):
+            raise UsageError(f"--checkpoint-key {key!r}: no tensors there in {path}; it has {', '.join(content)}")
+        return WeightsFile(path, kind, content, key, _tensors_in(found), parts)
+    if _is_state(content) or kind == "safetensors":
+        return WeightsFile(path, kind, content, "", _tensors_in(content), parts)
+    states = {name: _tensors_in(value) for name, value in content.items() if _tensors_in(value)}
+    plain = next((name for name in KEYS if name in states), None)
+    if plain is None and _tensors_in(content):
+        return WeightsFile(path, kind, content, "", _tensors_in(content), parts)
+    whole = {name for name in states if _is_state(content[name])}
+    averaged = next((name for name in AVERAGES if name in whole), None)
+    if averaged and plain and not {_bare(k) for k in states[plain]} <= {_bare(k) for k in states[averaged]}:
+        averaged = None
+    others = [name for name in whole if not _of_a_loss(name)]
+    chosen = averaged or plain or (others[0] if len(others) == 1 else None)
+    if chosen is None:
+        holds = next((v.named for v in content.values() if isinstance(v, StandIn)), None)
+        if holds and not others:
+            raise would_run(path, holds)
+        raise UsageError(
+            f"no weights found in {path}: name their place with --checkpoint-key; it has {', '.join(content)}"
+        )
+    own = {_bare(k) for k in states[chosen]}
+    beside = {
+        f"{name}.{k}": tensor
+        for name in others
+        if name != chosen and not {_bare(k) for k in states[name]} <= own
+        for k, tensor in states[name].items()
+    }
+    notes: tuple[str, ...] = ()
+    if averaged and plain:
+        notes = (
+            f"{path.name}: the average over training steps is taken ({averaged}), as timm does; "
+            f"--checkpoint-key {plain} takes the last step's weights",
+        )
+    return WeightsFile(path, kind, content, chosen, states[chosen], parts, beside, notes)
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("module.")
+
+
+def _of_a_loss(name: str) -> bool:
+    return any(word in name.lower() for word in OF_A_LOSS)
+
+
+def listed(names: Iterable[str], most: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    every = list(names)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more

@@ -1,0 +1,173 @@
+"""Files of ``torch.save``, read with ``weights_only=True``: tensors and plain values, and nothing is run.
+
+A checkpoint often holds more beside its tensors: class names, a date, the options of the program that wrote it.
+Plain values of numpy are read. Any other type of another package is never imported: a stand-in takes its place,
+which holds nothing and does nothing, so that the tensors beside it can be read. What only code that runs could
+mean, such as a function of the operating system, ends the reading.
+"""
+
+import builtins
+import importlib
+import re
+import sys
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmlbench.errors import DataError
+
+_DATA_MODULES = (
+    "_codecs", "argparse", "array", "collections", "copyreg", "datetime", "decimal", "enum", "fractions", "functools",
+    "ipaddress", "logging", "pathlib", "random", "re", "typing", "uuid", "zoneinfo",
+)  # fmt: skip
+"""Of Python itself: what they define are values (or, as a logger, nothing that a number needs)."""
+_MOST_TYPES = 100
+"""Types of other packages in one file."""
+
+
+class StandIn:
+    """Takes the place of a value whose type is another package's: ``named`` is that type."""
+
+    named = ""
+
+    def __init__(self, *values: Any) -> None:
+        return
+
+    def __setstate__(self, state: Any) -> None:
+        return
+
+
+class _Mapping:
+    def __new__(cls, *values: Any) -> Any:  # the reader fills plain dictionaries only
+        return OrderedDict()
+
+
+class _Sequence(list):  # type: ignore[type-arg]
+    def __init__(self, *values: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        return
+
+
+def _stand_in(name: str, base: type) -> type:
+    return type(name, (base,), {"named": name, "__module__": "stand_in", "__qualname__": name})
+
+
+def _numpy_types() -> list[tuple[Any, str]]:
+    """numpy's arrays, scalars and every kind of element, under the names of both its generations."""
+    allowed: list[tuple[Any, str]] = [(np.ndarray, "numpy.ndarray"), (np.dtype, "numpy.dtype")]
+    try:
+        multiarray = importlib.import_module("numpy._core.multiarray")
+    except ImportError:
+        multiarray = importlib.import_module("numpy.core.multiarray")
+
+    def array(kind: type, *rest: Any) -> np.ndarray:
+        return multiarray._reconstruct(np.ndarray, *rest)  # type: ignore[no-any-return]  # also for a record array
+
+    records = ("numpy.record", "numpy.rec.record", "numpy.core.records.record", "numpy._core.records.record")
+    allowed += [(np.record, name) for name in records]
+    for package in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        allowed += [(multiarray.scalar, f"{package}.scalar"), (array, f"{package}._reconstruct")]
+    return allowed + [(getattr(np.dtypes, name), f"numpy.dtypes.{name}") for name in np.dtypes.__all__]
+
+
+def _runs_code(name: str) -> bool:
+    """Whether a name that a file refers to belongs to Python itself and is no plain type of value."""
+    module = name.partition(".")[0]
+    if module == "builtins":
+        return not isinstance(getattr(builtins, name.removeprefix("builtins."), None), type)
+    return module in sys.stdlib_module_names and module not in _DATA_MODULES and name != "types.SimpleNamespace"
+
+
+def torch_content(path: Path) -> tuple[Any, tuple[str, ...]]:
+    """What a file of ``torch.save`` holds, and the types in it that stand-ins replace.
+
+    Raises:
+        DataError: the file is broken, or holds what would have to be run.
+    """
+    standing: dict[str, type] = {}
+    kinds: dict[str, list[type]] = {}
+    while True:
+        try:
+            names: list[Any] = [*_numpy_types(), *((kind, name) for name, kind in standing.items())]
+            with torch.serialization.safe_globals(names), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            return content, tuple(
+                name for name in standing if name.partition(".")[0] not in ("builtins", *_DATA_MODULES)
+            )
+        except Exception as error:  # a pickle, a zip or a tensor can be broken in many ways; each is told below
+            text = str(error) or type(error).__name__
+        if refused := re.search(r"GLOBAL ([\w.]+)", text):
+            name = refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
+            if _runs_code(name) or name in standing or len(standing) >= _MOST_TYPES:
+                raise would_run(path, name) from None
+            kinds[name] = [_Mapping, _Sequence]
+            standing[name] = _stand_in(name, StandIn)
+        elif (wrong := re.search(r"<class 'stand_in\.([\w.]+)'>", text)) and kinds.get(wrong[1]):
+            standing[wrong[1]] = _stand_in(wrong[1], kinds[wrong[1]].pop(0 if "SETITEM" in text else -1))
+        else:
+            raise DataError(f"weights file {path} cannot be read: {_what_it_is(path, text)}") from None
+
+
+def would_run(path: Path, name: str) -> DataError:
+    """The error for a file whose values can only be had by running code."""
+    return DataError(
+        f"weights file {path} holds {name}, which would run code when it is loaded; "
+        "save the weights alone: torch.save(model.state_dict(), ...)"
+    )
+
+
+_MAGIC = {
+    b"\x89HDF": "an HDF5 file (Keras?), not one of torch.save",
+    b"\x93NUMPY": "an array of numpy, not a file of torch.save",
+    b"GGUF": "a GGUF file, not one of torch.save",
+    b"\x1f\x8b": "compressed by gzip: unpack it first",
+    b"BZh": "compressed by bzip2: unpack it first",
+    b"\xfd7zXZ": "compressed by xz: unpack it first",
+    b"Rar!": "a RAR archive: unpack it first",
+    b"version https://git-lfs": "the pointer of Git LFS to a file that was not fetched: git lfs pull",
+}
+
+
+def _what_it_is(path: Path, said: str) -> str:
+    """What a file that torch cannot read is, as far as its content tells."""
+    with path.open("rb") as stream:
+        head = stream.read(512)
+    if not head:
+        return "it is empty"
+    for magic, what in _MAGIC.items():
+        if head.startswith(magic):
+            return f"it is {what}"
+    if head[:1] == b"\x08" and re.search(rb"pytorch|onnx|\x12.{0,40}tf2onnx", head[:64]):
+        return "it is an ONNX graph, not weights; its network as a Python function is --model python:FILE.py:FUNCTION"
+    if head.startswith(b"PK\x03\x04"):
+        if not zipfile.is_zipfile(path):
+            return "truncated: a zip archive without its end"
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any(name.endswith(("constants.pkl", "/version")) and "/code/" in "".join(names) for name in names):
+            return (
+                "it is a TorchScript program, not weights; torch.save(torch.jit.load(FILE).state_dict(), "
+                "'weights.pth') writes the weights, where you trust FILE"
+            )
+        if not any(name.endswith("data.pkl") for name in names):
+            return f"it is a zip archive that torch.save did not write ({', '.join(names[:3]) or 'empty'})"
+        return _first(said)
+    if head.startswith(b"\x80") and ("EOF" in said or "ran out" in said.lower() or "unexpected" in said.lower()):
+        return "truncated: it ends within a value"
+    if head.startswith(b"\x80"):
+        return _first(said)
+    return "it is not a file of torch.save, nor of safetensors"
+
+
+def _first(said: str) -> str:
+    """What torch says is wrong, without its advice, which does not fit here."""
+    told = re.search(r"WeightsUnpickler error: ([^\n]*)", said)
+    return told[1].strip() if told else said.strip().splitlines()[0]

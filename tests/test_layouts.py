@@ -1,0 +1,522 @@
+"""Weights files as people have them: whole or not at all, the same numbers by every door."""
+
+import argparse
+import collections
+import datetime
+import functools
+import json
+import os
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dmlbench.embedding import Embedder
+from dmlbench.errors import DataError, UsageError
+from dmlbench.models import ModelOptions, load_model, open_model, probe_images, read_file
+from dmlbench.models.inspection import best_fit, describe, fits
+from dmlbench.models.published import PUBLISHED, published
+
+TINY = "timm:test_resnet"
+SIZE = (64, 64)
+SHAPE = (3, *SIZE)
+
+
+def seeded(network: nn.Module, seed: int = 1) -> nn.Module:
+    """Every tensor its own, batch norms' statistics too."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, t in network.state_dict().items():
+        if t.is_floating_point():
+            drawn = torch.randn(t.shape, generator=generator) * 0.05
+            t.copy_(drawn.abs() + 0.5 if name.endswith("running_var") else drawn)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def tiny() -> nn.Module:
+    """timm's smallest ResNet with an embedding of 24 values."""
+    return seeded(timm.create_model("test_resnet", num_classes=24))
+
+
+def unit(network: nn.Module, images: Tensor, mean: float = 0.5, std: float = 0.5) -> Tensor:
+    with torch.no_grad():
+        return nn.functional.normalize(network((images - mean) / std), dim=1)
+
+
+def loads_as(network: nn.Module, path: Path, **options: object) -> Embedder:
+    """The file loads on the tiny network and gives what ``network`` gives."""
+    embedder = open_model(TINY, ModelOptions(weights=str(path), input_size=SIZE, **options))  # type: ignore[arg-type]
+    images = probe_images(SHAPE, 2)
+    torch.testing.assert_close(embedder(images), unit(network, images))
+    return embedder
+
+
+class Config:
+    """A type of a package that whoever loads the file need not have."""
+
+    def __init__(self) -> None:
+        self.lr = 0.1
+
+
+class Options(dict):  # type: ignore[type-arg]
+    """A dictionary of such a package."""
+
+
+class Log(list):  # type: ignore[type-arg]
+    """A list of such a package."""
+
+
+HARMLESS = {
+    "strings": np.array(["cat", "dog"]),
+    "uint16": np.zeros(3, np.uint16),
+    "datetime64": np.array(["2024-01-01"], "datetime64[D]"),
+    "complex": np.zeros(2, complex),
+    "structured": np.zeros(2, [("a", "i4"), ("b", "f8")]),
+    "records": np.rec.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]),
+    "objects": np.array([1, "a", None], object),
+    "date": datetime.datetime(2024, 1, 1),
+    "default": collections.defaultdict(list, {"a": [1]}),
+    "namespace": argparse.Namespace(a=1),
+    "simple": types.SimpleNamespace(a=1),
+    "path": Path("/logs"),
+    "partial": functools.partial(int, base=2),
+    "frozen": frozenset([1]),
+    "generator": np.random.default_rng(0),
+    "config": Config(),
+    "options": Options(a=1, b=Options(c=2)),
+    "log": Log([1, 2]),
+}
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch):
+    """``Config`` and the like belong to a package that is there while a file is written, and not when it is read."""
+    module = types.ModuleType("package_of_training")
+    for kind in (Config, Options, Log):
+        monkeypatch.setattr(kind, "__module__", module.__name__)
+        setattr(module, kind.__name__, kind)
+    sys.modules[module.__name__] = module
+    yield lambda: sys.modules.pop(module.__name__, None)
+    sys.modules.pop(module.__name__, None)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_values_beside_weights_never_keep_them_from_being_read(elsewhere, tmp_path: Path, zipped: bool) -> None:
+    state = {"layer.weight": torch.arange(6.0).view(2, 3)}
+    for name, value in HARMLESS.items():
+        torch.save({"state_dict": state, name: value}, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    elsewhere()
+    for name in HARMLESS:
+        file = read_file(tmp_path / name)
+        assert torch.equal(file.tensors["layer.weight"], state["layer.weight"]), name
+    assert (
+        "values of other packages were passed over: package_of_training.Config"
+        in read_file(tmp_path / "config").notes[0]
+    )
+
+
+class Harmful:
+    def __reduce__(self):
+        return (os.mkdir, ("harm-was-done",))
+
+
+@pytest.mark.parametrize("harm", [Harmful(), eval, os.system, print, nn.Linear(2, 2)])
+def test_code_is_refused_and_not_run(harm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": harm}, "x.pth")
+    with pytest.raises(DataError, match="which would run code when it is loaded"):
+        read_file(Path("x.pth"))
+    assert not Path("harm-was-done").exists()
+
+
+def _onnx(path: Path) -> None:
+    path.write_bytes(b"\x08\x06\x12\x07pytorch\x1a\x051.7.0:\x00")
+
+
+OLD_JIT = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+
+
+def _scripted(path: Path) -> None:
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), str(path))
+
+
+def _cut(path: Path) -> None:
+    torch.save({"a": torch.zeros(100)}, path)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def _cut_tensors(path: Path) -> None:
+    save_file({"a": torch.zeros(100)}, str(path))
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@OLD_JIT
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (_onnx, "it is an ONNX graph"),
+        (_scripted, r"it is a TorchScript program, not weights; torch.save\(torch.jit.load"),
+        (_cut, "truncated"),
+        (_cut_tensors, "truncated"),
+        (lambda p: p.write_bytes(b""), "it is empty"),
+        (lambda p: p.write_bytes(b"\x89HDF\r\n"), "HDF5"),
+        (lambda p: p.write_bytes(b"\x1f\x8b123"), "gzip"),
+        (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+        (lambda p: p.write_text("hello, I am no weights"), "it is not a file of torch.save, nor of safetensors"),
+        (lambda p: p.write_bytes(pickle.dumps({"a": 1}, 4)), "cannot be read"),
+    ],
+)
+def test_what_is_no_weights_file_is_told_truly(write, said: str, tmp_path: Path) -> None:
+    write(tmp_path / "x.pth")
+    with pytest.raises(DataError, match=said) as error:
+        read_file(tmp_path / "x.pth")
+    assert ("truncated" in str(error.value)) == (said == "truncated") and "\n" not in str(error.value)
+
+
+def test_content_counts_and_not_the_suffix(tiny: nn.Module, tmp_path: Path) -> None:
+    for name in ("UPPER.SAFETENSORS", "named.pth", "without"):
+        save_file(tiny.state_dict(), str(tmp_path / name))
+        assert read_file(tmp_path / name).format == "safetensors"
+    torch.save(tiny.state_dict(), tmp_path / "weights.dat")
+    loads_as(tiny, tmp_path / "weights.dat")
+
+
+def test_a_folder_of_the_hub_says_how_it_is_fed(tiny: nn.Module, tmp_path: Path) -> None:
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    save_file(tiny.state_dict(), str(hub / "model.safetensors"))
+    told = {"input_size": [3, *SIZE], "mean": [0.25] * 3, "std": [0.5] * 3, "crop_pct": 0.8, "interpolation": "bicubic"}
+    (hub / "config.json").write_text(
+        json.dumps({"architecture": "test_resnet", "num_classes": 24, "pretrained_cfg": told})
+    )
+    images = probe_images(SHAPE, 2)
+    both = [open_model(str(hub)), open_model(TINY, ModelOptions(weights=str(hub)))]
+    for embedder in both:
+        assert (
+            embedder.preprocess.describe() | {"shorter": 80, "interpolation": "bicubic"}
+            == embedder.preprocess.describe()
+        )
+        torch.testing.assert_close(embedder(images), unit(tiny, images, mean=0.25))
+    (hub / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(UsageError, match=r"of transformers \(vit\)"):
+        open_model(str(hub))
+
+
+def test_shards_are_read_with_their_index(tiny: nn.Module, tmp_path: Path) -> None:
+    state = tiny.state_dict()
+    placed = {k: f"model-{i % 2}.safetensors" for i, k in enumerate(state)}
+    for part in set(placed.values()):
+        save_file({k: v for k, v in state.items() if placed[k] == part}, str(tmp_path / part))
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": placed}))
+    by_folder, by_index = loads_as(tiny, tmp_path), loads_as(tiny, index)
+    assert by_folder.weights_sha256 == by_index.weights_sha256
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(DataError, match=r"model-1.safetensors does not exist"):
+        read_file(index)
+    index.write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
+    with pytest.raises(DataError, match="lie beside it"):
+        read_file(index)
+
+
+def test_folders_that_are_something_else_are_named(tmp_path: Path) -> None:
+    (tmp_path / "deep.ckpt" / "checkpoint").mkdir(parents=True)
+    torch.save({"module": {}}, tmp_path / "deep.ckpt" / "checkpoint" / "mp_rank_00_model_states.pt")
+    (tmp_path / "fsdp.ckpt").mkdir()
+    (tmp_path / "fsdp.ckpt" / "__0_0.distcp").write_bytes(b"")
+    (tmp_path / "none.ckpt").mkdir()
+    for name, said in (
+        ("deep", "DeepSpeed.*only part"),
+        ("fsdp", "distributed checkpoint"),
+        ("none", "without weights"),
+    ):
+        with pytest.raises(DataError, match=said):
+            open_model(str(tmp_path / f"{name}.ckpt"))
+
+
+NAMES = {
+    "module.": lambda k: f"module.{k}",
+    "compiled blocks": lambda k: k.replace("layer1.", "layer1._orig_mod."),
+    "checkpointed blocks": lambda k: k.replace("layer2.0.", "layer2.0._checkpoint_wrapped_module."),
+    "fsdp": lambda k: "_fsdp_wrapped_module." + k.replace("layer1.", "layer1._fsdp_wrapped_module."),
+    "a prefix of one's own": lambda k: f"base_net.trunk.{k}",
+}
+
+
+@pytest.mark.parametrize("layout", list(NAMES))
+def test_names_with_something_before_or_inside(tiny: nn.Module, layout: str, tmp_path: Path) -> None:
+    torch.save({NAMES[layout](k): v for k, v in tiny.state_dict().items()}, tmp_path / "x.pth")
+    loads_as(tiny, tmp_path / "x.pth")
+
+
+def test_copies_of_a_network(tiny: nn.Module, tmp_path: Path) -> None:
+    other = seeded(timm.create_model("test_resnet", num_classes=24), seed=2)
+    path = tmp_path / "x.pth"
+
+    def save(one: str, two: str, **beside: object) -> None:
+        both = {one + k: v for k, v in tiny.state_dict().items()} | {two + k: v for k, v in other.state_dict().items()}
+        torch.save({"state_dict": both, **beside}, path)
+
+    for one, two in (("module.encoder_q.", "module.encoder_k."), ("ema_model.", "model."), ("teacher.", "student.")):
+        save(one, two)
+        embedder = loads_as(tiny, path)
+        assert any("two copies" in note and two in note for note in embedder.notes)
+        loads_as(other, path, prefix=two)
+    save("left.", "right.")
+    with pytest.raises(UsageError, match=r"several copies .*'left.', 'right.': choose one with --checkpoint-prefix"):
+        loads_as(tiny, path)
+    loads_as(other, path, prefix="right")
+
+
+def test_the_average_is_taken_as_timm_does(tiny: nn.Module, tmp_path: Path) -> None:
+    other = seeded(timm.create_model("test_resnet", num_classes=24), seed=2)
+    path = tmp_path / "x.pth.tar"
+    for key in ("state_dict_ema", "model_ema", "ema"):
+        torch.save({"state_dict": other.state_dict(), key: tiny.state_dict(), "epoch": 3}, path)
+        assert any(f"({key}), as timm does" in note for note in loads_as(tiny, path).notes)
+        loads_as(other, path, checkpoint_key="state_dict")
+    part = {k: v for k, v in tiny.state_dict().items() if "running" not in k}
+    torch.save({"state_dict": other.state_dict(), "ema": part}, path)  # an average of half of it is none
+    loads_as(other, path)
+    torch.save({"net_state_dict": tiny.state_dict(), "optimizer_state_dict": {"state": {}}, "epoch": 3}, path)
+    loads_as(tiny, path)
+    torch.save({"encoder_weights": tiny.state_dict(), "decoder_weights": other.state_dict()}, path)
+    with pytest.raises(UsageError, match="--checkpoint-key; it has encoder_weights, decoder_weights"):
+        loads_as(tiny, path)
+
+
+def test_a_trained_layer_is_used_or_the_run_ends(tiny: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    features = timm.create_model("test_resnet", num_classes=0)
+    body = {k: v for k, v in tiny.state_dict().items() if not k.startswith("fc.")}
+    features.load_state_dict(body)
+    layer, norm = seeded(nn.Linear(96, 8), seed=3), seeded(nn.BatchNorm1d(96), seed=4)
+    beside = {
+        "embedding": layer.state_dict(),
+        "bottleneck": norm.state_dict(),
+        "head.0": layer.state_dict(),
+        "criterion": {"proxies": torch.zeros(5, 8)},
+    }
+    images = probe_images(SHAPE, 2)
+    for name, state in beside.items():
+        held = {f"{name}.{k}": v for k, v in state.items()}
+        for content in ({**tiny.state_dict(), **held}, {"model": tiny.state_dict(), name: state}):
+            torch.save(content, path)
+            if name == "criterion":
+                loads_as(tiny, path)
+                continue
+            with pytest.raises(
+                UsageError, match=rf"trained layers .* leave out: {name}.*--head {name} .*--leave-out {name}"
+            ):
+                loads_as(tiny, path)
+            loads_as(tiny, path, leave_out=name)
+            embedder = open_model(TINY, ModelOptions(weights=str(path), input_size=SIZE, head=name))
+            after = norm if name == "bottleneck" else layer
+            with torch.no_grad():
+                expected = nn.functional.normalize(after.eval()(features.eval()((images - 0.5) / 0.5)), dim=1)
+            torch.testing.assert_close(embedder(images), expected)
+    torch.save({**tiny.state_dict(), "neck.weight": torch.zeros(3, 3, 3, 3)}, path)
+    with pytest.raises(UsageError, match="--head 'neck' is no linear layer"):
+        loads_as(tiny, path, head="neck")
+    with pytest.raises(UsageError, match="has no such layer"):
+        loads_as(tiny, path, head="nck")
+    torch.save(tiny.state_dict(), path)
+    only = open_model(TINY, ModelOptions(weights=str(path), input_size=SIZE, embed_dim=0))
+    assert only(images).shape == (2, 96)
+
+
+def test_proxy_anchors_file_is_its_own_layout(tmp_path: Path) -> None:
+    """fc is ImageNet's and unused; features are the average plus the maximum over places, then ``embedding``."""
+    body = seeded(torchvision.models.resnet18())
+    layer = seeded(nn.Linear(512, 32), seed=2)
+    held = {f"model.{k}": v for k, v in body.state_dict().items()}
+    held |= {f"model.embedding.{k}": v for k, v in layer.state_dict().items()}
+    torch.save({"model_state_dict": held}, tmp_path / "pa.pth")
+    assert fits(read_file(tmp_path / "pa.pth"))[0].embed_dim == 32
+    embedder = open_model(str(tmp_path / "pa.pth"), ModelOptions(input_size=(32, 32)))
+    assert embedder.arch == "proxyanchor-resnet18" and embedder.preprocess.size == (32, 32)
+    images = probe_images((3, 32, 32), 2)
+    with torch.no_grad():
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        places = torch.nn.Sequential(*list(body.children())[:-2])((images - mean) / std)
+        expected = layer(places.mean((2, 3)) + places.flatten(2).max(2).values)
+    torch.testing.assert_close(embedder(images), nn.functional.normalize(expected, dim=1))
+    with pytest.raises(UsageError, match=r"--head model.embedding .*--leave-out model.embedding"):
+        open_model("torchvision:resnet18", ModelOptions(weights=str(tmp_path / "pa.pth"), mean=(0.5,), std=(0.5,)))
+
+
+def test_the_same_file_has_the_same_numbers_by_every_door(tmp_path: Path) -> None:
+    network = torchvision.models.resnet18()
+    network.fc = nn.Linear(512, 16)
+    torch.save(seeded(network).state_dict(), tmp_path / "mine.pth")
+    path = str(tmp_path / "mine.pth")
+    doors = [
+        open_model(path),
+        open_model("timm:resnet18", ModelOptions(weights=path)),
+        open_model("torchvision:resnet18", ModelOptions(weights=path)),
+    ]
+    images = probe_images((3, 224, 224), 1)
+    for other in doors[1:]:
+        assert other.preprocess == doors[0].preprocess and other.weights_sha256 == doors[0].weights_sha256
+        torch.testing.assert_close(other(images), doors[0](images))
+
+
+def test_a_file_that_two_doors_would_feed_otherwise_is_asked_about(tmp_path: Path) -> None:
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=8).state_dict(), tmp_path / "vit.pth")
+    path = str(tmp_path / "vit.pth")
+    with pytest.raises(UsageError, match="say which with --mean and --std"):
+        open_model("timm:deit_tiny_patch16_224", ModelOptions(weights=path))
+    said = ModelOptions(weights=path, mean=(0.5,), std=(0.5,))
+    images = probe_images((3, 224, 224), 1)
+    torch.testing.assert_close(open_model("timm:deit_tiny_patch16_224", said)(images), open_model(path)(images))
+
+
+def test_position_embeddings_of_another_size(tmp_path: Path) -> None:
+    big = seeded(timm.create_model("vit_tiny_patch16_224", num_classes=8, img_size=96))
+    torch.save(big.state_dict(), tmp_path / "vit.pth")
+    path = str(tmp_path / "vit.pth")
+    own = open_model("timm:vit_tiny_patch16_224", ModelOptions(weights=path))
+    assert own.preprocess.size == (96, 96) == open_model(path).preprocess.size
+    assert any("position embeddings are of images of 96x96" in note for note in own.notes)
+    torch.testing.assert_close(own(probe_images((3, 96, 96), 1)), unit(big, probe_images((3, 96, 96), 1)))
+    big.set_input_size(img_size=(64, 32))  # timm's own way to resize them
+    small = open_model("timm:vit_tiny_patch16_224", ModelOptions(weights=path, input_size=(64, 32)))
+    images = probe_images((3, 64, 32), 1)
+    torch.testing.assert_close(small(images), unit(big, images), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UsageError, match="patches of 16x16"):
+        open_model("timm:vit_tiny_patch16_224", ModelOptions(weights=path, input_size=(50, 50)))
+
+
+def clip_names(network: nn.Module) -> dict[str, Tensor]:
+    """timm's CLIP transformer under OpenAI's names, with a text half beside it."""
+    out = {"transformer.resblocks.0.ln_1.weight": torch.zeros(4), "token_embedding.weight": torch.zeros(9, 4)}
+    out |= {
+        "logit_scale": torch.zeros(()),
+        "positional_embedding": torch.zeros(7, 4),
+        "text_projection": torch.zeros(4, 4),
+    }
+    for name, t in network.state_dict().items():
+        k = name.replace("blocks.", "transformer.resblocks.").replace("patch_embed.proj", "conv1")
+        for new, old in (("norm_pre", "ln_pre"), ("norm1", "ln_1"), ("norm2", "ln_2"), ("mlp.fc1", "mlp.c_fc")):
+            k = k.replace(new, old)
+        k = (
+            k.replace("mlp.fc2", "mlp.c_proj")
+            .replace("attn.qkv.", "attn.in_proj_")
+            .replace("attn.proj", "attn.out_proj")
+        )
+        k = "ln_post." + k.removeprefix("norm.") if k.startswith("norm.") else k
+        if k == "cls_token":
+            k, t = "class_embedding", t[0, 0]
+        elif k == "pos_embed":
+            k, t = "positional_embedding", t[0]
+        elif k == "head.weight":
+            k, t = "proj", t.t()
+        elif k == "head.bias":
+            continue
+        out[f"visual.{k}"] = t.contiguous()
+    return out
+
+
+def test_clip_under_its_own_names(tmp_path: Path) -> None:
+    network = seeded(timm.create_model("test_vit", pre_norm=True, num_classes=12))
+    network.head.bias.data.zero_()
+    named = clip_names(network)
+    images = probe_images((3, 160, 160), 1)
+    for content in (named, {k.removeprefix("visual."): v for k, v in named.items() if k.startswith("visual.")}):
+        torch.save(content, tmp_path / "clip.pt")
+        spec = {
+            "arch": {"builder": "timm:test_vit", "kwargs": {"pre_norm": True}, "embed_dim": 12},
+            "input": {"size": 160, "channels": 3},
+            "normalize": {"mean": [0.5], "std": [0.5]},
+        }
+        (tmp_path / "spec.json").write_text(json.dumps(spec))
+        embedder = open_model(str(tmp_path / "clip.pt"), ModelOptions(spec=tmp_path / "spec.json"))
+        torch.testing.assert_close(embedder(images), unit(network, images), rtol=1e-4, atol=1e-5)
+
+
+def test_eight_and_sixteen_bits(tiny: nn.Module, tmp_path: Path) -> None:
+    images = probe_images(SHAPE, 2)
+    for kind, off in ((torch.float16, 1e-3), (torch.bfloat16, 1e-2), (torch.float8_e4m3fn, 0.2)):
+        state = {k: v.to(kind) if v.dim() == 4 else v for k, v in tiny.state_dict().items()}
+        save_file(state, str(tmp_path / "x.safetensors"))
+        assert describe(read_file(tmp_path / "x.safetensors"))["not_finite"] == []
+        embedder = open_model(TINY, ModelOptions(weights=str(tmp_path / "x.safetensors"), input_size=SIZE))
+        assert embedder(images).dtype == torch.float32 and all(p.dtype == torch.float32 for p in embedder.parameters())
+        torch.testing.assert_close(embedder(images), unit(tiny, images), rtol=0, atol=off)
+    half = load_model(seeded(nn.Sequential(nn.Flatten(), nn.Linear(64, 16))).half(), input_shape=(1, 8, 8))
+    assert half(probe_images((1, 8, 8), 2)).dtype == torch.float32
+    assert any("float16" in note for note in half.notes)
+
+
+@pytest.mark.parametrize("name", ["mobilefacenet", "osnet-x0_25", "facenet"])
+def test_layouts_of_publications_are_recognised(name: str, tmp_path: Path) -> None:
+    network = seeded(published(name))
+    extra = {"classifier.weight": torch.zeros(7, 512)} if name.startswith("osnet") else {}
+    extra |= {"logits.weight": torch.zeros(7, 512), "logits.bias": torch.zeros(7)} if name == "facenet" else {}
+    torch.save({f"module.{k}": v for k, v in {**network.state_dict(), **extra}.items()}, tmp_path / "x.pth")
+    fit = best_fit(read_file(tmp_path / "x.pth"))
+    assert fit is not None and fit.builder == name
+    embedder = open_model(str(tmp_path / "x.pth"))
+    fed = PUBLISHED[name].fed
+    assert embedder.preprocess == fed.preprocess and embedder.distance.space == fed.space
+    images = probe_images(embedder.input_shape, 2)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (fed.mean, fed.std))
+    torch.testing.assert_close(embedder(images), embedder.distance.finish(network((images - mean) / std)))
+
+
+def test_the_first_mobilenet_v2_under_its_old_names(tmp_path: Path) -> None:
+    network = seeded(torchvision.models.mobilenet_v2(num_classes=5))
+    new_to_old = {"0.0": "0", "0.1": "1", "1.0": "3", "1.1": "4", "2": "6", "3": "7"}
+    first = {"0.0": "0", "0.1": "1", "1": "3", "2": "4"}
+    state = {}
+    for name, tensor in network.state_dict().items():
+        parts = name.split(".")
+        if parts[0] == "features" and parts[2] == "conv":
+            layer = ".".join(parts[3:-1])
+            name = f"features.{parts[1]}.conv.{(first if parts[1] == '1' else new_to_old)[layer]}.{parts[-1]}"
+        if not name.startswith("classifier"):
+            state[name] = tensor
+    torch.save(state, tmp_path / "x.pth")
+    embedder = open_model(str(tmp_path / "x.pth"), ModelOptions(input_size=(32, 32), mean=(0.0,), std=(1.0,)))
+    images = probe_images((3, 32, 32), 2)
+    with torch.no_grad():
+        expected = network.features(images).mean((2, 3))
+    torch.testing.assert_close(embedder(images), nn.functional.normalize(expected, dim=1))
+    assert any("embeddings of 1280 values" in note for note in embedder.notes)
+
+
+class Locked(nn.Module):
+    """A network that cannot be copied."""
+
+    def __init__(self) -> None:
+        import threading
+
+        super().__init__()
+        self.net, self.lock = nn.Sequential(nn.Flatten(), nn.Linear(64, 16)), threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@OLD_JIT
+def test_networks_that_do_not_copy_are_attacked_as_they_are() -> None:
+    plain = seeded(nn.Sequential(nn.Flatten(), nn.Linear(64, 16)))
+    locked = Locked()
+    locked.net.load_state_dict(plain.state_dict())
+    images = probe_images((1, 8, 8), 2)
+    traced = torch.jit.trace(plain, images)
+    for module in (traced, locked, torch.jit.script(plain)):
+        twin = load_model(module, input_shape=(1, 8, 8)).frozen()
+        x = images.clone().requires_grad_()
+        twin(x)[:, 0].sum().backward()
+        expected = images.clone().requires_grad_()
+        nn.functional.normalize(plain(expected), dim=1)[:, 0].sum().backward()
+        torch.testing.assert_close(x.grad, expected.grad)

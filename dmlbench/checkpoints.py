@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -211,6 +212,13 @@ class Checkpoint(_Record):
     paper: Paper | None = None
     claims: tuple[Claim, ...] = ()
     probe: Probe | None = None
+
+    @property
+    def family(self) -> str:
+        """What people call its architecture, without the package that builds it."""
+        name = re.sub("^(proxyanchor|unicom)-", "", self.arch.builder.rpartition(":")[2])
+        sides = re.match(r"vit_?(\w)(?:[a-z]*_patch|_?)(\d+)", name)
+        return f"ViT-{sides[1].upper()}/{sides[2]}" if sides else name
 
 
 class CheckpointFile(_Record):

@@ -1,6 +1,7 @@
 """Weights that are not in the package: folders, addresses, mirrors, and what comes in their place."""
 
 import hashlib
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,12 +10,15 @@ from http.server import HTTPServer, SimpleHTTPRequestHandler, ThreadingHTTPServe
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
 from dmlbench.checkpoints import File, checkpoint
 from dmlbench.errors import DataError
 from dmlbench.fetching import fetch, weights_path
+from dmlbench.models import open_model, probe_images
+from dmlbench.models.published import IMAGENET_MEAN, IMAGENET_STD
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -47,10 +51,14 @@ def weights(folder: Path, name: str = "m.safetensors") -> dict:
 def test_download_is_checked_and_kept(served, tmp_path: Path) -> None:
     address, folder = served
     file = File(url=f"{address}/m.safetensors", **weights(folder))
-    path = fetch("m", file)
-    assert path.read_bytes() == (folder / "m.safetensors").read_bytes() and tmp_path / "cache" in path.parents
+    path, said = fetch("m", file)
+    assert (
+        said == ()
+        and path.read_bytes() == (folder / "m.safetensors").read_bytes()
+        and tmp_path / "cache" in path.parents
+    )
     (folder / "m.safetensors").unlink()
-    assert fetch("m", file) == path
+    assert fetch("m", file) == (path, ())
     path.write_bytes(b"changed")
     with pytest.raises(DataError, match=f"{address}/m.safetensors cannot be reached"):
         fetch("m", file)
@@ -74,7 +82,7 @@ def test_two_that_fetch_the_same_file_at_once(tmp_path: Path, monkeypatch: pytes
         file = File(url=f"http://127.0.0.1:{server.server_port}/m.safetensors", **facts)
         try:
             with ThreadPoolExecutor(2) as pool:
-                paths = list(pool.map(lambda _: fetch("m", file), range(2)))
+                paths = list(pool.map(lambda _: fetch("m", file)[0], range(2)))
         finally:
             server.shutdown()
             thread.join()
@@ -100,7 +108,7 @@ def test_mirrors_in_order_and_every_trouble_told(served) -> None:
     names = ("page.html", "other.safetensors", "long.safetensors", "short.safetensors", "missing.safetensors")
     bad = [f"{address}/{name}" for name in names]
     good = File(url=bad[0], mirrors=(*bad[1:], f"{address}/m.safetensors"), **facts)
-    assert fetch("m", good).read_bytes() == (folder / "m.safetensors").read_bytes()
+    assert fetch("m", good)[0].read_bytes() == (folder / "m.safetensors").read_bytes()
     with pytest.raises(DataError) as failed:
         fetch("n", File(url=bad[0], mirrors=tuple(bad[1:]), **facts))
     for said in (
@@ -118,14 +126,84 @@ def test_base_may_be_a_folder_or_an_address(served, monkeypatch: pytest.MonkeyPa
     address, folder = served
     file = File(url="{base}/m.safetensors", **weights(folder))
     monkeypatch.setenv("DMLBENCH_CHECKPOINT_BASE", str(folder))
-    assert fetch("m", file) == folder / "m.safetensors"
+    assert fetch("m", file) == (folder / "m.safetensors", ())
     monkeypatch.setenv("DMLBENCH_CHECKPOINT_BASE", address + "/")
-    assert fetch("m", file).read_bytes() == (folder / "m.safetensors").read_bytes()
+    assert fetch("m", file)[0].read_bytes() == (folder / "m.safetensors").read_bytes()
 
 
-def test_nothing_is_fetched_without_a_hash_or_an_address() -> None:
-    with pytest.raises(DataError, match="no sha256"):
-        fetch("m", File(url="https://example.org/m"))
+def test_hashes_of_any_kind_and_length(served) -> None:
+    """torchvision, timm and open_clip put eight digits of sha256 into names, OML publishes six of md5."""
+    address, folder = served
+    content = (folder / weights_name(folder)).read_bytes()
+    sha256, md5 = hashlib.sha256(content).hexdigest(), hashlib.md5(content).hexdigest()
+    for right in (f"sha256:{sha256[:8]}", f"sha256:{sha256}", f"md5:{md5[:6]}", f"md5:{md5}"):
+        path, said = fetch(right[-9:-1], File(url=f"{address}/m.safetensors", hash=right))
+        assert path.read_bytes() == content and sha256 in said[0] and right in said[0]
+    for wrong in ("sha256:00000000", "md5:000000"):
+        with pytest.raises(DataError, match=wrong.partition(":")[0]):
+            fetch("w", File(url=f"{address}/m.safetensors", hash=wrong))
+    for nonsense in ("f37072fd", "sha1:123456", "md5:12", f"md5:{'0' * 33}", "sha256:XYZXYZ"):
+        with pytest.raises(ValueError, match="hash"):
+            File(hash=nonsense)
+
+
+def weights_name(folder: Path) -> str:
+    weights(folder)
+    return "m.safetensors"
+
+
+def test_a_file_without_a_hash_is_trusted_once(served, tmp_path: Path) -> None:
+    """The first copy counts: it is said, kept in mind, and another one later is refused."""
+    address, folder = served
+    facts = weights(folder)
+    file = File(url=f"{address}/m.safetensors")
+    path, said = fetch("m", file)
+    assert facts["sha256"] in said[0] and "no hash of it is published" in said[0]
+    assert fetch("m", file) == (path, ())
+    path.unlink()
+    assert fetch("m", file) == (path, ())  # again the same
+    path.unlink()
+    save_file({"w": torch.zeros(50)}, str(folder / "m.safetensors"))
+    with pytest.raises(DataError, match="hash"):
+        fetch("m", file)
+    path.write_bytes(b"changed here")
+    with pytest.raises(DataError):
+        fetch("m", file)
+    short = File(url=f"{address}/cut.safetensors")
+    (folder / "cut.safetensors").write_bytes(b"x" * 10)
+    assert fetch("n", short)[0].read_bytes() == b"x" * 10
+
+
+def test_nothing_is_fetched_without_an_address() -> None:
     entry = checkpoint("digits-smallcnn-triplet-none").model_copy(update={"files": (File(manual="ask the authors"),)})
     with pytest.raises(DataError, match="ask the authors"):
         weights_path("m", entry)
+
+
+def test_a_published_model_by_its_id_alone(served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """OML's layout: names behind a prefix, the loss's weight beside them, pictures padded with white."""
+    address, folder = served
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    state = {f"model.{k}": v.half() for k, v in network.state_dict().items()} | {
+        "criterion.weight": torch.zeros(3, 192)
+    }
+    torch.save({"state_dict": state}, folder / "vits16_cub.ckpt")
+    md5 = hashlib.md5((folder / "vits16_cub.ckpt").read_bytes()).hexdigest()
+    entry = checkpoint("oml-vits16-cub").model_dump(mode="json")
+    entry["arch"] = {
+        **entry["arch"],
+        "builder": "timm:vit_tiny_patch16_224",
+        "embed_dim": 192,
+    }  # smaller, else the same
+    entry["files"] = [{"url": f"{address}/vits16_cub.ckpt", "hash": f"md5:{md5[:6]}", "format": "torch"}]
+    (tmp_path / "c.json").write_text(json.dumps({"schema_version": 1, "checkpoints": {"oml-vits16-cub": entry}}))
+    monkeypatch.setenv("DMLBENCH_CHECKPOINTS", str(tmp_path / "c.json"))
+    embedder = open_model("oml-vits16-cub")
+    assert embedder.distance.space == "E" and embedder.card is not None and embedder.card.dataset.name == "cub"
+    assert (embedder.preprocess.longest, embedder.preprocess.pad, embedder.preprocess.size) == (224, 255, (224, 224))
+    assert any("trusted on first use" in note for note in embedder.notes)
+    images = probe_images((3, 224, 224), 1)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    with torch.no_grad():
+        expected = network.half().float().eval()((images - mean) / std)
+    torch.testing.assert_close(embedder(images), expected)

@@ -34,6 +34,43 @@ def test_the_shorter_side_is_torchvisions(width: int, height: int, how: str) -> 
     assert (got == by_torchvision(picture, T.Resize(33, mode), T.CenterCrop(28))).all()
 
 
+@given(st.integers(5, 90), st.integers(5, 90), st.integers(0, 255))
+def test_the_longest_side_is_scaled_and_the_rest_padded(width: int, height: int, pad: int) -> None:
+    picture = noise(width, height)
+    got = Preprocess(size=(28, 32), longest=28, pad=pad)(picture)
+    scale = 28 / max(width, height)
+    h, w = max(1, round(height * scale)), max(1, round(width * scale))
+    inside = np.asarray(picture.resize((w, h), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    top, left = (28 - h) // 2, (32 - w) // 2
+    assert (got[:, top : top + h, left : left + w] == inside).all()
+    outside = np.ones((28, 32), dtype=bool)
+    outside[top : top + h, left : left + w] = False
+    assert (got[:, outside] == pad).all()
+
+
+def test_a_box_is_cut_first() -> None:
+    picture = noise(60, 50)
+    got = Preprocess(size=(8, 8), box=(10, 20, 40, 50))(picture)
+    assert (got == by_torchvision(picture.crop((10, 20, 40, 50)), T.Resize((8, 8)))).all()
+    with pytest.raises(ValueError, match=r"60x50 does not hold the box"):
+        Preprocess(size=(8, 8), box=(10, 20, 61, 50))(picture)
+
+
+def test_what_is_not_used_changes_no_key() -> None:
+    """Caches and results are known by the description: it stays as it was for what was there before."""
+    plain = {
+        "size": (8, 8),
+        "resize": None,
+        "shorter": None,
+        "interpolation": "bilinear",
+        "channels": 3,
+        "order": "rgb",
+    }
+    assert Preprocess(size=(8, 8)).describe() == plain
+    assert Preprocess(size=(8, 8), longest=8, pad=3).describe() == {**plain, "longest": 8, "pad": 3}
+    assert Preprocess(size=(8, 8), box=(0, 0, 4, 4)).describe() == {**plain, "box": (0, 0, 4, 4)}
+
+
 def test_224_is_cut_from_256() -> None:
     standard = Preprocess.standard((3, 224, 224))
     assert standard.resize == (256, 256) and standard.shorter is None
@@ -69,6 +106,10 @@ def test_other_modes() -> None:
         ({"size": (8, 8), "interpolation": "bilinar"}, "did you mean 'bilinear'"),
         ({"size": (8, 8), "order": "rbg"}, "'rgb' or 'bgr'"),
         ({"size": (8, 8), "resize": (9, 9), "shorter": 9}, "not both"),
+        ({"size": (8, 8), "longest": 8, "shorter": 9}, "not both"),
+        ({"size": (8, 8), "longest": 9}, "does not fit into 8x8"),
+        ({"size": (8, 8), "pad": 256}, "0 to 255"),
+        ({"size": (8, 8), "box": (5, 0, 5, 9)}, "left < right"),
     ],
 )
 def test_nonsense_is_refused(bad: dict, said: str) -> None:

@@ -1,10 +1,12 @@
 """``dmlbench models``: what the registry holds, and what is in a weights file."""
 
+import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from dmlbench.checkpoints import checkpoint, checkpoints
+from dmlbench.checkpoints import Checkpoint, checkpoint, checkpoints, packaged
 from dmlbench.cli.output import json_option, print_facts, print_list
 
 
@@ -13,23 +15,78 @@ def models() -> None:
     """List, show and inspect models."""
 
 
-@models.command("list", epilog="Example: dmlbench models list --json")
+@models.command("list", epilog="Example: dmlbench models list --trained-on cub")
+@click.option("--trained-on", metavar="DATASET", help="Only models that were trained on this.")
+@click.option("--all", "everything", is_flag=True, help="Superseded and retracted models too.")
 @json_option
-def list_models(as_json: bool) -> None:
-    """Every registered model."""
+def list_models(trained_on: str | None, everything: bool, as_json: bool) -> None:
+    """Every registered model: its family and size, what it was trained on, R@1 as claimed and as measured.
+
+    R@1, in percent, is of clean pictures of the data set that the model was trained on, else of the first one stated.
+    """
+    measured = _measured()
     items = [
         {
             "id": name,
-            "dataset": c.dataset.name,
-            "arch": c.arch.builder,
+            "family": c.family,
+            "size": _size(c.arch.n_params),
+            "trained on": c.dataset.name,
+            "claimed": _claimed(c),
+            "measured": measured.get((name, c.dataset.name)),
             "loss": c.train.loss,
             "defense": c.defense.name,
             "status": c.status,
             "title": c.title,
         }
         for name, c in checkpoints().items()
+        if (everything or as_json or c.status == "active") and trained_on in (None, c.dataset.name)
     ]
-    print_list(items, ("id", "dataset", "arch", "loss", "defense", "status"), as_json)
+    if as_json:
+        print_list(items, (), as_json)
+        return
+    columns = ("id", "family", "size", "claimed", "measured")
+    rows = [[i["id"], i["family"], i["size"] or "", _percent(i["claimed"]), _percent(i["measured"])] for i in items]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        left = [cell.ljust(width) for cell, width in zip(cells[:2], widths, strict=False)]
+        return " ".join([*left, *(c.rjust(w) for c, w in zip(cells[2:], widths[2:], strict=True))]).rstrip()
+
+    click.echo(line(columns))
+    for data in sorted({i["trained on"] for i in items}):
+        click.echo(f"trained on {data}:")
+        for item, row in zip(items, rows, strict=True):
+            if item["trained on"] == data:
+                click.echo(line(row))
+
+
+def _size(count: int | None) -> str | None:
+    """A number of parameters as people say it: 22M, 89k."""
+    if count is None:
+        return None
+    return f"{count / 1e6:.0f}M" if count >= 9.5e6 else f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"
+
+
+def _percent(value: object) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else ""
+
+
+def _claimed(entry: Checkpoint) -> float | None:
+    """R@1 on clean pictures as somebody else states it, percent."""
+    stated = [c for c in entry.claims if c.metric == "recall_at_1"]
+    own = [c for c in stated if c.dataset in (None, entry.dataset.name)]
+    return next((c.value for c in (*own, *stated)), None)
+
+
+def _measured() -> dict[tuple[str, str], float]:
+    """R@1 on clean pictures by (model, data set) as the boards have it, percent; the boards of an attack on it alike."""
+    found: dict[tuple[str, str], float] = {}
+    for path in sorted(packaged("leaderboard").glob("*/*.csv")):
+        with path.open(encoding="utf-8", newline="") as stream:
+            for row in csv.DictReader(stream):
+                if row.get("recall_at_1") and row.get("status") != "claimed":
+                    found.setdefault((row["model"], row["dataset"]), float(row["recall_at_1"]))
+    return found
 
 
 @models.command("show", epilog="Example: dmlbench models show digits-smallcnn-triplet-hm-lga-ics")

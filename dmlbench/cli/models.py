@@ -1,8 +1,9 @@
 """``dmlbench models``: what the registry holds, and what is in a weights file."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,13 +26,14 @@ def list_models(trained_on: str | None, everything: bool, as_json: bool) -> None
     R@1, in percent, is of clean pictures of the data set that the model was trained on, else of the first one stated.
     """
     measured = _measured()
-    items = [
+    items: list[dict[str, Any]] = [
         {
             "id": name,
             "family": c.family,
             "size": _size(c.arch.n_params),
             "trained on": c.dataset.name,
-            "claimed": _claimed(c),
+            "claimed": _claimed(c)[0],
+            "claimed on": _claimed(c)[1],
             "measured": measured.get((name, c.dataset.name)),
             "loss": c.train.loss,
             "defense": c.defense.name,
@@ -45,7 +47,7 @@ def list_models(trained_on: str | None, everything: bool, as_json: bool) -> None
         print_list(items, (), as_json)
         return
     columns = ("id", "family", "size", "claimed", "measured")
-    rows = [[i["id"], i["family"], i["size"] or "", _percent(i["claimed"]), _percent(i["measured"])] for i in items]
+    rows = [[i["id"], i["family"], i["size"] or "", _elsewhere(i), _percent(i["measured"])] for i in items]
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -58,24 +60,37 @@ def list_models(trained_on: str | None, everything: bool, as_json: bool) -> None
         for item, row in zip(items, rows, strict=True):
             if item["trained on"] == data:
                 click.echo(line(row))
+    if others := sorted({i["claimed on"] for i in items if _elsewhere(i).endswith("*")}):
+        click.echo(f"* on {', '.join(others)}; dmlbench models show ID lists every claim")
 
 
 def _size(count: int | None) -> str | None:
     """A number of parameters as people say it: 22M, 89k."""
     if count is None:
         return None
-    return f"{count / 1e6:.0f}M" if count >= 9.5e6 else f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"
+    return (
+        f"{count / 1e6:.0f}M"
+        if count >= 9.5e6
+        else f"{count / 1e6:.1f}M"
+        if count >= 9.995e5
+        else f"{count / 1e3:.0f}k"
+    )
+
+
+def _elsewhere(item: Mapping[str, Any]) -> str:
+    """The claimed R@1, marked where it is of another data set than the model was trained on."""
+    return _percent(item["claimed"]) + ("*" if item["claimed on"] not in (None, item["trained on"]) else "")
 
 
 def _percent(value: object) -> str:
     return f"{value:.1f}" if isinstance(value, float) else ""
 
 
-def _claimed(entry: Checkpoint) -> float | None:
-    """R@1 on clean pictures as somebody else states it, percent."""
-    stated = [c for c in entry.claims if c.metric == "recall_at_1"]
-    own = [c for c in stated if c.dataset in (None, entry.dataset.name)]
-    return next((c.value for c in (*own, *stated)), None)
+def _claimed(entry: Checkpoint) -> tuple[float | None, str | None]:
+    """R@1 on clean pictures as somebody else states it, percent, and on which data set."""
+    stated = [(c.value, c.dataset or entry.dataset.name) for c in entry.claims if c.metric == "recall_at_1"]
+    own = [claim for claim in stated if claim[1] == entry.dataset.name]
+    return next(iter((*own, *stated)), (None, None))
 
 
 def _measured() -> dict[tuple[str, str], float]:

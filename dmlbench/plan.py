@@ -9,17 +9,18 @@ timed and scaled.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from dmlbench import clustering as clustering_attacks
 from dmlbench.attacks import ATTACKS, Attack, aim, craft, measure
+from dmlbench.cluster_attacks import CLUSTER_ATTACKS
+from dmlbench.clustering import components as cluster_components
+from dmlbench.clustering import restarts
 from dmlbench.compiled import ready as ready_to_attack
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
@@ -279,7 +280,6 @@ def _jobs(protocol: Protocol, dataset: RetrievalDataset, queries: int, attacks: 
 
 def _runner_jobs(protocol: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[_Job]:
     """Those of a protocol with a runner of its own; gradients are the most that can be needed."""
-    nothing: Mapping[str, Any] = {}
     others = len(np.unique(dataset.labels[dataset.gallery])) - 1
     grid = protocol.eps_for(dataset.images.shape)
     for eps in grid:
@@ -293,13 +293,17 @@ def _runner_jobs(protocol: Protocol, dataset: RetrievalDataset, queries: int) ->
             )  # fmt: skip
             one = replace(ATTACKS[step.attack], k=1) if ATTACKS[step.attack].targets else ATTACKS[step.attack]
             yield _Job(row, one, step.optimizer, threat, float(times))
-        for name, way in clustering_attacks.CLUSTER_ATTACKS.items() if not protocol.steps else ():
-            threat = protocol.threat_at(eps, nothing)
-            passes = (threat.steps * threat.eot, threat.steps * threat.eot if way.moving else 0)
-            row = _row(f"{name}@{eps}", name, "pgd", eps, queries, dataset, threat.steps, passes)
-            yield _Job(row, ATTACKS["ES"], "pgd", threat, 1.5 if way.moving else 1.0)
     if (rule := protocol.threshold) is not None:
         threat, most = protocol.threat_at(grid[-1], rule.threat), halvings(rule)
         gradients, values = (most * n for n in COSTS[rule.optimizer].passes(threat))
         row = _row("smallest eps", rule.attack, rule.optimizer, "", queries, dataset, threat.steps, (gradients, values))
         yield _Job(row, ATTACKS[rule.attack], rule.optimizer, threat, float(most))
+    for part in cluster_components(protocol, dataset.images.shape) if protocol.kind == "clustering" else ():
+        threat, way = protocol.threat_of(part), CLUSTER_ATTACKS[part.attack]
+        if way.way == "union":  # k-means alone
+            continue
+        often = restarts(protocol, part)
+        gradients = often * threat.steps * threat.eot
+        passes = (gradients, gradients if way.moving else 0)
+        row = _row(part.name, part.attack, "pgd", str(threat.eps), queries, dataset, often * threat.steps, passes)
+        yield _Job(row, ATTACKS["ES"], "pgd", threat, often * (1.5 if way.moving else 1.0))

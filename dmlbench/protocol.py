@@ -13,13 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from dmlbench.attacks import ATTACKS, load_plugins, parse
 from dmlbench.checkpoints import PACKAGE, first_problem
+from dmlbench.cluster_attacks import CLUSTER_ATTACKS
 from dmlbench.errors import DataError, UsageError
 from dmlbench.metrics import READOUTS
 from dmlbench.optimizers import OPTIMIZERS, WHOLE_SET
@@ -34,6 +35,10 @@ else:
 FOLDER = PACKAGE / "protocols"
 COLOUR = "colour"
 """In a grid, beside sides in pixels: images of several channels."""
+
+
+FIRST_ATTACKS = ("C1", "C2", "C3", "U1", "U2", "U3")
+"""What a clustering protocol runs that names no attacks, as its first version did not."""
 
 
 class _Record(BaseModel):
@@ -138,12 +143,30 @@ class Threshold(_Record):
     octaves: int = 4
 
 
+class Joint(_Record):
+    """How the clustering attacks search that need all images at once.
+
+    ``joint`` takes ``steps`` in each of at most ``restarts``; it reads NMI at every ``look`` steps, and ends after ``patience``
+    restarts in a row that lowered the lowest NMI by less than ``least`` points of 100. ``union`` has at most
+    ``rounds``, which end alike.
+    """
+
+    temperature: Annotated[FiniteFloat, Field(gt=0)]
+    """of the softmax over clusters; distances are divided by it, and by the root mean square length of an embedding"""
+    steps: Annotated[int, Field(ge=1)]
+    restarts: Annotated[int, Field(ge=1)]
+    rounds: Annotated[int, Field(ge=1)]
+    patience: Annotated[int, Field(ge=1)]
+    least: Annotated[FiniteFloat, Field(ge=0)]
+    look: Annotated[int, Field(ge=1)]
+
+
 class Protocol(_Record):
     """A named, versioned set of attacks and the threat they share.
 
     Kinds: "ers", components whose mean score is ERS; "parts", components without a common score;
     "strict", ``steps`` run one after another on the survivors at every eps of the ``grid``;
-    "clustering", all images moved before k-means, at every eps of the ``grid``.
+    "clustering", all images moved before k-means by each of ``attacks``, at every eps of the ``grid``.
     """
 
     name: str
@@ -165,6 +188,10 @@ class Protocol(_Record):
     audit: int = 0
     """queries on which the audit looks at the model as well; 0: no audit"""
     clustering_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    attacks: tuple[str, ...] = FIRST_ATTACKS
+    """of kind clustering: names of CLUSTER_ATTACKS, in the order in which they are run"""
+    joint: Joint | None = None
+    """of kind clustering: how those of its attacks search that need all images at once"""
     superseded_by: str | None = None
 
     @property
@@ -351,9 +378,26 @@ def _check_kind(protocol: Protocol) -> None:
         raise UsageError("together, and a step with rounds above 1, do nothing without each other")
     if protocol.threshold is not None:
         _check_threshold(protocol.threshold, protocol)
+    if kind != "clustering" and (protocol.attacks != FIRST_ATTACKS or protocol.joint):
+        raise UsageError(f"attacks and [joint] do nothing in kind {kind!r}")
+    if kind == "clustering":
+        _check_clustering(protocol)
     unread = [key for key in UNREAD.get(kind, ()) if key in protocol.threat]
     if unread:
         raise UsageError(f"[threat] {unread[0]} does nothing in kind {kind!r}")
+
+
+def _check_clustering(protocol: Protocol) -> None:
+    """That its attacks are known, each once, what chooses of others' images after some, and the search of all at once said."""
+    ways = [CLUSTER_ATTACKS[name].way for name in protocol.attacks]
+    if not any(CLUSTER_ATTACKS[name].labelled for name in protocol.attacks) or ways[0] == "union":
+        raise UsageError("attacks must hold one that knows the labels, and begin with one that makes images")
+    if twice := _repeated(protocol.attacks):
+        raise UsageError(f"attacks hold {twice!r} twice: one would overwrite the other")
+    if ways.count("union") > 1:
+        raise UsageError("attacks hold two that choose of the others' images, which stand before a single one")
+    if (protocol.joint is not None) != any(way != "alone" for way in ways):
+        raise UsageError("[joint], and attacks that need all images at once, do nothing without each other")
 
 
 def _check_component(c: Component, protocol: Protocol) -> None:

@@ -155,6 +155,10 @@ class Threat:
             return self.project(clean + self.ball.corner(clean, self.radius, rng), clean)
         return self.sample(clean, rng) if self.start == "random" else clean.clone()
 
+    def stepped(self, images: Tensor, direction: Tensor, clean: Tensor, length: float) -> Tensor:
+        """``images`` after a steepest step of this length against ``direction`` (b, ...), a gradient, and back into the ball."""
+        return self.project(images - length * self.ball.ascent(direction), clean)
+
     def contains(self, images: Tensor, clean: Tensor) -> Tensor:
         """(b,) bool: is each image inside the ball and [0, 1], but for float rounding?"""
         flat = images.flatten(1)

@@ -10,13 +10,15 @@ from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_s
 from sklearn.metrics.cluster import pair_confusion_matrix
 
 import dmlbench
-from dmlbench.clustering import CLUSTER_ATTACKS, attacked, centroids, pairwise_f1, worst
+from dmlbench import clustering
+from dmlbench.cluster_attacks import CLUSTER_ATTACKS, SharedInformation, choose_as_a_set
+from dmlbench.clustering import attacked, centroids, pairwise_f1, worst
 from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.embedding import DISTANCES
-from dmlbench.errors import UsageError
+from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate
-from dmlbench.metrics import agreement
-from dmlbench.protocol import load_protocol
+from dmlbench.metrics import agreement, assignments
+from dmlbench.protocol import FOLDER, Joint, load_protocol
 from dmlbench.rng import Rng
 from dmlbench.scene import Gallery, Scene
 from dmlbench.subject import prepare
@@ -33,7 +35,8 @@ def model():
 @pytest.fixture(scope="module")
 def short():
     p = load_protocol("clustering")
-    return p.model_copy(update={"threat": {**p.threat, "steps": 8}, "clustering_seeds": (0, 1)})
+    joint = p.joint.model_copy(update={"steps": 20, "restarts": 2})
+    return p.model_copy(update={"threat": {**p.threat, "steps": 8}, "joint": joint, "clustering_seeds": (0, 1)})
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def around(space: str) -> tuple[Scene, torch.Tensor]:
 def test_objectives_against_plain_loops(space: str) -> None:
     scene, e = around(space)
     X = scene.gallery.embeddings.double().numpy()
-    push, confuse, swap = (CLUSTER_ATTACKS[n].objective(e, scene) for n in ("C1", "C2", "C3"))
+    push, confuse, swap = (CLUSTER_ATTACKS[n].formula(e, scene) for n in ("C1", "C2", "C3"))
     for i in range(6):
         d = [distance(space, e[i].double().numpy(), x) for x in X]
         own, wrong = int(scene.row[i]), int(scene.chosen[i, 0])
@@ -151,9 +154,152 @@ def test_centroids_that_move_with_the_attack_differ_from_fixed_ones(model) -> No
     threat = Threat(eps="40/255", step="10/255", steps=4)
     wrong = (groups[:, None] + 1) % 5
     moving = attacked(subject, CLUSTER_ATTACKS["C1"], threat, groups, wrong)
-    still = attacked(subject, CLUSTER_ATTACKS["C1"].__class__("", CLUSTER_ATTACKS["C1"].objective, True, False),
+    still = attacked(subject, CLUSTER_ATTACKS["C1"].__class__("", CLUSTER_ATTACKS["C1"].formula, True, False),
                      threat, groups, wrong)  # fmt: skip
     assert not torch.equal(moving, still)
+
+
+def test_shared_information_against_a_plain_loop() -> None:
+    """Per image: sum over clusters of p(c|x) (log(P(c|class) / P(c)) + NMI/2 log P(c)), by softmax of minus Euclidean distances."""
+    e, centres = Rng(0, torch.arange(9)).normal(3), Rng(1, torch.arange(2)).normal(4, 3)
+    classes = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 1])
+    objective = SharedInformation.of(e, classes, centres, 0.5, 4)
+    scene = Scene(DISTANCES["E"], Gallery(e, classes), e, classes, classes, classes[:, None])
+    wanted = np.zeros(9)
+    for middle in centres.double().numpy():
+        p = np.zeros((9, 4))
+        for i in range(9):
+            d = [np.linalg.norm(e[i].double().numpy() - c) for c in middle]
+            p[i] = [math.exp(-x / 0.5) for x in d] / np.sum([math.exp(-x / 0.5) for x in d])
+        cluster = [p[:, c].mean() for c in range(4)]
+        share = [np.mean([int(y) == k for y in classes]) for k in range(3)]
+        both = [[sum(p[i, c] for i in range(9) if int(classes[i]) == k) / 9 for c in range(4)] for k in range(3)]
+        pairs = [(k, c) for k in range(3) for c in range(4)]
+        shared = sum(both[k][c] * math.log(both[k][c] / (share[k] * cluster[c])) for k, c in pairs)
+        nmi = shared / ((-sum(q * math.log(q) for q in cluster) - sum(q * math.log(q) for q in share)) / 2)
+        for i, y in enumerate(classes.tolist()):
+            wanted[i] += sum(
+                p[i, c] * (math.log(both[y][c] / share[y] / cluster[c]) + nmi / 2 * math.log(cluster[c])) for c in range(4)
+            ) / 2  # fmt: skip
+    np.testing.assert_allclose(objective(e, scene), wanted, atol=1e-5)
+
+
+def test_shared_information_leads_where_the_soft_nmi_falls() -> None:
+    """Its gradient is that of the soft NMI itself, tables and all, but for one positive factor a k-means."""
+    e, centres = Rng(2, torch.arange(12)).normal(3), Rng(3, torch.arange(1)).normal(4, 3)
+    classes = torch.arange(12) % 3
+    scene = Scene(DISTANCES["E"], Gallery(e, classes), e, classes, classes, classes[:, None])
+
+    def slope(of) -> torch.Tensor:
+        x = e.clone().requires_grad_(True)
+        return torch.autograd.grad(of(x), x)[0]
+
+    def soft_nmi(x: torch.Tensor) -> torch.Tensor:
+        p = torch.softmax(-torch.cdist(x, centres[0]) / 0.5, 1)
+        both = torch.stack([p[classes == k].sum(0) for k in range(3)]) / 12
+        rows, columns = both.sum(1), both.sum(0)
+        information = (both * (both / rows[:, None] / columns).log()).sum()
+        return 2 * information / -((rows * rows.log()).sum() + (columns * columns.log()).sum())
+
+    fixed = slope(lambda x: SharedInformation.of(e, classes, centres, 0.5, 5)(x, scene).sum())
+    true = slope(soft_nmi)
+    ratio = float(fixed.norm() / true.norm())
+    np.testing.assert_allclose(fixed, ratio * true, atol=1e-4 * float(fixed.abs().max()))
+
+
+def mean_nmi(classes: np.ndarray, clusters: np.ndarray, choice: np.ndarray) -> float:
+    """Of the chosen images, mean over k-means, by scikit-learn."""
+    return float(np.mean([normalized_mutual_info_score(classes, c[np.arange(len(c)), choice]) for c in clusters]))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_choosing_as_a_set_is_the_plain_greedy_choice_and_never_raises_nmi(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    classes, clusters = rng.integers(0, 4, 30), rng.integers(0, 4, (2, 30, 3))
+    clusters[:, :, 0] = np.where(rng.random(30) < 0.7, classes, clusters[:, :, 0])
+    start, order = rng.integers(0, 3, 30), rng.permutation(30)
+    found = choose_as_a_set(classes, clusters, start, order)
+    plain = start.copy()
+    for i in order:
+        now = mean_nmi(classes, clusters, plain)
+        tried = [mean_nmi(classes, clusters, np.where(np.arange(30) == i, a, plain)) for a in range(3)]
+        plain[i] = int(np.argmin(tried)) if min(tried) < now - 1e-12 else plain[i]
+    assert mean_nmi(classes, clusters, found) == pytest.approx(mean_nmi(classes, clusters, plain), abs=1e-9)
+    assert mean_nmi(classes, clusters, found) < mean_nmi(classes, clusters, start)
+    np.testing.assert_array_equal(choose_as_a_set(classes, clusters[:, :, :1], np.zeros(30, int), order), 0)
+
+
+def test_the_joint_attack_ends_when_nmi_stops_falling_and_keeps_the_lowest_seen(model, monkeypatch) -> None:
+    subject = prepare(model, dmlbench.load_dataset("digits"), limit=100)
+    classes = np.unique(subject.scene.labels.numpy(), return_inverse=True)[1]
+    rules = Joint(temperature=0.05, steps=4, restarts=9, rounds=1, patience=2, least=200.0, look=2)
+    seen, steps, threat = [], [], Threat(eps="20/255", steps=4)
+    real = clustering.agreement
+    monkeypatch.setattr(clustering, "agreement", lambda *a: seen.append(real(*a)["nmi"]) or real(*a))
+    x = clustering.jointly(subject, rules, threat, classes, (0,), subject.rng(0), steps.append)
+    assert len(seen) == 2 * 2, (
+        "two looks in each of two restarts: the second fell by less than 200 points, as the first"
+    )
+    assert sum(steps) == 100 * 4 * 9, "the bar is full"
+    monkeypatch.undo()
+    with torch.no_grad():
+        e = model(x)
+    assert real(classes, assignments(e, 5, (0,)))["nmi"] == pytest.approx(min(seen), abs=1e-6)
+
+
+def test_the_union_leaves_no_more_than_the_others(found) -> None:
+    for eps in ("10/255", "40/255"):
+        rows = {r["attack"]: r for r in found.extras["clustering"]["attacks"] if r["eps"] == eps}
+        assert rows["union"]["nmi"] <= min(r["nmi"] for n, r in rows.items() if n != "union") + 1e-6
+
+
+def test_the_images_of_the_union_are_the_chosen_ones(model, found) -> None:
+    names = [n for n in CLUSTER_ATTACKS if n != "union"]
+    choice, rows = found.arrays["union@10/255/choice"], np.isin(found.arrays["query"], found.sample["rows"])
+    assert len(set(choice.tolist())) > 1
+    norms = np.stack([found.arrays[f"{n}@10/255/norm"] for n in names])
+    np.testing.assert_array_equal(found.arrays["union@10/255/norm"], norms[choice, np.arange(200)])
+    for place, i in enumerate(np.flatnonzero(rows)):
+        np.testing.assert_array_equal(
+            found.sample["union@10/255"][place], found.sample[f"{names[choice[i]]}@10/255"][place]
+        )
+
+
+def test_version_1_gives_what_its_board_says_and_the_joint_attack_less(model) -> None:
+    """Numbers of the run of version 1 that was on the board, and what the attacks of version 2 make of the same images."""
+    first, second = load_protocol("clustering@1"), load_protocol("clustering")
+    assert first.sha256 == "93d6ae711b7a666db962bac2cb0f62020cd21b80ec53f9b86112cde223715d25"
+    assert first.attacks == ("C1", "C2", "C3", "U1", "U2", "U3") and first.superseded_by == "clustering@2"
+    grid = {"8": ("10/255",)}
+    found = evaluate(model, "digits", first.model_copy(update={"grid": grid, "attacks": ("C1", "U3")}))
+    rows = {r["attack"]: r for r in found.extras["clustering"]["attacks"]}
+    for name, nmi, ami in (("C1", 26.798, 26.375), ("U3", 33.702, 33.320)):
+        assert rows[name]["nmi"] == pytest.approx(nmi, abs=1.0) and rows[name]["ami"] == pytest.approx(ami, abs=1.0)
+    short = {"grid": grid, "attacks": ("joint",), "joint": second.joint.model_copy(update={"restarts": 1})}
+    joint = evaluate(model, "digits", second.model_copy(update=short)).extras["clustering"]["attacks"][0]
+    assert joint["nmi"] < 24.5 and joint["ami"] < 24.5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("attacks = [", 'attacks = ["C9", '), "unknown clustering attack 'C9'"),
+        (('"C1", "C2"', '"C1", "C1"'), "'C1' twice"),
+        (('"C1", "C2", "C3", "U1", "U2", "U3", "joint", "union"', '"U1"'), "one that knows the labels"),
+        (('"joint", "union"', '"C1"'), "'C1' twice"),
+        ((', "joint", "union"', ""), "do nothing without each other"),
+        (('"C1", "C2"', '"union", "C2"'), "begin with one that makes images"),
+        (("patience = 3", "patience = 0"), "greater than or equal to 1"),
+        (("temperature = 0.05", "temperature = 0"), "greater than 0"),
+        (('kind = "clustering"', 'kind = "ers"'), "needs"),
+    ],
+)
+def test_a_file_that_would_do_nothing_is_refused(tmp_path, change, said) -> None:
+    text = (FOLDER / "clustering.toml").read_text()
+    assert change[0] in text
+    (tmp_path / "mine.toml").write_text(text.replace(*change))
+    with pytest.raises(DataError, match=said):
+        load_protocol(str(tmp_path / "mine.toml"))
 
 
 def test_k_means_seeds_are_the_protocols() -> None:
@@ -170,3 +316,4 @@ def test_a_single_class_is_refused(model, short) -> None:
 def test_from_the_command_line(typed) -> None:
     done = typed("evaluate", "--model", DEFAULT, "--protocol", "clustering", "--limit", "20")
     assert "lowest, labels known" in done.out and "AMI" in done.out and "pair F1" in done.out and "ERS" not in done.out
+    assert "joint" in done.out and "union" in done.out

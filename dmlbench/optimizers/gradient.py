@@ -19,7 +19,7 @@ def pgd(loss: Loss, images: Tensor, threat: Threat, rng: Rng, *, gradient: Gradi
         x = threat.begin(images, rng_)
         for _ in range(threat.steps):
             _, g = gradient(loss, x, rng_)
-            x = threat.project(x - threat.stride * threat.ball.ascent(g), images)
+            x = threat.stepped(x, g, images, threat.stride)
         if threat.restarts == 1:
             return x
         with torch.no_grad():
@@ -37,7 +37,7 @@ def pgd_restarts(loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor
 def fgsm(loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor:
     """Fast gradient sign method (Goodfellow et al., 2015): one steepest step of length eps from the clean image."""
     _, g = autograd(loss, images, rng)
-    return threat.project(images - threat.radius * threat.ball.ascent(g), images)
+    return threat.stepped(images, g, images, threat.radius)
 
 
 def r_fgsm(loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor:
@@ -48,7 +48,7 @@ def r_fgsm(loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor:
     half = threat.radius / 2
     x = threat.project(images + half * threat.ball.ascent(rng.normal(*images.shape[1:])), images)
     _, g = autograd(loss, x, rng)
-    return threat.project(x - half * threat.ball.ascent(g), images)
+    return threat.stepped(x, g, images, half)
 
 
 def mi_fgsm(loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor:
@@ -61,5 +61,5 @@ def mi_fgsm(loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor:
     for _ in range(threat.steps):
         _, g = autograd(loss, x, rng)
         momentum = momentum + g / each(g.flatten(1).abs().sum(1).clamp_min(1e-30), g)
-        x = threat.project(x - threat.stride * threat.ball.ascent(momentum), images)
+        x = threat.stepped(x, momentum, images, threat.stride)
     return x

@@ -3,7 +3,8 @@
 Strict: how each query ended at each eps fits its outcomes, its norms and what happened at the smaller
 eps, rounds ended when they had to, and the smallest eps lies where the grid says; the curve, the counts of every step and
 the headline are computed again. Clustering: NMI, AMI, pair F1
-and R@1 are computed again from the clusters that each image fell into. The flags of the audit are those
+and R@1 are computed again from the clusters that each image fell into, and what a union
+chose fits the others' norms. The flags of the audit are those
 of its findings.
 """
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmlbench import clustering, strict
 from dmlbench.audit import CHECKS, FEW, FIRST, HIDDEN, Finding, last_resort
+from dmlbench.cluster_attacks import CLUSTER_ATTACKS
 from dmlbench.evaluate import retention
 from dmlbench.protocol import Component, Protocol
 from dmlbench.results import Evaluation
@@ -120,7 +122,7 @@ class _Attack(_Lowest):
 class _Clustering(_Form):
     clean: _Numbers
     attacks: tuple[_Attack, ...]
-    worst: Annotated[tuple[_Lowest, ...], Field(min_length=2)]
+    worst: Annotated[tuple[_Lowest, ...], Field(min_length=1)]
     seeds: tuple[int, ...]
 
 
@@ -182,6 +184,7 @@ def shape_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) -
         wanted[strict.SMALLEST] = "f"
     if rules.kind == "clustering":
         wanted |= {"clustering/clean/clusters": "i", "clustering/clean/value": "f"}
+        wanted |= {f"{c.name}/choice": "i" for c in parts if CLUSTER_ATTACKS[c.attack].way == "union"}
     for name, kind in wanted.items():
         values = e.arrays.get(name)
         shape: tuple[int, ...] = (e.dataset.n_queries,)
@@ -318,6 +321,18 @@ def _cluster_problems(e: Evaluation, parts: Sequence[Component]) -> Iterator[Pro
         yield from _count(np.isnan(value) != (sizes[at] == 1), f"{name}/value", said)
         kept = ~np.isnan(value)
         yield from _count(kept & ~np.isin(value, (0.0, 100.0)), f"{name}/value", "outcomes are other than 0 and 100")
+    for c in parts:
+        if CLUSTER_ATTACKS[c.attack].way == "union":
+            choice, norms = (
+                e.arrays[f"{c.name}/choice"],
+                [e.arrays[f"{o.name}/norm"] for o in clustering.before(parts, c)],
+            )
+            bad = (choice < 0) | (choice >= len(norms))
+            yield from _count(bad, f"{c.name}/choice", f"are other than 0 to {len(norms) - 1}")
+            wanted = np.choose(choice, norms, mode="clip")
+            yield from _count(
+                e.arrays[f"{c.name}/norm"] != wanted, f"{c.name}/norm", "are not those of the chosen images"
+            )
 
 
 def number_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) -> Iterator[Problem]:

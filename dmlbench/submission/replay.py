@@ -13,6 +13,7 @@ import torch
 
 from dmlbench import clustering, strict
 from dmlbench.attacks import ATTACKS, measure
+from dmlbench.cluster_attacks import CLUSTER_ATTACKS
 from dmlbench.datasets import RetrievalDataset, load_dataset
 from dmlbench.embedding import Embedder
 from dmlbench.metrics import RECALL_AT, agreement, assignments, retrieval
@@ -68,9 +69,10 @@ def replay(checked: Checked, embedder: Embedder, device: str = "auto") -> None:
     clean = subject.dataset.images[subject.rows[keep]].to(subject.device)
     images = list(_image_problems(checked, clean, keep))
     problems += images
-    if rules.kind == "clustering":
+    sound = not any(p.field.startswith(SAMPLE) for p in images)
+    if rules.kind == "clustering" and sound:
         problems += _cluster_problems(checked, subject)
-    elif not any(p.field.startswith(SAMPLE) for p in images):  # no image outside its ball is embedded
+    elif sound:  # no image outside its ball is embedded
         look = _strict_problems if rules.kind == "strict" else _part_problems
         problems += look(checked, subject, clean, keep)
     if problems:
@@ -129,10 +131,17 @@ def _strict_problems(checked: Checked, subject: Subject, clean: torch.Tensor, ke
 
 
 def _cluster_problems(checked: Checked, subject: Subject) -> Iterator[Problem]:
-    """The clusters of the clean embeddings, and R@1 among them."""
+    """The clusters of the clean embeddings, and R@1 among them; the images of a union are those that it chose."""
     e, labels = checked.evaluation, subject.scene.labels.cpu().numpy()
     found = clustering.readings(subject, subject.scene.clean, labels, checked.protocol.clustering_seeds)
     yield from clusters_differ(2, "clustering/clean", e, found, labels)
+    kept = np.isin(e.arrays["query"], e.sample["rows"])
+    for c in checked.parts:
+        if CLUSTER_ATTACKS[c.attack].way == "union":
+            others = np.stack([e.sample[other.name] for other in clustering.before(checked.parts, c)])
+            wanted = others[e.arrays[f"{c.name}/choice"][kept], np.arange(others.shape[1])]
+            if not np.array_equal(wanted, e.sample[c.name]):
+                yield Problem(2, f"{SAMPLE} {c.name}", "holds other images than those that were chosen")
 
 
 def clusters_differ(

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dmlbench import clustering, strict
 from dmlbench.audit import GLANCES
 from dmlbench.checkpoints import PACKAGE, sha256_of
+from dmlbench.cluster_attacks import CLUSTER_ATTACKS
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, DmlbenchError
@@ -226,9 +227,15 @@ def _one_cluster_attack(
 ) -> Rerun:
     """One attack at one eps on all images, and its clusters."""
     rules, labels, progress = checked.protocol, subject.scene.labels.cpu().numpy(), progress or Silent()
-    progress.start(part.name, len(labels) * rules.threat_of(part).steps)
     own = clustering.groups(subject, rules)
-    _, found = clustering.measured(subject, rules, part, own, rules.seed, partial(progress.advance, part.name))
+
+    def again(part: Component) -> dict[str, np.ndarray]:
+        if CLUSTER_ATTACKS[part.attack].way == "union":
+            return clustering.union(subject, rules, own[True], list(map(again, clustering.before(checked.parts, part))))
+        progress.start(part.name, len(labels) * rules.threat_of(part).steps * clustering.restarts(rules, part))
+        return clustering.measured(subject, rules, part, own, rules.seed, partial(progress.advance, part.name))[1]
+
+    found = again(part)
     problems = clusters_differ(3, part.name, checked.evaluation, found, labels)
     return Rerun(f"attacked all {len(labels)} images again by {part.name}", seed, None, tuple(problems))
 

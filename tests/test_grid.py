@@ -55,7 +55,7 @@ version = "1"
 kind = "clustering"
 title = "One eps"
 clustering_seeds = [0]
-attacks = ["C1", "C3", "U1", "U2", "joint", "union"]
+attacks = ["C1", "C2", "U1", "joint", "union"]
 
 [threat]
 norm = "linf"
@@ -231,7 +231,7 @@ def test_the_clustering_attacks_are_dealt_out_whole(measured, tmp_path):
     with pytest.raises(ShardDone):
         measured("clustering", work=Work(units, shard=Shard(2, 3)))
     names = {p.name.partition("_")[0] for p in units.folder.glob("*40*.npz")}
-    assert names == {"C1", "U2"}, "positions 1 and 4, after the clean set"
+    assert names == {"C1", "joint"}, "positions 1 and 4, after the clean set"
 
 
 def command(file, out, *options):

@@ -20,7 +20,7 @@ from dmlbench.errors import UsageError
 from dmlbench.exact import true_float32
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import OBJECTIVES, Objective
-from dmlbench.optimizers import OPTIMIZERS, Optimizer
+from dmlbench.optimizers import OPTIMIZERS, Run
 from dmlbench.registry import Registry
 from dmlbench.rng import Rng
 from dmlbench.scene import Scene
@@ -177,7 +177,7 @@ class AttackLoss:
 
 
 def craft(
-    embedder: Embedder, attack: Attack, optimizer: Optimizer, threat: Threat, images: Tensor, scene: Scene, rng: Rng
+    embedder: Embedder, attack: Attack, optimizer: Run, threat: Threat, images: Tensor, scene: Scene, rng: Rng
 ) -> Float[Tensor, "B C H W"]:
     """Adversarial images for ``images`` (B, C, H, W), which ``scene`` describes and is aimed from."""
     with torch.no_grad():

@@ -55,10 +55,6 @@ KNOWN = 40.0
 """Percent of the queries that are right when clean and have to be right near the test images too."""
 LANDED = 0.3
 """Median distance of midpoints to the nearest entry, over that of the queries, under which A4 warns."""
-WHITE = ("pgd", "apgd", "cosine", "fgsm", "r-fgsm", "mi-fgsm", "pgd-restarts", "cw")
-"""Optimizers that use the gradient."""
-GRADIENT = frozenset({*WHITE, "universal"})
-"""All that follow the gradient, among them what no strict protocol has as a step."""
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
 
@@ -93,7 +89,7 @@ def left_by(broken_by: np.ndarray, steps: int) -> np.ndarray:
 
 def white_steps(protocol: Protocol) -> int:
     """How many of the protocol's steps, from the first, use the gradient."""
-    flags = [step.optimizer in WHITE for step in protocol.steps]
+    flags = [OPTIMIZERS[step.optimizer].needs_gradients for step in protocol.steps]
     return flags.index(False) if False in flags else len(flags)
 
 
@@ -531,7 +527,7 @@ def glance(
     right = np.flatnonzero(recall == 100.0)
     if not len(right):
         return
-    followed, source = bool(GRADIENT & set(optimizers)), subject.surrogate or subject
+    followed, source = any(OPTIMIZERS[name].needs_gradients for name in optimizers), subject.surrogate or subject
     batches = _batches(_evenly(right, GLANCED), batch_size)
     random = any(flag == "randomised" for flag, _ in subject.embedder.doubts)
     found = []

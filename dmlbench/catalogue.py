@@ -10,7 +10,7 @@ from dmlbench.audit import CHECKS
 from dmlbench.clustering import CLUSTER_ATTACKS
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import OBJECTIVES
-from dmlbench.optimizers import COSTS, OPTIMIZERS
+from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Component, Protocol, protocol_names, protocol_versions
 from dmlbench.targets import TARGETS
 from dmlbench.threshold import halvings
@@ -63,7 +63,7 @@ def threat(fields: dict[str, Any]) -> str:
 def cost_of(c: Component, protocol: Protocol) -> str:
     """What a component spends on one query, at the most."""
     t = protocol.threat_of(c)
-    pattern = COSTS[c.optimizer].text
+    pattern = OPTIMIZERS[c.optimizer].cost
     return (
         pattern.replace("restarts", str(t.restarts)).replace("steps", str(t.steps)).replace("queries", str(t.queries))
     )
@@ -101,7 +101,7 @@ def protocol_section(p: Protocol) -> Iterator[str]:
         for s in p.steps:
             t = p.threat_at(next(iter(p.grid.values()))[0], s.threat)
             times = s.rounds if s.rounds > 1 else s.aims
-            gradients, values = (times * n for n in COSTS[s.optimizer].passes(t))
+            gradients, values = (times * n for n in OPTIMIZERS[s.optimizer].passes(t))
             total += gradients
             spent = f"{gradients} gradients" if gradients else f"{values} values"
             if times > 1:  # one aim for each other class, where there are fewer
@@ -190,7 +190,7 @@ def render() -> str:
     lines.append("## Read-outs\n")
     lines += table(["read-out", "unit", "what"], [[f"`{n}`", r.unit, text(r.read)] for n, r in READOUTS.items()])
     lines.append("## Optimizers\n")
-    rows = [[f"`{n}`", COSTS[n].text, text(f)] for n, f in OPTIMIZERS.items()]
+    rows = [[f"`{n}`", o.cost, text(o.run)] for n, o in OPTIMIZERS.items()]
     lines += table(["optimizer", "cost an image", "how"], rows)
     lines.append("## Checks of the audit\n")
     lines += table(["check", "question"], [[n, text(c.ask)[4:]] for n, c in CHECKS.items()])

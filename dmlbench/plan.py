@@ -2,7 +2,7 @@
 
 Nothing of the data set is embedded but one batch: the gallery is random points of the right number and
 dimension, which cost the same. A search is timed with one step and with three; the difference is what a
-step costs, the rest is paid once a batch, and the optimizer's own count of passes (``COSTS``) says how many
+step costs, the rest is paid once a batch, and the optimizer's own count of passes (``OPTIMIZERS``) says how many
 of them there will be. A surrogate's passes are timed on the surrogate. Where a batch is slow (large images on a CPU) a smaller one is
 timed and scaled.
 """
@@ -27,7 +27,7 @@ from dmlbench.embedding import Embedder
 from dmlbench.errors import UsageError
 from dmlbench.evaluate import RUNNERS
 from dmlbench.metrics import retrieval
-from dmlbench.optimizers import BY_QUERIES, COSTS, OPTIMIZERS
+from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Protocol
 from dmlbench.rng import Rng
 from dmlbench.scene import Gallery, Scene
@@ -115,7 +115,7 @@ class Stage:
             return threat.but(steps=min(threat.steps, n), restarts=1, queries=min(threat.queries, n * QUERIES))
 
         def work(t: Threat) -> int:
-            return BACKWARD * COSTS[optimizer].gradients(t) + COSTS[optimizer].values(t)
+            return BACKWARD * OPTIMIZERS[optimizer].gradients(t) + OPTIMIZERS[optimizer].values(t)
 
         once, thrice = shortened(_SHORT), shortened(_LONG)
         self.run(attack, optimizer, once)
@@ -269,7 +269,7 @@ def _jobs(protocol: Protocol, dataset: RetrievalDataset, queries: int, attacks: 
     chosen = protocol.chosen(attacks, dataset.images.shape)
     for search in searches(protocol, [*chosen.own, *chosen.extra]):
         threat = search.threat
-        passes = COSTS[search.optimizer].passes(threat)
+        passes = OPTIMIZERS[search.optimizer].passes(threat)
         row = _row(
             search.name, search.attack, search.optimizer, str(threat.eps), queries, dataset, threat.steps, passes
         )
@@ -286,16 +286,16 @@ def _runner_jobs(protocol: Protocol, dataset: RetrievalDataset, queries: int) ->
         for step in protocol.steps:
             threat = protocol.threat_at(eps, step.threat)
             times = step.rounds if step.rounds > 1 else max(1, min(step.aims, others))
-            passes = tuple(times * n for n in COSTS[step.optimizer].passes(threat))
+            passes = tuple(times * n for n in OPTIMIZERS[step.optimizer].passes(threat))
             row = _row(
                 f"{step.name}@{eps}", step.attack, step.optimizer, eps, queries, dataset,
-                threat.queries if step.optimizer in BY_QUERIES else threat.steps, (passes[0], passes[1]),
+                threat.queries if OPTIMIZERS[step.optimizer].by_queries else threat.steps, (passes[0], passes[1]),
             )  # fmt: skip
             one = replace(ATTACKS[step.attack], k=1) if ATTACKS[step.attack].targets else ATTACKS[step.attack]
             yield _Job(row, one, step.optimizer, threat, float(times))
     if (rule := protocol.threshold) is not None:
         threat, most = protocol.threat_at(grid[-1], rule.threat), halvings(rule)
-        gradients, values = (most * n for n in COSTS[rule.optimizer].passes(threat))
+        gradients, values = (most * n for n in OPTIMIZERS[rule.optimizer].passes(threat))
         row = _row("smallest eps", rule.attack, rule.optimizer, "", queries, dataset, threat.steps, (gradients, values))
         yield _Job(row, ATTACKS[rule.attack], rule.optimizer, threat, float(most))
     for part in cluster_components(protocol, dataset.images.shape) if protocol.kind == "clustering" else ():

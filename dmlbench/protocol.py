@@ -23,7 +23,7 @@ from dmlbench.checkpoints import PACKAGE, first_problem
 from dmlbench.cluster_attacks import CLUSTER_ATTACKS
 from dmlbench.errors import DataError, UsageError
 from dmlbench.metrics import READOUTS
-from dmlbench.optimizers import OPTIMIZERS, WHOLE_SET
+from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.registry import suggest
 from dmlbench.threat import Threat
 
@@ -438,7 +438,7 @@ def _check_search(where: str, attack: str, optimizer: str, threat: Mapping[str, 
         raise UsageError(f"{where}: {error}") from None
     if "eps" in threat:
         raise UsageError(f"{where}: threat eps does nothing, since the [grid] has eps")
-    if optimizer in WHOLE_SET:
+    if OPTIMIZERS[optimizer].whole_set:
         raise UsageError(f"{where}: optimizer {optimizer!r} needs all queries at once, and a step has the survivors")
 
 

@@ -7,18 +7,16 @@ step, so they do not depend on batches, on other attacks or on which queries are
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dmlbench.attacks import ATTACKS, aim, craft, measure
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError
 from dmlbench.loading import Loader
-from dmlbench.optimizers import OPTIMIZERS, WHOLE_SET, watched
+from dmlbench.optimizers import OPTIMIZERS, watched
 from dmlbench.parallel import World
 from dmlbench.protocol import Component, Protocol
 from dmlbench.scene import Scene
@@ -110,7 +108,7 @@ def run_search(
     scene = aimed(subject, search, seed)
     rng = subject.rng(seed, search.attack, search.optimizer)
     source = subject.surrogate or subject
-    together, in_blocks = search.optimizer in WHOLE_SET, cast(Callable[..., Tensor], optimizer)
+    together = optimizer.whole_set
     keep = sample_positions(subject)
 
     work = work or Work()
@@ -120,7 +118,7 @@ def run_search(
     def unit(load: Loader, size: int, a: int, b: int) -> dict[str, np.ndarray]:
         images = load(a, b)
         known = source.scene[a:b].aimed(scene.chosen[a:b])
-        search_with = partial(in_blocks, block=size) if together else optimizer
+        search_with = partial(optimizer, block=size) if together else optimizer
         with watched() as trouble:
             adversarial = craft(source.embedder, attack, search_with, search.threat, images, known, rng[a:b])
 

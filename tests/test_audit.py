@@ -20,6 +20,7 @@ from dmlbench.audit import CHECKS, Evidence, _broken_beyond, black_beats_white, 
 from dmlbench.checkpoints import PACKAGE, checkpoint, packaged
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.evaluate import evaluate
+from dmlbench.optimizers import OPTIMIZERS, Optimizer, apgd
 from dmlbench.strict import run
 from dmlbench.subject import prepare
 
@@ -185,3 +186,17 @@ def test_the_pages_own_models_are_audited_on_the_images_of_evaluate(typed, tmp_p
     masked = typed("audit", *mask, "--queries", "12", "--protocol", "strict-fast", "--device", "cpu")
     assert "not to be believed" in masked.out and "F2" in masked.out and "fail" in masked.out
     assert typed("audit", *spec, "--queries", "4", *few).json["model"] == "mine"
+
+
+def test_an_optimizer_of_ones_own_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same search under another name: the plan counts it and the audit takes it for one that follows gradients."""
+    rules = dmlbench.load_protocol("strict-fast").model_copy(update={"audit": 32})
+    step = rules.steps[0]
+    findings = {}
+    monkeypatch.setattr(OPTIMIZERS, "_entries", dict(OPTIMIZERS.items()))
+    OPTIMIZERS.add("my-apgd", Optimizer(apgd, "steps gradients, 1 value", lambda t: t.steps, lambda t: 1))
+    for name in ("apgd", "my-apgd"):
+        p = rules.model_copy(update={"steps": (step.model_copy(update={"optimizer": name}),)})
+        result = dmlbench.evaluate("digits-smallcnn-triplet-hm-lga-ics", "digits", p, limit=32)
+        findings[name] = [(f["check"], f["verdict"]) for f in result.extras["audit"]]
+    assert findings["my-apgd"] == findings["apgd"] and "fail" not in {v for _, v in findings["my-apgd"]}

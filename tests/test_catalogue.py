@@ -35,7 +35,7 @@ def test_everything_in_the_tables_is_on_the_page() -> None:
 @pytest.mark.parametrize("row", [
     "| CA+ | raise a candidate in a query's list | `raise_candidate` | `anywhere` | `candidate_rank` 0 → 50, ↑ robust |",
     "| SQ | WM@square | 1 | queries 1000 | 1000 values |",
-    "at most 360 gradients (11.2 runs of PGD-32)",
+    "| W1 | WM@apgd | 1 | steps 100, start clean | 100 gradients |",
 ])  # fmt: skip
 def test_the_page_says(row: str) -> None:
     assert row in render()

@@ -20,7 +20,7 @@ from scipy import sparse
 from dmlbench.errors import DataError, NotComparable
 from dmlbench.intervals import DRAWS, LEVEL, cluster_bootstrap, cluster_medians, stretched
 from dmlbench.leaderboard.row import extra_numbers, worst_case_by_query
-from dmlbench.optimizers import WHOLE_SET
+from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import counted, ers_of
 from dmlbench.results import Evaluation
 
@@ -164,7 +164,8 @@ def of_the_set(base: Evaluation, candidate: Evaluation) -> set[str]:
         m.component
         for e in (base, candidate)
         for m in e.measurements
-        if m.optimizer in WHOLE_SET or (own and m.component not in e.extras.get("extra_parts", ()))
+        if (m.optimizer in OPTIMIZERS and OPTIMIZERS[m.optimizer].whole_set)
+        or (own and m.component not in e.extras.get("extra_parts", ()))
     }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dmlbench.embedding import Embedder
 from dmlbench.losses import MARGIN
-from dmlbench.optimizers import Optimizer, pgd
+from dmlbench.optimizers import Run, pgd
 from dmlbench.rng import Rng
 from dmlbench.sampling import draw
 from dmlbench.threat import Threat
@@ -88,7 +88,7 @@ class Inner:
     """The adversary of training: what it may do and how it searches."""
 
     threat: Threat
-    optimizer: Optimizer = pgd
+    optimizer: Run = pgd
 
 
 Step = Callable[..., Tensor]

@@ -22,8 +22,8 @@ DROP_EVERY = 8
 
 
 @runtime_checkable
-class Optimizer(Protocol):
-    """What every entry of :data:`~dmlbench.optimizers.OPTIMIZERS` is."""
+class Run(Protocol):
+    """A search: what every entry of :data:`~dmlbench.optimizers.OPTIMIZERS` runs."""
 
     def __call__(self, loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor:
         """Adversarial images for clean ``images`` (b, ...), each inside the threat."""

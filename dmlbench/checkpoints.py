@@ -263,7 +263,7 @@ def _read(path: Path, stamp: float) -> CheckpointFile:
 def checkpoints() -> dict[str, Checkpoint]:
     """Every registered model by id (``DMLBENCH_CHECKPOINTS`` names another file than the packaged one)."""
     named = os.environ.get("DMLBENCH_CHECKPOINTS")
-    path = Path(named) if named else packaged("checkpoints.json")
+    path = Path(named).expanduser() if named else packaged("checkpoints.json")
     return _read(path, path.stat().st_mtime if path.exists() else 0.0).checkpoints
 
 

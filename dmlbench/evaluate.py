@@ -254,10 +254,14 @@ def evaluate(
 
 
 def notes_of(subject: Subject) -> tuple[str, ...]:
-    """How the run differed from what was asked for, where that changes no more than its speed."""
+    """How the run differed from what was asked for, where that changes no more than its speed, and what did not count."""
     models = [subject.embedder, *([subject.surrogate.embedder] if subject.surrogate else [])]
+    apart = "gallery images that share a group with a query (camera, sequence or the very same picture) did not count for it"
     trouble = [m.steps.trouble for m in models if isinstance(m.steps, Steps) and m.steps.trouble]
-    return tuple(f"--compile: gradient steps ran uncompiled, since {why}" for why in trouble)
+    return (
+        *(f"--compile: gradient steps ran uncompiled, since {why}" for why in trouble),
+        *([apart] if subject.scene.groups is not None else []),
+    )
 
 
 RUNNERS = {"strict": strict.run, "clustering": clustering_attacks.run}

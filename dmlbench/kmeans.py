@@ -108,5 +108,7 @@ def mutual_information(labels: Integer[np.ndarray, " N"], clusters: Integer[np.n
     expected = expected_mutual_information(a, b)
     rest = middle - expected
     tiny = np.finfo(np.float64).eps
+    if abs(rest) <= 1e-9 * middle:  # every image is a class and a cluster of its own: chance alone gives it
+        return max(shared, 0.0) / max(middle, tiny), 0.0
     adjusted = (shared - expected) / (max(rest, tiny) if rest >= 0 else min(rest, -tiny))
     return max(shared, 0.0) / max(middle, tiny), adjusted

@@ -5,12 +5,13 @@ queries), ``adversarial_sample.npz`` (a few adversarial images, losslessly) and 
 (sizes and sha256 of the others). Files are written under a temporary name and renamed.
 """
 
+import contextlib
 import io
 import json
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from dmlbench.checkpoints import first_problem, sha256_of
-from dmlbench.errors import DataError
+from dmlbench.errors import DataError, UsageError
 
 SCHEMA = 1
 SAMPLE = "adversarial_sample.npz"
@@ -298,6 +299,26 @@ def prepare_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise DataError(f"--out {folder} cannot be written: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep the run folder from a second run for as long as the block runs; where the system has no such locks, nothing.
+
+    Raises:
+        UsageError: another process is in it.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            place = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, place)
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"another run is writing to {folder}: wait for it, or name another --out") from None
+        yield
 
 
 def refuse_partial(folder: Path, partial: Sequence[str]) -> None:

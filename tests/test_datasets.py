@@ -7,7 +7,9 @@ import io
 import os
 import pickle
 import re
+import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +27,14 @@ from trees import (
     inshop_tree,
     lfw_tree,
     picture,
+    reid_tree,
     sop_tree,
     zipped,
 )
 
 from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
 from dmlbench.datasets.base import Counts, TensorImages, counts_of, data_roots
+from dmlbench.datasets.remarks import remarks
 from dmlbench.datasets.verify import verify
 from dmlbench.errors import DataError, UsageError
 from dmlbench.preprocess import Preprocess
@@ -504,3 +508,207 @@ def test_unknown_names() -> None:
             load_dataset(name)
     with pytest.raises(UsageError, match="must be 'train' or 'test'"):
         load_dataset("digits", "val")
+
+
+MARKET = ("bounding_box_train", "query", "bounding_box_test")
+REID = {
+    "train": ["0001_c1s1_000000_00.jpg", "0001_c2s1_000000_00.jpg", "0007_c1s1_000000_00.jpg"],
+    "query": ["0002_c1s1_000000_00.jpg", "0005_c3s1_000000_00.jpg"],
+    "gallery": [
+        "-1_c1s1_000000_00.jpg", "0000_c1s1_000000_00.jpg", "0000_c2s1_000001_00.jpg", "0002_c1s1_000005_00.jpg",
+        "0002_c2s1_000006_00.jpg", "0005_c1s1_000007_00.jpg", "0005_c3s1_000008_00.jpg",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_market_reads_people_and_cameras_from_names(packed: bool, root: Path, tmp_path: Path) -> None:
+    base = reid_tree(tmp_path / "m" / "Market-1501-v15.09.15", MARKET, REID)
+    if packed:
+        zipped(tmp_path / "m", root / "Market-1501-v15.09.15.zip")
+    else:
+        base.rename(root / "Market-1501-v15.09.15")
+    test, train = unchecked("market1501", "test"), unchecked("market1501", "train")
+    files = [Path(p).name for p in test.images.source.paths]  # type: ignore[attr-defined]
+    assert files == sorted(REID["query"]) + sorted(REID["gallery"])[1:], "junk is gone"
+    assert test.labels.tolist() == [0, 1, -2, -2, 0, 0, 1, 1] and test.class_names == ["2", "5"]
+    assert counts_of(test) == Counts(8, 2, 2) and train.labels.tolist() == [0, 0, 1]
+    assert test.apart is not None
+    for row in test.query:
+        person, camera = files[row][:4], files[row][5:7]
+        apart = {files[j] for j in test.gallery if (test.apart[row] == test.apart[j])[test.apart[row] >= 0].any()}
+        assert apart == {f for f in REID["gallery"] if f.startswith(person) and f[5:7] == camera}
+    with pytest.raises(DataError, match="19,281 images of 750 classes, 3,368 of them queries are expected"):
+        load_dataset("market1501")
+
+
+def test_the_other_sets_of_cameras(root: Path) -> None:
+    duke = {part: [name.replace("0000_", "0003_") for name in names if name[0] != "-"] for part, names in REID.items()}
+    reid_tree(root / "DukeMTMC-reID", MARKET, duke)
+    test = unchecked("dukemtmc", "test")
+    assert counts_of(test) == Counts(8, 3, 2) and test.labels.min() == 0
+    vehicles = {part: [name.replace("_c", "_c00") for name in names] for part, names in duke.items()}
+    reid_tree(root / "VeRi", ("image_train", "image_query", "image_test"), vehicles)
+    assert counts_of(unchecked("veri776", "test")) == Counts(8, 3, 2)
+    for path in (root / "VeRi" / "image_query").glob("*.jpg"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"has no pictures such as 0002_c1s1_000451_03\.jpg in image_query"):
+        unchecked("veri776", "test")
+
+
+def rows_of(folder: Path, count: int = 4, more: str = "", values: Sequence[str] = ()) -> Path:
+    """A CSV of two classes, every row both query and gallery, with one more column."""
+    lines = [f"label,path,split,is_query,is_gallery{more}"]
+    for i in range(count):
+        picture(folder / f"{i}.png", seed=i)
+        lines.append(f"{i % 2},{i}.png,validation,1,1{',' + values[i] if values else ''}")
+    return csv(folder / "df.csv", *lines)
+
+
+def test_a_csv_with_sequences_and_cameras(tmp_path: Path, root: Path) -> None:
+    file = rows_of(tmp_path, 4, ",sequence,camera,weather", ["a,1,dry", "a,1,wet", ",1,dry", "b,2,dry"])
+    got = load_dataset(f"csv:{file}", preprocess=SMALL)
+    assert got.apart is not None
+    together = {
+        (i, j) for i in range(4) for j in range(i) if any(a == b >= 0 for a, b in zip(*got.apart[[i, j]], strict=True))
+    }
+    assert together == {(1, 0), (2, 0)}, "one sequence whatever the label; one camera with the same label"
+    assert next(iter(remarks(got))) == "columns that are not used: weather"
+    plain = load_dataset(f"csv:{rows_of(tmp_path / 'plain')}", preprocess=SMALL)
+    assert plain.apart is None and not plain.notes
+
+
+def test_what_a_csv_is_forgiven(tmp_path: Path, root: Path) -> None:
+    file = rows_of(tmp_path / "mine")
+    text = file.read_text().replace("0.png", "..\\mine\\0.png").replace("\n1,3", "\n-1,3").replace("\n", "\r\n")
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    got = load_dataset(f"csv:{file}", preprocess=SMALL)
+    assert len(got) == 3 and any("label -1 are junk" in note for note in got.notes)
+    assert [r.split for r in verify(f"csv:{file}")] == ["test"] and verify(f"csv:{file}")[0].whole
+    with pytest.raises(UsageError, match="no row of the train split"):
+        load_dataset(f"csv:{file}", "train")
+    only = csv(tmp_path / "junk.csv", "label,path,split,is_query,is_gallery", "-1,0.png,test,1,1")
+    with pytest.raises(DataError, match="only junk"):
+        load_dataset(f"csv:{only}")
+
+
+def test_a_csv_with_a_row_for_each_role(tmp_path: Path, root: Path) -> None:
+    """The same file is a query in one row and a gallery entry in another: it is not its own answer."""
+    lines = ["label,path,split,is_query,is_gallery"]
+    for i in range(4):
+        picture(tmp_path / f"{i}.png", seed=i)
+        lines += [f"{i % 2},{i}.png,test,1,", f"{i % 2},{i}.png,test,,1"]
+    got = load_dataset(f"csv:{csv(tmp_path / 'df.csv', *lines)}", preprocess=SMALL)
+    assert got.apart is not None
+    for row in got.query:
+        assert [j for j in got.gallery if got.apart[j, -1] == got.apart[row, -1]] == [row + 1]
+    assert any(said.startswith("4 of 4 queries have a copy of their own picture") for said in remarks(got))
+
+
+@pytest.mark.parametrize(
+    ("parts", "wrapper"),
+    [
+        (("Train", "Test"), ""),
+        (("training", "testing"), ""),
+        (("train", "VAL"), "car_data/car_data"),
+        (("TRAIN", "Valid"), "x"),
+    ],
+)
+def test_folders_of_splits_as_people_have_them(
+    parts: tuple[str, str], wrapper: str, tmp_path: Path, root: Path
+) -> None:
+    class_tree(tmp_path / "mine" / wrapper, parts=parts, each=2)
+    train, test = (load_dataset(f"folder:{tmp_path / 'mine'}", split, SMALL) for split in ("train", "test"))
+    assert counts_of(train) == counts_of(test) == Counts(6, 3)
+    assert not set(train.images.source.paths) & set(test.images.source.paths)  # type: ignore[attr-defined]
+
+
+def test_wrappers_that_are_stepped_through_and_classes_that_are_not(tmp_path: Path, root: Path) -> None:
+    class_tree(tmp_path / "a" / "images")
+    picture(tmp_path / "a" / "__MACOSX" / "images" / "class0" / "._1.png")
+    picture(tmp_path / "a" / "images" / "cover.jpg")
+    got = load_dataset(f"folder:{tmp_path / 'a'}", preprocess=SMALL)
+    assert counts_of(got) == Counts(12, 3) and len(got.notes) == 2
+    assert "1 pictures right in" in got.notes[1]
+    for i in range(2):
+        picture(tmp_path / "b" / "only" / f"{i}.png", seed=i)
+    one = load_dataset(f"folder:{tmp_path / 'b'}", preprocess=SMALL)
+    assert counts_of(one) == Counts(2, 1) and any("of one class" in said for said in remarks(one))
+    picture(tmp_path / "c" / "dogs" / "poodle" / "1.png")
+    picture(tmp_path / "c" / "cats" / "tabby" / "1.png")
+    deep = load_dataset(f"folder:{tmp_path / 'c'}", preprocess=SMALL)
+    assert deep.class_names == ["cats", "dogs"] and "no picture lies right in a class folder" in deep.notes[0]
+    class_tree(tmp_path / "d", parts=("train", "Train"), each=1)
+    with pytest.raises(DataError, match="which of them is meant"):
+        load_dataset(f"folder:{tmp_path / 'd'}", "train")
+    class_tree(tmp_path / "e", parts=("test", "val", "extra"), each=1)
+    assert load_dataset(f"folder:{tmp_path / 'e'}", preprocess=SMALL).notes == ["folders passed over: extra, val"]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names have one Unicode form and no case there")
+def test_names_that_differ_in_case_or_unicode_form(tmp_path: Path, root: Path) -> None:
+    for part, name in (("query", "Caf\u00e9"), ("gallery", "Cafe\u0301"), ("query", "dog"), ("gallery", "Dog")):
+        for i in range(2):
+            picture(tmp_path / "mine" / part / name / f"{i}.png", seed=len(name) + 9 * i)
+    got = load_dataset(f"folder:{tmp_path / 'mine'}", preprocess=SMALL)
+    assert got.class_names == ["Caf\u00e9", "Dog"] and len(got.notes) == 2
+    assert set(got.labels[got.query]) == set(got.labels[got.gallery]) == {0, 1}
+    for name in ("a", "A", "b"):
+        picture(tmp_path / "letters" / name / "1.png", seed=ord(name))
+    letters = load_dataset(f"folder:{tmp_path / 'letters'}", preprocess=SMALL)
+    assert letters.class_names == ["A", "a", "b"] and "different classes" in letters.notes[0]
+
+
+def test_pictures_are_known_by_content_and_what_is_passed_over_is_counted(tmp_path: Path, root: Path) -> None:
+    mine = tmp_path / "mine"
+    for c in "ab":
+        for suffix, form in ((".jpg", "JPEG"), (".jfif", "JPEG"), ("", "PNG"), (".JPG_large", "JPEG")):
+            Image.open(picture(tmp_path / "x.png", seed=ord(c))).save(mine_file := tmp_path / "y", form)
+            target = mine / c / f"1{suffix}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            mine_file.rename(target)
+        (mine / c / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
+        (mine / c / "notes.txt").write_text("no picture")
+    got = load_dataset(f"folder:{mine}", preprocess=SMALL)
+    assert counts_of(got) == Counts(8, 2)
+    assert got.notes == ["passed over, no pictures that can be read here: 2 .heic, 2 .txt"]
+    (mine / "c").mkdir()
+    (mine / "c" / "IMG_2.HEIC").write_bytes(bytes(99))
+    with pytest.raises(DataError, match=r"class folder .*/c holds no picture that can be read here: 1 \.heic"):
+        load_dataset(f"folder:{mine}", preprocess=SMALL)
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs links")
+def test_links_are_followed_but_not_in_circles(tmp_path: Path, root: Path) -> None:
+    class_tree(tmp_path / "store", classes=2, each=3)
+    mine = class_tree(tmp_path / "mine", classes=2, each=1)
+    (mine / "class0" / "session1").symlink_to(tmp_path / "store" / "class0")
+    (mine / "class2").symlink_to(tmp_path / "store" / "class1")
+    (mine / "class1" / "again").symlink_to(mine / "class1")
+    got = load_dataset(f"folder:{mine}", preprocess=SMALL)
+    assert np.bincount(got.labels).tolist() == [4, 1, 3]
+    assert len(got.notes) == 1 and "is a link to a folder that it lies in" in got.notes[0]
+
+
+def test_a_picture_that_cannot_be_taken_is_named(tmp_path: Path, root: Path) -> None:
+    mine = class_tree(tmp_path / "mine", classes=2, each=1)
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(mine / "class1" / "float.tif")
+    (line,) = verify(f"folder:{mine}")[0].broken
+    assert line == f"{mine}/class1/float.tif: floating-point pixels have no known range"
+
+
+def test_what_is_said_before_anything_is_measured(tmp_path: Path, root: Path) -> None:
+    mine = class_tree(tmp_path / "mine", classes=3, each=1)
+    said = list(remarks(load_dataset(f"folder:{mine}", preprocess=SMALL)))
+    assert said == [
+        "the gallery has 3 images, fewer than 100: CA- and QA- cannot be measured",
+        "3 of 3 queries have no other image of their class to find: they have no recall",
+    ]
+    copied = class_tree(tmp_path / "copies", classes=2, each=2)
+    for path in list(copied.rglob("*.png")):
+        path.with_name(f"{path.stem} (copy).png").write_bytes(path.read_bytes())
+    found = load_dataset(f"folder:{copied}", preprocess=SMALL)
+    assert (
+        list(remarks(found))[1]
+        == "8 of 8 queries have a copy of their own picture in the gallery: it is not their answer"
+    )

@@ -150,3 +150,12 @@ def idx_file(path: Path, array: np.ndarray) -> Path:
     header = struct.pack(f">{1 + array.ndim}i", 0x800 + array.ndim, *array.shape)
     path.write_bytes(header + array.astype(np.uint8).tobytes())
     return path
+
+
+def reid_tree(base: Path, folders: tuple[str, str, str], names: dict[str, list[str]]) -> Path:
+    """A re-identification set: the files ``names`` of "train", "query" and "gallery" in the three folders."""
+    for folder, part in zip(folders, ("train", "query", "gallery"), strict=True):
+        for i, name in enumerate(names[part]):
+            picture(base / folder / name, seed=1000 * len(part) + i)
+        (base / folder / "Thumbs.db").write_bytes(b"no picture")
+    return base

@@ -5,9 +5,12 @@ mathematics here is in what they call. Errors: one line on stderr and the exit c
 (``--debug`` shows the traceback); what is no :class:`DmlbenchError` is a defect, with an exit code of its own.
 """
 
+import codecs
 import importlib
+import io
 import signal
 import sys
+import unicodedata
 from typing import Any, NoReturn
 
 import click
@@ -79,9 +82,29 @@ def _fail(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
+_PLAIN = str.maketrans(
+    {"↑": "^", "↓": "v", "▲": "^", "▼": "v", "–": "-", "−": "-", "…": "~", "→": ">", "×": "x", "±": "~"}
+)
+
+
+def legible() -> None:
+    """Let what the encoding of an output lacks be written as its nearest ASCII, else as "?": no result is lost for an arrow."""
+
+    def nearest(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        text = unicodedata.normalize("NFKD", error.object[error.start : error.end].translate(_PLAIN))
+        return text.encode("ascii", "replace").decode("ascii"), error.end
+
+    codecs.register_error("dmlbench", nearest)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="dmlbench")
+
+
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command and exit; the entry point of the console script."""
     arguments = sys.argv[1:] if argv is None else argv
+    legible()
     debug = "--debug" in arguments
     if debug:  # accepted anywhere on the line
         arguments = ["--debug", *[a for a in arguments if a != "--debug"]]

@@ -98,6 +98,7 @@ def verify_dataset(name: str, as_json: bool) -> None:
                 "classes_of_one_image": r.lonely,
                 "broken": list(r.broken),
                 "problem": r.problem,
+                "notes": list(r.notes),
             }
             for r in reports
         ]
@@ -107,6 +108,8 @@ def verify_dataset(name: str, as_json: bool) -> None:
             click.echo(_sentence(r))
             for line in r.broken:
                 click.echo(f"  {line}")
+            for note in r.notes:
+                click.echo(f"{r.split}: note: {note}")
     if not all(r.whole for r in reports):
         raise DataError(f"data set {name!r} is not whole")
 

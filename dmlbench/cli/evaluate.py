@@ -14,7 +14,7 @@ from dmlbench.cli.kinds import print_clustering, print_findings, print_strict
 from dmlbench.cli.model_options import MODEL_HELP, load_subject, model_options
 from dmlbench.cli.output import console, json_option, print_json, progress
 from dmlbench.errors import DmlbenchError, Interrupted, ShardDone, UsageError
-from dmlbench.results import Evaluation, load, prepare_folder, refuse_partial, save
+from dmlbench.results import Evaluation, held, load, prepare_folder, refuse_partial, save
 
 if TYPE_CHECKING:
     from dmlbench.datasets import RetrievalDataset
@@ -137,6 +137,8 @@ def evaluate(
     why = foreseen(embedder, images, rules, csv, attacks=wanted, limit=limit, seed=seed, eot=eot, surrogate=surrogate)
     if out:
         prepare_folder(out)
+        if world.leads:
+            click.get_current_context().with_resource(held(out))
     units = Units(out / "units") if out else None
     asked_for: dict[str, Any] = {
         "attacks": wanted, "limit": limit, "device": device, "seed": seed, "eot": eot, "surrogate": surrogate,

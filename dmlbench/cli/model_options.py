@@ -115,6 +115,7 @@ def load_subject(
 ) -> tuple["Embedder", "RetrievalDataset"]:
     """The model and the images it is measured on, decoded if ``ready``; what was found is told on stderr."""
     from dmlbench.datasets import decode, load_dataset
+    from dmlbench.datasets.remarks import remarks
     from dmlbench.evaluate import default_dataset
     from dmlbench.models import open_model
 
@@ -122,6 +123,8 @@ def load_subject(
     for note in embedder.notes:
         click.echo(f"note: {note}", err=True)
     images = load_dataset(dataset or default_dataset(embedder), split, embedder.preprocess)
+    for note in remarks(images) if ready else images.notes:
+        click.echo(f"note: {note}", err=True)
     if ready:
         with Bar("decoding images") as bar:
             decode(images, bar.at)

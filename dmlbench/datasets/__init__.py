@@ -5,6 +5,7 @@ A user's own pictures need no entry: ``folder:PATH`` and ``csv:PATH`` are read w
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from dmlbench.datasets import cars as _cars
 from dmlbench.datasets import cifar as _cifar
@@ -15,6 +16,7 @@ from dmlbench.datasets import inshop as _inshop
 from dmlbench.datasets import lfw as _lfw
 from dmlbench.datasets import mnist as _mnist
 from dmlbench.datasets import omniglot as _omniglot
+from dmlbench.datasets import reid as _reid
 from dmlbench.datasets import sop as _sop
 from dmlbench.datasets.base import (
     ArrayImages,
@@ -76,6 +78,10 @@ class DatasetEntry:
     licence: str = "unknown"
     copies_count: bool = True
 
+    def read(self, split: str, preprocess: Preprocess) -> RetrievalDataset:
+        """The data set, its counts and files not yet looked at."""
+        return replace(self.load(split, preprocess), copies_count=self.copies_count)
+
 
 def _held(load: Callable[[str], RetrievalDataset]) -> Loader:
     """A loader of a data set that is held in memory at its one size."""
@@ -112,7 +118,7 @@ def load_dataset(name: str, split: str = "test", preprocess: Preprocess | None =
         raise UsageError(f"split {split!r} must be 'train' or 'test'")
     entry = dataset_entry(name)
     preprocess = preprocess or Preprocess.standard(entry.shape)
-    dataset = replace(entry.load(split, preprocess), copies_count=entry.copies_count)
+    dataset = entry.read(split, preprocess)
     if split in entry.counts:
         require_counts(dataset, entry.counts[split])
     if isinstance(dataset.images, CachedImages) and isinstance(dataset.images.source, Files):
@@ -237,5 +243,19 @@ DATASETS: Registry[DatasetEntry] = Registry(
             counts=_lfw.COUNTS,
             licence="research",
         ),
+        **{
+            name: DatasetEntry(
+                partial(_reid.reid, name), title, "ers-224", shape=shape, counts=_reid.COUNTS[name], licence="research"
+            )
+            for name, title, shape in (
+                (
+                    "market1501",
+                    "Market-1501, 3,368 queries of 750 people; own camera and junk do not count",
+                    (3, 256, 128),
+                ),
+                ("dukemtmc", "DukeMTMC-reID, 2,228 queries; own camera does not count", (3, 256, 128)),
+                ("veri776", "VeRi-776, 1,678 queries of 200 vehicles; own camera does not count", (3, 256, 256)),
+            )
+        },
     },
 )

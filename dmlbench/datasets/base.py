@@ -305,18 +305,23 @@ def numbered(labels: Sequence[object]) -> tuple[np.ndarray, list[str]]:
     return numbers.astype(np.int64).reshape(-1), [str(name) for name in names]
 
 
+def folder_named(variable: str) -> Path | None:
+    """The folder that an environment variable names, if it does; ``~`` is the user's own, also where no shell says so."""
+    named = os.environ.get(variable)
+    return Path(named).expanduser() if named else None
+
+
 def user_folder() -> Path:
     """The user's own folder for data and caches: ``~/.cache/dmlbench`` (``XDG_CACHE_HOME`` is honoured)."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "dmlbench"
+    return (folder_named("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmlbench"
 
 
 def data_roots() -> list[Path]:
     """Where data sets that are not inside a package are looked for, in this order: the folder that
     ``DMLBENCH_DATA`` names; where it names none, ``~/.cache/dmlbench/data``, then ``../shared/data``
     beside the working directory. ``dmlbench datasets prepare`` puts them into the first."""
-    named = os.environ.get("DMLBENCH_DATA")
-    return [Path(named)] if named else [user_folder() / "data", Path("../shared/data")]
+    named = folder_named("DMLBENCH_DATA")
+    return [named] if named else [user_folder() / "data", Path("../shared/data")]
 
 
 def data_root() -> Path | None:

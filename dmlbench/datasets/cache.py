@@ -22,7 +22,7 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 
-from dmlbench.datasets.base import ArrayImages, RetrievalDataset, user_folder
+from dmlbench.datasets.base import ArrayImages, RetrievalDataset, folder_named, user_folder
 from dmlbench.datasets.pictures import Arrays, Files, Source, Undecodable, each
 from dmlbench.errors import DataError
 from dmlbench.preprocess import Preprocess
@@ -36,8 +36,7 @@ Progress = Callable[[int, int], None]
 
 def cache_folder() -> Path:
     """Where decoded images are kept."""
-    named = os.environ.get("DMLBENCH_CACHE")
-    return Path(named) if named else user_folder()
+    return folder_named("DMLBENCH_CACHE") or user_folder()
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +158,7 @@ class CachedImages:
         try:
             return row, self.preprocess(picture)
         except ValueError as error:
-            raise Undecodable(f"image {row}: {error}") from None
+            raise Undecodable(f"{self.source.called(row)}: {error}") from None
 
 
 def fitted(dataset: RetrievalDataset, preprocess: Preprocess) -> RetrievalDataset:

@@ -1,14 +1,20 @@
 """``folder:PATH``: one's own pictures, a folder of class folders.
 
-Where PATH holds folders named ``train`` and ``test`` (or ``val``, ``validation``, ``query``, ``gallery``),
-the classes lie below those, and ``query`` with ``gallery`` make a test split with separate galleries.
-Otherwise every class folder belongs to the test split.
+Where PATH holds folders named ``train`` and ``test`` (or ``training``, ``testing``, ``val``, ``validation``, ``query``,
+``gallery``), in any case, the classes lie below those, and ``query`` with ``gallery`` make a test split with separate
+galleries. Otherwise every class folder belongs to the test split. A sole folder around all that is stepped through.
+What is no picture is passed over and said, and so is everything else that was not obvious.
 """
 
 import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from dmlbench.datasets.base import RetrievalDataset, numbered
 from dmlbench.datasets.cache import CachedImages
@@ -17,9 +23,30 @@ from dmlbench.errors import DataError, UsageError
 from dmlbench.preprocess import Preprocess
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jpe", ".jp2")
-_TEST_FOLDERS = ("test", "val", "validation", "valid")
-PARTS = ("train", *_TEST_FOLDERS, "query", "gallery")
-"""Folders that are a part of a data set, not a class."""
+"""Taken for pictures by name; what else a file is, its first bytes say."""
+KNOWN_BY_CONTENT = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+PARTS = {
+    "train": "train", "training": "train",
+    "test": "test", "testing": "test", "val": "test", "validation": "test", "valid": "test",
+    "query": "query", "queries": "query", "gallery": "gallery",
+}  # fmt: skip
+"""Folders that are a part of a data set, not a class, in any case, and which; of several test parts the first here is read."""
+_MADE_BY_SYSTEMS = ("__MACOSX", "@eaDir", "lost+found")
+
+
+@dataclass
+class Found:
+    """What was found below a folder.
+
+    Attributes:
+        pictures: (part, class, path below the root) of each, in order.
+        passed: how many files of each suffix are no pictures.
+        notes: what a person should know, a sentence each.
+    """
+
+    pictures: list[tuple[str, str, str]] = field(default_factory=list)
+    passed: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
 
 
 def class_folder(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
@@ -27,48 +54,184 @@ def class_folder(path: str, split: str, preprocess: Preprocess) -> RetrievalData
 
     Raises:
         UsageError: PATH is no folder, or has no such split.
-        DataError: it holds no pictures in class folders.
+        DataError: it holds no pictures in class folders, or none that can be read in one of them.
     """
-    root = Path(path).expanduser()
-    if not root.is_dir():
+    named = Path(path).expanduser()
+    if not named.is_dir():
         raise UsageError(f"folder:{path} is not a folder")
-    parts = [name for name in PARTS if (root / name).is_dir()]
-    if split == "train":
-        wanted = ["train"]
-    else:
-        wanted = [p for p in ("query", "gallery") if p in parts] or [p for p in _TEST_FOLDERS if p in parts][:1]
-    if parts and (not set(wanted) & set(parts) or wanted in (["query"], ["gallery"])):
-        raise UsageError(f"folder:{path} has {', '.join(parts)}, but nothing for the {split} split")
+    found = Found()
+    root = _within(named, found)
+    parts = _parts(root)
+    here = {part for part, _ in parts}
+    apart: list[str] = [part for part in ("query", "gallery") if part in here]
+    wanted = ["train"] if split == "train" else apart or ["test"]
+    if parts and (not set(wanted) & here or wanted in (["query"], ["gallery"])):
+        raise UsageError(
+            f"folder:{path} has {', '.join(shown(f.name) for _, f in parts)}, but nothing for the {split} split"
+        )
     if not parts and split == "train":
         raise UsageError(f"folder:{path} has no folder 'train': all its classes are the test split")
-    found: list[tuple[str, str, str]] = []  # part, class, path below root
+    used: list[Path] = []
     for part in wanted if parts else [""]:
-        for name, relative in _pictures(root / part):
-            found.append((part, name, str(Path(part, relative))))
-    if not found:
-        where = " or ".join(shown(root / p) for p in wanted) if parts else shown(root)
-        raise DataError(f"no pictures in class folders under {where} ({', '.join(SUFFIXES[:5])} ... are looked for)")
-    labels, names = numbered([shown(name) for _, name, _ in found])
-    part_of = np.array([part for part, _, _ in found])
+        folder = next((f for p, f in parts if p == part), root)
+        used.append(folder)
+        _gather(root, part, _within(folder, found) if parts else folder, found)
+    if parts:
+        _said(found, "folders passed over", (shown(f.name) for f in _folders(root) if not _of_a_split(f, used, parts)))
+    if found.passed:
+        counts = ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(found.passed.items()))
+        found.notes.append(f"passed over, no pictures that can be read here: {counts}")
+    if not found.pictures:
+        where = " or ".join(shown(folder) for folder in used)
+        raise DataError(
+            f"no pictures in class folders under {where} ({', '.join(SUFFIXES[:5])} ... are looked for)"
+            + (f"; {found.notes[-1]}" if found.passed else "")
+        )
+    same = one_name([(part, name) for part, name, _ in found.pictures], found.notes)
+    labels, names = numbered([shown(same[part, name]) for part, name, _ in found.pictures])
+    part_of = np.array([part for part, _, _ in found.pictures])
     return RetrievalDataset(
-        name=f"folder:{shown(root)}",
+        name=f"folder:{shown(named)}",
         split=split,
-        images=CachedImages(Files(root, [relative for _, _, relative in found], upright=True), preprocess),
+        images=CachedImages(Files(root, [relative for _, _, relative in found.pictures], upright=True), preprocess),
         labels=labels,
         query=np.flatnonzero(part_of == "query"),
         gallery=np.flatnonzero(part_of == "gallery"),
-        source=shown(root.resolve()),
+        source=shown(named.resolve()),
         class_names=names,
+        notes=found.notes,
     )
 
 
-def _pictures(root: Path) -> list[tuple[str, str]]:
-    """(class, path below ``root``) of every picture, sorted; deeper folders belong to their class."""
-    found = []
-    for folder in sorted((f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")), key=os.fsencode):
-        for where, folders, files in os.walk(folder):
-            folders.sort(key=os.fsencode)
-            for file in sorted(files, key=os.fsencode):
-                if file.lower().endswith(SUFFIXES) and not file.startswith("."):
-                    found.append((folder.name, str(Path(where, file).relative_to(root))))
-    return found
+def _folders(root: Path) -> list[Path]:
+    """The folders right below, links to folders among them; hidden ones and those of systems left out."""
+    return sorted(
+        (f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".") and f.name not in _MADE_BY_SYSTEMS),
+        key=os.fsencode,
+    )
+
+
+def _parts(root: Path) -> list[tuple[str, Path]]:
+    """(part, folder) of the folders that are one, in the order of :data:`PARTS`.
+
+    Raises:
+        DataError: two folders differ only in case.
+    """
+    found = [(PARTS[f.name.lower()], f) for f in _folders(root) if f.name.lower() in PARTS]
+    lower = Counter(f.name.lower() for _, f in found)
+    if twice := [f.name for _, f in found if lower[f.name.lower()] > 1]:
+        raise DataError(f"{shown(root)} has {' and '.join(twice)}: which of them is meant?")
+    return sorted(found, key=lambda record: list(PARTS).index(record[1].name.lower()))
+
+
+def _of_a_split(folder: Path, used: Iterable[Path], parts: Iterable[tuple[str, Path]]) -> bool:
+    """Is the folder read, or the one that the other split reads?"""
+    others = ("train",) if all(part != "train" for part, f in parts if f in used) else ("test", "query", "gallery")
+    return folder in used or any(f == folder and part in others for part, f in parts)
+
+
+def _within(folder: Path, found: Found) -> Path:
+    """``folder``, or what lies in the sole folders around all of it: one class alone is no data set, so a sole folder
+    that holds folders is none, unless it holds pictures and a single folder."""
+    inner = folder
+    while len(inside := _folders(inner)) == 1 and inside[0].name.lower() not in PARTS and not _pictures_in(inner):
+        deeper = _folders(inside[0])
+        if not deeper or (len(deeper) == 1 and _pictures_in(inside[0])):
+            break
+        inner = inside[0]
+    if inner != folder:
+        found.notes.append(f"{shown(inner)} is taken for the folder of classes: it alone is in {shown(folder)}")
+    return inner
+
+
+def _pictures_in(folder: Path) -> bool:
+    return any(f.is_file() and _is_picture(f) for f in folder.iterdir() if not f.name.startswith("."))
+
+
+def _is_picture(file: Path) -> bool:
+    """By its suffix, else by its first bytes."""
+    if file.name.lower().endswith(SUFFIXES):
+        return True
+    try:
+        with Image.open(file, formats=[name for name in KNOWN_BY_CONTENT if name in _can_open()]):
+            return True
+    except Exception:  # Pillow fails in many ways on what is no picture
+        return False
+
+
+def _can_open() -> dict[str, object]:
+    Image.init()
+    return Image.OPEN  # type: ignore[return-value]
+
+
+def _gather(root: Path, part: str, top: Path, found: Found) -> None:
+    """Add the pictures below ``top`` to ``found``; deeper folders belong to their class.
+
+    Raises:
+        DataError: a class folder holds files, but no picture.
+    """
+    loose = sum(f.is_file() and _is_picture(f) for f in top.iterdir() if not f.name.startswith("."))
+    if loose:
+        found.notes.append(f"{loose:,} pictures right in {shown(top)} are in no class folder and passed over")
+    right_in = deeper = 0
+    for folder in _folders(top):
+        before, passed = len(found.pictures), Counter[str]()
+        for file in _files(folder, (), found):
+            if not _is_picture(file):
+                passed[file.suffix.lower() or "without a suffix"] += 1
+                continue
+            found.pictures.append((part, folder.name, str(file.relative_to(root))))
+            right_in, deeper = right_in + (file.parent == folder), deeper + (file.parent != folder)
+        found.passed += passed
+        if len(found.pictures) == before and passed:
+            counts = ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(passed.items()))
+            raise DataError(f"class folder {shown(folder)} holds no picture that can be read here: {counts}")
+    if deeper and not right_in:
+        found.notes.append(
+            f"no picture lies right in a class folder: classes are the {len(_folders(top))} folders in {shown(top)}, "
+            "not those further down"
+        )
+
+
+def _files(folder: Path, above: tuple[str, ...], found: Found) -> Iterator[Path]:
+    """Every file below, those of a folder after those of its folders' names in order; links are followed, not in circles."""
+    real = os.path.realpath(folder)
+    if real in above:
+        found.notes.append(f"{shown(folder)} is a link to a folder that it lies in, and not followed")
+        return
+    entries = sorted((e for e in folder.iterdir() if not e.name.startswith(".")), key=os.fsencode)
+    yield from (e for e in entries if not e.is_dir())
+    for entry in entries:
+        if entry.is_dir() and entry.name not in _MADE_BY_SYSTEMS:
+            yield from _files(entry, (*above, real), found)
+
+
+def _said(found: Found, what: str, names: Iterable[str]) -> None:
+    if listed := list(names):
+        more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+        found.notes.append(f"{what}: {', '.join(listed[:5])}{more}")
+
+
+def one_name(classes: Iterable[tuple[str, str]], notes: list[str]) -> dict[tuple[str, str], str]:
+    """From (part, name) to the class's name: names that differ in Unicode form are one class, and so are those that
+    differ in case, unless both stand in one part, which means that case matters there. ``notes`` gets what was done."""
+    plain = {(part, name): unicodedata.normalize("NFC", name) for part, name in classes}
+    spelt: dict[str, set[str]] = {}  # NFC to the names as they are
+    cases: dict[str, dict[str, set[str]]] = {}  # case folded, to NFC, to the parts that have it
+    for (part, name), nfc in plain.items():
+        spelt.setdefault(nfc, set()).add(name)
+        cases.setdefault(nfc.casefold(), {}).setdefault(nfc, set()).add(part)
+    called: dict[str, str] = {}
+    for names in cases.values():
+        parts = [part for found in names.values() for part in found]
+        apart = len(parts) > len(set(parts))
+        called |= {name: name if apart else min(names) for name in names}
+        if len(names) > 1:
+            said = "different classes, since they stand side by side" if apart else "one class"
+            notes.append(f"{' and '.join(shown(n) for n in sorted(names))} differ in case only: taken for {said}")
+    notes += [
+        f"{shown(nfc)} is written in {len(forms)} Unicode forms: taken for one class"
+        for nfc, forms in sorted(spelt.items())
+        if len(forms) > 1
+    ]
+    return {key: called[nfc] for key, nfc in plain.items()}

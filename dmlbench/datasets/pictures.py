@@ -47,6 +47,10 @@ class Source(Protocol):
         """The decoded picture of a row; raises :class:`Undecodable`."""
         ...
 
+    def called(self, row: int) -> str:
+        """What a person knows the picture of a row by."""
+        ...
+
     def state(self) -> bytes:
         """A digest that changes whenever the content may have changed, made without reading all of it."""
         ...
@@ -99,6 +103,9 @@ class Files:
                 f"the first is {shown(self.paths[lost[0]])}"
             )
         return self
+
+    def called(self, row: int) -> str:
+        return shown(self.path(row))
 
     def read(self, row: int) -> bytes:
         """What the file of a row holds; raises OSError."""
@@ -184,6 +191,9 @@ class Arrays:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def called(self, row: int) -> str:
+        return f"image {row}"
 
     def picture(self, row: int) -> Image.Image:
         values = self.images.array[row].astype(np.float32) * (255.0 / self.images.top)

@@ -51,6 +51,15 @@ def prepare(name: str, source: Path | None = None, heard: Heard = lambda done, t
         UsageError: nothing to prepare, or ``source`` missing where it is needed.
         DataError: the download or the archive is not what it should be, or has to be got by hand.
     """
+    try:
+        return _prepared(name, source, heard)
+    except OSError as error:  # a folder that cannot be made, read or written
+        raise DataError(
+            f"{shown(error.filename or data_roots()[0])} cannot be used: {error.strerror or error}"
+        ) from None
+
+
+def _prepared(name: str, source: Path | None, heard: Heard) -> str:
     kind, colon, path = name.partition(":")
     if colon:
         return _own_folder(kind, Path(path).expanduser(), source, heard)
@@ -95,7 +104,7 @@ def _own_folder(kind: str, target: Path, source: Path | None, heard: Heard) -> s
         raise UsageError(f"{shown(target)} exists already: name a folder that does not")
     unpack(source, target, lambda files: heard(files, 0))
     only = list(target.iterdir())
-    wrapped = len(only) == 1 and only[0].is_dir() and only[0].name not in PARTS
+    wrapped = len(only) == 1 and only[0].is_dir() and only[0].name.lower() not in PARTS
     if wrapped and any(d.is_dir() for d in only[0].iterdir()):
         lifted = target.with_name(f".{target.name}.lifted")
         only[0].rename(lifted)
@@ -117,8 +126,8 @@ def _linked(name: str, origin: Origin, target: Path, source: Path) -> str:
     found = _marked(source, origin)
     if found is None:
         raise DataError(f"{shown(source)} is not data set {name!r}: no {' or '.join(origin.marker)} in it")
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(found.resolve(), target_is_directory=True)
     except OSError as error:
         raise DataError(f"{shown(target)} cannot be linked to {shown(found)}: {error.strerror}") from None
@@ -321,5 +330,20 @@ ORIGINS: dict[str, Origin] = {
             "Get lfw-deepfunneled.tgz of Labeled Faces in the Wild (its first home, vis-www.cs.umass.edu/lfw, does not "
             "always answer)."
         ),
+    ),
+    "market1501": Origin(
+        "Market-1501-v15.09.15",
+        ("bounding_box_test",),
+        manual="Get Market-1501-v15.09.15.zip of Market-1501 (Zheng et al., ICCV 2015) from its authors.",
+    ),
+    "dukemtmc": Origin(
+        "DukeMTMC-reID",
+        ("bounding_box_test",),
+        manual="DukeMTMC-reID is no longer given out by its authors; give the DukeMTMC-reID.zip that you have.",
+    ),
+    "veri776": Origin(
+        "VeRi",
+        ("image_query",),
+        manual="Get VeRi.zip of VeRi-776 from its authors, who ask for a signed request (github.com/JDAI-CV/VeRidataset).",
     ),
 }

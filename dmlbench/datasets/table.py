@@ -3,6 +3,8 @@
 Columns ``label`` and ``path`` (relative to the CSV's folder, or absolute), ``split`` (``train``, or
 ``validation``, for which ``test`` is also read), ``is_query`` and ``is_gallery`` (for the validation rows), and
 optionally ``x_1, x_2, y_1, y_2``: left, right, top and bottom of a box in pixels, empty for the whole picture.
+Rows of one ``sequence`` do not count for each other, and neither do rows of one label and one ``camera``; empty cells are of
+none. The label -1 is junk, which is left out. Any other column is not used, and that is said.
 """
 
 import os
@@ -13,6 +15,7 @@ import pandas as pd
 
 from dmlbench.datasets.base import RetrievalDataset, numbered
 from dmlbench.datasets.cache import CachedImages
+from dmlbench.datasets.folder import one_name
 from dmlbench.datasets.pictures import Files, shown
 from dmlbench.errors import DataError, UsageError
 from dmlbench.preprocess import Preprocess
@@ -20,13 +23,16 @@ from dmlbench.preprocess import Preprocess
 _SPLITS = {"train": ("train",), "test": ("validation", "test", "val")}
 _TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "": False}
 _BOX = ("x_1", "y_1", "x_2", "y_2")
+_KNOWN = {"label", "path", "split", "is_query", "is_gallery", "camera", "sequence", *_BOX}
+_EMPTY = ("", "nan", "none")
+_JUNK = ("-1", "-1.0")
 
 
 def table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
     """The rows of the split; a class is a distinct value of ``label``.
 
     Raises:
-        UsageError: PATH is no file.
+        UsageError: PATH is no file, or has no training rows.
         DataError: a column, a value or a picture is missing or cannot be understood; the row is named.
     """
     file = Path(path).expanduser()
@@ -47,19 +53,32 @@ def table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
         )
     rows = rows[rows["split"].isin(_SPLITS[split])]
     if rows.empty:
-        raise DataError(f"{shown(file)} has no row of the {split} split")
+        kind = UsageError if split == "train" else DataError
+        raise kind(f"{shown(file)} has no row of the {split} split")
+    notes = []
+    if strange := [str(column) for column in rows.columns if column not in _KNOWN]:
+        notes.append(f"columns that are not used: {', '.join(map(shown, strange))}")
+    junk = rows["label"].str.strip().isin(_JUNK)
+    if junk.any():
+        notes.append(f"{int(junk.sum()):,} rows with the label -1 are junk and left out: they count for no query")
+        rows = rows[~junk]
+        if rows.empty:
+            raise DataError(f"{shown(file)} has only junk in the {split} split: every label is -1")
     for column in ("label", "path"):
         if len(empty := rows.index[rows[column] == ""]):
             raise DataError(f"{shown(file)}, line {empty[0] + 2}: {column} is empty")
-    labels, names = numbered([shown(label) for label in rows["label"]])
+    called = one_name([("", label) for label in rows["label"]], notes)
+    labels, names = numbered([shown(called["", label]) for label in rows["label"]])
     root = file.resolve().parent
-    paths = [os.path.normpath(p) for p in rows["path"]]
+    paths = [os.path.normpath(_slashes(p, root)) for p in rows["path"]]
     query = np.empty(0, dtype=np.int64)
     gallery = np.empty(0, dtype=np.int64)
     if split == "test":
         query, gallery = (np.flatnonzero(_truth(rows, c, file)) for c in ("is_query", "is_gallery"))
         if not len(query) or not len(gallery):
             raise DataError(f"{shown(file)} marks no {'gallery' if len(query) else 'query'} row in the test split")
+        if idle := len(rows) - len(np.union1d(query, gallery)):
+            notes.append(f"{idle:,} rows of the test split are neither query nor gallery, and not used")
     return RetrievalDataset(
         name=f"csv:{shown(file)}",
         split=split,
@@ -69,7 +88,26 @@ def table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
         gallery=gallery,
         source=shown(file.resolve()),
         class_names=names,
+        groups=_groups(rows, labels),
+        notes=notes,
     )
+
+
+def _slashes(path: str, root: Path) -> str:
+    """A path as Windows writes it, with this system's slashes, where no file has the backslashes in its name."""
+    return path.replace("\\", "/") if os.sep == "/" and "\\" in path and not (root / path).exists() else path
+
+
+def _groups(rows: pd.DataFrame, labels: np.ndarray) -> np.ndarray:
+    """(N, G) the sequence of each row, and its camera with its label, as numbers; -1 where there is none."""
+    columns = []
+    for name in ("sequence", "camera"):
+        if name in rows.columns:
+            values = rows[name].str.strip()
+            number = pd.factorize(values)[0].astype(np.int64)
+            number = number * (int(labels.max()) + 1) + labels if name == "camera" else number
+            columns.append(np.where(values.str.lower().isin(_EMPTY), -1, number))
+    return np.stack(columns, 1) if columns else np.empty((0, 0), dtype=np.int64)
 
 
 def _truth(rows: pd.DataFrame, column: str, file: Path) -> np.ndarray:
@@ -92,7 +130,7 @@ def _boxes(rows: pd.DataFrame, file: Path) -> np.ndarray | None:
     numbers = np.full((len(rows), 4), np.nan)
     for column, name in enumerate(_BOX):
         for at, (index, text) in enumerate(zip(rows.index, rows[name], strict=True)):
-            if text.strip().lower() in ("", "nan", "none"):
+            if text.strip().lower() in _EMPTY:
                 continue
             try:
                 numbers[at, column] = float(text)

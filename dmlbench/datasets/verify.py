@@ -8,6 +8,7 @@ from dmlbench.datasets import CachedImages, RetrievalDataset, dataset_entry
 from dmlbench.datasets.base import Counts, counts_of
 from dmlbench.datasets.cache import Progress
 from dmlbench.datasets.pictures import Files, Undecodable, each
+from dmlbench.datasets.remarks import remarks
 from dmlbench.errors import DataError, UsageError
 from dmlbench.preprocess import Preprocess
 
@@ -22,6 +23,7 @@ class SplitReport:
         lonely: classes of a single image, whose queries have nothing to find.
         broken: a line for each image that is missing or cannot be decoded.
         problem: why the split could not be read at all, else "".
+        notes: what else a person should know, a sentence each.
     """
 
     split: str
@@ -30,6 +32,7 @@ class SplitReport:
     lonely: int = 0
     broken: tuple[str, ...] = field(default=())
     problem: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def whole(self) -> bool:
@@ -47,7 +50,7 @@ def verify(name: str, progress: Progress = lambda done, total: None) -> list[Spl
     reports = []
     for split in ("train", "test"):
         try:
-            dataset = entry.load(split, Preprocess.standard(entry.shape))
+            dataset = entry.read(split, Preprocess.standard(entry.shape))
         except DataError as error:
             reports.append(SplitReport(split, expected=entry.counts.get(split), problem=str(error)))
             continue
@@ -62,8 +65,9 @@ def verify(name: str, progress: Progress = lambda done, total: None) -> list[Spl
                 split,
                 found=counts_of(dataset),
                 expected=entry.counts.get(split),
-                lonely=int((np.bincount(dataset.labels) == 1).sum()),
-                broken=tuple(_broken(dataset, progress)),
+                lonely=int((np.bincount(dataset.labels[dataset.labels >= 0]) == 1).sum()),
+                broken=tuple(broken := _broken(dataset, progress)),
+                notes=tuple(remarks(dataset)) if not broken else tuple(dataset.notes),
             )
         )
     return reports
@@ -81,7 +85,7 @@ def _broken(dataset: RetrievalDataset, progress: Progress) -> list[str]:
         except Undecodable as error:
             return str(error)
         except ValueError as error:
-            return f"image {row}: {error}"
+            return f"{images.source.called(row)}: {error}"
         return None
 
     lines = []

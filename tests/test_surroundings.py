@@ -36,7 +36,7 @@ def test_a_data_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.M
     tree = cub_tree(tmp_path / "mine", {1: 1, 101: 1})
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("DMLBENCH_DATA", str(tmp_path / "file" / "data"))
-    with pytest.raises(DataError, match="cannot be (used|linked)"):
+    with pytest.raises(DataError, match=r"cannot be (used|linked)"):
         prepare("cub", tree)
 
 

@@ -35,6 +35,7 @@ def addresses(file: File) -> Iterator[str]:
             yield address
             continue
         base = os.environ.get(BASE) or str(PACKAGE.parent / "checkpoints")
+        base = base if "://" in base else str(Path(base).expanduser())
         yield f"{base.rstrip('/')}/{address.removeprefix(PLACEHOLDER)}"
 
 

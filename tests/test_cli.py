@@ -434,3 +434,10 @@ def test_a_protocol_file_that_cannot_be_read(typed, tmp_path: Path, content: byt
     (tmp_path / "mine.toml").write_bytes(content)
     done = typed("evaluate", "--model", DEFAULT, "--protocol", "mine.toml", code=4)
     assert words in done.err and done.err.strip().count("\n") == 0
+
+
+def test_an_output_without_arrows_changes_no_exit_code(run) -> None:
+    env = {"PYTHONIOENCODING": "cp1252"}
+    found = run("attacks", "show", "CA+", env=env)
+    assert len(found.out) > 50
+    assert run("models", "show", "→", env=env, code=2).err.startswith("Error: unknown model '?'")

@@ -103,6 +103,9 @@ def legible() -> None:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command and exit; the entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an arrow that cp1252 or ASCII lacks becomes "?", the result stays
+            stream.reconfigure(errors="replace")
     arguments = sys.argv[1:] if argv is None else argv
     legible()
     debug = "--debug" in arguments

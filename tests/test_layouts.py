@@ -520,3 +520,24 @@ def test_networks_that_do_not_copy_are_attacked_as_they_are() -> None:
         expected = images.clone().requires_grad_()
         nn.functional.normalize(plain(expected), dim=1)[:, 0].sum().backward()
         torch.testing.assert_close(x.grad, expected.grad)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"])
+def test_dinov2_as_its_authors_save_it(name: str, tmp_path: Path) -> None:
+    """A mask token that no test uses; registers under their own name, and a position of the class token beside them."""
+    network = seeded(timm.create_model(name, depth=2, img_size=42))
+    state = dict(network.state_dict()) | {"mask_token": torch.zeros(1, 384)}
+    if "reg_token" in state:
+        state["register_tokens"] = state.pop("reg_token")
+        state["pos_embed"] = torch.cat([torch.zeros(1, 1, 384), state["pos_embed"]], 1)
+    torch.save(state, tmp_path / "x.pth")
+    spec = {
+        "arch": {"builder": f"timm:{name}", "kwargs": {"depth": 2}, "embed_dim": 384, "head": False},
+        "input": {"size": 28, "channels": 3},
+        "normalize": {"mean": [0.5], "std": [0.5]},
+    }
+    (tmp_path / "s.json").write_text(json.dumps(spec))
+    embedder = open_model(str(tmp_path / "x.pth"), ModelOptions(spec=tmp_path / "s.json"))
+    network.set_input_size(img_size=28)
+    images = probe_images((3, 28, 28), 2)
+    torch.testing.assert_close(embedder(images), unit(network, images), rtol=1e-4, atol=1e-5)

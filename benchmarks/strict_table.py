@@ -1,6 +1,6 @@
-"""The tables of docs/strict.md: published attacks, `strict-fast` and `strict` side by side, and how far to trust them.
+"""The tables of docs/strict.md: published attacks, `strict-fast` and `strict` side by side.
 
-    python benchmarks/strict_table.py --models GOLDEN_FOLDER --models RUNS --out OUT --queries 512 --verify 512
+    python benchmarks/strict_table.py --models GOLDEN_FOLDER --models RUNS --out OUT --queries 512
 
 ``--models`` is a folder of training runs of the recipes in benchmarks/strict (each a folder with
 ``last.safetensors``, named ``omniglot-conv3-<defence>-seed<n>``) or of golden networks (``net_*.safetensors``).
@@ -22,9 +22,7 @@ from safetensors.torch import load_file
 
 from dmlbench import Embedder, evaluate, load_dataset, load_protocol
 from dmlbench.models import ARCHITECTURES
-from dmlbench.protocol import Component, Protocol, Step
-from dmlbench.strict import attempt
-from dmlbench.subject import prepare
+from dmlbench.protocol import Component, Protocol
 
 FIELD = ("LTM-published", "GTM-published", "LTM", "GTM", "WM")
 FIELD_EPS = ("16/255", "32/255")
@@ -68,32 +66,6 @@ def quick(name: str) -> Protocol:
     return rules.model_copy(update={"clustering_seeds": (0,), "audit": min(64, rules.audit)})
 
 
-def verification(
-    model: Embedder, dataset: Any, eps: str, broken_by: np.ndarray, queries: int, count: int
-) -> dict[str, float]:
-    """Far stronger searches on some queries that ``strict`` calls robust: APGD-500 from 10 starts, Square with 10,000."""
-    subject = prepare(model, dataset, limit=queries)
-    left = np.flatnonzero(broken_by == -1)
-    some = left[np.unique(np.linspace(0, len(left) - 1, min(count, len(left))).astype(int))] if len(left) else left
-    broken = np.zeros(len(some), dtype=bool)
-    rules = load_protocol("strict")
-    for optimizer, changes in (
-        ("apgd", {"steps": 500, "start": "random", "restarts": 10}),
-        ("square", {"queries": 10_000}),
-    ):
-        rest = np.flatnonzero(~broken)
-        if len(rest):
-            step = Step(name=f"verify {optimizer}", attack="WM", optimizer=optimizer)
-            broken[rest] |= attempt(subject, step, rules.threat_at(eps, changes), some[rest], 1).broken
-    right = int((broken_by != 0).sum())
-    return {
-        "survivors": len(left),
-        "verified": len(some),
-        "broken": int(broken.sum()),
-        "share_of_right": 100.0 * broken.mean() * len(left) / right if len(some) else 0.0,
-    }
-
-
 def both_right(arrays: dict[str, np.ndarray], name: str) -> float:
     """Percent of the queries that are right before and after."""
     value, clean = arrays[f"{name}/value"], arrays["benign/recall_at_1"]
@@ -120,7 +92,6 @@ def measured(name: str, path: Path, queries: int) -> dict[str, Any]:
         "audit": full.extras["audit"],
         "strict_cpu_seconds": strict_seconds,
     }
-    out["broken_by"] = {eps: full.arrays[f"strict@{eps}/broken_by"].tolist() for eps in FIELD_EPS}
     out["cpu_seconds"] = time.process_time() - started
     return out
 
@@ -145,31 +116,17 @@ def tables(results: list[dict[str, Any]]) -> str:
             cells = [name, eps, spread([m["clean"] for m in members]), *fields]
             cells += [spread([m["fast"][eps] for m in members]), f"**{spread(worst)}**"]
             lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "| model | eps | before | W1 | W2 | MT | SQ | gradients a right query | PGD-32 runs |",
-        "|" + " --- |" * 9,
-    ]
+    steps = [step["step"] for step in results[0]["strict"]["curve"][0]["steps"]] if results else []
+    head = ["model", "eps", "before", *steps, "gradients a right query", "PGD-32 runs"]
+    lines += ["", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for name, members in groups.items():
         for i, eps in enumerate(EPS):
             rows = [m["strict"]["curve"][i] for m in members]
-            points = [spread([r["steps"][j]["points"] for r in rows]) for j in range(4)]
+            points = [spread([r["steps"][j]["points"] for r in rows]) for j in range(len(steps))]
             right = [m["clean"] / 100 * m["queries"] for m in members]
             gradients = [sum(s["gradients"] for s in r["steps"]) / q for r, q in zip(rows, right, strict=True)]
             cells = [name, eps, spread([r["carried"] for r in rows]), *points]
             cells += [spread(gradients), spread([g / 32 for g in gradients])]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| model | area | eps | survivors | of them attacked again | broken | % of the right queries |"]
-    lines += ["|" + " --- |" * 7]
-    for r in results:
-        for eps in FIELD_EPS:
-            v = r.get("verification", {}).get(eps)
-            cells = [r["model"], f"{r['strict']['area']:.1f}", eps]
-            cells += (
-                [str(v["survivors"]), str(v["verified"]), str(v["broken"]), f"{v['share_of_right']:.2f}"]
-                if v
-                else ["–"] * 4
-            )
             lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| model | queries | audit: not a pass | CPU seconds of `strict` |", "|" + " --- |" * 4]
     for r in results:
@@ -184,7 +141,6 @@ def main() -> None:
     parser.add_argument("--models", type=Path, action="append", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--queries", type=int, default=512)
-    parser.add_argument("--verify", type=int, default=0, help="survivors to attack again, per model and eps")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -193,16 +149,6 @@ def main() -> None:
         target = arguments.out / f"{name}.json"
         if not target.exists():
             target.write_text(json.dumps(measured(name, path, arguments.queries)))
-    for name, path in found.items() if arguments.verify else ():
-        target = arguments.out / f"{name}.json"
-        record = json.loads(target.read_text())
-        for eps in FIELD_EPS:
-            if eps not in record.setdefault("verification", {}):
-                by = np.array(record["broken_by"][eps])
-                model, dataset = model_of(name, path), load_dataset("omniglot-small")
-                found_again = verification(model, dataset, eps, by, arguments.queries, arguments.verify)
-                record["verification"][eps] = found_again
-                target.write_text(json.dumps(record))
     text = tables([json.loads(p.read_text()) for p in sorted(arguments.out.glob("*.json"))])
     (arguments.out / "strict.md").write_text(text)
     print(text)

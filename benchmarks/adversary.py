@@ -73,6 +73,8 @@ class Field:
         labels: (Q,) the queries' labels.
         own: (Q,) each query's own entry, -1 where it has none.
         clean: (Q, C, H, W) the queries' images.
+        groups: (Q, G) of the queries and (N, G) of the entries, whole numbers: an entry with the same number of 0 or more
+            as a query in one column does not count for it.
     """
 
     embed: Embed
@@ -81,18 +83,23 @@ class Field:
     labels: Tensor
     own: Tensor
     clean: Tensor
+    groups: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def _square(self) -> Tensor:
         return self.entries.square().sum(1)
 
-    def near(self, e: Tensor) -> Tensor:
-        """(b, N) how near each entry is: minus its squared distance, but for the same |e|^2 in all of a row."""
-        return 2 * e @ self.entries.T - self._square
+    def near(self, e: Tensor, q: Tensor) -> Tensor:
+        """(b, N) how near each entry is: minus its squared distance, but for the same |e|^2 in all of a row; -inf
+        where it does not count for the query."""
+        near = 2 * e @ self.entries.T - self._square
+        for mine, theirs in zip(self.groups[0][q].T, self.groups[1].T, strict=True) if self.groups else ():
+            near.masked_fill_((mine[:, None] == theirs) & (mine[:, None] >= 0), -math.inf)
+        return near
 
     def margin(self, e: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of embeddings (b, D) of the queries ``q`` (b,): the margin, the nearest wrong and the nearest right entry."""
-        near, kin = self.near(e), self.labels[q, None] == self.classes
+        near, kin = self.near(e, q), self.labels[q, None] == self.classes
         wrong = near.masked_fill(kin, -math.inf).max(1)
         near.masked_fill_(~kin, -math.inf)
         has_own = (self.own[q] >= 0).nonzero()[:, 0]
@@ -101,11 +108,14 @@ class Field:
         return wrong.values - right.values, wrong.indices, right.indices
 
     def wrong_entries(self, q: Tensor, count: int) -> Tensor:
-        """(b, count) the entries of other classes nearest to the clean queries, nearest first."""
+        """(b, k) the entries of other classes nearest to the clean queries, nearest first.
+
+        k is ``count``, or as many as every query has.
+        """
         with torch.no_grad():
-            near = self.near(self.embed(self.clean[q]))
+            near = self.near(self.embed(self.clean[q]), q)
         near = near.masked_fill(self.labels[q, None] == self.classes, -math.inf)
-        return near.topk(count, dim=1).indices
+        return near.topk(min(count, int(near.isfinite().sum(1).min())), dim=1).indices
 
 
 @dataclass

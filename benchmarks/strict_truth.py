@@ -177,6 +177,9 @@ class Bench:
             column(dataset.labels[subject.rows]),
             column(position[subject.rows]),
             images[subject.rows].to(subject.device),
+            None
+            if dataset.apart is None
+            else (column(dataset.apart[subject.rows]), column(dataset.apart[dataset.gallery])),
         )
         return cls(subject, field, seed, effort, threads, threading.Event())
 
@@ -234,9 +237,9 @@ def ready(bench: Bench, cell: Cell, index: int, ball: Ball) -> tuple[int, Callab
     place = torch.full((len(field.labels),), -1, device=pool.device)
     place[pool] = torch.arange(len(pool), device=pool.device)
     if search.kind == "entry":
-        fewest = min(int((field.classes != label).sum()) for label in field.labels[pool].unique())
-        attempts = min(attempts, fewest)
-        entries = torch.cat([field.wrong_entries(part, attempts) for part in pool.split(bench.batch)])
+        lists = [field.wrong_entries(part, attempts) for part in pool.split(bench.batch)]
+        attempts = min(one.shape[1] for one in lists)
+        entries = torch.cat([one[:, :attempts] for one in lists])
 
         def toward(chosen: Chosen) -> Found:
             q, tries = chosen

@@ -5,7 +5,7 @@ its gradient, or its determinism, as the literature has seen in published defenc
 2018). Cheats know the benchmark: its test images, its gradients, its pixels, its units.
 
 The limits of the checks were set with :data:`MASKS` and :data:`CHEATS` in view. :data:`APART` was written afterwards
-and sets nothing.
+and sets no limit; docs/audit.md says what was changed after a first try.
 """
 
 import copy

@@ -31,9 +31,19 @@ from dmlbench.models import load_model
 from dmlbench.protocol import Chosen, Component, Protocol, counted, ers_of, load_protocol
 from dmlbench.record import dataset_info, environment, model_info
 from dmlbench.results import Evaluation, Measurement, ProtocolInfo, finite
+from dmlbench.rng import Rng
 from dmlbench.rounded import settled
 from dmlbench.search import Search, auto_batch, run_search, searches
-from dmlbench.subject import Progress, Silent, Subject, prepare, resolve_device, sample_positions
+from dmlbench.subject import (
+    Progress,
+    Silent,
+    Subject,
+    prepare,
+    require_shape,
+    resolve_device,
+    sample_positions,
+    unembedded,
+)
 from dmlbench.units import Work
 from dmlbench.version import __version__
 
@@ -156,6 +166,10 @@ def evaluate(
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit} must be 1 or more")
     measured = rules.measured(len(dataset.query), limit)
+    require_shape(embedder, dataset)
+    planned, nowhere = searches(rules, [*chosen.own, *chosen.extra]), unembedded(dataset)
+    for search in planned:  # what cannot be aimed fails now, before anything is embedded
+        aim(ATTACKS[search.attack], nowhere, Rng(base, torch.from_numpy(dataset.query[:1])))
     subject = prepare(embedder, dataset, limit=measured, device=device, progress=progress, work=work, cache=cache)
     if other is not None:
         source = prepare(
@@ -170,10 +184,6 @@ def evaluate(
             part="surrogate",
         )
         subject = replace(subject, surrogate=source)
-    scene = subject.scene
-    planned = searches(rules, [*chosen.own, *chosen.extra])
-    for search in planned:  # what cannot be aimed fails now, not after an hour
-        aim(ATTACKS[search.attack], scene[:1], subject.rng(base)[:1])
 
     arrays: dict[str, np.ndarray] = {"query": subject.rows, "label": dataset.labels[subject.rows]}
     sample: dict[str, np.ndarray] = {"rows": subject.rows[sample_positions(subject)]}
@@ -291,7 +301,8 @@ def reasons(
 ) -> tuple[str, ...]:
     """Why a result is not a full one; empty where it is. ``surrogate`` is that model's name."""
     full = rules.measured(len(dataset.query))
-    why = [f"--limit {limit}"] if limit is not None and limit < full else []
+    why = ["--preview"] if dataset.preview else []
+    why += [f"--limit {limit}"] if limit is not None and limit < full else []
     why += [] if complete(rules, chosen) else [f"--attacks {','.join(attacks or ())}"]
     why += [f"--seed {seed}"] if seed not in (None, rules.seed) else []
     why += [f"--eot {eot}"] if eot not in (None, rules.threat.get("eot", 1)) else []

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmlbench.compiled import ready as ready_to_attack
 from dmlbench.datasets import RetrievalDataset
-from dmlbench.embedding import Embedder, require_finite
+from dmlbench.embedding import DISTANCES, Embedder, require_finite
 from dmlbench.errors import UsageError
 from dmlbench.exact import true_float32
 from dmlbench.fingerprint import exact
@@ -135,6 +135,38 @@ def embed(embedder: Embedder, dataset: RetrievalDataset, rows: np.ndarray, progr
     return embeddings
 
 
+def require_shape(embedder: Embedder, dataset: RetrievalDataset) -> None:
+    """Refuse images of another shape than the model takes.
+
+    Raises:
+        UsageError: both shapes are named.
+    """
+    if tuple(dataset.images.shape) != tuple(embedder.input_shape):
+        raise UsageError(
+            f"model {embedder.name!r} takes images of shape {embedder.input_shape}, "
+            f"data set {dataset.name!r} has {dataset.images.shape} (channels, height, width)"
+        )
+
+
+def unembedded(dataset: RetrievalDataset) -> Scene:
+    """The first query before its gallery, every embedding zero: enough to see whether an attack can be aimed at all."""
+    apart, row = dataset.apart, dataset.query[:1]
+    everyone = torch.from_numpy(dataset.labels[dataset.gallery])
+    return Scene(
+        distance=DISTANCES["E"],
+        gallery=Gallery(
+            torch.zeros(len(everyone), 1),
+            everyone,
+            groups=None if apart is None else torch.from_numpy(apart[dataset.gallery]),
+        ),
+        clean=torch.zeros(1, 1),
+        labels=torch.from_numpy(dataset.labels[row]),
+        row=torch.from_numpy(dataset.own_entry[:1]),
+        chosen=torch.zeros(1, 0, dtype=torch.int64),
+        groups=None if apart is None else torch.from_numpy(apart[row]),
+    )
+
+
 def prepare(
     embedder: Embedder,
     dataset: RetrievalDataset,
@@ -156,11 +188,7 @@ def prepare(
         UsageError: the model takes images of another shape, ``limit`` is not positive, or the device is not made
             for the precision.
     """
-    if tuple(dataset.images.shape) != tuple(embedder.input_shape):
-        raise UsageError(
-            f"model {embedder.name!r} takes images of shape {embedder.input_shape}, "
-            f"data set {dataset.name!r} has {dataset.images.shape} (channels, height, width)"
-        )
+    require_shape(embedder, dataset)
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit} must be 1 or more")
     where = resolve_device(device)

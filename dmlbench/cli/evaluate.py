@@ -77,6 +77,9 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
     "--batch-size", default="auto", show_default=True, callback=_batch_size, help="Queries attacked at a time."
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only this many queries; marks the result partial.")
+@click.option(
+    "--preview", is_flag=True, help="A first look: 64 queries, 1,000 gallery images, drawn by class; no result."
+)
 @click.option("--seed", type=int, help="Another seed than the protocol's; marks the result partial.")
 @click.option("--eot", type=click.IntRange(min=1), help="Average this many passes, for models that are random.")
 @click.option("--surrogate", help="Make the adversarial images on this registered model instead (transfer).")
@@ -97,6 +100,7 @@ def evaluate(
     device: str,
     batch_size: int | None,
     limit: int | None,
+    preview: bool,
     seed: int | None,
     eot: int | None,
     surrogate: str | None,
@@ -124,7 +128,7 @@ def evaluate(
     part = Shard.parse(shard) if shard else None
     wanted = _names(attacks)
     world, device = _join(device)
-    embedder, images = load_subject(model, options, dataset, split, ready=not plan)
+    embedder, images = load_subject(model, options, dataset, split, ready=not plan, small=preview)
     rules = dmlbench.load_protocol(protocol or default_protocol(images))
     if plan:
         other = dmlbench.load_model(surrogate) if surrogate else None

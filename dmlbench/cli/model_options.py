@@ -111,10 +111,11 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_subject(
-    model: str, options: "ModelOptions", dataset: str | None, split: str, *, ready: bool = True
+    model: str, options: "ModelOptions", dataset: str | None, split: str, *, ready: bool = True, small: bool = False
 ) -> tuple["Embedder", "RetrievalDataset"]:
-    """The model and the images it is measured on, decoded if ``ready``; what was found is told on stderr."""
+    """The model and the images it is measured on, a part if ``small``, decoded if ``ready``; what was found is told on stderr."""
     from dmlbench.datasets import decode, load_dataset
+    from dmlbench.datasets.preview import preview
     from dmlbench.datasets.remarks import remarks
     from dmlbench.evaluate import default_dataset
     from dmlbench.models import open_model
@@ -123,6 +124,7 @@ def load_subject(
     for note in embedder.notes:
         click.echo(f"note: {note}", err=True)
     images = load_dataset(dataset or default_dataset(embedder), split, embedder.preprocess)
+    images = preview(images) if small else images
     for note in remarks(images) if ready else images.notes:
         click.echo(f"note: {note}", err=True)
     if ready:

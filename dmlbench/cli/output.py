@@ -2,15 +2,25 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
@@ -50,16 +60,59 @@ def print_facts(facts: Mapping[str, Any], as_json: bool) -> None:
     console().print(table)
 
 
+EVERY = 20.0
+"""Seconds between two lines on how far a long task is, where there is no terminal to draw a bar on."""
+
+
+class Lines:
+    """How far each task is, in a line on stderr from time to time: for a log, where bars cannot be drawn."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._tasks: dict[str, tuple[int, int, float]] = {}  # done, total, begun
+        self._said = clock()
+
+    def start(self, task: str, total: int) -> None:
+        """``task`` begins, with ``total`` images to do."""
+        self._tasks[task] = (0, total, self._clock())
+
+    def advance(self, task: str, count: int) -> None:
+        """``count`` more are done."""
+        done, total, begun = self._tasks[task]
+        self._tasks[task], now = (done + count, total, begun), self._clock()
+        if now - self._said >= EVERY and done + count < total and now > begun:
+            self._said, rate = now, (done + count) / (now - begun)
+            left = (total - done - count) / rate
+            click.echo(
+                f"{task}: {done + count:,} of {total:,}, {rate:.1f} a second, about {left / 60:.0f} min left"
+                if left >= 90
+                else f"{task}: {done + count:,} of {total:,}, {rate:.1f} a second, about {left:.0f} s left",
+                err=True,
+            )
+
+
+class Rate(ProgressColumn):
+    """How many a second."""
+
+    def render(self, task: Task) -> Text:
+        """Empty until it is known."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f}/s")
+
+
 class RichProgress:
-    """A bar for each task and one for the total, on stderr; silent where stderr is not a terminal."""
+    """A bar for each task and one for the total, on stderr; :class:`Lines` where that is not a terminal."""
 
     def __init__(self, bars: Bars, total: int | None = None) -> None:
         self._bars = bars
+        self._lines = Lines() if bars.disable else None
         self._tasks: dict[str, TaskID] = {}
         self._total = None if total is None else bars.add_task("total", total=total)
 
     def start(self, task: str, total: int) -> None:
         """A bar for ``task``; one that begins again, as a step's rounds do, keeps its bar."""
+        if self._lines:
+            self._lines.start(task, total)
         if task in self._tasks:
             self._bars.reset(self._tasks[task], total=total)
         else:
@@ -67,6 +120,8 @@ class RichProgress:
 
     def advance(self, task: str, count: int) -> None:
         """Move it, and the total with it."""
+        if self._lines:
+            self._lines.advance(task, count)
         self._bars.advance(self._tasks[task], count)
         if self._total is not None:
             self._bars.advance(self._total, count)
@@ -76,17 +131,22 @@ class RichProgress:
 def progress(total: int | None = None) -> Iterator[RichProgress]:
     """Bars on stderr for as long as the block runs."""
     err = Console(file=sys.stderr)
-    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=err, disable=not err.is_terminal) as bars:
+    with Bars(*_columns(), console=err, disable=not err.is_terminal) as bars:
         yield RichProgress(bars, total)
 
 
+def _columns() -> tuple[ProgressColumn, ...]:
+    return (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+
+
 class Bar:
-    """One bar on stderr that appears with its first step; silent where stderr is not a terminal."""
+    """One bar on stderr that appears with its first step; :class:`Lines` where that is not a terminal."""
 
     def __init__(self, title: str) -> None:
         self._title = title
         self._bars: Bars | None = None
+        self._shown: RichProgress | None = None
+        self._done = 0
 
     def __enter__(self) -> "Bar":
         return self
@@ -97,10 +157,13 @@ class Bar:
 
     def at(self, done: int, total: int) -> None:
         """``done`` of ``total`` are done."""
-        if self._bars is None:
+        if self._bars is None or self._shown is None:
             err = Console(file=sys.stderr)
-            columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bars = Bars(*columns, console=err, disable=not err.is_terminal)
+            self._bars = Bars(*_columns(), console=err, disable=not err.is_terminal)
             self._bars.start()
-            self._bars.add_task(self._title, total=total)
-        self._bars.update(self._bars.task_ids[0], completed=done, total=total)
+            self._shown = RichProgress(self._bars)
+        if done <= self._done or not self._done:
+            self._shown.start(self._title, total)
+            self._done = 0
+        self._shown.advance(self._title, done - self._done)
+        self._done = done

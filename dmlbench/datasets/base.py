@@ -126,6 +126,7 @@ class RetrievalDataset:
         copies_count: whether a gallery entry of the very same content as the query may be its answer, as in the
             field's numbers on its own data sets; one's own copies are left out like one's own entry.
         notes: what a person should know of how the images were found.
+        preview: whether this is but a part of the data set, on which nothing is a full result.
         licence, source: where the images come from and on what terms.
         class_names: optional, by label.
     """
@@ -142,6 +143,7 @@ class RetrievalDataset:
     groups: Numbers = field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))
     copies_count: bool = False
     notes: Sequence[str] = ()
+    preview: bool = False
 
     def __post_init__(self) -> None:
         labels, names = _labels(self.labels, f"data set {self.name!r}: labels")

@@ -50,7 +50,7 @@ def merge(
     from dmlbench.units import Units, Work, collect, shared_by
 
     made = shared_by(shards)
-    rules = packaged_protocol(made["protocol"], made["protocol_sha256"]) if protocol is None else None
+    rules = packaged_protocol(made["protocol"], made.get("protocol_sha256", "")) if protocol is None else None
     rules = rules or dmlbench.load_protocol(protocol or made["protocol"])
     embedder, images = load_subject(model or made["model"], options, made["dataset"], made["split"], ready=True)
     refuse_partial(out, foreseen(embedder, images, rules, csv, **{key: made[key] for key in ASKED}))

@@ -49,7 +49,8 @@ def print_strict(strict: dict[str, Any], out: Console) -> None:
     if "smallest_eps" in strict:
         found = strict["smallest_eps"]
         ends = f" ({' – '.join(_eps(end, found) for end in found['interval'])})" if found["interval"] else ""
-        median = _number(None) if curve[0]["recall_at_1"] is None else _eps(found["median"], found)
+        nobody = _number(None)  # where no query is right, none is broken either
+        median = nobody if _number(strict["clean"]) == nobody else _eps(found["median"], found)
         head = f"smallest eps that breaks a query, median {median}{ends}"
     else:
         head = f"area under the curve {_number(strict['area'])}"

@@ -332,9 +332,9 @@ def extra_numbers(e: Evaluation) -> dict[str, float]:
     field's; clustering attacks that know the labels. A number of nothing, as where no query has a positive, is left out."""
     found: dict[str, float | None] = {}
     if strict := e.extras.get("strict"):
-        found["worst_case_recall_at_1"] = strict["curve"][-1]["recall_at_1"]
+        recall = found["worst_case_recall_at_1"] = strict["curve"][-1]["recall_at_1"]
         found["worst_case_area"] = strict.get("area")
-        if (smallest := strict.get("smallest_eps")) and found["worst_case_recall_at_1"] is not None:
+        if (smallest := strict.get("smallest_eps")) and recall is not None and np.isfinite(recall):
             found["smallest_eps"] = within(smallest["median"], smallest)
     if clustering := e.extras.get("clustering"):
         known = [row for row in clustering["worst"] if row["labelled"]]

@@ -25,10 +25,10 @@ from dmlbench.embedding import Embedder, digest_of
 from dmlbench.errors import ShardDone, UsageError
 from dmlbench.exact import true_float32
 from dmlbench.fingerprint import fingerprint
-from dmlbench.intervals import cluster_bootstrap
+from dmlbench.intervals import VERSION
 from dmlbench.metrics import RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.models import load_model
-from dmlbench.protocol import Chosen, Component, Protocol, counted, ers_of, load_protocol
+from dmlbench.protocol import Chosen, Component, Protocol, ers_of, load_protocol, score_intervals
 from dmlbench.record import dataset_info, environment, model_info
 from dmlbench.results import Evaluation, Measurement, ProtocolInfo, finite
 from dmlbench.rng import Rng
@@ -256,6 +256,7 @@ def evaluate(
         measurements=measurements,
         ers=ers,
         ers_interval=ers_interval,
+        interval_version=VERSION,
         extras=extras,
         warnings=(*doubts_about(subject, measurements, nonfinite), *doubts),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -360,10 +361,7 @@ def scores(
     """Measurements with intervals, and ERS (None unless ``complete`` and every part has a value), see :func:`counted`."""
     if not components:
         return (), None, None
-    table = np.stack(
-        [c.rescale(arrays[f"{c.name}/value"].astype(np.float64)) for c in components], axis=1
-    )  # (Q, parts)
-    intervals = cluster_bootstrap(table, arrays["label"])
+    intervals = score_intervals(components, arrays)
     measured = []
     for i, c in enumerate(components):
         raw = arrays[f"{c.name}/value"]
@@ -377,7 +375,7 @@ def scores(
                 better=c.better,
                 value=value,
                 score=None if value is None else c.rescale(value),
-                interval=c.possible(intervals.columns[i]),
+                interval=intervals.columns[i],
                 n=int((~np.isnan(raw)).sum()),
                 seconds=seconds.get(c.name, 0.0),
             )
@@ -385,9 +383,7 @@ def scores(
     parts = [m.score for m in measured]
     if not complete or any(p is None for p in parts):
         return tuple(measured), None, None
-    within = counted(table)
-    ends = intervals.mean if within is table else cluster_bootstrap(within, arrays["label"]).mean
-    return tuple(measured), ers_of(parts), ends
+    return tuple(measured), ers_of(parts), intervals.mean
 
 
 def retention(measurements: Sequence[Measurement], benign: dict[str, float]) -> dict[str, float]:

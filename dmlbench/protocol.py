@@ -10,18 +10,21 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from dmlbench.attacks import ATTACKS, load_plugins, parse
 from dmlbench.checkpoints import PACKAGE, first_problem
 from dmlbench.cluster_attacks import CLUSTER_ATTACKS
 from dmlbench.errors import DataError, UsageError
+from dmlbench.intervals import ANY, PERCENT, Intervals, Range, class_intervals
 from dmlbench.metrics import READOUTS
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.registry import suggest
@@ -68,12 +71,30 @@ class Component(_Record):
         """Raw value, number or array, to a score."""
         return 100.0 * (value - self.worst) / (self.best - self.worst)
 
-    def possible(self, ends: tuple[float, float] | None) -> tuple[float, float] | None:
-        """An interval of the score without what no score can be: intervals over few classes are stretched."""
-        if ends is None:
-            return None
+    @property
+    def limits(self) -> Range:
+        """The lowest and the highest score that there can be; infinite where nothing limits it."""
+        if self.readout not in READOUTS:
+            return ANY
         low, high = sorted(float(self.rescale(limit)) for limit in READOUTS[self.readout].limits)
-        return min(max(ends[0], low), high), min(max(ends[1], low), high)
+        return low, high
+
+
+def scored(components: Sequence[Component], arrays: Mapping[str, np.ndarray]) -> Float[np.ndarray, "Q k"]:
+    """What each query scored in each component, from its raw outcomes ``<component>/value``."""
+    return np.stack([c.rescale(arrays[f"{c.name}/value"].astype(np.float64)) for c in components], axis=1)
+
+
+def score_intervals(components: Sequence[Component], arrays: Mapping[str, np.ndarray]) -> Intervals:
+    """95 % intervals of the components' scores and of their mean as it counts in ERS (:func:`counted`), classes being the
+    unit."""
+    table, ranges = scored(components, arrays), [c.limits for c in components]
+    found, within = class_intervals(table, arrays["label"], ranges, PERCENT), counted(table)
+    return (
+        found
+        if within is table
+        else replace(found, mean=class_intervals(within, arrays["label"], ranges, PERCENT).mean)
+    )
 
 
 def counted(scores: np.ndarray) -> np.ndarray:

@@ -124,6 +124,8 @@ class Evaluation(_Record):
     measurements: tuple[Measurement, ...]
     ers: float | None = None
     ers_interval: tuple[float, float] | None = None
+    interval_version: Literal[1, 2] = 1
+    """how the intervals were made: :data:`dmlbench.intervals.VERSION` of that day, 1 for results that do not say"""
     extras: dict[str, Any] = {}
     """what a protocol of another kind adds, e.g. the curve over eps of ``strict``"""
     warnings: tuple[Flag, ...] = ()

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from dmlbench.intervals import cluster_bootstrap
-from dmlbench.protocol import load_protocol
+from dmlbench.intervals import VERSION
+from dmlbench.protocol import load_protocol, score_intervals
 from dmlbench.results import DatasetInfo, Environment, Evaluation, Measurement, ModelInfo, ProtocolInfo
 
 ENDS = {
@@ -71,7 +71,8 @@ def evaluation(
     arrays = outcomes(seed=seed, **drawn) if arrays is None else arrays
     parts = [c for c in ENDS if f"{c}/value" in arrays]
     table = np.stack([rescale(c, arrays[f"{c}/value"].astype(np.float64)) for c in parts], axis=1)
-    intervals = cluster_bootstrap(table, arrays["label"])
+    rules = load_protocol(protocol)
+    intervals = score_intervals([c for c in rules.components if c.name in parts], arrays)
     measurements = tuple(
         Measurement(
             component=c,
@@ -110,6 +111,7 @@ def evaluation(
         measurements=measurements,
         ers=float(np.mean([m.score for m in measurements])) if full else None,
         ers_interval=intervals.mean if full else None,
+        interval_version=VERSION,
         extras=extras or {},
         warnings=tuple(warnings),
         date=date,

@@ -1,6 +1,7 @@
 """The whole path: numbers do not depend on batches, limits or order, and say what they are."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import dmlbench
 from dmlbench.datasets import ArrayImages, RetrievalDataset, TensorImages
 from dmlbench.errors import DataError, UsageError
-from dmlbench.evaluate import evaluate
+from dmlbench.evaluate import evaluate, scores
 from dmlbench.metrics import mean
 from dmlbench.models import ARCHITECTURES
 from dmlbench.protocol import Component, load_protocol
@@ -225,10 +226,17 @@ def test_small_galleries_and_other_shapes_are_refused(model, short) -> None:
         evaluate(model, tiny(), short, attacks=["QA_-"])
 
 
-def test_intervals_of_parts_hold_possible_scores_only() -> None:
+def test_a_component_knows_which_scores_there_can_be() -> None:
     part = Component(name="x", attack="LTM", readout="recall_at_1", worst=0, best=100)
-    assert part.possible((-1.4, 10.3)) == (0.0, 10.3) and part.possible((97.0, 104.0)) == (97.0, 100.0)
     rank = Component(name="x", attack="CA+", readout="candidate_rank", worst=0, best=50)
-    assert rank.possible((-3.0, 190.0)) == (0.0, 190.0) and rank.possible((90.0, 210.0)) == (90.0, 200.0)
     shift = Component(name="x", attack="ES", readout="embedding_shift", worst=2, best=0)
-    assert shift.possible((-30.0, 102.0)) == (-30.0, 100.0) and shift.possible(None) is None
+    unknown = Component(name="x", attack="LTM", readout="of_another_package", worst=0, best=100)
+    assert part.limits == (0, 100) and rank.limits == (0, 200) and shift.limits == (-math.inf, 100)
+    assert unknown.limits == (-math.inf, math.inf)
+
+
+def test_a_part_at_the_end_of_its_range_has_an_interval_with_width_and_ers_stays_in_its_own() -> None:
+    part = Component(name="x", attack="LTM", readout="recall_at_1", worst=0, best=100)
+    arrays = {"x/value": np.zeros(60, np.float32), "label": np.arange(60) % 5}
+    found, ers, ends = scores([part], arrays, {}, complete=True)
+    assert found[0].interval[0] == 0 == ers and found[0].interval == ends and 0 < ends[1] < 100

@@ -463,11 +463,8 @@ def test_strict_and_clustering_fill_their_columns():
     )
     e._arrays.clear()
     r = from_evaluation(e.with_arrays(arrays))
-    assert (r.worst_case_recall_at_1, r.worst_case_recall_at_1_lo, r.worst_case_area) == (
-        25.0,
-        20.0,
-        pytest.approx(area, abs=1e-4),
-    )
+    assert (r.worst_case_recall_at_1, r.worst_case_area) == (25.0, pytest.approx(area, abs=1e-4))
+    assert 0 < r.worst_case_recall_at_1_lo < 25 < r.worst_case_recall_at_1_hi < 100
     assert r.worst_case_area_lo < area < r.worst_case_area_hi and r.headline == r.worst_case_area
     worst = [
         {"eps": "8/255", "labelled": True, "nmi": 40.0, "ami": 30.0},

@@ -31,8 +31,8 @@ import dmlbench
 from dmlbench.checkpoints import checkpoints
 from dmlbench.cli.schema import schemas
 from dmlbench.errors import UsageError
-from dmlbench.intervals import cluster_bootstrap
-from dmlbench.protocol import load_protocol
+from dmlbench.intervals import VERSION
+from dmlbench.protocol import load_protocol, score_intervals
 from dmlbench.results import Evaluation, load, npz_bytes, save
 from dmlbench.subject import query_order
 from dmlbench.submission import rerun
@@ -77,12 +77,24 @@ def test_a_valid_bundle_is_accepted(check, files):
     assert report.status == "accepted" and report.passed == (0, 1, 2, 3) and not report.problems
 
 
-def test_impossible_ends_are_not_taken_for_possible_ones(files, check):
-    """An interval that begins far below 0 is not the one that begins at 0."""
-    part = next(i for i, m in enumerate(json.loads(files[RUN])["measurements"]) if m["component"] == "GTT")
-    high = json.loads(files[RUN])["measurements"][part]["interval"][1]
-    forged = edit_json(files, RUN, put(["measurements", part, "interval"], [-50.0, high]))
-    refused(check(forged, 0), 0, "measurements.GTT.interval", "outcomes give")
+def test_intervals_of_today_come_out_again_and_those_of_an_earlier_method_hold_their_score(files, check):
+    """A result from before is as valid as it was, with whatever ends its own method gave."""
+    content = json.loads(files[RUN])
+    part = next(i for i, m in enumerate(content["measurements"]) if m["component"] == "GTT")
+    score = content["measurements"][part]["score"]
+
+    def with_ends(low, high, version):
+        def change(c):
+            c["measurements"][part]["interval"] = [low, high]
+            if version == 1:
+                del c["interval_version"]
+
+        return check(edit_json(files, RUN, change), 0)
+
+    assert content["interval_version"] == VERSION
+    assert with_ends(score - 1.4, score + 3.3, 1).status == "accepted"
+    for low, high, version in ((score + 1, score + 2, 1), (score - 1.4, score + 3.3, 2)):
+        refused(with_ends(low, high, version), 0, "measurements.GTT.interval", "outcomes give")
 
 
 def test_a_bundle_keeps_the_images_of_32_queries_or_as_many_as_asked_for(made, check, tmp_path):
@@ -366,8 +378,7 @@ def consistent(files, folder, change):
 
     def alter(arrays):
         change(arrays)
-        table = np.stack([c.rescale(arrays[f"{c.name}/value"].astype(float)) for c in rules.components], axis=1)
-        found["intervals"] = cluster_bootstrap(table, arrays["label"])
+        found["intervals"] = score_intervals(rules.components, arrays)
         found["means"] = [float(np.nanmean(arrays[f"{c.name}/value"].astype(float))) for c in rules.components]
         found["scores"] = [float(c.rescale(m)) for c, m in zip(rules.components, found["means"], strict=True)]
         found["benign"] = {
@@ -384,6 +395,7 @@ def consistent(files, folder, change):
         ):
             m.update(value=value, score=score, interval=ends)
         content.update(ers=float(np.mean(found["scores"])), ers_interval=found["intervals"].mean)
+        content["interval_version"] = VERSION
         content["benign"].update(found["benign"])
 
     files = edit_json(files, RUN, state)

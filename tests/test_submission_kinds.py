@@ -9,7 +9,7 @@ from bundles import MODEL, edit_arrays, edit_json, edit_yaml, put, valid, zipped
 
 import dmlbench
 from dmlbench import clustering, strict
-from dmlbench.intervals import cluster_bootstrap
+from dmlbench.intervals import PERCENT, VERSION, class_intervals
 from dmlbench.leaderboard import build
 from dmlbench.protocol import load_protocol
 from dmlbench.results import Evaluation, Flag, save
@@ -300,8 +300,10 @@ def believable(files, tmp_path, change, protocol):
         for m in content["measurements"]:
             m["value"] = m["score"] = float(np.nanmean(kept[f"{m['component']}/value"].astype(float)))
         table = np.stack([kept[f"{m['component']}/value"] for m in content["measurements"]], axis=1)
-        for m, ends in zip(content["measurements"], cluster_bootstrap(table, kept["label"]).columns, strict=True):
-            m["interval"] = ends
+        ends = class_intervals(table, kept["label"], [PERCENT] * table.shape[1]).columns
+        content["interval_version"] = VERSION
+        for m, one in zip(content["measurements"], ends, strict=True):
+            m["interval"] = one
         if protocol == "clustering":
             content["extras"]["clustering"] = clustering.summary(rules, rules.eps_for((1, 8, 8)), kept["label"], kept)
             return

@@ -60,7 +60,7 @@ def compare(
     from dmlbench.compare import compare as compare_runs
     from dmlbench.compare.gate import metric_name, named_gate, parse_drop, project_gate
     from dmlbench.compare.sources import find
-    from dmlbench.compare.verdict import as_row, compare_rows, rescalers
+    from dmlbench.compare.verdict import as_row, compare_rows, components_of
     from dmlbench.errors import DataError
     from dmlbench.results import Evaluation, json_bytes, prepare_folder, write_whole
 
@@ -80,7 +80,9 @@ def compare(
         prepare_folder(path.parent)
     first, second = sides
     if isinstance(first, Evaluation) and isinstance(second, Evaluation):
-        result = compare_runs(first, second, gate, rescale=rescalers(first, file), labels=(base, candidate), seed=seed)
+        result = compare_runs(
+            first, second, gate, components=components_of(first, file), labels=(base, candidate), seed=seed
+        )
     else:
         result = compare_rows(as_row(first), as_row(second), gate, labels=(base, candidate))
 

@@ -1,7 +1,7 @@
 """Two evaluations to paired differences: the same queries, one against the other, by class.
 
-Both models answered the same queries, so what is resampled is the difference of each query's two
-outcomes, whole classes at a time (:mod:`dmlbench.intervals`). ERS is the mean of its parts' scores and
+Both models answered the same queries, so they err alike, and the interval of their difference knows by how
+much, class by class (:mod:`dmlbench.intervals`). ERS is the mean of its parts' scores and
 so is its difference. NMI is not a mean over queries: its interval comes from the clusters that each
 query fell into, recomputed on every resample of classes.
 
@@ -10,7 +10,7 @@ the set that was measured and not to its queries (clusters of attacked images, o
 then left out.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +18,11 @@ from jaxtyping import Float, Integer
 from scipy import sparse
 
 from dmlbench.errors import DataError, NotComparable
-from dmlbench.intervals import DRAWS, LEVEL, cluster_bootstrap, cluster_medians, stretched
+from dmlbench.intervals import DRAWS, PERCENT, Ends, cluster_medians, paired_intervals, stretched
 from dmlbench.leaderboard.row import extra_numbers, worst_case_by_query
 from dmlbench.optimizers import OPTIMIZERS
-from dmlbench.protocol import counted, ers_of
+from dmlbench.protocol import Component, counted, ers_of
 from dmlbench.results import Evaluation
-
-Ends = tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,8 @@ class Paired:
     base: float | None
     candidate: float | None
     interval: Ends
+    unchanged: bool = False
+    """every query has the same outcome in both"""
     left_out: bool = False
     """a number of the set of queries, which is another one in each run: then neither has a value here"""
 
@@ -90,14 +90,14 @@ def unshared(base: Evaluation, candidate: Evaluation) -> list[str]:
 def pair(
     base: Evaluation,
     candidate: Evaluation,
-    rescale: Mapping[str, Callable[[np.ndarray], np.ndarray]],
+    components: Mapping[str, Component],
     seed: int = 0,
     draws: int = DRAWS,
 ) -> list[Paired]:
     """Every metric that the base has, ERS first.
 
     Args:
-        rescale: by component, raw outcomes to scores of 0 (worst) to 100 (best).
+        components: by name, what turns raw outcomes into scores of 0 (worst) to 100 (best).
     """
     i, j = common(base, candidate)
     label = base.arrays["label"][i]
@@ -107,7 +107,9 @@ def pair(
     def columns(e: Evaluation, at: np.ndarray) -> Float[np.ndarray, "q k"]:
         missing = np.full(len(at), np.nan)
         taken = [
-            rescale[c](e.arrays[f"{c}/value"][at].astype(np.float64)) if f"{c}/value" in e.arrays else missing
+            components[c].rescale(e.arrays[f"{c}/value"][at].astype(np.float64))
+            if f"{c}/value" in e.arrays
+            else missing
             for c in parts
         ]
         taken += [
@@ -121,15 +123,15 @@ def pair(
     nowhere = np.isnan(first) | np.isnan(second)  # a query without an outcome in one run counts in neither
     own = [_mean(first[:, c]) for c in range(first.shape[1])]
     first, second = np.where(nowhere, np.nan, first), np.where(nowhere, np.nan, second)
-    with np.errstate(invalid="ignore"):  # inf - inf
-        difference = second - first
-    intervals = cluster_bootstrap(difference, label, seed, draws)
+    ranges = [*(components[c].limits for c in parts), *(PERCENT for _ in benign)]
+    intervals = paired_intervals(first, second, label, ranges)
+    equal = ((first == second) | nowhere).all(0)
     means = [[_mean(side[:, c]) for c in range(side.shape[1])] for side in (first, second)]
     means[0] = [a if nowhere[:, c].all() else b for c, (a, b) in enumerate(zip(own, means[0], strict=True))]
     out = [
         _left_out(name, c < p and gated)
         if name in loose and c < p
-        else Paired(name, c < p and gated, means[0][c], means[1][c], intervals.columns[c])
+        else Paired(name, c < p and gated, means[0][c], means[1][c], intervals.columns[c], bool(equal[c]))
         for c, name in enumerate([*parts, *(b for b in benign)])
     ]
     if base.ers is not None and loose & set(parts):
@@ -137,9 +139,9 @@ def pair(
     elif base.ers is not None:
         before, after = (ers_of(side[:p]) for side in means)
         after = after if candidate.ers is not None else None
-        gained = counted(second[:, :p]) - counted(first[:, :p])
-        interval = None if after is None else cluster_bootstrap(gained, label, seed, draws).mean
-        out.insert(0, Paired("ers", False, before, after, interval))
+        sides = counted(first[:, :p]), counted(second[:, :p])
+        ends = None if after is None else paired_intervals(*sides, label, ranges[:p], PERCENT).mean
+        out.insert(0, Paired("ers", False, before, after, ends, bool(equal[:p].all())))
     for name in ("nmi", "ami"):  # of the whole gallery, whichever queries were measured
         if name in base.benign:
             values = base.benign[name], candidate.benign.get(name)
@@ -185,11 +187,11 @@ def _extra(
         if name == "smallest_eps" and name in other:
             out.append(_smallest(base, candidate, i, j, seed, draws))
         elif worst[0] is not None and worst[1] is not None and name in worst[0]:
-            sides = worst[0][name][i], worst[1][name][j]
-            nowhere = np.isnan(sides[0]) | np.isnan(sides[1])
-            first, second = (np.where(nowhere, np.nan, side) for side in sides)
-            interval = cluster_bootstrap((second - first)[:, None], base.arrays["label"][i], seed, draws).mean
-            out.append(Paired(name, False, _mean(first), _mean(second), interval))
+            first, second = worst[0][name][i], worst[1][name][j]
+            ends = paired_intervals(first[:, None], second[:, None], base.arrays["label"][i], [PERCENT]).columns[0]
+            both = ~np.isnan(first + second)
+            equal = bool((first == second)[both].all())
+            out.append(Paired(name, False, _mean(first[both]), _mean(second[both]), ends, equal))
         elif not same_queries(base, candidate):
             out.append(_left_out(name))
         else:
@@ -218,7 +220,7 @@ def _smallest(base: Evaluation, candidate: Evaluation, i: np.ndarray, j: np.ndar
     found = cluster_medians(table, label, seed, draws)
     groups = int(min(len(np.unique(label[k])) for k in known.T))
     difference = found[:, 1] - found[:, 0]
-    interval = stretched(difference[1:], float(difference[0]), groups, LEVEL)
+    interval = stretched(difference[1:], float(difference[0]), groups)
     return Paired("smallest_eps", False, float(found[0, 0]), float(found[0, 1]), interval)
 
 
@@ -271,7 +273,7 @@ def nmi_interval(
 
     difference = mean_nmi(candidate.arrays[keys[1]][j]) - mean_nmi(base.arrays[keys[0]][i])
     middle = float(difference[0]) if shown is None else shown
-    return stretched(difference[1:] + (middle - difference[0]), middle, groups, LEVEL)
+    return stretched(difference[1:] + (middle - difference[0]), middle, groups)
 
 
 def nmi_by_weight(

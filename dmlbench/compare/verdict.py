@@ -3,7 +3,7 @@
 ===============  ===========================================================================
 better, worse    the 95 % interval of the paired difference excludes zero
 same             it holds zero, the difference is within what the gate allows, and nothing beyond
-                 five times that is in the interval
+                 five times that is in the interval; or every query has the same outcome in both
 inconclusive     it holds zero, but the difference or the interval is larger: too few queries (or
                  classes) to tell; or there is no interval, and the metric fell further than allowed
 ===============  ===========================================================================
@@ -11,9 +11,9 @@ inconclusive     it holds zero, but the difference or the interval is larger: to
 A *regression*, which fails the gate, is a drop beyond what is allowed whose interval excludes zero.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -24,6 +24,9 @@ from dmlbench.errors import NotComparable
 from dmlbench.intervals import DRAWS
 from dmlbench.leaderboard.row import EXTRA_COLUMNS, PARTS, Row, from_evaluation
 from dmlbench.results import Evaluation, conditions
+
+if TYPE_CHECKING:
+    from dmlbench.protocol import Component
 
 REACH = 5.0
 """How many times the allowance an interval may reach and still read as "same"."""
@@ -121,7 +124,7 @@ def judge(paired: Paired, gate: Gate) -> Difference:
         verdict = "worse"
     else:
         near = abs(difference) <= margin and max(-paired.interval[0], paired.interval[1]) <= REACH * max(margin, 0.2)
-        verdict = "same" if near else "inconclusive"
+        verdict = "same" if near or paired.unchanged else "inconclusive"
     return Difference(
         metric=paired.metric,
         base=paired.base,
@@ -134,10 +137,8 @@ def judge(paired: Paired, gate: Gate) -> Difference:
     )
 
 
-def rescalers(
-    evaluation: Evaluation, protocol_file: Path | None = None
-) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """By component, from raw outcome to score: as the run's protocol says; extra parts as their attack's ends say.
+def components_of(evaluation: Evaluation, protocol_file: Path | None = None) -> dict[str, "Component"]:
+    """By name, how raw outcomes become scores: as the run's protocol says; extra parts as their attack's ends say.
 
     Raises:
         NotComparable: the protocol is none of the packaged ones (nor ``protocol_file``), or has changed.
@@ -154,16 +155,12 @@ def rescalers(
             f"the runs were made by another content of protocol {stated.name!r} "
             f"(sha256 {stated.sha256[:12]}…) than the one here ({protocol.sha256[:12]}…)"
         )
-    plain = {m.component: _as_it_is for m in evaluation.measurements}  # R@1 of the other kinds of protocol
     extra = set(evaluation.extras.get("extra_parts", ()))
-    added = {
-        m.component: Component(
-            name=m.component, attack=m.attack, readout=m.readout, worst=ends[0], best=ends[1]
-        ).rescale
-        for m in evaluation.measurements
-        if m.component in extra and (ends := _ends(m.attack, m.readout))
-    }
-    return {**plain, **added, **{c.name: c.rescale for c in protocol.components}}
+    found = {}
+    for m in evaluation.measurements:  # R@1 of the other kinds of protocol is taken as it is
+        worst, best = _ends(m.attack, m.readout) if m.component in extra else (0, 100)
+        found[m.component] = Component(name=m.component, attack=m.attack, readout=m.readout, worst=worst, best=best)
+    return found | {c.name: c for c in protocol.components}
 
 
 def _ends(attack: str, readout: str) -> tuple[int | float, int | float]:
@@ -178,10 +175,6 @@ def _ends(attack: str, readout: str) -> tuple[int | float, int | float]:
     if attack not in ATTACKS or readout not in ATTACKS[attack].readouts:
         raise NotComparable(f"attack {attack!r} read by {readout!r} is not known here: its raw values have no score")
     return ATTACKS[attack].ends[ATTACKS[attack].readouts.index(readout)]
-
-
-def _as_it_is(value: np.ndarray) -> np.ndarray:
-    return value
 
 
 def _differing(pairs: Mapping[str, tuple[object, object]]) -> None:
@@ -207,7 +200,7 @@ def compare(
     candidate: Evaluation,
     gate: Gate | None = None,
     *,
-    rescale: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
+    components: Mapping[str, "Component"] | None = None,
     labels: tuple[str, str] = ("base", "candidate"),
     seed: int = 0,
     draws: int = DRAWS,
@@ -216,7 +209,7 @@ def compare(
 
     Args:
         gate: what is allowed; by default the documented defaults.
-        rescale: by component, raw outcome to score; by default from the run's packaged protocol.
+        components: by name, what turns raw outcomes into scores; by default from the run's packaged protocol.
         labels: what the report calls the two.
 
     Raises:
@@ -233,7 +226,7 @@ def compare(
             **_conditions(base.partial, candidate.partial),
         }
     )
-    paired = pair(base, candidate, rescale or rescalers(base), seed, draws)
+    paired = pair(base, candidate, components or components_of(base), seed, draws)
     metrics = [judge(p, gate) for p in paired]
     _known(gate, [m.component for e in (base, candidate) for m in e.measurements])
     flags = [f for f in candidate.warnings if f.flag not in {w.flag for w in base.warnings}]

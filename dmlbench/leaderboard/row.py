@@ -13,8 +13,8 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from dmlbench.checkpoints import Checkpoint, checkpoints
-from dmlbench.intervals import cluster_bootstrap
-from dmlbench.protocol import packaged_protocol
+from dmlbench.intervals import PERCENT, VERSION, Ends, class_intervals
+from dmlbench.protocol import packaged_protocol, score_intervals
 from dmlbench.results import Evaluation
 from dmlbench.threat import length
 
@@ -283,6 +283,7 @@ def from_evaluation(
     else:
         columns |= {"arch": e.model.arch, "loss": e.model.loss, "defense": e.model.defense}
     columns |= _extra_columns(e)
+    ends = _ers_interval(e)
     return Row(
         **columns,
         protocol=e.protocol.name,
@@ -295,8 +296,8 @@ def from_evaluation(
         dataset_sha256=e.dataset.sha256,
         submission=submission,
         ers=_neat(e.ers),
-        ers_lo=_neat(e.ers_interval[0]) if e.ers_interval else None,
-        ers_hi=_neat(e.ers_interval[1]) if e.ers_interval else None,
+        ers_lo=_neat(ends[0]) if ends else None,
+        ers_hi=_neat(ends[1]) if ends else None,
         worst_part=min(scored)[1] if scored else None,
         claimed_ers=claimed_ers,
         claim_gap=None if claimed_ers is None or e.ers is None else _neat(e.ers - claimed_ers),
@@ -360,20 +361,24 @@ def _extra_columns(e: Evaluation) -> dict[str, Any]:
         name: _neat(value, 6 if name == "smallest_eps" else 4) for name, value in extra_numbers(e).items()
     }
     if "worst_case_recall_at_1" in found:
-        ends = e.part(strict_columns(e)[-1]).interval
-        if ends is not None:
-            lo, hi = np.clip(ends, 0.0, 100.0)
-            found["worst_case_recall_at_1_lo"], found["worst_case_recall_at_1_hi"] = _neat(float(lo)), _neat(float(hi))
+        for name, values in (worst_case_by_query(e) or {}).items():
+            ends = class_intervals(values[:, None], e.arrays["label"], [PERCENT]).columns[0]
+            found[f"{name}_lo"], found[f"{name}_hi"] = map(_neat, ends or (None, None))
         if (smallest := e.extras["strict"].get("smallest_eps")) and smallest["interval"]:
             low, high = smallest["interval"]
             found["smallest_eps_lo"] = _neat(within(low, smallest), 6)
             found["smallest_eps_hi"] = _neat(high, 6)
         found["worst_case_missed_at_most"] = _neat(e.extras["strict"]["curve"][-1].get("missed_at_most"))
-        if "worst_case_area" in found and (worst := worst_case_by_query(e)) is not None:
-            ends = cluster_bootstrap(worst["worst_case_area"][:, None], e.arrays["label"]).mean
-            if ends is not None:
-                found["worst_case_area_lo"], found["worst_case_area_hi"] = map(_neat, ends)
     return found
+
+
+def _ers_interval(e: Evaluation) -> Ends:
+    """The interval of ERS as it is made today, from the outcomes where an earlier version made the stated one: the
+    rows of a board are ranked by intervals of one kind."""
+    if e.ers is None or e.interval_version == VERSION or "label" not in e.arrays:
+        return e.ers_interval
+    rules = packaged_protocol(e.protocol.name, e.protocol.sha256)
+    return e.ers_interval if rules is None else score_intervals(rules.components, e.arrays).mean
 
 
 def strict_columns(e: Evaluation) -> list[str]:

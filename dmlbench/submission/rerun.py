@@ -26,11 +26,11 @@ from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, DmlbenchError
 from dmlbench.evaluate import evaluate
 from dmlbench.exact import true_float32
-from dmlbench.intervals import cluster_bootstrap
+from dmlbench.intervals import ANY, PERCENT, paired_intervals
 from dmlbench.leaderboard.row import headline
 from dmlbench.models import build, check_probe, fill, parameter_count
 from dmlbench.models.spec import preprocess_of
-from dmlbench.protocol import Component, Protocol, Step
+from dmlbench.protocol import Component, Protocol, Step, scored
 from dmlbench.results import Evaluation
 from dmlbench.subject import Progress, Silent, Subject, measured_queries, prepare
 from dmlbench.submission.bundle import Problem, refuse
@@ -260,14 +260,11 @@ def _disagreements(checked: Checked, found: Evaluation, at: np.ndarray, level: i
     """Parts (and ERS, or the area of the worst-case curve, or the smallest eps) whose mean over the same queries differs by
     more than :data:`AGREE` points (:data:`OCTAVES`) and whose paired interval excludes zero."""
     stated, rules, parts = checked.evaluation, checked.protocol, checked.parts
-    sides = [
-        np.stack([c.rescale(e.arrays[f"{c.name}/value"][rows].astype(np.float64)) for c in parts], axis=1)
-        for e, rows in ((stated, at), (found, np.arange(len(at))))
-    ]
-    difference = sides[1] - sides[0]
+    first, second = scored(parts, stated.arrays)[at], scored(parts, found.arrays)
     # single queries, not classes, are the unit: the model is the same, only rounding can differ
-    intervals = cluster_bootstrap(difference, np.arange(len(at)))
-    means = np.nanmean(difference, axis=0)
+    single = np.arange(len(at))
+    intervals = paired_intervals(first, second, single, [c.limits for c in parts], PERCENT)
+    means = np.nanmean(second - first, axis=0)
     whole, ends, name, unit = float(means.mean()), intervals.mean, "ers", "ERS"
     if rules.threshold is not None:
         largest = rules.threat_of(parts[-1]).radius
@@ -275,15 +272,15 @@ def _disagreements(checked: Checked, found: Evaluation, at: np.ndarray, level: i
             np.log2(np.minimum(e.arrays[strict.SMALLEST][rows], largest * 2**OCTAVES))
             for e, rows in ((stated, at), (found, np.arange(len(at))))
         ]
-        ratio = smallest[1] - smallest[0]
-        ends, whole = cluster_bootstrap(ratio[:, None], np.arange(len(at))).mean, float(np.nanmean(ratio))
+        ends = paired_intervals(smallest[0][:, None], smallest[1][:, None], single, [ANY]).columns[0]
+        whole = float(np.nanmean(smallest[1] - smallest[0]))
         if abs(whole) > OCTAVES and (ends is None or ends[0] > 0 or ends[1] < 0):
             said = f"attacking {len(at)} queries again gave {2**whole:.2f} times the smallest eps that is stated"
             yield Problem(level, f"{RUN} extras.strict.smallest_eps", said)
     if rules.kind == "strict" and rules.threshold is None:
         radii = [0.0, *(rules.threat_of(c).radius for c in parts)]
         share = np.array([strict.area(radii, [0.0, *one]) for one in np.eye(len(parts))])  # the area is linear
-        of_area = cluster_bootstrap((difference @ share)[:, None], np.arange(len(at))).mean
+        of_area = paired_intervals((first @ share)[:, None], (second @ share)[:, None], single, [PERCENT]).columns[0]
         whole, ends, name, unit = float(means @ share), of_area, "extras.strict.area", "the area"
     rows = [
         (f"measurements.{c.name}", mean, of_part, AGREE, "score")

@@ -14,17 +14,17 @@ from pydantic import ValidationError
 
 from dmlbench.checkpoints import checkpoints
 from dmlbench.datasets import DATASETS, load_dataset
-from dmlbench.intervals import cluster_bootstrap
+from dmlbench.intervals import VERSION, Ends
 from dmlbench.leaderboard.row import Row, Status, extra_numbers, from_evaluation
 from dmlbench.metrics import READOUTS
 from dmlbench.protocol import (
     Component,
     Protocol,
-    counted,
     ers_of,
     load_protocol,
     packaged_protocol,
     protocol_names,
+    score_intervals,
 )
 from dmlbench.registry import suggest
 from dmlbench.results import Evaluation, unstacked, widened
@@ -36,9 +36,6 @@ from dmlbench.submission.record import STATED_EXTRA, Submission, read_submission
 from dmlbench.threat import TOLERANCE
 
 WEIGHTS = "weights.safetensors"
-
-INTERVAL_CLOSE = 1.0
-"""The same for ends of intervals, which hang on a random stream that another numpy may draw otherwise."""
 
 MAY_BE_MISSING = ("recall_at_1", "recall_of_right", "map_at_r_of_right")
 """Read-outs without a value for a query that has no other image of its class, or that is wrong when clean."""
@@ -300,14 +297,12 @@ def _number_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component])
     yield from outcomes
     if outcomes and rules.kind in extras.ARRAYS:  # sums of what is wrong would be wrong in many more lines
         return
-    scores = np.empty((e.dataset.n_queries, len(parts)))
-    for i, (m, c) in enumerate(zip(e.measurements, parts, strict=True)):
+    for m, c in zip(e.measurements, parts, strict=True):
         where = f"{RUN} measurements.{c.name}"
         named = (m.attack, m.optimizer, m.readout, m.better)
         if named != (c.attack, c.optimizer, c.readout, c.better):
             yield Problem(0, where, f"{named} is not the protocol's {(c.attack, c.optimizer, c.readout, c.better)}")
         raw = e.arrays[f"{c.name}/value"].astype(np.float64)
-        scores[:, i] = c.rescale(raw)
         kept = raw[~np.isnan(raw)]
         if m.n != len(kept):
             yield Problem(0, f"{where}.n", f"says {m.n}, the arrays hold {len(kept)} outcomes")
@@ -318,20 +313,14 @@ def _number_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component])
             clean, high = e.benign.get("recall_at_1", 100.0), m.interval[1] if m.interval else m.score
             if m.score - (high - m.score) > clean + CLOSE:
                 yield Problem(0, f"{where}.value", f"R@1 of {m.value:.2f} under attack is above the clean {clean:.2f}")
-    intervals = cluster_bootstrap(scores, e.arrays["label"]) if parts else None
-    if intervals is not None:
-        for m, c, ends in zip(e.measurements, parts, intervals.columns, strict=True):
-            limited = m.interval == c.possible(
-                m.interval
-            )  # runs of earlier versions state impossible ends as they came
-            yield from _same_ends(
-                f"{RUN} measurements.{c.name}.interval", m.interval, c.possible(ends) if limited else ends
-            )
+    if parts:
+        intervals = score_intervals(parts, e.arrays)
         mean = ers_of([m.score for m in e.measurements]) if rules.kind == "ers" else None
-        cut = counted(scores)
-        whole = intervals.mean if cut is scores else cluster_bootstrap(cut, e.arrays["label"]).mean
         yield from _same(f"{RUN} ers", e.ers, mean)
-        yield from _same_ends(f"{RUN} ers_interval", e.ers_interval, None if mean is None else whole)
+        stated = [(f"measurements.{m.component}.interval", m.score, m.interval) for m in e.measurements]
+        found = [*intervals.columns, None if mean is None else intervals.mean]
+        for (field, score, ends), again in zip([*stated, ("ers_interval", e.ers, e.ers_interval)], found, strict=True):
+            yield from _end_problems(f"{RUN} {field}", score, ends, again, e.interval_version == VERSION)
     yield from extras.number_problems(e, rules, parts)
 
 
@@ -387,10 +376,13 @@ def _same(where: str, stated: float | None, found: float | None) -> Iterator[Pro
         yield Problem(0, where, f"says {stated}, the queries' own outcomes give {found}")
 
 
-def _same_ends(where: str, stated: tuple[float, float] | None, found: tuple[float, float] | None) -> Iterator[Problem]:
-    if (stated is None) != (found is None) or (
-        stated is not None
-        and found is not None
-        and not max(abs(stated[0] - found[0]), abs(stated[1] - found[1])) <= INTERVAL_CLOSE
-    ):
+def _end_problems(where: str, score: float | None, stated: Ends, found: Ends, current: bool) -> Iterator[Problem]:
+    """Does the interval come out again? One of an earlier method, which nothing is read from, has to hold its score."""
+    if stated is None or found is None:
+        same = stated is found
+    elif current:
+        same = max(abs(a - b) for a, b in zip(stated, found, strict=True)) <= CLOSE
+    else:
+        same = score is not None and stated[0] - CLOSE <= score <= stated[1] + CLOSE
+    if not same:
         yield Problem(0, where, f"says {stated}, the queries' own outcomes give {found}")

@@ -26,12 +26,13 @@ towards a prior, and the mixture for correlated models, are ours.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Integer, Num
 from scipy.special import betaincinv, ndtri, stdtrit
 
-VERSION = 2
+VERSION: Literal[2] = 2
 """Of the method; 1 was a bootstrap over classes. A result says which one made its intervals."""
 
 LEVEL = 0.95

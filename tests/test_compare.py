@@ -18,6 +18,7 @@ from dmlbench.compare.gate import metric_name, named_gate, parse_drop, project_g
 from dmlbench.compare.paired import nmi_by_weight, nmi_interval, pair, worst_clusters
 from dmlbench.compare.sources import find
 from dmlbench.errors import DataError, NotComparable, UsageError
+from dmlbench.intervals import PERCENT, paired_intervals
 from dmlbench.leaderboard import add_row, from_evaluation
 from dmlbench.leaderboard.row import extra_numbers
 from dmlbench.protocol import load_protocol
@@ -621,6 +622,18 @@ def test_the_nmi_of_attacked_clusters_is_paired_and_parts_within_the_set_are_not
         {**base.arrays, "C1@40/255/value": 0 * base.arrays["C1@40/255/value"]}
     )
     assert not compare(base, fallen).failures
+
+
+def test_the_worst_attack_on_clusters_is_that_of_the_largest_eps():
+    """Though one at a smaller eps, by luck of k-means, may leave a lower NMI: the number on the board is of the largest."""
+    base = undefended_under("clustering")
+    table = base.extras["clustering"]["attacks"]
+    first = next(r for r in table if r["labelled"] and r["eps"] != table[-1]["eps"])
+    lucky = [row | {"nmi": 0.0} if row == first else row for row in table]
+    other = base.model_copy(update={"extras": {"clustering": {**base.extras["clustering"], "attacks": lucky}}})
+    assert worst_clusters(other) == worst_clusters(base) and worst_clusters(base).endswith(
+        f"@{table[-1]['eps']}/clusters"
+    )
 
 
 def limited(run, count):

@@ -26,7 +26,7 @@ HEADER = ("metric", "base", "candidate", "difference", "95 % interval", "may dro
 def summary(c: Comparison) -> str:
     """What was compared, in a line."""
     classes = f", {c.n_classes} classes" if c.n_classes else ""
-    how = "paired by query, resampled by class" if c.paired else "unpaired"
+    how = "paired by query, classes as the unit" if c.paired else "unpaired"
     return f"{c.protocol} on {c.dataset}: {c.n_queries} queries{classes}, {how}"
 
 

@@ -139,8 +139,10 @@ def pair(
     elif base.ers is not None:
         before, after = (ers_of(side[:p]) for side in means)
         after = after if candidate.ers is not None else None
-        sides = counted(first[:, :p]), counted(second[:, :p])
-        ends = None if after is None else paired_intervals(*sides, label, ranges[:p], PERCENT).mean
+        ends = None
+        if before is not None and after is not None:
+            sides = counted(first[:, :p]), counted(second[:, :p])
+            ends = paired_intervals(*sides, label, ranges[:p], PERCENT).mean
         out.insert(0, Paired("ers", False, before, after, ends, bool(equal[:p].all())))
     for name in ("nmi", "ami"):  # of the whole gallery, whichever queries were measured
         if name in base.benign:

@@ -77,24 +77,25 @@ def test_a_valid_bundle_is_accepted(check, files):
     assert report.status == "accepted" and report.passed == (0, 1, 2, 3) and not report.problems
 
 
-def test_intervals_of_today_come_out_again_and_those_of_an_earlier_method_hold_their_score(files, check):
+def test_intervals_of_today_come_out_again_and_those_of_an_earlier_method_hold_their_score(made, files, check):
     """A result from before is as valid as it was, with whatever ends its own method gave."""
-    content = json.loads(files[RUN])
-    part = next(i for i, m in enumerate(content["measurements"]) if m["component"] == "GTT")
-    score = content["measurements"][part]["score"]
+    run = load(made[1] / "run")
+    today = score_intervals(load_protocol("ers-digits").components, run.arrays)
 
-    def with_ends(low, high, version):
-        def change(c):
-            c["measurements"][part]["interval"] = [low, high]
-            if version == 1:
-                del c["interval_version"]
+    def stated(version, by=(0.0, 0.0)):
+        """The bundle with the intervals of today, the ends of GTT moved."""
+
+        def change(content):
+            content["interval_version"] = version
+            content["ers_interval"] = today.mean
+            for m, (low, high) in zip(content["measurements"], today.columns, strict=True):
+                m["interval"] = [low + by[0], high + by[1]] if m["component"] == "GTT" else [low, high]
 
         return check(edit_json(files, RUN, change), 0)
 
-    assert content["interval_version"] == VERSION
-    assert with_ends(score - 1.4, score + 3.3, 1).status == "accepted"
-    for low, high, version in ((score + 1, score + 2, 1), (score - 1.4, score + 3.3, 2)):
-        refused(with_ends(low, high, version), 0, "measurements.GTT.interval", "outcomes give")
+    assert stated(VERSION).status == stated(1).status == stated(1, (-1.4, 3.3)).status == "accepted"
+    for version, by in ((VERSION, (-1.4, 3.3)), (1, (50.0, 50.0))):
+        refused(stated(version, by), 0, "measurements.GTT.interval", "outcomes give")
 
 
 def test_a_bundle_keeps_the_images_of_32_queries_or_as_many_as_asked_for(made, check, tmp_path):

@@ -11,7 +11,7 @@ from dmlbench.clustering import CLUSTER_ATTACKS
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import OBJECTIVES
 from dmlbench.optimizers import OPTIMIZERS
-from dmlbench.protocol import Component, Protocol, protocol_names, protocol_versions
+from dmlbench.protocol import COLOUR, Component, Protocol, protocol_names, protocol_versions
 from dmlbench.targets import TARGETS
 from dmlbench.threshold import halvings
 
@@ -78,8 +78,12 @@ def protocol_section(p: Protocol) -> Iterator[str]:
     if p.threat:
         yield f"Threat: {threat(p.threat)}.\n"
     if p.grid:
-        sides = "; ".join(f"images up to {side} pixels a side: {', '.join(eps)}" for side, eps in p.grid.items())
-        yield f"eps grid: {sides} (larger images as the largest).\n"
+        sides = "; ".join(
+            f"{'colour' if side == COLOUR else f'up to {side} pixels a side'}: {', '.join(eps)}"
+            for side, eps in p.grid.items()
+        )
+        larger = "larger ones as colour" if COLOUR in p.grid else "larger ones as the largest"
+        yield f"eps grid of images: {sides} ({larger}).\n"
     if p.components:
         rows = [
             [

@@ -13,7 +13,7 @@ from test_strict import DEFAULT, shortened
 
 import dmlbench
 from dmlbench import strict
-from dmlbench.compare import compare
+from dmlbench.compare.paired import pair
 from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.embedding import Embedder
 from dmlbench.errors import ShardDone, UsageError
@@ -23,7 +23,7 @@ from dmlbench.leaderboard.row import from_evaluation
 from dmlbench.leaderboard.table import rank
 from dmlbench.objectives import margin_to_entry
 from dmlbench.optimizers import OPTIMIZERS
-from dmlbench.protocol import Step, Threshold
+from dmlbench.protocol import FOLDER, Step, Threshold
 from dmlbench.results import load
 from dmlbench.rng import Rng
 from dmlbench.rounds import groups, missed, rounds_run
@@ -328,8 +328,16 @@ def test_nothing_left_ends_early(model) -> None:
     assert (found.arrays["strict@220/255/broken_by"] != CLEAN_WRONG).any()
 
 
-def test_strict_from_the_command_line(typed) -> None:
-    done = typed("evaluate", "--model", DEFAULT, "--protocol", "strict", "--limit", "6", "--out", "run")
+def test_strict_from_the_command_line(typed, tmp_path) -> None:
+    text = (FOLDER / "strict.toml").read_text(encoding="utf-8")
+    for long, short in {
+        "steps = 100": "steps = 4", "steps = 50": "steps = 4", "queries = 1000}": "queries = 4}", "rounds = 120": "rounds = 9",
+        "audit = 256": "clustering_seeds = [0]", "together = 250": "together = 10",
+    }.items():  # fmt: skip
+        assert long in text
+        text = text.replace(long, short)
+    (tmp_path / "short.toml").write_text(text, encoding="utf-8")
+    done = typed("evaluate", "--model", DEFAULT, "--protocol", "short.toml", "--limit", "20", "--out", "run")
     for words in ("missed", "Rounds by eps", "smallest eps that breaks a query, median", "/255"):
         assert words in done.out
     row = load(Path("run")).extras["strict"]["curve"][0]
@@ -348,6 +356,7 @@ def test_the_row_of_a_board_has_the_headline(whole) -> None:
     full = [r.model_copy(update={"partial": None}) for r in (row, far)]
     full[1] = full[1].model_copy(update={"model": "another"})
     assert [r.model for r in rank(full)] == ["another", row.model]
-    metrics = {m.metric: m for m in compare(whole, whole).metrics}
-    assert metrics["smallest_eps"].base == pytest.approx(found["median"]) and metrics["smallest_eps"].difference == 0
-    assert "worst_case_area" not in metrics
+    paired = pair(whole, whole, {m.component: lambda values: values for m in whole.measurements})
+    metrics = {m.metric: m for m in paired}
+    assert metrics["smallest_eps"].base == metrics["smallest_eps"].candidate == pytest.approx(found["median"])
+    assert metrics["smallest_eps"].interval == (0.0, 0.0) and "worst_case_area" not in metrics

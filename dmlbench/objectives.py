@@ -68,6 +68,46 @@ def approach(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     return scene.distance.paired(e, scene.targets[:, 0])
 
 
+ADDED = 1e-6
+"""What torch's ``pairwise_distance`` adds to every difference before the norm: no number of the papers."""
+
+
+def _published_distance(e: Tensor, reference: Tensor, scene: Scene, moved: float = 0.0) -> Tensor:
+    """(B,) Euclidean distance as the field's public code has it: :data:`ADDED` is added to each difference.
+
+    Where e is at ``reference`` within rounding (``Gallery.blur``), the differences are those that the code has there,
+    from the reference moved by ``moved``, in float32 as it is there: the gradient is that of the added number.
+    """
+    difference = e - reference
+    value = difference.detach()
+    still = value.norm(dim=1, keepdim=True) <= scene.gallery.blur * scene.gallery.scale
+    there = torch.where(still, reference - (reference + moved), value)
+    return (difference + (there - value) + ADDED).norm(dim=1)
+
+
+def shift_published(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """ES as behind the published numbers: the first step goes the other way.
+
+    That code moves the reference by 1e-7 at the clean image, and its Euclidean distance then adds 1e-6 to each
+    difference, so that -1e-7 becomes +9e-7. The first step is along +1 in every dimension, where :func:`shift` is
+    along -1. Its cosine distance adds nothing: in space C it is :func:`shift`.
+    """
+    if scene.distance.metric == "cosine":
+        return shift(e, scene)
+    return -_published_distance(e, scene.clean, scene, moved=1e-7)
+
+
+def approach_published(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """GTM as behind the published numbers: an image aimed at its own entry, where it is, steps along -1.
+
+    ``nearest_other_published`` aims a few images so. d(f(x~), u) with 1e-6 added to each difference, where :func:`approach`
+    has no gradient.
+    """
+    if scene.distance.metric == "cosine":
+        return approach(e, scene)
+    return _published_distance(e, scene.targets[:, 0], scene)
+
+
 def _extreme_gap(e: Tensor, scene: Scene, near: Bool[Tensor, "B P"]) -> Tensor:
     """relu(farthest entry of another class - nearest of the image's class where ``near``); 0 where either is missing.
 
@@ -179,7 +219,9 @@ OBJECTIVES: Registry[Objective] = Registry(
         "lower_in_query": lower_in_query,
         "match": match,
         "shift": shift,
+        "shift_published": shift_published,
         "approach": approach,
+        "approach_published": approach_published,
         "spread": spread,
         "spread_published": spread_published,
         "margin": margin,

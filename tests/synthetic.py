@@ -88,6 +88,7 @@ def evaluation(
         for i, c in enumerate(parts)
     )
     full = len(parts) == len(ENDS)
+    rules = load_protocol(protocol)
     benign = {k.split("/")[1]: float(np.nanmean(v.astype(np.float64))) for k, v in arrays.items() if "benign/" in k}
     return Evaluation(
         model=ModelInfo(id=model, weights_sha256="c" * 64, arch="smallcnn", loss="triplet", space="N", embed_dim=64),
@@ -100,9 +101,7 @@ def evaluation(
             n_gallery=len(table),
             n_classes=len(np.unique(arrays["label"])),
         ),
-        protocol=ProtocolInfo(
-            name=protocol, version="1", sha256=protocol_sha256 or load_protocol(protocol).sha256, seed=0
-        ),
+        protocol=ProtocolInfo(name=rules.name, version=rules.version, sha256=protocol_sha256 or rules.sha256, seed=0),
         environment=Environment(
             dmlbench="0.1.0", torch="2.4", numpy="2.0", python="3.11", device="cpu", device_name="test"
         ),

@@ -237,6 +237,22 @@ def test_other_queries_are_not_comparable():
         compare(a, evaluation({**a.arrays, "label": a.arrays["label"][::-1].copy()}))
 
 
+def test_results_of_superseded_versions_and_models_are_said_to_be_stale():
+    old, new = evaluation(seed=4, protocol="ers-digits@1"), evaluation(seed=5)
+    why = "protocol ers-digits@1 is superseded by ers-digits@2"
+    assert not any("stale" in n for n in compare(new, new).notes + compare_rows(*[from_evaluation(new)] * 2).notes)
+    for both in (compare(old, old), compare_rows(from_evaluation(old), from_evaluation(old))):
+        assert f"both are stale: {why}" in both.notes
+    for sides in ((old, new), (from_evaluation(old), from_evaluation(new))):
+        with pytest.raises(NotComparable, match=rf"protocol_version \(1 and 2\).*the base is stale: {why}"):
+            (compare if sides[0] is old else compare_rows)(*sides)
+    first = evaluation(seed=4, model="mnist-conv3-triplet-act")
+    assert any(
+        n == "the candidate is stale: model mnist-conv3-triplet-act is superseded by mnist-conv3-triplet-act-2"
+        for n in compare(new, first).notes
+    )
+
+
 def test_arrays_that_do_not_fit_are_named():
     a = evaluation(seed=6)
     with pytest.raises(DataError, match="no per-query arrays"):

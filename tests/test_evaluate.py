@@ -204,6 +204,30 @@ class Fixed(torch.nn.Module):
         return self.value + 0 * x.flatten(1)[:, :4]
 
 
+class NumbOnGrid(torch.nn.Module):
+    """A network without a gradient at pixels as they are stored: exactly on the grid of sixteenths."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        off = (x * 16 - (x * 16).round()).abs() > 1e-4
+        return self.network(torch.where(off, x, x.detach()))
+
+
+def test_embedding_shift_is_not_stopped_by_a_gradient_that_vanishes_at_the_clean_image(model) -> None:
+    numb = dmlbench.load_model(NumbOnGrid(model.network), input_shape=(1, 8, 8))
+    shift = {
+        name: [evaluate(m, "digits", name, attacks=["ES:D"], limit=64).part("ES:D").value for m in (model, numb)]
+        for name in ("ers-digits@1", "ers-digits")
+    }
+    honest, stopped = shift["ers-digits@1"]
+    assert stopped < 0.01 < 0.5 < honest
+    honest, stopped = shift["ers-digits"]
+    assert stopped > 0.8 * honest  # pixels clipped at black or white are on the grid again
+
+
 def test_a_collapsed_model_is_not_robust(short) -> None:
     e = evaluate(dmlbench.load_model(Fixed(1.0), input_shape=(1, 8, 8)), tiny(), short)
     assert e.warnings[0].flag == "collapsed" and e.part("LTM").value == 0

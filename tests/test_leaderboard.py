@@ -124,6 +124,15 @@ def test_only_full_undisputed_measurements_are_ranked():
     ]  # fmt: skip
 
 
+def test_rows_of_a_superseded_version_of_the_protocol_lose_their_rank(tmp_path):
+    old = evaluation(model="old", level=90, protocol="ers-digits@1")
+    add_row(old, tmp_path / "board.csv")
+    add_row(evaluation(model="new", level=40), tmp_path / "board.csv")
+    assert [(r.model, r.rank, r.status) for r in from_csv(tmp_path / "board.csv")] == [
+        ("new", 1, "reproduced"), ("old", None, "stale"),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("column", "value", "reason"),
     [
@@ -319,7 +328,7 @@ def test_what_stands_behind_a_row(board, tmp_path, monkeypatch):
     monkeypatch.delenv("DMLBENCH_CHECKPOINTS")
 
     rules = load_protocol("ers-digits").model_copy(update={"superseded_by": "ers-digits-2"})
-    monkeypatch.setattr("dmlbench.leaderboard.build.packaged_protocol", lambda name, sha256: rules)
+    monkeypatch.setattr("dmlbench.leaderboard.row.packaged_protocol", lambda name, sha256: rules)
     assert set(statuses(board).values()) == {"stale"}
     digits = [r for r in rank(rows_of(board)) if (r.dataset, r.protocol) == ("digits", "ers-digits")]
     assert {r.rank for r in digits} == {None}
@@ -366,8 +375,10 @@ def test_show_works_from_any_folder(run):
         "csv",
     )
     rows = list(csv.DictReader(io.StringIO(done.out)))
-    assert {r["status"] for r in rows} <= {"reproduced", "verified"} and len(rows) >= 5
-    assert [float(r["ers"]) for r in rows] == sorted((float(r["ers"]) for r in rows), reverse=True)
+    assert {r["status"] for r in rows} <= {"reproduced", "verified", "stale"} and len(rows) >= 5
+    for measured in (True, False):  # what is stale follows
+        ers = [float(r["ers"]) for r in rows if (r["status"] != "stale") == measured]
+        assert ers == sorted(ers, reverse=True)
 
 
 @pytest.fixture

@@ -53,6 +53,11 @@ def ltm(own_counts: bool):
     return loss
 
 
+def nudged(space: str, a, b) -> float:
+    """The public code's distance: 1e-6 added to each difference, but not to a cosine."""
+    return distance(space, a, b) if space == "C" else float(np.linalg.norm(a - b + 1e-6))
+
+
 PLAIN = {
     "raise_candidate": ca(1),
     "lower_candidate": ca(-1),
@@ -60,6 +65,8 @@ PLAIN = {
     "lower_in_query": qa(-1),
     "match": lambda s, i, e, X, y, c: 1 - np.dot(e, X[c[0]]) / np.linalg.norm(e) / np.linalg.norm(X[c[0]]),
     "shift": lambda s, i, e, X, y, c: -float(np.linalg.norm(e - X[i])),
+    "shift_published": lambda s, i, e, X, y, c: -nudged("N", e, X[i]),
+    "approach_published": lambda s, i, e, X, y, c: nudged(s, e, X[c[0]]),
     "approach": lambda s, i, e, X, y, c: distance(s, e, X[c[0]]),
     "spread": ltm(False),
     "spread_published": ltm(True),
@@ -111,6 +118,37 @@ def test_shift_leaves_the_clean_image() -> None:
         (g,) = torch.autograd.grad(loss.sum(), e)
         torch.testing.assert_close(loss.detach(), torch.zeros(B), atol=1e-6, rtol=0)
         torch.testing.assert_close(g, torch.full_like(g, D**-0.5))
+
+
+@pytest.mark.parametrize("space", list(DISTANCES))
+def test_the_published_shift_takes_torchs_first_step(space: str) -> None:
+    """Torch's own distances on the clean embedding and the reference moved by 1e-7, as the public code has them."""
+    scene, _ = scene_of(space)
+    e = scene.clean.clone().requires_grad_(True)
+    if space == "C":
+        theirs = 1 - torch.nn.functional.cosine_similarity(e.double(), scene.clean.double() + 1e-7)
+    else:
+        theirs = torch.nn.functional.pairwise_distance(e, scene.clean + 1e-7)
+    (expected,) = torch.autograd.grad(-theirs.sum(), e)
+    jitter = (scene.clean + 1e-8 * torch.sign(torch.arange(D) - 2.0)).requires_grad_(True)
+    for start in (e, jitter):
+        (g,) = torch.autograd.grad(OBJECTIVES["shift_published"](start, scene).sum(), start)
+        if space == "C":  # what is left of it on the sphere
+            g = g - (g * scene.clean).sum(1, keepdim=True) * scene.clean
+        cosine = torch.nn.functional.cosine_similarity(g, expected)
+        assert bool((cosine > 0.999).all()), cosine
+        if space != "C":
+            torch.testing.assert_close(g, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("space", ["N", "E"])
+def test_the_published_gtm_leaves_an_image_that_is_its_own_target(space: str) -> None:
+    scene, _ = scene_of(space)
+    own = scene.aimed(scene.row[:, None])
+    for name, expected in (("approach", 0.0), ("approach_published", D**-0.5)):
+        e = scene.clean.clone().requires_grad_(True)
+        (g,) = torch.autograd.grad(OBJECTIVES[name](e, own).sum(), e)
+        torch.testing.assert_close(g, torch.full_like(g, expected))
 
 
 def test_a_lonely_image_has_no_ltm_loss() -> None:

@@ -59,11 +59,17 @@ def test_packaged_protocols_load_and_are_hashed(name: str) -> None:
 RELEASED = {
     "clustering@1": "93d6ae711b7a666db962bac2cb0f62020cd21b80ec53f9b86112cde223715d25",
     "ers-224@1": "783addc16456acc6639fe2cd1b980adebb3356d5b39b7ec3d14bb0ba6dd23750",
+    "ers-224@2": "6d86eaa174ed74d72be4a9282935abff1c0fbc7b22f36a0d95450e40e3b7c8f8",
     "ers-224-published@1": "3abe3f9d4022c938fc8ea4ab803ea04ae1cedf86f110bf84e754969498fce9b8",
+    "ers-224-published@2": "efa47e38d0de790e4aeee7f4781a16217f31b141fd8a168499f346e118601241",
     "ers-28@1": "21998eaa5f3b66255d0e95b7c004d79dc2f8ff383649dbc386f274e78736be1b",
+    "ers-28@2": "2fe0064f41928dd6ab8d220ab0dbf080ad51aaa7221e0aa8721a5d761dc1e223",
     "ers-28-published@1": "5911ef89cc35a2aa30a456633b9ca634786e02b2a21d8020f5bf4415cbae3e87",
+    "ers-28-published@2": "594460f5f99050ceb750d35da392c192241337e9df72e639bdc710295ec04e25",
     "ers-digits@1": "f7e5741ab866648b149946bfda4316e996af411e3904f744ec69c9511a9c629a",
+    "ers-digits@2": "e9f61fd8e31cba1fe6c0a7cb2b7111f21de41debb19ecf4b3b5aeb1ac60d0b41",
     "ers-digits-published@1": "c33abdd19ebe34354cb2db8f0d198bfbdb6de335f4dde936dd593e38be4407bf",
+    "ers-digits-published@2": "25138f2872fecd66a3d8f378ad297cccb0302260c087fb5ff5a7e5ece1037026",
     "panum-28@1": "428d985c9fe39a3adad8332e7246e464499c7691987cb2c75d7b3e6bf68546c8",
     "panum-28-l2@1": "0722c3eaee6c97afa12f1420df79c1c991dfd645942a0707350380f61142ab41",
     "strict@2": "c9e3e80e8eedfd15ea713f70e9bf6e7516bd074adeb4ef081e39eedbf44b9997",
@@ -129,7 +135,7 @@ def test_published_and_corrected_protocols_differ_in_the_quirks_alone() -> None:
         ours, theirs = load_protocol(f"ers-{size}"), load_protocol(f"ers-{size}-published")
         assert ours.threat == theirs.threat
         changed = [a.name for a, b in zip(ours.components, theirs.components, strict=True) if a != b]
-        assert changed == ["ES:D", "LTM", "GTM"]
+        assert changed == ["ES:D", "ES:R", "LTM", "GTM"]
         assert theirs.threat_of(theirs.component("ES:D")).steps == 31
 
 

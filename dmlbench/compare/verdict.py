@@ -22,7 +22,7 @@ from dmlbench.compare.gate import DEFAULT_DROPS, Gate, metric_name
 from dmlbench.compare.paired import Paired, common, pair, unshared
 from dmlbench.errors import NotComparable
 from dmlbench.intervals import DRAWS
-from dmlbench.leaderboard.row import EXTRA_COLUMNS, PARTS, Row, from_evaluation
+from dmlbench.leaderboard.row import EXTRA_COLUMNS, PARTS, Row, from_evaluation, superseded
 from dmlbench.results import Evaluation, conditions
 
 if TYPE_CHECKING:
@@ -177,11 +177,20 @@ def _ends(attack: str, readout: str) -> tuple[int | float, int | float]:
     return ATTACKS[attack].ends[ATTACKS[attack].readouts.index(readout)]
 
 
-def _differing(pairs: Mapping[str, tuple[object, object]]) -> None:
-    """Raise with the keys whose two values differ."""
+def _differing(pairs: Mapping[str, tuple[object, object]], stale: Sequence[str]) -> None:
+    """Raise with the keys whose two values differ, and with what is stale."""
     said = [f"{key} ({_short(a)} and {_short(b)})" for key, (a, b) in pairs.items() if a != b or a is None]
     if said:
-        raise NotComparable(f"the two cannot be set side by side, these differ: {', '.join(said)}")
+        raise NotComparable("; ".join([f"the two cannot be set side by side, these differ: {', '.join(said)}", *stale]))
+
+
+def _stale(sides: Sequence[tuple[str, str | None, str]]) -> list[str]:
+    """A note for each reason why base, candidate or both (protocol, its sha256, model) are stale."""
+    reasons: dict[str, list[str]] = {}
+    for name, side in zip(("base", "candidate"), sides, strict=True):
+        if why := superseded(*side):
+            reasons.setdefault(why, []).append(name)
+    return [f"{'both are' if len(names) == 2 else f'the {names[0]} is'} stale: {why}" for why, names in reasons.items()]
 
 
 def _conditions(base: Iterable[str], candidate: Iterable[str]) -> dict[str, tuple[object, object]]:
@@ -216,21 +225,24 @@ def compare(
         NotComparable: protocol, data set, queries, surrogate or averaged passes differ (exit code 3).
     """
     gate = gate or Gate()
+    stale = _stale([(e.protocol.name, e.protocol.sha256, e.model.id) for e in (base, candidate)])
     _differing(
         {
             "protocol": (base.protocol.name, candidate.protocol.name),
+            "protocol_version": (base.protocol.version, candidate.protocol.version),
             "protocol_sha256": (base.protocol.sha256, candidate.protocol.sha256),
             "dataset": (base.dataset.name, candidate.dataset.name),
             "split": (base.dataset.split, candidate.dataset.split),
             "dataset_sha256": (base.dataset.sha256, candidate.dataset.sha256),
             **_conditions(base.partial, candidate.partial),
-        }
+        },
+        stale,
     )
     paired = pair(base, candidate, components or components_of(base), seed, draws)
     metrics = [judge(p, gate) for p in paired]
     _known(gate, [m.component for e in (base, candidate) for m in e.measurements])
     flags = [f for f in candidate.warnings if f.flag not in {w.flag for w in base.warnings}]
-    notes = _notes(base, candidate, [p.metric for p in paired if p.left_out])
+    notes = (*stale, *_notes(base, candidate, [p.metric for p in paired if p.left_out]))
     queries = len(base.arrays["query"]), len(candidate.arrays["query"])
     return Comparison(
         base=_side(base, labels[0]),
@@ -286,9 +298,10 @@ def compare_rows(
         NotComparable: protocol, data set, gallery, surrogate or averaged passes differ, or a row is a claim.
     """
     gate = gate or Gate()
-    keys = ("protocol", "protocol_sha256", "dataset", "split", "dataset_sha256", "n_gallery")
+    keys = ("protocol", "protocol_version", "protocol_sha256", "dataset", "split", "dataset_sha256", "n_gallery")
+    stale = _stale([(row.protocol, row.protocol_sha256, row.model) for row in (base, candidate)])
     said = [(row.partial or "").split(";") for row in (base, candidate)]
-    _differing({k: (getattr(base, k), getattr(candidate, k)) for k in keys} | _conditions(*said))
+    _differing({k: (getattr(base, k), getattr(candidate, k)) for k in keys} | _conditions(*said), stale)
     queries = base.n_queries or 0, candidate.n_queries or 0
     names = {"ers": "ers"} | {k: f"{v}_score" for k, v in PARTS.items()}
     names |= {n: n for n in ("recall_at_1", "recall_at_2", "map", "map_at_r", "nmi", "ami", *EXTRA_COLUMNS)}
@@ -317,7 +330,7 @@ def compare_rows(
         n_queries=min(queries),
         metrics=tuple(metrics),
         failures=_failures(metrics, [(f, "a doubt that the base does not have") for f in new], queries, gate),
-        notes=("from CSV rows: unpaired, with an interval for ERS alone; compare run folders to see more",),
+        notes=(*stale, "from CSV rows: unpaired, with an interval for ERS alone; compare run folders to see more"),
         fail_on_inconclusive=gate.fail_on_inconclusive,
     )
 

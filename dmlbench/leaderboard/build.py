@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from dmlbench.checkpoints import checkpoints, first_problem, packaged
 from dmlbench.errors import DataError
-from dmlbench.leaderboard.row import PARTS, Row, Status, from_evaluation
+from dmlbench.leaderboard.row import PARTS, Row, Status, from_evaluation, superseded
 from dmlbench.leaderboard.table import from_csv, rank, to_csv
 from dmlbench.protocol import load_protocol, packaged_protocol, protocol_names
 from dmlbench.results import write_whole
@@ -86,8 +86,8 @@ def status_of(opened: Opened) -> Status:
     card = checkpoints().get(e.model.id)
     if submission.retracted or submission.checkpoint.status == "retracted" or (card and card.status == "retracted"):
         return "retracted"
-    rules = packaged_protocol(e.protocol.name, e.protocol.sha256)
-    if rules is None or rules.superseded_by or (card and card.status == "superseded"):
+    known = packaged_protocol(e.protocol.name, e.protocol.sha256)
+    if known is None or superseded(e.protocol.name, e.protocol.sha256, e.model.id):
         return "stale"
     if opened.bundle.verification is None:
         return "reproduced"

@@ -241,6 +241,17 @@ def defense_text(card: Checkpoint) -> str:
     return f"{card.defense.name} ({params})" if params else card.defense.name
 
 
+def superseded(protocol: str, sha256: str | None, model: str) -> str | None:
+    """Why a result of this protocol's content and this model is stale; None where neither has been superseded."""
+    rules = packaged_protocol(protocol, sha256) if sha256 else None
+    if rules is not None and rules.superseded_by:
+        return f"protocol {rules.id} is superseded by {rules.superseded_by}"
+    card = checkpoints().get(model)
+    if card is not None and card.status == "superseded":
+        return f"model {model} is superseded by {card.superseded_by}"
+    return None
+
+
 def partial_text(reasons: Sequence[str]) -> str | None:
     """The column ``partial``: why this is not a full result, without the hyphens that a spreadsheet would execute."""
     return "; ".join(reason.lstrip("-") for reason in reasons) or None

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from dmlbench.checkpoints import first_problem
 from dmlbench.errors import DataError
-from dmlbench.leaderboard.row import COLUMNS, RANKED, Row, from_evaluation, partial_text
+from dmlbench.leaderboard.row import COLUMNS, RANKED, Row, from_evaluation, partial_text, superseded
 from dmlbench.registry import suggest
 from dmlbench.results import Evaluation, write_whole
 
@@ -28,13 +28,15 @@ def rank(rows: Iterable[Row]) -> list[Row]:
     Rows whose intervals overlap, directly or through others, form one tie group and share its rank: 1
     plus the number of ranked rows in better groups. Such a chain can be long, so ``surely_behind`` counts
     the rows that are better beyond doubt: whose interval lies wholly above. Only full results that are reproduced or verified
-    are ranked; the others follow by their number, then those without one. An interval that is missing
+    are ranked; the others follow by their number, then those without one. Rows whose protocol or model has been superseded
+    become stale. An interval that is missing
     (one test class) ties with nothing but the same number.
     """
 
     def order(row: Row) -> tuple[bool, float, str]:
         return (row.headline is None, -(row.headline or 0.0), row.model)
 
+    rows = [_aged(r) for r in rows]
     ranked = sorted((r for r in rows if _has_rank(r)), key=order)
     others = sorted((r for r in rows if not _has_rank(r)), key=order)
     out: list[Row] = []
@@ -54,6 +56,13 @@ def rank(rows: Iterable[Row]) -> list[Row]:
         behind = sum(_ends(other)[0] > _ends(row)[1] for other in ranked)
         out.append(row.model_copy(update={"rank": place, "tie_group": group, "surely_behind": behind}))
     return out + [r.model_copy(update={"rank": None, "tie_group": None, "surely_behind": None}) for r in others]
+
+
+def _aged(row: Row) -> Row:
+    """The row, stale where it was measured by a version of a protocol, or on a model, that has been superseded since."""
+    if row.status in RANKED and superseded(row.protocol, row.protocol_sha256, row.model):
+        return row.model_copy(update={"status": "stale"})
+    return row
 
 
 def _has_rank(row: Row) -> bool:

@@ -265,7 +265,7 @@ RUN_EDITS = [
     (put(["protocol", "name"], "ers-digts"), "protocol.name", "did you mean 'ers-digits'"),
     (put(["protocol", "sha256"], "0" * 64), "protocol.sha256", "is not the content of protocol"),
     (put(["protocol", "seed"], 7), "protocol.seed", "the protocol's is 0"),
-    (put(["protocol", "version"], "2"), "protocol.version", "here it is '1'"),
+    (put(["protocol", "version"], "1"), "protocol.version", "here it is '2'"),
     (put(["partial"], ["--limit 64"]), "partial", "no place on the board"),
     (put(["dataset", "n_queries_full"], 5000), "dataset.n_queries", "896 of 5000"),
     (put(["dataset", "split"], "train"), "dataset.split", "'test'"),
@@ -398,6 +398,10 @@ def consistent(files, folder, change):
         content.update(ers=float(np.mean(found["scores"])), ers_interval=found["intervals"].mean)
         content["interval_version"] = VERSION
         content["benign"].update(found["benign"])
+        clean = found["benign"]["recall_at_1"]
+        for m in content["measurements"]:
+            if m["component"] in content["extras"]["retention"]:
+                content["extras"]["retention"][m["component"]] = 100.0 * m["value"] / clean
 
     files = edit_json(files, RUN, state)
 

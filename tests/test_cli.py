@@ -83,7 +83,7 @@ def test_plan_does_nothing_but_plan(typed, tmp_path: Path) -> None:
     assert rows[0]["id"] == "clean metrics" and rows[-1]["id"] == "total"
     assert all(row["seconds"] > 0 and row["peak_mib"] > 0 for row in rows)
     assert rows[-1]["seconds"] == pytest.approx(sum(row["seconds"] for row in rows[:-1]), abs=0.1)
-    assert rows[-1]["gradients"] == 9 * 32 * 896
+    assert rows[-1]["gradients"] == (8 + 2) * 32 * 896  # nine searches, ES from two starts
 
 
 def test_a_plan_counts_averaged_passes_and_times_the_surrogate(typed) -> None:

@@ -49,6 +49,9 @@ def keeping(name: str, weight: float):
 TWINS = {
     "margin": gap(lambda other, own, target: other != own),
     "margin_to_class": gap(lambda other, own, target: other == target),
+    "margin_to_entry": lambda s, i, e, X, y, c: (
+        distance(s, e, X[c[0]]) - min(distance(s, e, X[j]) for j in range(len(y)) if y[j] == y[i] and j != i)
+    ),
     "leave": lambda s, i, e, X, y, c: -distance(s, e, X[c[0]]),
     "order": disorder,
     "order_in_place": lambda s, i, e, X, y, c: disorder(s, i, e, X, y, c) + PLAIN["raise_in_query"](s, i, e, X, y, c),

@@ -511,6 +511,7 @@ def test_the_published_checkpoints_wait_for_their_files(tmp_path: Path) -> None:
     from dmlbench.checkpoints import checkpoints
 
     manual = {name: c for name, c in checkpoints().items() if c.files and c.files[0].manual}
+    manual = {name: c for name, c in manual.items() if any(claim.metric == "ers" for claim in c.claims)}
     assert len(manual) == 3
     with reference("published_ers_cvpr2022.csv").open(encoding="utf-8") as stream:
         rows = [row for row in csv.DictReader(stream) if row["table"] == "main" and row["pgd_steps_eta"] == "32"]

@@ -332,6 +332,7 @@ def row_of(cell: Cell) -> dict[str, Any]:
     about, survivors, broken = cell.about, int(cell.survivors.sum()), int((cell.by >= 0).sum())
     by = {name: int((cell.by == i).sum()) for i, name in enumerate([*(s.name for s in SEARCHES), SMALLER])}
     counted, right = max(1, about["counted"]), max(1, about["right"])
+    gradients = sum(int(n) for s, n in zip(SEARCHES, cell.passes, strict=True) if s.kind != "square")
     return {
         **{key: about[key] for key in ("model", "dataset", "protocol", "eps", "queries", "right", "effort", "bound")},
         "survivors": survivors,
@@ -342,6 +343,7 @@ def row_of(cell: Cell) -> dict[str, Any]:
         "truth": 100.0 * (survivors - broken) / counted,
         "bound_holds": None if about["bound"] is None else 100.0 * broken / counted <= about["bound"],
         "passes": {s.name: int(n) for s, n in zip(SEARCHES, cell.passes, strict=True)},
+        "gradients": [about["spent"], gradients / max(1, survivors)],
         "refused": cell.refused,
         "seconds": cell.seconds,
         "finished": cell.search == len(SEARCHES),
@@ -349,27 +351,18 @@ def row_of(cell: Cell) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    head = [
-        "model",
-        "eps",
-        "queries",
-        "right",
-        "survivors",
-        "broken",
-        "by",
-        "% of right",
-        "R@1 strict → truth",
-        "stated: at most",
-        "CPU s",
-    ]
+    """Markdown; "gradients" are the run's for each query that a step attacked and this script's for each survivor."""
+    head = "model|eps|queries|right|survivors|broken|by|% of right|R@1 strict → truth|stated: at most|gradients|CPU s".split(
+        "|"
+    )
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for r in rows:
         by = ", ".join(f"{name} {count}" for name, count in r["broken_by"].items()) or "–"
         bound = "–" if r["bound"] is None else f"{r['bound']:.1f} {'holds' if r['bound_holds'] else '**fails**'}"
         share = f"{r['share_of_right']:.2f}" + ("" if r["finished"] else " so far")
         cells = [r["model"], r["eps"], r["queries"], r["right"], r["survivors"], r["broken"], by, share]
-        cells += [f"{r['strict']:.1f} → {r['truth']:.1f}", bound, f"{r['seconds']:.0f}"]
+        cells += [f"{r['strict']:.1f} → {r['truth']:.1f}", bound]
+        cells += [" → ".join(f"{n:,.0f}" for n in r["gradients"]), f"{r['seconds']:.0f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
@@ -439,6 +432,7 @@ def verified(run: Evaluation, options: argparse.Namespace) -> None:
             "counted": int((~np.isnan(clean)).sum()),
             "right": int((clean == 100).sum()),
             "bound": stated.get("missed_at_most"),
+            "spent": sum(step["gradients"] / max(1, step["attacked"]) for step in stated.get("steps", ())),
             "seed": options.seed,
             "effort": options.effort,
             "searches": [vars(s) for s in SEARCHES],

@@ -352,10 +352,11 @@ def row_of(cell: Cell) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; "gradients" are the run's for each query that a step attacked and this script's for each survivor."""
-    head = "model|eps|queries|right|survivors|broken|by|% of right|R@1 strict → truth|stated: at most|gradients|CPU s".split(
-        "|"
+    head = (
+        "| model | eps | queries | right | survivors | broken | by | % of right | R@1 strict → truth | stated: at most "
     )
-    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    head += "| gradients | CPU s |"
+    lines = [head, "|" + " --- |" * (head.count("|") - 1)]
     for r in rows:
         by = ", ".join(f"{name} {count}" for name, count in r["broken_by"].items()) or "–"
         bound = "–" if r["bound"] is None else f"{r['bound']:.1f} {'holds' if r['bound_holds'] else '**fails**'}"

@@ -11,6 +11,8 @@ import dmlbench
 from dmlbench import clustering, strict
 from dmlbench.intervals import PERCENT, VERSION, class_intervals
 from dmlbench.leaderboard import build
+from dmlbench.leaderboard.row import shown as cell
+from dmlbench.leaderboard.row import within
 from dmlbench.protocol import load_protocol
 from dmlbench.results import Evaluation, Flag, save
 from dmlbench.submission import rerun
@@ -25,8 +27,14 @@ AT = [f"strict@{eps}" for eps in GRID]
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """By protocol: the files of a valid bundle."""
-    return {p: valid(tmp_path_factory.mktemp(p), p) for p in ("strict", "clustering")}
+    """By protocol: the files of a valid bundle, made when they are first asked for."""
+
+    class Made(dict):
+        def __missing__(self, protocol):
+            self[protocol] = valid(tmp_path_factory.mktemp(protocol), protocol)
+            return self[protocol]
+
+    return Made()
 
 
 @pytest.fixture
@@ -66,16 +74,18 @@ def test_a_valid_bundle_passes_up_to_the_rerun(made, bundle, protocol):
 @pytest.mark.parametrize(
     ("change", "field", "reason"),
     [
-        (put(["extras", "strict", "area"], 60.0), "extras.strict.area", "outcomes give 21.09"),
+        (put(["extras", "strict", "smallest_eps", "median"], 0.06), "smallest_eps.median", "outcomes give 0.0329"),
         (put(["extras", "strict", "clean"], 99.0), "extras.strict.clean", "outcomes give 88.8"),
         (put(["extras", "strict", "norm"], "l2"), "extras.strict.norm", "says 'l2'"),
-        (put(["extras", "strict", "curve", 1, "recall_at_1"], 50.0), "curve.1.recall_at_1", "outcomes give 34.8"),
+        (put(["extras", "strict", "curve", 1, "recall_at_1"], 50.0), "curve.1.recall_at_1", "outcomes give 29.6"),
         (put(["extras", "strict", "curve", 1, "map_at_r"], 50.0), "curve.1.map_at_r", "outcomes give 19."),
-        (put(["extras", "strict", "curve", 2, "carried"], 1.0), "curve.2.carried", "outcomes give 54."),
+        (put(["extras", "strict", "curve", 2, "carried"], 1.0), "curve.2.carried", "outcomes give 59."),
         (put(["extras", "strict", "curve", 0, "eps"], "4/255"), "curve.0.eps", "outcomes give '5/255'"),
-        (put(["extras", "strict", "curve", 0, "steps", 1, "broken"], 6), "steps.1.broken", "outcomes give 5"),
+        (put(["extras", "strict", "curve", 0, "steps", 1, "broken"], 6), "steps.1.broken", "outcomes give 48"),
+        (put(["extras", "strict", "curve", 0, "steps", 1, "rounds", 0], 99), "steps.1.rounds.0", "outcomes give"),
+        (put(["extras", "strict", "curve", 0, "missed_at_most"], 0.1), "curve.0.missed_at_most", "outcomes give 1.11"),
         (put(["extras", "strict", "curve", 0, "steps", 1, "attacked"], 6), "steps.1.attacked", "outcomes give 575"),
-        (put(["extras", "strict", "curve", 0, "steps", 1, "points"], 6.0), "steps.1.points", "outcomes give 0.55"),
+        (put(["extras", "strict", "curve", 0, "steps", 1, "points"], 6.0), "steps.1.points", "outcomes give 5.35"),
         (lambda c: c["extras"]["strict"]["curve"][0]["steps"].pop(), "extras.strict.curve", "steps by eps"),
         (lambda c: c["extras"]["strict"]["curve"].pop(), "extras.strict.curve", "steps by eps"),
         (put(["extras", "strict", "curve"], []), "extras.strict.curve", "at least 1"),
@@ -83,13 +93,13 @@ def test_a_valid_bundle_passes_up_to_the_rerun(made, bundle, protocol):
         (put(["extras", "strict", "codes", "W1"], 3), "codes.W1", "outcomes give 2"),
         (put(["extras", "strict", "values_per_query"], 3.0), "values_per_query", "outcomes give"),
         (put(["extras", "strict", "invented"], 3.0), "extras.strict.invented", "Extra"),
-        (put(["extras", "retention", AT[0]], 99.0), f"extras.retention.{AT[0]}", "outcomes give 68.7"),
+        (put(["extras", "retention", AT[0]], 99.0), f"extras.retention.{AT[0]}", "outcomes give 66.2"),
         (put(["extras", "clustering"], {"clean": 1}), "extras.clustering", "Field required"),
         (lambda c: c["extras"].pop("strict"), "extras.strict", "is missing"),
         (lambda c: c["extras"].pop("audit"), "extras.audit", "holds the checks none"),
-        (put(["warnings"], []), "warnings.audit-F4", "in one of warnings and extras.audit alone"),
-        (put(["extras", "audit", 3, "message"], "all is well"), "warnings.audit-F4", "or in other words"),
-        (put(["measurements", 1, "value"], 50.0), f"measurements.{AT[1]}.value", "outcomes give 34.8"),
+        (put(["extras", "audit", 3, "verdict"], "warn"), "warnings.audit-F4", "in one of warnings and extras.audit alone"),
+        (lambda c: c["warnings"].append({"flag": "audit-F4", "message": "all is well"}), "warnings.audit-F4", "or in other words"),
+        (put(["measurements", 1, "value"], 50.0), f"measurements.{AT[1]}.value", "outcomes give 29.6"),
         (put(["measurements", 1, "interval"], [80.0, 90.0]), f"measurements.{AT[1]}.interval", "outcomes give"),
         (put(["measurements", 1, "n"], 3), f"measurements.{AT[1]}.n", "hold 896"),
         (put(["measurements", 1, "optimizer"], "pgd"), f"measurements.{AT[1]}", "is not the protocol's"),
@@ -102,15 +112,16 @@ def test_an_edited_strict_run(made, bundle, change, field, reason):
     refused(report, 0, field, reason, len(report.problems) if field in ("extras.clustering", "ers") else 1)
 
 
-def test_a_doubt_is_not_edited_away(made, bundle):
-    """Square broke more than the gradient left: F4 cannot say "pass", with flag and all removed."""
+def test_a_doubt_is_not_edited_away(made, bundle, tmp_path):
+    """Where Square broke what the gradient left, F4 cannot say "pass"."""
 
-    def change(c):
-        c["extras"]["audit"][3].update(verdict="pass", value=0.0, limit=99.0)
-        c["warnings"] = []
+    def change(a):
+        by_square = a[f"{AT[0]}/broken_by"] == 3
+        a[f"{AT[0]}/broken_by"][by_square], a[f"{AT[0]}/round"][by_square] = 4, 0
 
-    assert json.loads(made["strict"][RUN])["extras"]["audit"][3]["verdict"] == "warn"
-    refused(bundle(edit_json(made["strict"], RUN, change)), 0, "extras.audit.F4", "12 of 559 queries are broken")
+    assert json.loads(made["strict"][RUN])["extras"]["audit"][3]["verdict"] == "pass"
+    report = bundle(believable(made["strict"], tmp_path, change, "strict"))
+    refused(report, 0, "extras.audit.F4", "48 of 575 queries are broken")
 
 
 def code(eps, old, new, count=1):
@@ -141,8 +152,8 @@ def back(a):
 @pytest.mark.parametrize(
     ("change", "field", "reason", "lines"),
     [
-        (code(0, 2, 9), f"{AT[0]}/broken_by", "1 codes are none of -1 to 5", 1),
-        (code(0, -1, -7), f"{AT[0]}/broken_by", "1 codes are none of -1 to 5", 2),
+        (code(0, 2, 9), f"{AT[0]}/broken_by", "1 codes are none of -1 to 4", 1),
+        (code(0, -1, -7), f"{AT[0]}/broken_by", "1 codes are none of -1 to 4", 2),
         (code(1, -1, 0), f"{AT[1]}/broken_by", "wrong when clean in one of", 4),
         (code(0, 2, 1), f"{AT[0]}/broken_by", "in one of this and the smaller eps alone", 5),
         (code(1, 1, -1), f"{AT[1]}/broken_by", "in one of this and the smaller eps alone", 4),
@@ -153,6 +164,12 @@ def back(a):
         (some(f"{AT[0]}/norm", lambda v: v == 0, 0.01), f"{AT[0]}/norm", "of queries that nothing attacked", 1),
         (some(f"{AT[3]}/norm", lambda v: v > 0, 0.0), f"{AT[3]}/norm", "differ from the smaller eps", 1),
         (some(f"{AT[0]}/iteration", lambda v: v > 0, 0), f"{AT[0]}/iteration", "do not fit broken_by", 2),
+        (some(f"{AT[0]}/round", lambda v: v > 0, 0), f"{AT[0]}/round", "1 do not fit broken_by", 1),
+        (some(f"{AT[0]}/round", lambda v: v == 0, 1), f"{AT[0]}/round", "1 do not fit broken_by", 1),
+        (some(f"{AT[0]}/round", lambda v: v > 0, 119), f"{AT[0]}/round", "after the last that the protocol gives", 1),
+        (some(strict.SMALLEST, np.isfinite, 0.9), strict.SMALLEST, "none of the eps that are asked about", 2),
+        (some(strict.SMALLEST, lambda v: v <= 5 / 255, 10 / 255), strict.SMALLEST, "do not lie between the grid's eps", 1),
+        (some(strict.SMALLEST, np.isnan, 5 / 255), strict.SMALLEST, "missing where the query is right", 1),
         (back, f"{AT[1]}/recall_at_2", "above those at a smaller eps", 1),
         (some(f"{AT[0]}/recall_at_4", lambda v: v == 100, 50.0), f"{AT[0]}/recall_at_4", "other than 0 and 100", 1),
         (some(f"{AT[0]}/recall_at_8", lambda v: v == 100, np.nan), f"{AT[0]}/recall_at_8", "missing in one of", 1),
@@ -226,9 +243,7 @@ def test_an_ers_run_cannot_carry_the_columns_of_other_kinds(tmp_path, bundle, ma
     refused(bundle(edit_json(files, RUN, put(["extras"], extras))), 0, "extras.clustering", "kind 'ers'")
 
 
-@pytest.mark.parametrize(
-    ("protocol", "name"), [("strict", "worst_case_area"), ("clustering", "clustering_ami_attacked")]
-)
+@pytest.mark.parametrize(("protocol", "name"), [("strict", "smallest_eps"), ("clustering", "clustering_ami_attacked")])
 def test_the_submission_states_what_the_board_ranks_by(made, bundle, protocol, name):
     for value in (77.0, None):
         report = bundle(edit_yaml(made[protocol], put(["stated", name], value)))
@@ -309,14 +324,21 @@ def believable(files, tmp_path, change, protocol):
             return
         spent = [point["steps"] for point in content["extras"]["strict"]["curve"]]
         clean = kept["benign/recall_at_1"]
-        content["extras"]["strict"] = strict.summary(rules, GRID, clean, kept, spent)
+        halving = content["extras"]["strict"]["smallest_eps"]
+        content["extras"]["strict"] = strict.summary(rules, GRID, clean, kept["label"], kept, spent, halving)
         for m in content["measurements"]:
             content["extras"]["retention"][m["component"]] = 100.0 * m["value"] / content["benign"]["recall_at_1"]
 
     files = edit_json(files, RUN, state)
     content = json.loads(files[RUN])["extras"]
     if protocol == "strict":
-        return edit_yaml(files, put(["stated", "worst_case_area"], content["strict"]["area"]))
+        return edit_yaml(
+            files,
+            put(
+                ["stated", "smallest_eps"],
+                within(content["strict"]["smallest_eps"]["median"], content["strict"]["smallest_eps"]),
+            ),
+        )
     return edit_yaml(files, put(["stated", "clustering_ami_attacked"], content["clustering"]["worst"][2]["ami"]))
 
 
@@ -325,9 +347,10 @@ def survive(only=lambda a: np.ones(len(a["query"]), dtype=bool)):
 
     def change(a):
         who = (a["benign/recall_at_1"] == 100) & only(a)
+        a[strict.SMALLEST] = np.where(who, np.inf, a[strict.SMALLEST])
         for name in AT:
             a[f"{name}/broken_by"][who] = strict.SURVIVED
-            a[f"{name}/iteration"][who] = 0
+            a[f"{name}/iteration"][who] = a[f"{name}/round"][who] = 0
             a[f"{name}/value"][who] = 100.0
             for proxy in strict.PROXIES:
                 a[f"{name}/{proxy}"][who] = a[f"benign/{proxy}"][who]
@@ -345,11 +368,16 @@ def test_invented_survivors_fall_at_the_replay(made, bundle, tmp_path):
 
 def test_survivors_invented_where_no_image_is_kept_fall_at_the_rerun(made, bundle, tmp_path):
     rows = np.load(io.BytesIO(made["strict"][SAMPLE]))["rows"]
-    files = believable(made["strict"], tmp_path, survive(lambda a: ~np.isin(a["query"], rows)), "strict")
+
+    def quiet(a):  # what the rounds broke says when they had to end
+        by_rounds = np.any([a[f"{name}/round"] > 0 for name in AT], axis=0)
+        return ~np.isin(a["query"], rows) & ~by_rounds
+
+    files = believable(made["strict"], tmp_path, survive(quiet), "strict")
     report = bundle(files, 3, seed=0, share=0.0, least=16)
     assert report.passed == (0, 1, 2)
     said = [str(p) for p in report.problems]
-    assert any("extras.strict.area: attacking 16 queries again gave -" in line for line in said), said
+    assert any("extras.strict.smallest_eps: attacking 16 queries again gave 0." in line for line in said), said
     assert any(f"measurements.{AT[3]}: attacking 16 queries again gave -" in line for line in said), said
 
 
@@ -399,7 +427,7 @@ def test_clustering_images_that_lie(made, bundle, tmp_path, change, field, reaso
 # --- level 4 and the board ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("protocol", "name"), [("strict", "worst_case_area"), ("clustering", "clustering_ami_attacked")])  # fmt: skip
+@pytest.mark.parametrize(("protocol", "name"), [("strict", "smallest_eps"), ("clustering", "clustering_ami_attacked")])  # fmt: skip
 def test_a_full_rerun_names_what_the_board_ranks_by(made, tmp_path, monkeypatch, typed, protocol, name):
     """The rerun gives the run's own outcomes: verified. With a new doubt, or other clusters: disputed."""
     folder = tmp_path / "leaderboard" / "submissions" / f"{MODEL}-{protocol}"
@@ -430,7 +458,7 @@ def test_a_doubt_that_only_the_rerun_has_is_a_dispute(made, tmp_path, monkeypatc
     monkeypatch.setattr(rerun, "evaluate", lambda *a, **k: again)
     embedder = rerun.load_submitted(checked)
     assert rerun.rerun_all(checked, embedder, device="cpu").problems == ()
-    checked.evaluation.__dict__["warnings"] = ()
+    again.__dict__["warnings"] = (Flag(flag="audit-F4", message="fail: the gradient hides what is there"),)
     (problem,) = rerun.rerun_all(checked, embedder, device="cpu").problems
     assert problem.level == 4 and "audit-F4" in problem.field and "the audit says again" in problem.reason
 
@@ -451,8 +479,8 @@ def test_from_a_run_to_the_board_as_a_user_types_it(made, typed, tmp_path, proto
     (row,) = build.load_boards(board)[f"{protocol}/digits"]
     assert row.rank == 1 and row.headline is not None and row.ers is None and row.status == "reproduced"
     shown = typed("leaderboard", "show", "--board", board).out
-    column = "worst_case_area" if protocol == "strict" else "clustering_ami_attacked"
-    assert column in shown and f"{row.headline:.1f}" in shown and "ers_lo" not in shown
+    column = "smallest_eps" if protocol == "strict" else "clustering_ami_attacked"
+    assert column in shown and cell(column, row.headline) in shown and "ers_lo" not in shown
     page = (tmp_path / "site" / protocol / "digits.html").read_text()
     assert f'data-column="{column}" data-value="{row.headline}"' in page
     done = typed("compare", "runs/mine", "runs/mine")

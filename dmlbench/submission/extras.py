@@ -200,11 +200,11 @@ def shape_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) -
 def outcome_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) -> Iterator[Problem]:
     """Do the arrays of strict and clustering runs fit one another?"""
     if rules.kind == "strict":
-        yield from _broken_problems(e, rules, parts)
-        yield from _proxy_problems(e, parts)
-        if rules.together > 1:
+        found = [*_broken_problems(e, rules, parts), *_proxy_problems(e, parts)]
+        yield from found
+        if rules.together > 1 and not found:
             yield from _round_problems(e, rules, parts)
-        if rules.threshold is not None:
+        if rules.threshold is not None and not found:
             yield from _smallest_problems(e, rules, parts)
     elif rules.kind == "clustering":
         yield from _cluster_problems(e, parts)

@@ -33,7 +33,8 @@ def short(name: str):
     few = tuple(s.model_copy(update={"threat": {**s.threat, "steps": 2}}) for s in p.steps)
     grid = {side: eps[-1:] for side, eps in p.grid.items()}
     own = tuple(c for c in p.components if c.name in ("LTM", "ES:D", "PGD:R@1"))
-    changed = {"threat": {**p.threat, "steps": 2}, "steps": few, "grid": grid, "components": own}
+    joint = p.joint and p.joint.model_copy(update={"steps": 2, "restarts": 1})
+    changed = {"threat": {**p.threat, "steps": 2}, "steps": few, "grid": grid, "components": own, "joint": joint}
     return p.model_copy(update={**changed, "clustering_seeds": (0,)})
 
 

@@ -14,6 +14,7 @@ from dmlbench.embedding import DISTANCES
 from dmlbench.errors import DataError, UsageError
 from dmlbench.metrics import READOUTS, retrieval
 from dmlbench.objectives import OBJECTIVES
+from dmlbench.protocol import load_protocol
 from dmlbench.rng import Rng
 from dmlbench.scene import Gallery, Scene
 from dmlbench.subject import prepare
@@ -343,8 +344,9 @@ def test_an_evaluation_with_groups_junk_and_distractors_end_to_end() -> None:
         right.append(100.0 * (y[best] == y[row]))
     np.testing.assert_array_equal(result.arrays["benign/recall_at_1"], right)
     assert all(m.value is not None for m in result.measurements) and result.dataset.n_classes == 8
-    for name in ("strict-fast", "clustering"):
-        other = dmlbench.evaluate(model, data, protocol=name, limit=40)  # type: ignore[arg-type]
+    push = load_protocol("clustering").model_copy(update={"attacks": ("C1",), "joint": None})
+    for rules in (load_protocol("strict-fast"), push):
+        other = dmlbench.evaluate(model, data, protocol=rules, limit=40)  # type: ignore[arg-type]
         assert "strict" in other.extras or "clustering" in other.extras
         if "strict" in other.extras:
             assert other.extras["strict"]["clean"] == pytest.approx(np.mean(right))

@@ -306,7 +306,7 @@ def test_checkpoint_file_refuses_unknown_keys(tmp_path: Path, monkeypatch: pytes
 
 ORDER = [
     "errors", "version", "registry", "rng", "intervals", "threat", "checkpoints", "embedding", "scene", "objectives", "targets",
-    "optimizers", "metrics", "attacks", "protocol", "threshold", "results", "subject", "rounds", "search", "record", "checks", "strict", "clustering", "audit", "evaluate",
+    "optimizers", "metrics", "attacks", "cluster_attacks", "protocol", "threshold", "results", "subject", "rounds", "search", "record", "checks", "strict", "clustering", "audit", "evaluate",
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Rounds of restarts, what they miss, and the smallest eps: each against a plain loop; the same at any batch size, shard and resume."""
 
+import io
 import math
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from scipy import integrate, stats
 from test_strict import DEFAULT, shortened
 
 import dmlbench
 from dmlbench import strict
+from dmlbench.cli.kinds import print_strict
 from dmlbench.compare.paired import pair
 from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.embedding import Embedder
@@ -342,6 +345,17 @@ def test_strict_from_the_command_line(typed, tmp_path) -> None:
         assert words in done.out
     row = load(Path("run")).extras["strict"]["curve"][0]
     assert row["eps"] == "5/255" and len(row["steps"][1]["rounds"]) >= 8
+
+
+@pytest.mark.parametrize("clean", [0.0, None, float("nan")])
+def test_without_a_right_query_there_is_no_headline(whole, clean) -> None:
+    extras = {**whole.extras["strict"], "clean": clean}
+    extras["smallest_eps"] = {**extras["smallest_eps"], "median": None, "interval": None}
+    nobody = whole.model_copy(update={"extras": {**whole.extras, "strict": extras}})
+    assert from_evaluation(nobody.with_arrays(whole.arrays, whole.sample)).headline is None
+    out = Console(file=io.StringIO(), width=200)
+    print_strict(extras, out)
+    assert "median –" in out.file.getvalue()
 
 
 def test_the_row_of_a_board_has_the_headline(whole) -> None:

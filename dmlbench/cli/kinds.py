@@ -49,8 +49,8 @@ def print_strict(strict: dict[str, Any], out: Console) -> None:
     if "smallest_eps" in strict:
         found = strict["smallest_eps"]
         ends = f" ({' – '.join(_eps(end, found) for end in found['interval'])})" if found["interval"] else ""
-        nobody = _number(None)  # where no query is right, none is broken either
-        median = nobody if _number(strict["clean"]) == nobody else _eps(found["median"], found)
+        someone = (strict["clean"] or 0.0) > 0  # where no query is right, none is broken either
+        median = _eps(found["median"], found) if someone else _number(None)
         head = f"smallest eps that breaks a query, median {median}{ends}"
     else:
         head = f"area under the curve {_number(strict['area'])}"

@@ -344,9 +344,9 @@ def extra_numbers(e: Evaluation) -> dict[str, float]:
     field's; clustering attacks that know the labels. A number of nothing, as where no query has a positive, is left out."""
     found: dict[str, float | None] = {}
     if strict := e.extras.get("strict"):
-        recall = found["worst_case_recall_at_1"] = strict["curve"][-1]["recall_at_1"]
+        found["worst_case_recall_at_1"] = strict["curve"][-1]["recall_at_1"]
         found["worst_case_area"] = strict.get("area")
-        if (smallest := strict.get("smallest_eps")) and recall is not None and np.isfinite(recall):
+        if (smallest := strict.get("smallest_eps")) and (strict["clean"] or 0.0) > 0:  # of queries that are right
             found["smallest_eps"] = within(smallest["median"], smallest)
     if clustering := e.extras.get("clustering"):
         known = [row for row in clustering["worst"] if row["labelled"]]

@@ -214,18 +214,14 @@ def npz_bytes(arrays: Mapping[str, np.ndarray], compression: int = zipfile.ZIP_D
 
 
 def narrowed(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Each array in the smallest type of its kind that holds every value of it exactly; :func:`widened` undoes it."""
+    """Each array in the smallest type that holds every value of it exactly: whole numbers from 0 up unsigned, others in
+    half floats. :func:`widened` undoes it."""
     return {name: _narrow(values) for name, values in arrays.items()}
 
 
-_WHOLE: tuple[type[np.integer], ...] = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32)
-
-
 def _narrow(values: np.ndarray) -> np.ndarray:
-    if values.dtype.kind in "iu" and values.size:
-        low, high = int(values.min()), int(values.max())
-        fits = (t for t in _WHOLE if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
-        return values.astype(min(next(fits, values.dtype), values.dtype, key=lambda t: np.dtype(t).itemsize))
+    if values.dtype.kind in "iu" and values.size and values.min() >= 0:
+        return values.astype(min(np.min_scalar_type(values.max()), values.dtype, key=lambda t: t.itemsize))
     if values.dtype.kind == "f":
         with np.errstate(over="ignore"):
             half = values.astype(np.float16)
@@ -234,10 +230,13 @@ def _narrow(values: np.ndarray) -> np.ndarray:
 
 
 def widened(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Whole numbers as int64 and half floats as float32: what sums and indices are made with."""
-    wide = {"i": np.int64, "u": np.int64}
+    """What :func:`narrowed` made small, and no run has, in the types that sums and indices are made with: unsigned
+    numbers as int64, half floats as float32."""
+    wide = {"u": np.int64, "f": np.float32}
     return {
-        name: values.astype(np.float32 if values.dtype == np.float16 else wide.get(values.dtype.kind, values.dtype))
+        name: values.astype(wide[values.dtype.kind])
+        if values.dtype.kind == "u" or values.dtype == np.float16
+        else values
         for name, values in arrays.items()
     }
 

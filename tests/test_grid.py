@@ -18,7 +18,7 @@ from dmlbench.evaluate import asked, evaluate
 from dmlbench.parallel import World
 from dmlbench.protocol import load_protocol
 from dmlbench.record import told
-from dmlbench.strict import BATCHES, begin, run, settle
+from dmlbench.strict import BATCHES, Field, begin, run, settle
 from dmlbench.subject import Silent, prepare
 from dmlbench.units import Shard, Units, Work, collect
 
@@ -211,19 +211,22 @@ def test_no_query_depends_on_whom_it_was_attacked_with(size, model, files):
 
 def test_what_is_kept_counts_only_for_the_survivors_it_was_made_for(model, files, tmp_path):
     subject = prepare(model, dmlbench.load_dataset("digits"), limit=24, device="cpu")
-    rules, keep = load_protocol(str(files["strict"])), {}
-    step, threat = rules.steps[0], rules.threat_at("10/255", rules.steps[0].threat)
+    rules, nobody = load_protocol(str(files["strict"])), np.zeros(0, dtype=np.int64)
     units = Units(tmp_path / "units")
     units.begin({})
-    standing = begin(subject)
-    settle(subject, standing, 0, step, threat, 0, 8, Silent(), keep, Work(units))
-    again = begin(subject)
-    settle(subject, again, 0, step, threat, 0, 8, Silent(), keep, Work(units, gather=True))
+
+    def attacked(standing, **options):
+        field = Field.of(subject, rules, 0, 8, Silent(), Work(units, **options), nobody)
+        settle(field, rules, standing, 0, "10/255", {})
+        return standing
+
+    standing = attacked(begin(subject))
+    again = attacked(begin(subject), gather=True)
     np.testing.assert_array_equal(again.broken_by, standing.broken_by)
     fewer = begin(subject)
     fewer.alive[np.flatnonzero(fewer.alive)[0]] = False
     with pytest.raises(DataError, match=r"1 of 2 units of 'W2@10/255' are missing"):
-        settle(subject, fewer, 0, step, threat, 0, 8, Silent(), keep, Work(units, gather=True))
+        attacked(fewer, gather=True)
 
 
 def test_the_clustering_attacks_are_dealt_out_whole(measured, tmp_path):
@@ -282,11 +285,12 @@ def test_two_processes_divide_the_blocks(model, files, monkeypatch):
     """Each rank attacks its blocks alone; the exchange is played by hand."""
     subject = prepare(model, dmlbench.load_dataset("digits"), limit=40, device="cpu")
     rules = load_protocol(str(files["strict"]))
-    step, threat = rules.steps[0], rules.threat_at("10/255", rules.steps[0].threat)
     seen = []
     monkeypatch.setattr(Work, "_exchange", lambda self, found: seen.append(found) or [])
     for rank in (0, 1):
-        settle(subject, begin(subject), 0, step, threat, 0, 4, Silent(), {}, Work(world=World(rank, 2)))
+        work = Work(world=World(rank, 2))
+        field = Field.of(subject, rules, 0, 4, Silent(), work, np.zeros(0, dtype=np.int64))
+        settle(field, rules, begin(subject), 0, "10/255", {})
     assert [sorted(found) for found in seen] == [[0, 2, 4], [1, 3]]
 
 

@@ -26,7 +26,7 @@ from dmlbench.leaderboard.row import from_evaluation
 from dmlbench.leaderboard.table import rank
 from dmlbench.objectives import margin_to_entry
 from dmlbench.optimizers import OPTIMIZERS
-from dmlbench.protocol import FOLDER, Step, Threshold
+from dmlbench.protocol import FOLDER, Component, Step, Threshold
 from dmlbench.results import load
 from dmlbench.rng import Rng
 from dmlbench.rounds import groups, missed, rounds_run
@@ -370,7 +370,10 @@ def test_the_row_of_a_board_has_the_headline(whole) -> None:
     full = [r.model_copy(update={"partial": None}) for r in (row, far)]
     full[1] = full[1].model_copy(update={"model": "another"})
     assert [r.model for r in rank(full)] == ["another", row.model]
-    paired = pair(whole, whole, {m.component: lambda values: values for m in whole.measurements})
+    components = [
+        Component(name=m.component, attack=m.attack, readout=m.readout, worst=0, best=100) for m in whole.measurements
+    ]
+    paired = pair(whole, whole, {c.name: c for c in components})
     metrics = {m.metric: m for m in paired}
     assert metrics["smallest_eps"].base == metrics["smallest_eps"].candidate == pytest.approx(found["median"])
     assert metrics["smallest_eps"].interval == (0.0, 0.0) and "worst_case_area" not in metrics

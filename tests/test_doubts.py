@@ -9,7 +9,7 @@ from masks import APART, CHEATS, MASKS
 from torch import nn
 
 import dmlbench
-from dmlbench.audit import CHECKS, FLAGS, SURVEYED, glance
+from dmlbench.audit import CHECKS, FLAGS, PASSES, SURVEYED, glance
 from dmlbench.checkpoints import PACKAGE
 from dmlbench.checks import doubts_about
 from dmlbench.errors import DataError
@@ -151,7 +151,9 @@ def test_a_glance_does_not_depend_on_the_batch_size_and_takes_no_more_than_it_sa
     seen.clear()
     small = list(glance(subject, recall, {"pgd"}, 60))
     few = (len(subject.rows) + 3) // 4
-    passes = 3 + 2 + 3 * (1 + STEPS + 1)  # of history; of nearness and least bits; of each start of the searches
+    passes = (
+        2 * (PASSES - 2) + 3 + 2 + 3 * (1 + STEPS + 1)
+    )  # of history; of nearness and least bits; of each start of the searches
     assert max(seen) == 60 and sum(seen) == 3 * 256 + min(SURVEYED, few) * passes
     assert small == list(glance(subject, recall, {"pgd"}, 1000)) and [f.flag for f in small] == ["zero-gradients"]
     assert list(glance(subject, np.zeros_like(recall), {"pgd"}, 7)) == []

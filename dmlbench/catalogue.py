@@ -117,8 +117,9 @@ def protocol_section(p: Protocol) -> Iterator[str]:
                 turns = ", ".join(f"{t.attack or s.attack} from {t.start or 'its start'}" for t in s.turns)
                 yield (
                     f"{s.name} is repeated on what is left, in turn {turns}, where an attack that aims takes the next of {s.aims} targets each "
-                    f"time. It ends for each group of {p.together} queries after at least {s.fewest} rounds, once the last half of them "
-                    f"broke no more than {s.until:g} % of the group's queries that were right when clean, or after {s.rounds}.\n"
+                    f"time. It ends for each group of {p.together} queries after {s.rounds} rounds, or once both hold: it has run {s.fewest} times "
+                    f"for each of the group's queries that were right when clean, whichever it ran for, and the last half of the rounds broke no "
+                    f"more than {s.until:g} % of them.\n"
                 )
         headline = "and the area under the curve" if p.threshold is None else "and the smallest eps that breaks a query"
         yield (

@@ -120,8 +120,9 @@ class Step(_Record):
 
     ``aims`` says how many of the attack's targets are tried, one after another. With ``rounds`` above 1 it is
     repeated on what is left, with other random numbers, as its ``turns`` say one after another; a turn that aims
-    takes one target, the next one each time. It ends early in each group of :attr:`Protocol.together` queries: after at least
-    ``fewest`` rounds, the last half of which broke no more than ``until`` percent of the group's queries that were right when clean.
+    takes one target, the next one each time. It ends early in each group of :attr:`Protocol.together` queries, once it
+    has run ``fewest`` times for each query that was right when clean, so the fewer are left the more rounds they meet, and
+    the last half of the rounds broke no more than ``until`` percent of them.
     """
 
     name: str

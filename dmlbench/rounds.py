@@ -62,10 +62,11 @@ def rounds_run(
     total = fallen(step.rounds, group, first)  # (G, n)
     size = len(total)
     n = np.arange(step.rounds + 1)
+    count = np.bincount(group[right], minlength=size)[:, None]
+    left = np.bincount(group[alive], minlength=size)[:, None] - total
+    spent = left.cumsum(1) - left  # runs of one query before round n ends
     late = total - total[:, n // 2]
-    bearable = step.until / 100 * np.bincount(group[right], minlength=size)
-    over = (n >= step.fewest) & (late <= bearable[:, None])
-    over |= total == np.bincount(group[alive], minlength=size)[:, None]
+    over = (spent >= step.fewest * count) & (late <= step.until / 100 * count) | (left == 0)
     over[:, step.rounds] = True
     return over.argmax(1)
 
@@ -78,7 +79,7 @@ def last_half(total: Int[np.ndarray, "G n"], ran: Int[np.ndarray, " G"]) -> int:
 
 def missed(late: int) -> tuple[float, float]:
     """How many queries :data:`MORE` times the rounds would still break, where the last half broke ``late``: estimate and bound."""
-    from scipy import stats
+    from scipy.special import gammaincinv
 
-    limit = float(stats.chi2.ppf(LEVEL, 2 * (late + 1))) / 2
+    limit = float(gammaincinv(late + 1, LEVEL))
     return late * (1 - 1 / MORE), math.log2(MORE) * limit

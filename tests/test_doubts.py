@@ -10,7 +10,7 @@ from torch import nn
 
 import dmlbench
 from dmlbench.audit import CHECKS, FLAGS, PASSES, SURVEYED, glance
-from dmlbench.checkpoints import PACKAGE
+from dmlbench.checkpoints import packaged
 from dmlbench.checks import doubts_about
 from dmlbench.errors import DataError
 from dmlbench.evaluate import evaluate
@@ -216,10 +216,7 @@ def test_scores_are_moved_into_range_as_a_whole() -> None:
 
 def test_every_flag_has_one_meaning() -> None:
     raised = {
-        f
-        for rows in load_boards(PACKAGE.parent / "leaderboard").values()
-        for r in rows
-        for f in (r.flags or "").split()
+        f for rows in load_boards(packaged("leaderboard")).values() for r in rows for f in (r.flags or "").split()
     }
     assert raised <= set(FLAGS)
     assert {f"audit-{name}" for name in CHECKS} <= set(FLAGS)

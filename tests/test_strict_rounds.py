@@ -134,7 +134,8 @@ def plain_end(step: Step, broken: list[int], right: int, alive: int) -> int:
         late = sum(broken[n // 2 : n])
         if sum(broken[:n]) == alive or n == step.rounds:
             return n
-        if n >= step.fewest and late <= step.until / 100 * right:
+        spent = sum(alive - sum(broken[:r]) for r in range(n))
+        if spent >= step.fewest * right and late <= step.until / 100 * right:
             return n
     raise AssertionError
 
@@ -334,7 +335,7 @@ def test_nothing_left_ends_early(model) -> None:
 def test_strict_from_the_command_line(typed, tmp_path) -> None:
     text = (FOLDER / "strict.toml").read_text(encoding="utf-8")
     for long, short in {
-        "steps = 100": "steps = 4", "steps = 50": "steps = 4", "queries = 1000}": "queries = 4}", "rounds = 120": "rounds = 9",
+        "steps = 100": "steps = 4", "steps = 50": "steps = 4", "queries = 1000}": "queries = 4}", "rounds = 120": "rounds = 9", "fewest = 12": "fewest = 8",
         "audit = 256": "clustering_seeds = [0]", "together = 250": "together = 10",
     }.items():  # fmt: skip
         assert long in text

@@ -31,18 +31,18 @@ import torch
 import torch.nn.functional as F
 
 from dmlbench.attacks import ATTACKS, aim, craft, measure
-from dmlbench.compiled import Steps
-from dmlbench.compiled import ready as ready_to_attack
 from dmlbench.embedding import DISTANCES, Embedder
-from dmlbench.exact import gradients_in, true_float32
-from dmlbench.kmeans import lloyd
+from dmlbench.fast.compiled import Steps
+from dmlbench.fast.compiled import ready as ready_to_attack
+from dmlbench.fast.exact import gradients_in, true_float32
+from dmlbench.fast.kmeans import lloyd
+from dmlbench.fast.rounded import settled
 from dmlbench.metrics import agreement, kmeans, mean, retrieval
 from dmlbench.models import ARCHITECTURES
 from dmlbench.models.spec import PRECISIONS
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.plan import forget_peak, peak_mib, timed
 from dmlbench.rng import Rng
-from dmlbench.rounded import settled
 from dmlbench.scene import Gallery, Scene
 from dmlbench.threat import Threat
 

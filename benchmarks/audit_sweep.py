@@ -12,13 +12,13 @@ import time
 import numpy as np
 
 import dmlbench
-from dmlbench.audit import glance
 from dmlbench.checkpoints import checkpoints
-from dmlbench.checks import between, spread
+from dmlbench.doubts.audit import glance
+from dmlbench.doubts.checks import between, spread
+from dmlbench.doubts.unseen import survey
 from dmlbench.errors import DmlbenchError
 from dmlbench.metrics import retrieval
-from dmlbench.subject import prepare
-from dmlbench.unseen import survey
+from dmlbench.run.subject import prepare
 
 
 def row(name: str, queries: int | None) -> list[str]:

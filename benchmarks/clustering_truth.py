@@ -24,8 +24,8 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from dmlbench import evaluate, load_dataset, load_model, load_protocol
-from dmlbench.clustering import numbers, readings
-from dmlbench.subject import Subject, prepare
+from dmlbench.kinds.clustering import numbers, readings
+from dmlbench.run.subject import Subject, prepare
 from dmlbench.threat import length
 
 BLOCK = 512

@@ -21,9 +21,9 @@ import torch
 
 from dmlbench.errors import DmlbenchError
 from dmlbench.evaluate import evaluate
-from dmlbench.recipe import load_recipe
 from dmlbench.results import write_whole
-from dmlbench.training import train as train_run
+from dmlbench.training.loop import train as train_run
+from dmlbench.training.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, ROWS = Path("runs/findings"), ROOT / "docs" / "findings.csv"

@@ -96,7 +96,7 @@ class Emulated(TorchDispatchMode):
 @contextmanager
 def emulated(rounding: Callable[[Tensor], Tensor] = nearest) -> Iterator[Emulated]:
     """Within it, the CPU passes for a device that has TF32, and its products are rounded like one's."""
-    with patch("dmlbench.rounded.has_tf32", lambda device: True), Emulated(rounding) as mode:
+    with patch("dmlbench.fast.rounded.has_tf32", lambda device: True), Emulated(rounding) as mode:
         yield mode
 
 

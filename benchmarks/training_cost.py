@@ -14,13 +14,13 @@ import click
 import torch
 from torch import Tensor, nn
 
-from dmlbench.defenses import DEFENSES, Batch, Inner, Learner
-from dmlbench.defenses.base import frozen, triples
 from dmlbench.embedding import Embedder
-from dmlbench.losses import MARGIN, build_loss, hardness, triplet
 from dmlbench.models import build_network
 from dmlbench.rng import Rng
 from dmlbench.threat import Threat
+from dmlbench.training.defenses import DEFENSES, Batch, Inner, Learner
+from dmlbench.training.defenses.base import frozen, triples
+from dmlbench.training.losses import MARGIN, build_loss, hardness, triplet
 
 
 def seconds(work: Callable[[], None], device: torch.device) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmlbench.embedding import Embedder, require_finite
 from dmlbench.errors import UsageError
-from dmlbench.exact import true_float32
+from dmlbench.fast.exact import true_float32
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import OBJECTIVES, Objective
 from dmlbench.optimizers import OPTIMIZERS, Run

@@ -21,6 +21,8 @@ from dmlbench.registry import suggest
 
 SCHEMA_VERSION = 1
 PACKAGE = Path(__file__).resolve().parent
+ID = r"^[a-z0-9][a-z0-9._-]*$"
+"""What the id of a model may be."""
 
 
 class _Record(BaseModel):

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from dmlbench.embedding import DISTANCES
-from dmlbench.kmeans import entropy
+from dmlbench.fast.kmeans import entropy
 from dmlbench.registry import Registry
 from dmlbench.scene import Scene
 

@@ -127,7 +127,7 @@ class Embedder(nn.Module):
         precision: of gradients, never of results: "float32"; "int8", which rounds the gallery that an attack
             looks at; "tf32", which lets a GPU round the factors of products; "bfloat16", which rounds inside the
             network; "auto", which chooses of the first three.
-        compiled: whether gradient steps are to go through torch.compile; see :mod:`dmlbench.compiled`.
+        compiled: whether gradient steps are to go through torch.compile; see :mod:`dmlbench.fast.compiled`.
         steps: the network as gradient steps run it, None for ``network`` itself.
         notes: sentences about how it was loaded.
         doubts: (flag, sentence) of what makes its numbers mean less than they say.

@@ -1,6 +1,6 @@
 """evaluate(model, data set, protocol) to an Evaluation: what is run, in which order, and the record of it.
 
-The file to read first is ``subject.py`` (what is measured), then ``search.py`` (how one attack is run).
+The file to read first is ``run/subject.py`` (what is measured), then ``run/search.py`` (how one attack is run).
 """
 
 import datetime
@@ -13,28 +13,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmlbench import clustering as clustering_attacks
-from dmlbench import strict
 from dmlbench.attacks import ATTACKS, aim
-from dmlbench.audit import examine, glance
-from dmlbench.checks import doubts_about
-from dmlbench.closeup import closeup
-from dmlbench.compiled import Steps
 from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
+from dmlbench.doubts.audit import examine, glance
+from dmlbench.doubts.checks import doubts_about
 from dmlbench.embedding import Embedder, digest_of
 from dmlbench.errors import ShardDone, UsageError
-from dmlbench.exact import true_float32
-from dmlbench.fingerprint import fingerprint
+from dmlbench.fast.compiled import Steps
+from dmlbench.fast.exact import true_float32
+from dmlbench.fast.rounded import settled
 from dmlbench.intervals import VERSION
+from dmlbench.kinds import clustering, strict
 from dmlbench.metrics import RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.models import load_model
 from dmlbench.protocol import Chosen, Component, Protocol, ers_of, load_protocol, score_intervals
-from dmlbench.record import dataset_info, environment, model_info
 from dmlbench.results import Evaluation, Measurement, ProtocolInfo, finite
 from dmlbench.rng import Rng
-from dmlbench.rounded import settled
-from dmlbench.search import Search, auto_batch, run_search, searches
-from dmlbench.subject import (
+from dmlbench.run.closeup import closeup
+from dmlbench.run.fingerprint import fingerprint
+from dmlbench.run.record import dataset_info, environment, model_info
+from dmlbench.run.search import Search, auto_batch, run_search, searches
+from dmlbench.run.subject import (
     Progress,
     Silent,
     Subject,
@@ -44,7 +43,7 @@ from dmlbench.subject import (
     sample_positions,
     unembedded,
 )
-from dmlbench.units import Work
+from dmlbench.run.units import Work
 from dmlbench.version import __version__
 
 AGREEMENT = ("nmi", "ami")
@@ -275,7 +274,7 @@ def notes_of(subject: Subject) -> tuple[str, ...]:
     )
 
 
-RUNNERS = {"strict": strict.run, "clustering": clustering_attacks.run}
+RUNNERS = {"strict": strict.run, "clustering": clustering.run}
 """What runs the protocols of other kinds than components."""
 
 
@@ -322,7 +321,7 @@ def asked(
     eot: int | None = None,
     surrogate: str | None = None,
 ) -> dict[str, Any]:
-    """What :func:`~dmlbench.record.told` says of the finished result of :func:`evaluate` with these arguments."""
+    """What :func:`~dmlbench.run.record.told` says of the finished result of :func:`evaluate` with these arguments."""
     chosen = rules.chosen(attacks, dataset.images.shape)
     other = load_model(surrogate) if surrogate is not None else None
     return {

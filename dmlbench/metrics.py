@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dmlbench.kmeans import lloyd, mutual_information
+from dmlbench.fast.kmeans import lloyd, mutual_information
+from dmlbench.fast.ranking import average_precisions, negatives_ahead, recalled
 from dmlbench.objectives import KEPT
-from dmlbench.ranking import average_precisions, negatives_ahead, recalled
 from dmlbench.registry import Registry
 from dmlbench.scene import Scene
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dmlbench.fast.sweep import candidate_hinge, extreme_entries, nearest_entries, query_hinge
 from dmlbench.registry import Registry
 from dmlbench.scene import Scene
-from dmlbench.sweep import candidate_hinge, extreme_entries, nearest_entries, query_hinge
 
 Objective = Callable[[Tensor, Scene], Tensor]
 

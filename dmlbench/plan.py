@@ -19,22 +19,22 @@ import torch
 
 from dmlbench.attacks import ATTACKS, Attack, aim, craft, measure
 from dmlbench.cluster_attacks import CLUSTER_ATTACKS
-from dmlbench.clustering import components as cluster_components
-from dmlbench.clustering import restarts
-from dmlbench.compiled import ready as ready_to_attack
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
 from dmlbench.errors import UsageError
 from dmlbench.evaluate import RUNNERS
+from dmlbench.fast.compiled import ready as ready_to_attack
+from dmlbench.kinds.clustering import components as cluster_components
+from dmlbench.kinds.clustering import restarts
+from dmlbench.kinds.threshold import halvings
 from dmlbench.metrics import retrieval
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Protocol
 from dmlbench.rng import Rng
+from dmlbench.run.search import LARGE, auto_batch, searches
+from dmlbench.run.subject import EMBED_BLOCK, query_order, resolve_device
 from dmlbench.scene import Gallery, Scene
-from dmlbench.search import LARGE, auto_batch, searches
-from dmlbench.subject import EMBED_BLOCK, query_order, resolve_device
 from dmlbench.threat import Threat
-from dmlbench.threshold import halvings
 
 PROBE = 8
 """Images timed at a time where images are large and there is no GPU."""

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dmlbench.embedding import Distance
-from dmlbench.rounded import RoundedGallery
+from dmlbench.fast.rounded import RoundedGallery
 
 BLUR = 1e-5
 """How far the embedding of an unchanged image may be from its clean one by float32 rounding, over ``Gallery.scale``."""
@@ -30,7 +30,7 @@ class Gallery:
     Attributes:
         embeddings: (N, D) float32.
         labels: (N,) int64.
-        rough: gradients may see the entries rounded to 8 bits; see :mod:`dmlbench.rounded`.
+        rough: gradients may see the entries rounded to 8 bits; see :mod:`dmlbench.fast.rounded`.
         blur: an embedding this near to the clean one, over ``scale``, is as good as it in a gradient's pass.
         groups: (N, G) int64, or None; see :func:`sharing`.
     """

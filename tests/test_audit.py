@@ -16,13 +16,13 @@ from test_strict import shortened
 from torch import nn
 
 import dmlbench
-from dmlbench.audit import CHECKS, Evidence, _broken_beyond, black_beats_white, examine
 from dmlbench.checkpoints import PACKAGE, checkpoint, packaged
+from dmlbench.doubts.audit import CHECKS, Evidence, _broken_beyond, black_beats_white, examine
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.evaluate import evaluate
+from dmlbench.kinds.strict import run
 from dmlbench.optimizers import OPTIMIZERS, Optimizer, apgd
-from dmlbench.strict import run
-from dmlbench.subject import prepare
+from dmlbench.run.subject import prepare
 
 TRAINED = [f"digits-smallcnn-triplet-{d}" for d in ("none", "est", "act", "hm-lga", "hm-lga-ics")]
 QUERIES = 48

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from dmlbench.attacks import ATTACKS
-from dmlbench.audit import CHECKS
-from dmlbench.catalogue import render, text
+from dmlbench.board.catalogue import render, text
+from dmlbench.doubts.audit import CHECKS
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import OBJECTIVES
 from dmlbench.optimizers import OPTIMIZERS

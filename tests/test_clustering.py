@@ -10,18 +10,18 @@ from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_s
 from sklearn.metrics.cluster import pair_confusion_matrix
 
 import dmlbench
-from dmlbench import clustering
 from dmlbench.cluster_attacks import CLUSTER_ATTACKS, SharedInformation, choose_as_a_set
-from dmlbench.clustering import attacked, centroids, pairwise_f1, worst
 from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.embedding import DISTANCES
 from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate
+from dmlbench.kinds import clustering
+from dmlbench.kinds.clustering import attacked, centroids, pairwise_f1, worst
 from dmlbench.metrics import agreement, assignments
 from dmlbench.protocol import FOLDER, Joint, load_protocol
 from dmlbench.rng import Rng
+from dmlbench.run.subject import prepare
 from dmlbench.scene import Gallery, Scene
-from dmlbench.subject import prepare
 from dmlbench.threat import Threat
 
 DEFAULT = "digits-smallcnn-triplet-hm-lga-ics"

@@ -7,8 +7,8 @@ import torch
 from sklearn.metrics import normalized_mutual_info_score
 
 import dmlbench
-from dmlbench import clustering
-from dmlbench.subject import prepare
+from dmlbench.kinds import clustering
+from dmlbench.run.subject import prepare
 
 
 def test_soft_nmi_of_hard_clusters_is_scikit_learns() -> None:

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from sklearn.metrics import normalized_mutual_info_score
 from synthetic import ENDS, evaluation, outcomes, rescale
 
-from dmlbench.compare import Gate, as_junit, as_markdown, as_text, compare, compare_rows, sources
-from dmlbench.compare.gate import metric_name, named_gate, parse_drop, project_gate
-from dmlbench.compare.paired import nmi_by_weight, nmi_interval, pair, worst_clusters
-from dmlbench.compare.sources import find
+from dmlbench.board import add_row, from_evaluation
+from dmlbench.board.compare import Gate, as_junit, as_markdown, as_text, compare, compare_rows, sources
+from dmlbench.board.compare.gate import metric_name, named_gate, parse_drop, project_gate
+from dmlbench.board.compare.paired import nmi_by_weight, nmi_interval, pair, worst_clusters
+from dmlbench.board.compare.sources import find
+from dmlbench.board.row import extra_numbers
 from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.intervals import PERCENT, paired_intervals
-from dmlbench.leaderboard import add_row, from_evaluation
-from dmlbench.leaderboard.row import extra_numbers
 from dmlbench.protocol import load_protocol
 from dmlbench.results import Flag, Measurement, load, save
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import dmlbench
-from dmlbench.compiled import LEAST, Steps, apart, ready
 from dmlbench.errors import NotComparable
 from dmlbench.evaluate import evaluate
-from dmlbench.units import Units, Work
+from dmlbench.fast.compiled import LEAST, Steps, apart, ready
+from dmlbench.run.units import Units, Work
 
 MODEL = "digits-smallcnn-triplet-hm-lga-ics"
 NOTE = "--compile: gradient steps ran uncompiled, since "

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from dmlbench.defenses import DEFENSES, DESTINATIONS, Batch, Inner, Learner, base
-from dmlbench.defenses.base import Miner, frozen
-from dmlbench.defenses.manipulation import BOOST
 from dmlbench.embedding import Embedder
 from dmlbench.errors import UsageError
-from dmlbench.losses import build_loss, hardness, proxy_anchor_each, triplet
 from dmlbench.models import ARCHITECTURES
 from dmlbench.optimizers import pgd
 from dmlbench.rng import Rng
-from dmlbench.sampling import SAMPLINGS, draw
 from dmlbench.threat import Threat
+from dmlbench.training.defenses import DEFENSES, DESTINATIONS, Batch, Inner, Learner, base
+from dmlbench.training.defenses.base import Miner, frozen
+from dmlbench.training.defenses.manipulation import BOOST
+from dmlbench.training.losses import build_loss, hardness, proxy_anchor_each, triplet
+from dmlbench.training.sampling import SAMPLINGS, draw
 
 MARGIN = 0.2
 
@@ -47,7 +47,7 @@ def test_semihard_mining_takes_the_margin_of_the_recipe(monkeypatch, margin: flo
         seen.append(given)
         return draw(*given)
 
-    monkeypatch.setattr("dmlbench.defenses.base.draw", spy)
+    monkeypatch.setattr("dmlbench.training.defenses.base.draw", spy)
     model, b = learner(), batch()
     model.margin = margin
     model.outer(model.embedder(b.images), b, "M")
@@ -137,7 +137,7 @@ def test_none_is_the_triplet_loss_of_the_clean_batch() -> None:
 
 
 def triplets_of_outer(model: Learner, b: Batch):
-    from dmlbench.sampling import draw
+    from dmlbench.training.sampling import draw
 
     d = torch.zeros(3, 6)
     return draw("R", d, b.labels, b.anchors, 6, b.stream("outer", b.anchors))

@@ -9,19 +9,19 @@ from masks import APART, CHEATS, MASKS
 from torch import nn
 
 import dmlbench
-from dmlbench.audit import CHECKS, FLAGS, PASSES, SURVEYED, glance
+from dmlbench.board.build import load_boards
 from dmlbench.checkpoints import packaged
-from dmlbench.checks import doubts_about
+from dmlbench.doubts.audit import CHECKS, FLAGS, PASSES, SURVEYED, glance
+from dmlbench.doubts.checks import doubts_about
+from dmlbench.doubts.unseen import STEPS
 from dmlbench.errors import DataError
 from dmlbench.evaluate import evaluate
-from dmlbench.leaderboard.build import load_boards
 from dmlbench.metrics import retrieval
 from dmlbench.optimizers import autograd, watched
 from dmlbench.protocol import counted, ers_of, load_protocol
 from dmlbench.results import Evaluation, Measurement
 from dmlbench.rng import Rng
-from dmlbench.subject import Subject, prepare
-from dmlbench.unseen import STEPS
+from dmlbench.run.subject import Subject, prepare
 
 PLAIN = "digits-smallcnn-triplet-none"
 KINDS = ("ers-digits", "strict-fast", "clustering", "panum-28-l2")

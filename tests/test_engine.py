@@ -18,12 +18,12 @@ import dmlbench
 from dmlbench import results
 from dmlbench.errors import DataError, NotComparable, ShardDone, UsageError
 from dmlbench.evaluate import asked, evaluate
-from dmlbench.fingerprint import differing, exact, fingerprint
-from dmlbench.parallel import World
 from dmlbench.protocol import load_protocol
-from dmlbench.record import told
-from dmlbench.search import auto_batch, halved, shrunk
-from dmlbench.units import Shard, Units, Work, collect
+from dmlbench.run.fingerprint import differing, exact, fingerprint
+from dmlbench.run.parallel import World
+from dmlbench.run.record import told
+from dmlbench.run.search import auto_batch, halved, shrunk
+from dmlbench.run.units import Shard, Units, Work, collect
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "digits-smallcnn-triplet-none"

@@ -17,8 +17,8 @@ from dmlbench.models import ARCHITECTURES
 from dmlbench.protocol import Component, load_protocol
 from dmlbench.results import Evaluation, load, save
 from dmlbench.rng import Rng
-from dmlbench.search import aimed, searches
-from dmlbench.subject import prepare
+from dmlbench.run.search import aimed, searches
+from dmlbench.run.subject import prepare
 
 DEFAULT = "digits-smallcnn-triplet-hm-lga-ics"
 

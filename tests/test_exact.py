@@ -7,7 +7,7 @@ from torch import nn
 
 import dmlbench
 from dmlbench.evaluate import evaluate
-from dmlbench.exact import settings, true_float32
+from dmlbench.fast.exact import settings, true_float32
 
 
 def standing():

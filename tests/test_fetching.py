@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from dmlbench.checkpoints import File, checkpoint
 from dmlbench.errors import DataError
-from dmlbench.fetching import fetch, weights_path
 from dmlbench.models import open_model, probe_images
+from dmlbench.models.fetching import fetch, weights_path
 from dmlbench.models.published import IMAGENET_MEAN, IMAGENET_STD
 
 

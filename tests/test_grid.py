@@ -15,12 +15,12 @@ import dmlbench
 from dmlbench import results
 from dmlbench.errors import DataError, ShardDone
 from dmlbench.evaluate import asked, evaluate
-from dmlbench.parallel import World
+from dmlbench.kinds.strict import BATCHES, Field, begin, run, settle
 from dmlbench.protocol import load_protocol
-from dmlbench.record import told
-from dmlbench.strict import BATCHES, Field, begin, run, settle
-from dmlbench.subject import Silent, prepare
-from dmlbench.units import Shard, Units, Work, collect
+from dmlbench.run.parallel import World
+from dmlbench.run.record import told
+from dmlbench.run.subject import Silent, prepare
+from dmlbench.run.units import Shard, Units, Work, collect
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "digits-smallcnn-triplet-hm-lga-ics"

@@ -12,13 +12,13 @@ from plain import average, distance, order, relu, to_all
 from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.embedding import DISTANCES
 from dmlbench.errors import DataError, UsageError
+from dmlbench.fast.sweep import extreme_entries, nearest_entries, query_hinge
 from dmlbench.metrics import READOUTS, retrieval
 from dmlbench.objectives import OBJECTIVES
 from dmlbench.protocol import load_protocol
 from dmlbench.rng import Rng
+from dmlbench.run.subject import prepare
 from dmlbench.scene import Gallery, Scene
-from dmlbench.subject import prepare
-from dmlbench.sweep import extreme_entries, nearest_entries, query_hinge
 from dmlbench.targets import TARGETS
 
 B = 8

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from synthetic import evaluation
 
+from dmlbench.board import COLUMNS, PARTS, Row, add_row, from_csv, from_evaluation, rank, to_csv
+from dmlbench.board.build import differences, load_boards, rows_of
 from dmlbench.errors import DataError
-from dmlbench.leaderboard import COLUMNS, PARTS, Row, add_row, from_csv, from_evaluation, rank, to_csv
-from dmlbench.leaderboard.build import differences, load_boards, rows_of
 from dmlbench.protocol import load_protocol
 from dmlbench.results import Flag, Measurement
 from dmlbench.submission.rerun import Verification
@@ -328,7 +328,7 @@ def test_what_stands_behind_a_row(board, tmp_path, monkeypatch):
     monkeypatch.delenv("DMLBENCH_CHECKPOINTS")
 
     rules = load_protocol("ers-digits").model_copy(update={"superseded_by": "ers-digits-2"})
-    monkeypatch.setattr("dmlbench.leaderboard.row.packaged_protocol", lambda name, sha256: rules)
+    monkeypatch.setattr("dmlbench.board.row.packaged_protocol", lambda name, sha256: rules)
     assert set(statuses(board).values()) == {"stale"}
     digits = [r for r in rank(rows_of(board)) if (r.dataset, r.protocol) == ("digits", "ers-digits")]
     assert {r.rank for r in digits} == {None}

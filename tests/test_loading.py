@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dmlbench.datasets import TensorImages
-from dmlbench.loading import Loader
+from dmlbench.run.loading import Loader
 
 CPU = torch.device("cpu")
 ROWS = np.array([7, 3, 0, 9, 2, 5, 1])

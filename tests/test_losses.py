@@ -7,8 +7,8 @@ import torch
 
 from dmlbench.embedding import DISTANCES
 from dmlbench.errors import UsageError
-from dmlbench.losses import LOSSES, build_loss, contrastive, hardness, proxy_anchor_each, triplet
 from dmlbench.rng import Rng
+from dmlbench.training.losses import LOSSES, build_loss, contrastive, hardness, proxy_anchor_each, triplet
 
 
 def embedded(space: str = "N", classes: int = 3, per_class: int = 2, dim: int = 4):

@@ -19,10 +19,10 @@ from trees import class_tree, cub_tree
 from dmlbench.datasets import prepare as preparing
 from dmlbench.datasets import unpack as unpacking
 from dmlbench.datasets.base import Counts
+from dmlbench.datasets.downloads import Download, fetch
 from dmlbench.datasets.prepare import ORIGINS, Origin, prepare
 from dmlbench.datasets.unpack import unpack
 from dmlbench.datasets.verify import verify
-from dmlbench.downloads import Download, fetch
 from dmlbench.errors import DataError, UsageError
 
 

@@ -11,10 +11,10 @@ from PIL import Image
 from synthetic import evaluation
 
 import dmlbench
+from dmlbench.board import add_row, from_csv
+from dmlbench.board.row import extra_numbers
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError
-from dmlbench.leaderboard import add_row, from_csv
-from dmlbench.leaderboard.row import extra_numbers
 from dmlbench.results import load, save
 
 MODEL = "digits-smallcnn-triplet-none"
@@ -84,7 +84,7 @@ def test_a_row_that_fails_after_the_run_loses_no_table(form, typed, tmp_path, mo
     def fails(*args):
         raise DataError("the disk is full")
 
-    monkeypatch.setattr("dmlbench.leaderboard.add_row", fails)
+    monkeypatch.setattr("dmlbench.board.add_row", fails)
     done = typed(*SHORT, "--csv", "b.csv", *form, code=4)
     assert "CA+" in done.out and "the disk is full" in done.err
 

@@ -1,6 +1,7 @@
 """Tables refuse duplicates and help with typos; protocols and registry files are checked."""
 
 import ast
+import graphlib
 import json
 import re
 from pathlib import Path
@@ -304,29 +305,47 @@ def test_checkpoint_file_refuses_unknown_keys(tmp_path: Path, monkeypatch: pytes
         checkpoints()
 
 
-ORDER = [
-    "errors", "version", "registry", "rng", "intervals", "threat", "checkpoints", "embedding", "scene", "objectives", "targets",
-    "optimizers", "metrics", "attacks", "cluster_attacks", "protocol", "threshold", "results", "subject", "rounds", "search", "record", "checks", "strict", "clustering", "audit", "evaluate",
-]  # fmt: skip
-
-
-def imported(path: Path) -> set[str]:
+def imports(path: Path) -> set[str]:
     """dmlbench modules that a file imports when it is read (not inside functions or for typing alone)."""
     found = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dmlbench."):
-            found.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dmlbench":
+            for name in (f"{node.module}.{alias.name}" for alias in node.names):
+                found.add(name if name in MODULES else node.module)
     return found
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_imports_point_strictly_downwards(name: str) -> None:
-    path = PACKAGE / f"{name}.py"
-    files = [path] if path.exists() else sorted((PACKAGE / name).glob("*.py"))
-    assert files
-    for file in files:
-        above = [m for m in imported(file) if m in ORDER and m != name and ORDER.index(m) > ORDER.index(name)]
-        assert not above, f"{file.name} imports {above}"
+MODULES = {
+    ".".join(("dmlbench", *f.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): f
+    for f in PACKAGE.rglob("*.py")
+}
+
+
+def test_no_imports_go_round_in_a_circle() -> None:
+    known = {name: imports(path) & MODULES.keys() - {"dmlbench"} for name, path in MODULES.items()}
+    graphlib.TopologicalSorter(known).prepare()
+
+
+def rows_of_the_page() -> list[list[str]]:
+    """The files and folders of each row of the table in docs/architecture.md, as names of modules."""
+    lines = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines()
+    cells = [line.split("|")[1] for line in lines if line.startswith("| `")]
+    return [[name.removesuffix(".py").strip("/") for name in re.findall(r"`([\w/.]+)`", cell)] for cell in cells]
+
+
+def test_the_page_names_every_room_in_an_order_without_an_arrow_up() -> None:
+    rows = rows_of_the_page()
+    place = {name: i for i, names in enumerate(rows) for name in names}
+    rooms = {f.name.removesuffix(".py") for f in PACKAGE.iterdir() if f.suffix == ".py" or (f / "__init__.py").exists()}
+    assert rooms - {"__init__", "__main__", "version"} == {name.split("/")[0] for name in place}
+
+    def at(module: str) -> int:
+        parts = module.split(".")[1:]
+        return place.get("/".join(parts), place.get(parts[0] if parts else "", -1))
+
+    for name, path in MODULES.items():
+        above = sorted(m for m in imports(path) if at(m) > at(name) >= 0)
+        assert not above, f"{name} imports {above}"
 
 
 def test_only_the_command_line_prints() -> None:

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 import dmlbench
-from dmlbench.closeup import closeup, names_of
-from dmlbench.report import Run, page
-from dmlbench.report.charts import Bar, Line, bars, curves
-from dmlbench.report.pictures import data_uri, magnified
+from dmlbench.board.report import Run, page
+from dmlbench.board.report.charts import Bar, Line, bars, curves
+from dmlbench.board.report.pictures import data_uri, magnified
 from dmlbench.results import Evaluation, save
-from dmlbench.subject import prepare
+from dmlbench.run.closeup import closeup, names_of
+from dmlbench.run.subject import prepare
 
 MODELS = ("digits-smallcnn-triplet-none", "digits-smallcnn-triplet-hm-lga-ics")
 

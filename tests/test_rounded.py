@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmlbench
-from dmlbench import rounded, sweep
 from dmlbench.embedding import DISTANCES
 from dmlbench.errors import UsageError
 from dmlbench.evaluate import evaluate
-from dmlbench.rounded import RoundedGallery, settled
+from dmlbench.fast import rounded, sweep
+from dmlbench.fast.rounded import RoundedGallery, settled
+from dmlbench.fast.sweep import extreme_entries, query_hinge
 from dmlbench.scene import Gallery, Scene
-from dmlbench.sweep import extreme_entries, query_hinge
 
 MODEL = "digits-smallcnn-triplet-hm-lga-ics"
 

@@ -10,10 +10,19 @@ from hypothesis import strategies as st
 
 from dmlbench.embedding import DISTANCES
 from dmlbench.errors import DataError, UsageError
-from dmlbench.losses import MARGIN
-from dmlbench.recipe import Recipe
 from dmlbench.rng import Rng
-from dmlbench.sampling import CUTOFF, NONZERO, SAMPLINGS, Pairs, check_classes, class_batch, distance_weights, draw
+from dmlbench.training.losses import MARGIN
+from dmlbench.training.recipe import Recipe
+from dmlbench.training.sampling import (
+    CUTOFF,
+    NONZERO,
+    SAMPLINGS,
+    Pairs,
+    check_classes,
+    class_batch,
+    distance_weights,
+    draw,
+)
 
 
 def scene(seed: int, classes: int = 4, per_class: int = 3, dim: int = 5):

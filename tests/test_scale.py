@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
-from dmlbench import kmeans, metrics, ranking, sweep
+from dmlbench import metrics
 from dmlbench.embedding import DISTANCES
+from dmlbench.fast import kmeans, ranking, sweep
+from dmlbench.fast.sweep import nearest_entries
 from dmlbench.objectives import OBJECTIVES
 from dmlbench.scene import Gallery, Scene
-from dmlbench.sweep import nearest_entries
 
 
 def scene_of(space="N", entries=300, images=7, dims=5, k=1, classes=6, seed=0):

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from browser import chromium
 
+from dmlbench.board import Row, from_csv, rank, to_csv
+from dmlbench.board.row import NUMBERS
+from dmlbench.board.site import ORDER, _plot, write_site
 from dmlbench.errors import DataError
-from dmlbench.leaderboard import Row, from_csv, rank, to_csv
-from dmlbench.leaderboard.row import NUMBERS
-from dmlbench.site import ORDER, _plot, write_site
 
 BOARD = Path(__file__).resolve().parent.parent / "leaderboard"
 CUB, DIGITS = "ers-224-published/cub.html", "ers-digits/digits.html"
@@ -237,7 +237,7 @@ def test_hostile_text_is_text(tmp_path, board):
     rows = from_csv(folder / "ers-digits" / "digits.csv")
     evil = '"><script>document.title="owned"</script><img src=x onerror=1>'
     hostile = rows[0].model_copy(update={"model": evil, "defense": evil, "flags": evil.replace(" ", "")})
-    from dmlbench import site as module
+    from dmlbench.board import site as module
 
     pages = module._environment().get_template("board.html.j2").render(
         boards=[], statuses={}, flags={}, root="../", current="x",

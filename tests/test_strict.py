@@ -6,17 +6,17 @@ import torch
 from plain import to_all
 
 import dmlbench
-from dmlbench import strict
 from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate
+from dmlbench.kinds import strict
+from dmlbench.kinds.strict import CARRIED, CLEAN_WRONG, SURVIVED, area, attempt
 from dmlbench.models import ARCHITECTURES
 from dmlbench.protocol import load_protocol, read_protocol
 from dmlbench.results import load, save
 from dmlbench.rng import Rng
-from dmlbench.strict import CARRIED, CLEAN_WRONG, SURVIVED, area, attempt
-from dmlbench.subject import prepare
+from dmlbench.run.subject import prepare
 
 DEFAULT = "digits-smallcnn-triplet-hm-lga-ics"
 

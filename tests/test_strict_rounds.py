@@ -14,27 +14,27 @@ from scipy import integrate, stats
 from test_strict import DEFAULT, shortened
 
 import dmlbench
-from dmlbench import strict
+from dmlbench.board.compare.paired import pair
+from dmlbench.board.row import from_evaluation
+from dmlbench.board.table import rank
 from dmlbench.cli.kinds import print_strict
-from dmlbench.compare.paired import pair
 from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.embedding import Embedder
 from dmlbench.errors import ShardDone, UsageError
 from dmlbench.evaluate import evaluate
 from dmlbench.intervals import cluster_median, cluster_medians
-from dmlbench.leaderboard.row import from_evaluation
-from dmlbench.leaderboard.table import rank
+from dmlbench.kinds import strict
+from dmlbench.kinds.rounds import groups, missed, rounds_run
+from dmlbench.kinds.strict import CARRIED, CLEAN_WRONG, SMALLEST, attempt
+from dmlbench.kinds.threshold import bracket, halvings, ladder
 from dmlbench.objectives import margin_to_entry
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import FOLDER, Component, Step, Threshold
 from dmlbench.results import load
 from dmlbench.rng import Rng
-from dmlbench.rounds import groups, missed, rounds_run
-from dmlbench.strict import CARRIED, CLEAN_WRONG, SMALLEST, attempt
-from dmlbench.subject import measured_queries, prepare, query_order
+from dmlbench.run.subject import measured_queries, prepare, query_order
+from dmlbench.run.units import Shard, Units, Work
 from dmlbench.threat import Threat, length, written
-from dmlbench.threshold import bracket, halvings, ladder
-from dmlbench.units import Shard, Units, Work
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ from dmlbench.errors import UsageError
 from dmlbench.intervals import VERSION
 from dmlbench.protocol import load_protocol, score_intervals
 from dmlbench.results import Evaluation, load, npz_bytes, save
-from dmlbench.subject import query_order
+from dmlbench.run.subject import query_order
 from dmlbench.submission import rerun
 from dmlbench.submission.bundle import LIMITS, Refused, read_arrays
 from dmlbench.submission.pack import pack, write_folder

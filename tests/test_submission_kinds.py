@@ -8,11 +8,11 @@ import pytest
 from bundles import MODEL, edit_arrays, edit_json, edit_yaml, put, valid, zipped
 
 import dmlbench
-from dmlbench import clustering, strict
+from dmlbench.board import build
+from dmlbench.board.row import shown as cell
+from dmlbench.board.row import within
 from dmlbench.intervals import PERCENT, VERSION, class_intervals
-from dmlbench.leaderboard import build
-from dmlbench.leaderboard.row import shown as cell
-from dmlbench.leaderboard.row import within
+from dmlbench.kinds import clustering, strict
 from dmlbench.protocol import load_protocol
 from dmlbench.results import Evaluation, Flag, save
 from dmlbench.submission import rerun

@@ -17,20 +17,20 @@ from tf32 import WAYS, Emulated, emulated, scored
 from torch import nn
 
 import dmlbench
-from dmlbench import rounded
 from dmlbench.attacks import AttackLoss
-from dmlbench.compiled import ready
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import UsageError
 from dmlbench.evaluate import evaluate
-from dmlbench.exact import in_tf32, settings, true_float32
+from dmlbench.fast import rounded
+from dmlbench.fast.compiled import ready
+from dmlbench.fast.exact import in_tf32, settings, true_float32
+from dmlbench.fast.rounded import settled
+from dmlbench.kinds.strict import Log, Misrank
 from dmlbench.objectives import margin, shift
 from dmlbench.optimizers import autograd
 from dmlbench.rng import Rng
-from dmlbench.rounded import settled
+from dmlbench.run.subject import prepare
 from dmlbench.scene import Gallery, Scene
-from dmlbench.strict import Log, Misrank
-from dmlbench.subject import prepare
 
 MODEL = "digits-smallcnn-triplet-hm-lga-ics"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -14,19 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmlbench import training
 from dmlbench.checkpoints import checkpoints, verified
 from dmlbench.cli import main
 from dmlbench.datasets import load_dataset
-from dmlbench.defenses import DEFENSES
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.models import build, check_probe, fill, load_model, read_weights, write_weights
-from dmlbench.parallel import World
-from dmlbench.recipe import Recipe, command_of, load_recipe, make_recipe, packaged_recipes
-from dmlbench.registration import read_entry, register
+from dmlbench.models.registration import read_entry, register
 from dmlbench.rng import Rng
-from dmlbench.training import TrainingFailed, fitting, learning_rate, margins, train
+from dmlbench.run.parallel import World
+from dmlbench.training import loop as training
+from dmlbench.training.defenses import DEFENSES
+from dmlbench.training.loop import TrainingFailed, fitting, learning_rate, margins, train
+from dmlbench.training.recipe import Recipe, command_of, load_recipe, make_recipe, packaged_recipes
 
 SMALL = {"groups": 4, "steps": 2, "iterations": 6, "check_every": 3, "arch_kwargs": {"width": 2}, "embed_dim": 8}
 HM = "digits-smallcnn-triplet-hm-lga-ics"

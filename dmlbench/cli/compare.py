@@ -56,11 +56,11 @@ def compare(
     BASE and CANDIDATE are run folders, ids of registered models, or rows of a board (FILE.csv:MODEL).
     The report is also appended to $GITHUB_STEP_SUMMARY where that is set.
     """
-    from dmlbench.compare import as_junit, as_markdown, as_text
-    from dmlbench.compare import compare as compare_runs
-    from dmlbench.compare.gate import metric_name, named_gate, parse_drop, project_gate
-    from dmlbench.compare.sources import find
-    from dmlbench.compare.verdict import as_row, compare_rows, components_of
+    from dmlbench.board.compare import as_junit, as_markdown, as_text
+    from dmlbench.board.compare import compare as compare_runs
+    from dmlbench.board.compare.gate import metric_name, named_gate, parse_drop, project_gate
+    from dmlbench.board.compare.sources import find
+    from dmlbench.board.compare.verdict import as_row, compare_rows, components_of
     from dmlbench.errors import DataError
     from dmlbench.results import Evaluation, json_bytes, prepare_folder, write_whole
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from dmlbench.datasets import RetrievalDataset
     from dmlbench.embedding import Embedder
     from dmlbench.models import ModelOptions
-    from dmlbench.parallel import World
     from dmlbench.protocol import Protocol
-    from dmlbench.units import Units
+    from dmlbench.run.parallel import World
+    from dmlbench.run.units import Units
 
 BENIGN = {
     "recall_at_1": "R@1",
@@ -120,8 +120,8 @@ def evaluate(
     import dmlbench
     from dmlbench.evaluate import asked, default_protocol
     from dmlbench.plan import plan_of
-    from dmlbench.record import told
-    from dmlbench.units import Shard, Units, Work, refuse_other
+    from dmlbench.run.record import told
+    from dmlbench.run.units import Shard, Units, Work, refuse_other
 
     if (resume or shard) and out is None:
         raise UsageError(f"{'--resume' if resume else '--shard'} needs --out, the run folder")
@@ -202,8 +202,8 @@ def foreseen(
     surrogate: str | None,
 ) -> tuple[str, ...]:
     """Why the result will not be a full one; what ``--csv`` would refuse after the run is refused here."""
+    from dmlbench.board import foresee
     from dmlbench.evaluate import reasons
-    from dmlbench.leaderboard import foresee
 
     chosen = rules.chosen(attacks, images.images.shape)
     why = reasons(rules, chosen, images, attacks, limit, seed, eot, surrogate)
@@ -237,15 +237,15 @@ def present(evaluation: Evaluation, out: Path | None, csv: Path | None, as_json:
                 click.echo(f"run folder: {out}", err=True)
     finally:
         if csv:
-            from dmlbench.leaderboard import add_row
+            from dmlbench.board import add_row
 
             add_row(evaluation, csv)
 
 
 def _join(device: str) -> "tuple[World, str]":
     """The processes of torchrun, if any, and the device of this one of them."""
-    from dmlbench.parallel import World
-    from dmlbench.subject import resolve_device
+    from dmlbench.run.parallel import World
+    from dmlbench.run.subject import resolve_device
 
     where = resolve_device(device)
     local = os.environ.get("LOCAL_RANK")

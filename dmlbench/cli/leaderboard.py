@@ -37,10 +37,10 @@ def show(
     board: Path | None,
 ) -> None:
     """Print rows of the board, of every protocol and data set unless filtered."""
-    from dmlbench.leaderboard.build import board_folder, load_boards
-    from dmlbench.leaderboard.row import COLUMNS
-    from dmlbench.leaderboard.show import FORMATS, column, default_columns, select
-    from dmlbench.leaderboard.table import from_csv
+    from dmlbench.board.build import board_folder, load_boards
+    from dmlbench.board.row import COLUMNS
+    from dmlbench.board.show import FORMATS, column, default_columns, select
+    from dmlbench.board.table import from_csv
 
     boards = {str(file): from_csv(file)} if file else load_boards(board or board_folder())
     rows = select([row for rows in boards.values() for row in rows], filters, sort)
@@ -61,9 +61,9 @@ def show(
 @json_option
 def build(check: bool, site: Path | None, board: Path | None, as_json: bool) -> int:
     """Make the board's CSV files from its submissions."""
+    from dmlbench.board.build import build as make
+    from dmlbench.board.build import differences, load_boards
     from dmlbench.errors import UsageError
-    from dmlbench.leaderboard.build import build as make
-    from dmlbench.leaderboard.build import differences, load_boards
 
     folder = board or Path("leaderboard")
     if not (folder / "submissions").is_dir():
@@ -89,7 +89,7 @@ def build(check: bool, site: Path | None, board: Path | None, as_json: bool) -> 
             say(f"wrote {folder / name}")
         say(f"{folder}: {rows} rows, {len(changed)} file{'s' * (len(changed) != 1)} changed")
     if site and not found:
-        from dmlbench.site import write_site
+        from dmlbench.board.site import write_site
 
         pages = write_site(folder, site)
         facts["site"] = {"index": str(site / "index.html"), "pages": len(pages)}

@@ -47,7 +47,7 @@ def merge(
     """
     import dmlbench
     from dmlbench.protocol import packaged_protocol
-    from dmlbench.units import Units, Work, collect, shared_by
+    from dmlbench.run.units import Units, Work, collect, shared_by
 
     made = shared_by(shards)
     rules = packaged_protocol(made["protocol"], made.get("protocol_sha256", "")) if protocol is None else None

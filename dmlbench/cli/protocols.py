@@ -49,7 +49,7 @@ def show_protocol(name: str, as_json: bool) -> None:
 @json_option
 def docs(out: Path | None, check: bool, as_json: bool) -> None:
     """The page of every protocol, attack, read-out, optimizer and check, written from the tables."""
-    from dmlbench.catalogue import render
+    from dmlbench.board.catalogue import render
 
     page = render()
     if out is None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from dmlbench.cli.output import json_option, print_json
-from dmlbench.registration import register as add
+from dmlbench.models.registration import register as add
 
 
 @click.command(epilog="Example: dmlbench register runs/mine --registry checkpoints.json --weights dmlbench/weights")

@@ -22,7 +22,7 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 
     The first RUN is shown in full, the others beside it.
     """
-    from dmlbench.report import Run, page
+    from dmlbench.board.report import Run, page
 
     if len(set(runs)) < len(runs):
         raise UsageError("a run folder is named twice")

@@ -10,9 +10,9 @@ from dmlbench.registry import suggest
 
 def schemas() -> dict[str, tuple[type[BaseModel], str]]:
     """By name: the model and what it describes."""
+    from dmlbench.board import Row
+    from dmlbench.board.compare import Comparison, Gate
     from dmlbench.checkpoints import CheckpointFile
-    from dmlbench.compare import Comparison, Gate
-    from dmlbench.leaderboard import Row
     from dmlbench.protocol import Protocol
     from dmlbench.results import Evaluation
     from dmlbench.submission.record import Submission

@@ -12,11 +12,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from dmlbench.cli.output import json_option, print_json, print_list
 from dmlbench.errors import UsageError
-from dmlbench.parallel import World
-from dmlbench.recipe import Recipe, changed, load_recipe, make_recipe, packaged_recipes, slug
-from dmlbench.subject import resolve_device
-from dmlbench.training import Progress as Row
-from dmlbench.training import train as run_training
+from dmlbench.run.parallel import World
+from dmlbench.run.subject import resolve_device
+from dmlbench.training.loop import Progress as Row
+from dmlbench.training.loop import train as run_training
+from dmlbench.training.recipe import Recipe, changed, load_recipe, make_recipe, packaged_recipes, slug
 
 EXAMPLE = """\b
 Examples:
@@ -38,7 +38,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def settings(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """Changed keys from ``--set``, as :func:`dmlbench.recipe.changed` takes them."""
+    """Changed keys from ``--set``, as :func:`dmlbench.training.recipe.changed` takes them."""
     return dict(map(parse_setting, pairs))
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from dmlbench.datasets import DATASETS, load_dataset
 from dmlbench.datasets.base import data_roots
+from dmlbench.datasets.downloads import Download, Heard, fetch
 from dmlbench.datasets.folder import PARTS
 from dmlbench.datasets.pictures import shown
 from dmlbench.datasets.unpack import unpack
-from dmlbench.downloads import Download, Heard, fetch
 from dmlbench.errors import DataError, UsageError
 
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz")

@@ -7,15 +7,15 @@ import torch
 from dmlbench.checkpoints import Checkpoint, File, checkpoint, sha256_of, verified
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, UsageError
-from dmlbench.fetching import weights_path
 from dmlbench.models.architectures import MOST_PARAMETERS, build_network
 from dmlbench.models.assembly import Chosen, assemble, load
 from dmlbench.models.behaviour import probe_images
+from dmlbench.models.fetching import weights_path
 from dmlbench.models.files import read_file
 from dmlbench.models.heads import HEADS
+from dmlbench.models.registration import read_entry
 from dmlbench.models.spec import ModelOptions, preprocess_of
 from dmlbench.models.weights import fill, read_weights
-from dmlbench.registration import read_entry
 
 
 def space_of(entry: Checkpoint) -> str:

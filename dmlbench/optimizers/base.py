@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from dmlbench.exact import gradients_in
+from dmlbench.fast.exact import gradients_in
 from dmlbench.rng import Rng
 from dmlbench.threat import Threat
 

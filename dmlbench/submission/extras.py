@@ -14,15 +14,15 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dmlbench import clustering, strict
-from dmlbench.audit import CHECKS, FEW, FIRST, HIDDEN, Finding, last_resort
 from dmlbench.cluster_attacks import CLUSTER_ATTACKS
+from dmlbench.doubts.audit import CHECKS, FEW, FIRST, HIDDEN, Finding, last_resort
 from dmlbench.evaluate import retention
+from dmlbench.kinds import clustering, strict
+from dmlbench.kinds.rounds import groups, rounds_run
+from dmlbench.kinds.threshold import bracket, ladder
 from dmlbench.protocol import Component, Protocol
 from dmlbench.results import Evaluation
-from dmlbench.rounds import groups, rounds_run
 from dmlbench.submission.bundle import Problem, Refused
-from dmlbench.threshold import bracket, ladder
 
 RUN = "run/evaluation.json"
 QUERIES = "run/per_query.npz"

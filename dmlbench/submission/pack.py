@@ -10,11 +10,11 @@ import numpy as np
 import yaml
 from pydantic import ValidationError
 
+from dmlbench.board.row import extra_numbers
 from dmlbench.checkpoints import PACKAGE, Checkpoint, checkpoints, first_problem, sha256_of
 from dmlbench.errors import DataError, UsageError
-from dmlbench.leaderboard.row import extra_numbers
 from dmlbench.results import Evaluation, json_bytes, load, narrowed, npz_bytes, stacked, write_whole
-from dmlbench.subject import query_order
+from dmlbench.run.subject import query_order
 from dmlbench.submission.bundle import LEAST_SAMPLE, LIMITS, MANIFEST, make_manifest, zip_bytes
 from dmlbench.submission.record import FILL_IN, LICENSES, STATED_EXTRA
 from dmlbench.submission.static import WEIGHTS

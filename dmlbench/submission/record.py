@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dmlbench.board.row import Percent, Sha256, Text, Url, plain_text
 from dmlbench.checkpoints import Checkpoint
-from dmlbench.leaderboard.row import Percent, Sha256, Text, Url, plain_text
 from dmlbench.registry import suggest
 from dmlbench.submission.bundle import Problem, Refused, refuse
 

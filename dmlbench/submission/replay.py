@@ -11,16 +11,16 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
-from dmlbench import clustering, strict
 from dmlbench.attacks import ATTACKS, measure
 from dmlbench.cluster_attacks import CLUSTER_ATTACKS
 from dmlbench.datasets import RetrievalDataset, load_dataset
 from dmlbench.embedding import Embedder
+from dmlbench.kinds import clustering, strict
 from dmlbench.metrics import RECALL_AT, agreement, assignments, retrieval
 from dmlbench.protocol import Component
 from dmlbench.results import Evaluation
-from dmlbench.search import aimed, searches
-from dmlbench.subject import Subject, prepare, sample_positions
+from dmlbench.run.search import aimed, searches
+from dmlbench.run.subject import Subject, prepare, sample_positions
 from dmlbench.submission.bundle import LEAST_SAMPLE, Problem, Refused, refuse
 from dmlbench.submission.static import QUERIES, RUN, SAMPLE, Checked
 from dmlbench.threat import Threat

@@ -17,22 +17,22 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from dmlbench import clustering, strict
-from dmlbench.audit import GLANCES
+from dmlbench.board.row import headline
 from dmlbench.checkpoints import PACKAGE, sha256_of
 from dmlbench.cluster_attacks import CLUSTER_ATTACKS
 from dmlbench.datasets import RetrievalDataset
+from dmlbench.doubts.audit import GLANCES
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, DmlbenchError
 from dmlbench.evaluate import evaluate
-from dmlbench.exact import true_float32
+from dmlbench.fast.exact import true_float32
 from dmlbench.intervals import ANY, PERCENT, paired_intervals
-from dmlbench.leaderboard.row import headline
+from dmlbench.kinds import clustering, strict
 from dmlbench.models import build, check_probe, fill, parameter_count
 from dmlbench.models.spec import preprocess_of
 from dmlbench.protocol import Component, Protocol, Step, scored
 from dmlbench.results import Evaluation
-from dmlbench.subject import Progress, Silent, Subject, measured_queries, prepare
+from dmlbench.run.subject import Progress, Silent, Subject, measured_queries, prepare
 from dmlbench.submission.bundle import Problem, refuse
 from dmlbench.submission.replay import AGREE, clusters_differ, dataset_of
 from dmlbench.submission.static import RUN, WEIGHTS, Checked

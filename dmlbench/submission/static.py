@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
+from dmlbench.board.row import Row, Status, extra_numbers, from_evaluation
 from dmlbench.checkpoints import checkpoints
 from dmlbench.datasets import DATASETS, load_dataset
 from dmlbench.intervals import VERSION, Ends
-from dmlbench.leaderboard.row import Row, Status, extra_numbers, from_evaluation
 from dmlbench.metrics import READOUTS
 from dmlbench.protocol import (
     Component,
@@ -28,7 +28,7 @@ from dmlbench.protocol import (
 )
 from dmlbench.registry import suggest
 from dmlbench.results import Evaluation, unstacked, widened
-from dmlbench.subject import measured_queries
+from dmlbench.run.subject import measured_queries
 from dmlbench.submission import extras
 from dmlbench.submission.bundle import Bundle, Problem, Refused, manifest_of, read_arrays, read_bundle
 from dmlbench.submission.extras import CLOSE, QUERIES, RUN, SAMPLE

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from dmlbench.leaderboard.row import headline
-from dmlbench.subject import Progress, resolve_device
+from dmlbench.board.row import headline
+from dmlbench.run.subject import Progress, resolve_device
 from dmlbench.submission.bundle import Problem, Refused
 from dmlbench.submission.replay import replay
 from dmlbench.submission.rerun import (

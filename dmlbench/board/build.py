@@ -1,0 +1,153 @@
+"""The board's CSV files, made from what lies under ``leaderboard/submissions`` and from nothing else.
+
+A folder there is a bundle (:mod:`dmlbench.submission.bundle`), or holds a ``claims.csv``: rows that a
+paper or a README states and nobody has measured with this benchmark.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from dmlbench.board.row import PARTS, Row, Status, from_evaluation, superseded
+from dmlbench.board.table import from_csv, rank, to_csv
+from dmlbench.checkpoints import checkpoints, first_problem, packaged
+from dmlbench.errors import DataError
+from dmlbench.protocol import load_protocol, packaged_protocol, protocol_names
+from dmlbench.results import write_whole
+from dmlbench.submission.bundle import Refused
+from dmlbench.submission.rerun import Verification
+from dmlbench.submission.static import Opened, open_bundle
+
+CLAIMS = "claims.csv"
+
+
+def board_folder() -> Path:
+    """The board that comes with this package (or lies in this repository)."""
+    return packaged("leaderboard")
+
+
+def rows_of(board: Path) -> list[Row]:
+    """Every row of the board's submissions, unranked.
+
+    Raises:
+        DataError: a submission cannot be read or contradicts itself, or two give the same row.
+    """
+    rows: list[Row] = []
+    seen: dict[tuple[str, ...], Path] = {}
+    for folder in sorted((board / "submissions").glob("*")):
+        if not folder.is_dir():
+            raise DataError(f"{folder} is no folder")
+        for row in _claimed(folder) if (folder / CLAIMS).exists() else [_measured(folder)]:
+            if row.key in seen:
+                raise DataError(f"{folder}: {row.model!r} under {row.protocol!r} is already in {seen[row.key]}")
+            seen[row.key] = folder
+            rows.append(row)
+    return rows
+
+
+def _claimed(folder: Path) -> Iterator[Row]:
+    for row in from_csv(folder / CLAIMS):
+        if row.status != "claimed" or not row.source or row.protocol_sha256:
+            raise DataError(
+                f"{folder / CLAIMS}: {row.model!r} must have status claimed, a source and no protocol_sha256"
+            )
+        if row.protocol not in protocol_names():
+            raise DataError(f"{folder / CLAIMS}: {row.model!r} names the unknown protocol {row.protocol!r}")
+        scores = {}
+        for c in load_protocol(row.protocol).components:
+            raw = getattr(row, f"{PARTS[c.name]}_raw") if c.name in PARTS else None
+            if raw is not None:
+                scores[f"{PARTS[c.name]}_score"] = round(float(c.rescale(raw)), 4)
+        part_of = {f"{column}_score": name for name, column in PARTS.items()}
+        worst = part_of[min(scores, key=lambda k: scores[k])] if scores else None
+        yield row.model_copy(update={**scores, "worst_part": worst, "claimed_ers": row.ers, "submission": folder.name})
+
+
+def _measured(folder: Path) -> Row:
+    try:
+        opened = open_bundle(folder)
+        return from_evaluation(
+            opened.evaluation,
+            status=status_of(opened),
+            card=opened.submission.checkpoint,
+            submission=folder.name,
+        )
+    except Refused as refused:
+        raise DataError(f"{folder}: {refused.problems[0]}") from None
+    except ValidationError as error:
+        raise DataError(f"{folder}: {first_problem(error)}") from None
+
+
+def status_of(opened: Opened) -> Status:
+    """What stands behind a measured row."""
+    e, submission = opened.evaluation, opened.submission
+    card = checkpoints().get(e.model.id)
+    if submission.retracted or submission.checkpoint.status == "retracted" or (card and card.status == "retracted"):
+        return "retracted"
+    known = packaged_protocol(e.protocol.name, e.protocol.sha256)
+    if known is None or superseded(e.protocol.name, e.protocol.sha256, e.model.id):
+        return "stale"
+    if opened.bundle.verification is None:
+        return "reproduced"
+    try:
+        record = Verification.model_validate(json.loads(opened.bundle.verification))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{opened.bundle.name}/verification.json: {error}") from None
+    if record.bundle_sha256 != opened.bundle.sha256:
+        raise DataError(f"{opened.bundle.name}/verification.json speaks of another bundle: verify it again")
+    return "verified" if record.agreed else "disputed"
+
+
+def files_of(board: Path) -> dict[str, bytes]:
+    """Each board's CSV by its path under the folder: ``<protocol>/<dataset>.csv``."""
+    boards: dict[str, list[Row]] = {}
+    for row in rows_of(board):
+        boards.setdefault(f"{row.protocol}/{row.dataset}.csv", []).append(row)
+    return {name: to_csv(rank(rows)) for name, rows in sorted(boards.items())}
+
+
+def differences(board: Path) -> list[str]:
+    """How the committed CSV files differ from what the submissions give; empty where they do not."""
+    wanted = files_of(board)
+    out = []
+    for name, content in wanted.items():
+        path = board / name
+        if not path.is_file():
+            out.append(f"{name} is missing")
+        elif path.read_bytes() != content:
+            old, new = path.read_bytes().decode(errors="replace").splitlines(), content.decode().splitlines()
+            at = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+            out.append(f"{name} differs from line {at + 1} on")
+    out += [f"{name} comes from no submission" for name in committed(board) if name not in wanted]
+    return out
+
+
+def committed(board: Path) -> list[str]:
+    """The CSV files that are there."""
+    return sorted(p.relative_to(board).as_posix() for p in board.glob("*/*.csv") if p.parent.name != "submissions")
+
+
+def build(board: Path) -> list[str]:
+    """Write every CSV file that differs and remove those that come from no submission; their names."""
+    wanted = files_of(board)
+    changed = []
+    for name, content in wanted.items():
+        path = board / name
+        if not path.is_file() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, content)
+            changed.append(name)
+    for name in committed(board):
+        if name not in wanted:
+            (board / name).unlink()
+            changed.append(name)
+    return changed
+
+
+def load_boards(board: Path) -> dict[str, list[Row]]:
+    """Every committed board, by ``<protocol>/<dataset>``."""
+    if not committed(board):
+        raise DataError(f"{board} holds no board (no <protocol>/<dataset>.csv)")
+    return {name.removesuffix(".csv"): from_csv(board / name) for name in committed(board)}

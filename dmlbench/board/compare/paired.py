@@ -1,0 +1,307 @@
+"""Two evaluations to paired differences: the same queries, one against the other, by class.
+
+Both models answered the same queries, so they err alike, and the interval of their difference knows by how
+much, class by class (:mod:`dmlbench.intervals`). ERS is the mean of its parts' scores and
+so is its difference. NMI is not a mean over queries: its interval comes from the clusters that each
+query fell into, recomputed on every resample of classes.
+
+Where one run measured some of the other's queries only, everything is of the common ones. What belongs to
+the set that was measured and not to its queries (clusters of attacked images, one perturbation for all) is
+then left out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Integer
+from scipy import sparse
+
+from dmlbench.board.row import extra_numbers, worst_case_by_query
+from dmlbench.errors import DataError, NotComparable
+from dmlbench.intervals import DRAWS, PERCENT, Ends, cluster_medians, paired_intervals, stretched
+from dmlbench.optimizers import OPTIMIZERS
+from dmlbench.protocol import Component, counted, ers_of
+from dmlbench.results import Evaluation
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One metric of both: larger is better, points on the 0-100 scale.
+
+    ``base`` and ``candidate`` are means over the queries that have an outcome in both. ``candidate`` is None where
+    there is no such query, and ``base`` is then its own mean; None, too, where an outcome is infinite.
+    """
+
+    metric: str
+    is_part: bool
+    base: float | None
+    candidate: float | None
+    interval: Ends
+    unchanged: bool = False
+    """every query has the same outcome in both"""
+    left_out: bool = False
+    """a number of the set of queries, which is another one in each run: then neither has a value here"""
+
+
+def common(base: Evaluation, candidate: Evaluation) -> tuple[np.ndarray, np.ndarray]:
+    """Positions, in each one's arrays, of the queries that both measured, in one order.
+
+    Raises:
+        NotComparable: the sets are neither equal nor one inside the other, or a query's class differs.
+        DataError: a run has no per-query arrays or they do not fit together.
+    """
+    rows = []
+    for e, name in ((base, "the base"), (candidate, "the candidate")):
+        if "query" not in e.arrays or "label" not in e.arrays:
+            raise DataError(f"{name} has no per-query arrays 'query' and 'label'")
+        query = e.arrays["query"]
+        if query.ndim != 1 or len(np.unique(query)) != len(query) or len(query) == 0:
+            raise DataError(f"{name}: per-query array 'query' must hold distinct rows")
+        for key, values in e.arrays.items():
+            if len(values) != len(query):
+                raise DataError(f"{name}: per-query array {key!r} has {len(values)} rows for {len(query)} queries")
+        rows.append(query)
+    both, i, j = np.intersect1d(rows[0], rows[1], return_indices=True)
+    if len(both) < min(len(rows[0]), len(rows[1])):
+        raise NotComparable(
+            f"the runs measured other queries: {len(rows[0])} and {len(rows[1])}, of which {len(both)} are the same"
+        )
+    if not np.array_equal(base.arrays["label"][i], candidate.arrays["label"][j]):
+        raise NotComparable("the runs give the same queries other classes")
+    return i, j
+
+
+def unshared(base: Evaluation, candidate: Evaluation) -> list[str]:
+    """The parts and clean metrics where one run has an outcome for a common query and the other has none: a read-out
+    of what is right when clean, for one, has outcomes for other queries with every model."""
+    i, j = common(base, candidate)
+    keys = [f"{m.component}/value" for m in base.measurements]
+    keys += [k for k in base.arrays if k.startswith("benign/")]
+    found = []
+    for key in keys:
+        if key in base.arrays and key in candidate.arrays:
+            first, second = np.isnan(base.arrays[key][i]), np.isnan(candidate.arrays[key][j])
+            if first.shape == second.shape and not np.array_equal(first, second):
+                found.append(key.removeprefix("benign/").removesuffix("/value"))
+    return found
+
+
+def pair(
+    base: Evaluation,
+    candidate: Evaluation,
+    components: Mapping[str, Component],
+    seed: int = 0,
+    draws: int = DRAWS,
+) -> list[Paired]:
+    """Every metric that the base has, ERS first.
+
+    Args:
+        components: by name, what turns raw outcomes into scores of 0 (worst) to 100 (best).
+    """
+    i, j = common(base, candidate)
+    label = base.arrays["label"][i]
+    parts = [m.component for m in base.measurements if f"{m.component}/value" in base.arrays]
+    benign = [k.removeprefix("benign/") for k in base.arrays if k.startswith("benign/") and k != CLUSTERS]
+
+    def columns(e: Evaluation, at: np.ndarray) -> Float[np.ndarray, "q k"]:
+        missing = np.full(len(at), np.nan)
+        taken = [
+            components[c].rescale(e.arrays[f"{c}/value"][at].astype(np.float64))
+            if f"{c}/value" in e.arrays
+            else missing
+            for c in parts
+        ]
+        taken += [
+            e.arrays[f"benign/{b}"][at].astype(np.float64) if f"benign/{b}" in e.arrays else missing for b in benign
+        ]
+        return np.stack(taken, axis=1) if taken else np.empty((len(at), 0))
+
+    first, second = columns(base, i), columns(candidate, j)
+    loose = set() if same_queries(base, candidate) else of_the_set(base, candidate)
+    p, gated = len(parts), "clustering" not in base.extras  # R@1 within an attacked set may rise as well as fall
+    nowhere = np.isnan(first) | np.isnan(second)  # a query without an outcome in one run counts in neither
+    own = [_mean(first[:, c]) for c in range(first.shape[1])]
+    first, second = np.where(nowhere, np.nan, first), np.where(nowhere, np.nan, second)
+    ranges = [*(components[c].limits for c in parts), *(PERCENT for _ in benign)]
+    intervals = paired_intervals(first, second, label, ranges)
+    equal = ((first == second) | nowhere).all(0)
+    means = [[_mean(side[:, c]) for c in range(side.shape[1])] for side in (first, second)]
+    means[0] = [a if nowhere[:, c].all() else b for c, (a, b) in enumerate(zip(own, means[0], strict=True))]
+    out = [
+        _left_out(name, c < p and gated)
+        if name in loose and c < p
+        else Paired(name, c < p and gated, means[0][c], means[1][c], intervals.columns[c], bool(equal[c]))
+        for c, name in enumerate([*parts, *(b for b in benign)])
+    ]
+    if base.ers is not None and loose & set(parts):
+        out.insert(0, _left_out("ers"))
+    elif base.ers is not None:
+        before, after = (ers_of(side[:p]) for side in means)
+        after = after if candidate.ers is not None else None
+        ends = None
+        if before is not None and after is not None:
+            sides = counted(first[:, :p]), counted(second[:, :p])
+            ends = paired_intervals(*sides, label, ranges[:p], PERCENT).mean
+        out.insert(0, Paired("ers", False, before, after, ends, bool(equal[:p].all())))
+    for name in ("nmi", "ami"):  # of the whole gallery, whichever queries were measured
+        if name in base.benign:
+            values = base.benign[name], candidate.benign.get(name)
+            interval = None
+            if name == "nmi" and values[1] is not None:
+                shown = values[1] - values[0]
+                interval = nmi_interval(base, candidate, (CLUSTERS, CLUSTERS), i, j, seed, draws, shown)
+            out.append(Paired(name, False, *values, interval))
+    return [*out, *_extra(base, candidate, i, j, seed, draws)]
+
+
+def same_queries(base: Evaluation, candidate: Evaluation) -> bool:
+    """Whether both measured the same queries, and not one of them some of the other's."""
+    return set(base.arrays["query"].tolist()) == set(candidate.arrays["query"].tolist())
+
+
+def of_the_set(base: Evaluation, candidate: Evaluation) -> set[str]:
+    """The parts whose outcomes for a query depend on which others are measured with it: recall within an attacked
+    set, and perturbations that all queries share."""
+    own = "clustering" in base.extras
+    return {
+        m.component
+        for e in (base, candidate)
+        for m in e.measurements
+        if (m.optimizer in OPTIMIZERS and OPTIMIZERS[m.optimizer].whole_set)
+        or (own and m.component not in e.extras.get("extra_parts", ()))
+    }
+
+
+def _left_out(metric: str, is_part: bool = False) -> Paired:
+    return Paired(metric, is_part, None, None, None, left_out=True)
+
+
+def _extra(
+    base: Evaluation, candidate: Evaluation, i: np.ndarray, j: np.ndarray, seed: int, draws: int
+) -> list[Paired]:
+    """The numbers of protocols of kind strict, from the common queries' own columns, and of kind clustering, which
+    are of the whole set."""
+    numbers, other = extra_numbers(base), extra_numbers(candidate)
+    worst = worst_case_by_query(base), worst_case_by_query(candidate)
+    out = []
+    for name in numbers:
+        if name == "smallest_eps" and name in other:
+            out.append(_smallest(base, candidate, i, j, seed, draws))
+        elif worst[0] is not None and worst[1] is not None and name in worst[0]:
+            first, second = worst[0][name][i], worst[1][name][j]
+            ends = paired_intervals(first[:, None], second[:, None], base.arrays["label"][i], [PERCENT]).columns[0]
+            both = ~np.isnan(first + second)
+            equal = bool((first == second)[both].all())
+            out.append(Paired(name, False, _mean(first[both]), _mean(second[both]), ends, equal))
+        elif not same_queries(base, candidate):
+            out.append(_left_out(name))
+        else:
+            interval = None
+            if name == "clustering_nmi_attacked" and name in other:
+                keys = (worst_clusters(base), worst_clusters(candidate))
+                interval = nmi_interval(base, candidate, keys, i, j, seed, draws)
+            out.append(Paired(name, False, numbers[name], other.get(name), interval))
+    return out
+
+
+def _smallest(base: Evaluation, candidate: Evaluation, i: np.ndarray, j: np.ndarray, seed: int, draws: int) -> Paired:
+    """The medians of the smallest eps, each over the common queries that its model gets right when clean, [0, 1] scale;
+    what is beyond the largest eps of the grid counts as that."""
+    table = np.stack(
+        [
+            np.minimum(e.arrays["smallest_eps/value"][rows], e.extras["strict"]["smallest_eps"]["largest"])
+            for e, rows in ((base, i), (candidate, j))
+        ],
+        axis=1,
+    )
+    label = base.arrays["label"][i]
+    known = ~np.isnan(table)
+    if not known.any(0).all():
+        return Paired("smallest_eps", False, None, None, None)
+    found = cluster_medians(table, label, seed, draws)
+    groups = int(min(len(np.unique(label[k])) for k in known.T))
+    difference = found[:, 1] - found[:, 0]
+    interval = stretched(difference[1:], float(difference[0]), groups)
+    return Paired("smallest_eps", False, float(found[0, 0]), float(found[0, 1]), interval)
+
+
+def worst_clusters(e: Evaluation) -> str:
+    """The per-query array of the clusters after the attack of lowest NMI at the largest eps, labels known."""
+    rows = [row for row in e.extras["clustering"]["attacks"] if row["labelled"]]
+    low = min((row for row in rows if row["eps"] == rows[-1]["eps"]), key=lambda row: float(row["nmi"]))
+    return f"{low['attack']}@{low['eps']}/clusters"
+
+
+def _mean(values: np.ndarray) -> float | None:
+    kept = values[~np.isnan(values)]
+    return float(kept.mean()) if len(kept) and np.isfinite(kept).all() else None
+
+
+CLUSTERS = "benign/clusters"
+"""Per-query array (Q, seeds): the k-means cluster each query fell into, by clustering seed."""
+
+
+def nmi_interval(
+    base: Evaluation,
+    candidate: Evaluation,
+    keys: tuple[str, str],
+    i: np.ndarray,
+    j: np.ndarray,
+    seed: int,
+    draws: int,
+    shown: float | None = None,
+) -> Ends:
+    """Interval of the difference in NMI, classes resampled, averaged over clustering seeds; None where a run
+    does not say into which clusters its queries fell, or there are fewer than two classes.
+
+    ``shown`` is the difference itself, where that is of more images than the queries: NMI of the clean gallery in a
+    run with ``--limit``. The queries then say how far it spreads, and not where it lies; fewer images spread more.
+    ``keys`` names the array (Q, seeds) of clusters in each run. Under attack it is that of each model's worst
+    attack, which is not chosen anew on every resample.
+    """
+    if keys[0] not in base.arrays or keys[1] not in candidate.arrays:
+        return None
+    _, label = np.unique(base.arrays["label"][i], return_inverse=True)
+    groups = int(label.max()) + 1
+    if groups < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(groups, np.full(groups, 1 / groups), size=draws).astype(np.float64)
+    weights = np.concatenate([np.ones((1, groups)), weights])  # the first is the estimate itself
+
+    def mean_nmi(clusters: np.ndarray) -> np.ndarray:
+        return np.mean([nmi_by_weight(label, c, weights) for c in clusters.T], axis=0)
+
+    difference = mean_nmi(candidate.arrays[keys[1]][j]) - mean_nmi(base.arrays[keys[0]][i])
+    middle = float(difference[0]) if shown is None else shown
+    return stretched(difference[1:] + (middle - difference[0]), middle, groups)
+
+
+def nmi_by_weight(
+    label: Integer[np.ndarray, " q"], cluster: Integer[np.ndarray, " q"], weights: Float[np.ndarray, "d g"]
+) -> Float[np.ndarray, " d"]:
+    """NMI (arithmetic mean, percent) of a clustering where each query counts as often as its class's weight.
+
+    Args:
+        label: classes 0 to g-1.
+        weights: by draw and class.
+    """
+    _, cluster = np.unique(cluster, return_inverse=True)
+    table = sparse.csr_matrix((np.ones(len(label)), (label, cluster)), shape=(weights.shape[1], cluster.max() + 1))
+    size = np.asarray(table.sum(1))[:, 0]  # (g,)
+    total = weights @ size  # (d,)
+    by_class = weights * size / total[:, None]  # (d, g)
+    by_cluster = (table.T @ weights.T).T / total[:, None]  # (d, k)
+    # the joint entropy is a sum over classes: each cell is weight * n / total
+    cells = table.tocoo()
+    inner = np.bincount(cells.row, cells.data * np.log(cells.data), minlength=weights.shape[1])  # (g,) sum n log n
+    joint = -(weights @ inner + _xlogx(weights) @ size) / total + np.log(total)
+    of_class, of_cluster = -_xlogx(by_class).sum(1), -_xlogx(by_cluster).sum(1)
+    mutual = of_class + of_cluster - joint
+    mean = (of_class + of_cluster) / 2
+    return np.where(mean > 1e-12, 100.0 * np.maximum(mutual, 0.0) / np.maximum(mean, 1e-12), 100.0)
+
+
+def _xlogx(x: np.ndarray) -> np.ndarray:
+    return x * np.log(np.where(x > 0, x, 1.0))

@@ -1,0 +1,391 @@
+"""Is the candidate better, the same or worse, and may it pass?
+
+===============  ===========================================================================
+better, worse    the 95 % interval of the paired difference excludes zero
+same             it holds zero, the difference is within what the gate allows, and nothing beyond
+                 five times that is in the interval; or every query has the same outcome in both
+inconclusive     it holds zero, but the difference or the interval is larger: too few queries (or
+                 classes) to tell; or there is no interval, and the metric fell further than allowed
+===============  ===========================================================================
+
+A *regression*, which fails the gate, is a drop beyond what is allowed whose interval excludes zero.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from dmlbench.board.compare.gate import DEFAULT_DROPS, Gate, metric_name
+from dmlbench.board.compare.paired import Paired, common, pair, unshared
+from dmlbench.board.row import EXTRA_COLUMNS, PARTS, Row, from_evaluation, superseded
+from dmlbench.errors import NotComparable
+from dmlbench.intervals import DRAWS
+from dmlbench.results import Evaluation, conditions
+
+if TYPE_CHECKING:
+    from dmlbench.protocol import Component
+
+REACH = 5.0
+"""How many times the allowance an interval may reach and still read as "same"."""
+
+PASSED, FAILED, INCONCLUSIVE = 0, 1, 5
+"""Exit codes of a comparison that could be made."""
+
+Verdict = Literal["better", "same", "worse", "inconclusive"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Side(_Record):
+    """One of the two, as the report names it."""
+
+    label: str
+    model: str
+    weights_sha256: str | None = None
+    date: str | None = None
+    seed: int | None = None
+
+
+class Difference(_Record):
+    """One metric of both; ``difference`` is candidate minus base, above zero is more robust."""
+
+    metric: str
+    base: float | None
+    candidate: float | None
+    difference: float | None
+    interval: tuple[float, float] | None
+    allowed: float | None
+    """points it may fall; None where it is shown only"""
+    verdict: Verdict
+    regression: bool
+
+
+class Failure(_Record):
+    """One reason why the gate does not open."""
+
+    kind: Literal["regression", "new-flag", "missing", "fewer-queries", "inconclusive"]
+    subject: str
+    message: str
+
+
+class Comparison(_Record):
+    """All that ``compare`` says."""
+
+    schema_version: Literal[1] = 1
+    base: Side
+    candidate: Side
+    protocol: str
+    dataset: str
+    paired: bool
+    """False where only CSV rows were at hand: then intervals are those of two independent results"""
+    n_queries: int
+    n_classes: int | None = None
+    metrics: tuple[Difference, ...]
+    failures: tuple[Failure, ...]
+    notes: tuple[str, ...] = ()
+    fail_on_inconclusive: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0 passed, 1 the gate failed, 5 nothing worse than inconclusive under --fail-on-inconclusive."""
+        if any(f.kind != "inconclusive" for f in self.failures):
+            return FAILED
+        return INCONCLUSIVE if self.failures else PASSED
+
+    @property
+    def headline(self) -> str:
+        """The outcome in a sentence."""
+        blind = bool(self.metrics) and all(m.verdict == "inconclusive" for m in self.metrics)
+        return {
+            PASSED: "Gate passed, but with too few queries to tell any difference" if blind else "Gate passed",
+            FAILED: f"Gate failed: {len(self.failures)} reason{'s' * (len(self.failures) != 1)}",
+            INCONCLUSIVE: "Inconclusive: too few queries to tell",
+        }[self.exit_code]
+
+
+def judge(paired: Paired, gate: Gate) -> Difference:
+    """The verdict on one metric."""
+    allowed = gate.allowed(paired.metric, paired.is_part)
+    margin = DEFAULT_DROPS["any" if paired.is_part else "ers"] if allowed is None else allowed
+    difference = None if paired.base is None or paired.candidate is None else paired.candidate - paired.base
+    verdict: Verdict
+    if difference is None:
+        verdict = "inconclusive"
+    elif paired.interval is None:
+        verdict = "inconclusive" if abs(difference) > margin else "same"
+    elif paired.interval[0] > 0:
+        verdict = "better"
+    elif paired.interval[1] < 0:
+        verdict = "worse"
+    else:
+        near = abs(difference) <= margin and max(-paired.interval[0], paired.interval[1]) <= REACH * max(margin, 0.2)
+        verdict = "same" if near or paired.unchanged else "inconclusive"
+    return Difference(
+        metric=paired.metric,
+        base=paired.base,
+        candidate=paired.candidate,
+        difference=difference,
+        interval=paired.interval,
+        allowed=allowed,
+        verdict=verdict,
+        regression=verdict == "worse" and allowed is not None and difference is not None and -difference > allowed,
+    )
+
+
+def components_of(evaluation: Evaluation, protocol_file: Path | None = None) -> dict[str, "Component"]:
+    """By name, how raw outcomes become scores: as the run's protocol says; extra parts as their attack's ends say.
+
+    Raises:
+        NotComparable: the protocol is none of the packaged ones (nor ``protocol_file``), or has changed.
+    """
+    from dmlbench.protocol import Component, load_protocol, packaged_protocol, protocol_names
+
+    stated = evaluation.protocol
+    if protocol_file is None and stated.name not in protocol_names():
+        raise NotComparable(f"protocol {stated.name!r} is not a packaged one: name its file with --protocol")
+    protocol = packaged_protocol(stated.name, stated.sha256) if protocol_file is None else None
+    protocol = protocol or load_protocol(str(protocol_file) if protocol_file else stated.name)
+    if protocol.sha256 != stated.sha256:
+        raise NotComparable(
+            f"the runs were made by another content of protocol {stated.name!r} "
+            f"(sha256 {stated.sha256[:12]}…) than the one here ({protocol.sha256[:12]}…)"
+        )
+    extra = set(evaluation.extras.get("extra_parts", ()))
+    found = {}
+    for m in evaluation.measurements:  # R@1 of the other kinds of protocol is taken as it is
+        worst, best = _ends(m.attack, m.readout) if m.component in extra else (0, 100)
+        found[m.component] = Component(name=m.component, attack=m.attack, readout=m.readout, worst=worst, best=best)
+    return found | {c.name: c for c in protocol.components}
+
+
+def _ends(attack: str, readout: str) -> tuple[int | float, int | float]:
+    """The raw values that score 0 and 100 where an attack is an extra part.
+
+    Raises:
+        NotComparable: the attack is not at hand, or is not read so.
+    """
+    from dmlbench.attacks import ATTACKS, load_plugins
+
+    load_plugins()
+    if attack not in ATTACKS or readout not in ATTACKS[attack].readouts:
+        raise NotComparable(f"attack {attack!r} read by {readout!r} is not known here: its raw values have no score")
+    return ATTACKS[attack].ends[ATTACKS[attack].readouts.index(readout)]
+
+
+def _differing(pairs: Mapping[str, tuple[object, object]], stale: Sequence[str]) -> None:
+    """Raise with the keys whose two values differ, and with what is stale."""
+    said = [f"{key} ({_short(a)} and {_short(b)})" for key, (a, b) in pairs.items() if a != b or a is None]
+    if said:
+        raise NotComparable("; ".join([f"the two cannot be set side by side, these differ: {', '.join(said)}", *stale]))
+
+
+def _stale(sides: Sequence[tuple[str, str | None, str]]) -> list[str]:
+    """A note for each reason why base, candidate or both (protocol, its sha256, model) are stale."""
+    reasons: dict[str, list[str]] = {}
+    for name, side in zip(("base", "candidate"), sides, strict=True):
+        if why := superseded(*side):
+            reasons.setdefault(why, []).append(name)
+    return [f"{'both are' if len(names) == 2 else f'the {names[0]} is'} stale: {why}" for why, names in reasons.items()]
+
+
+def _conditions(base: Iterable[str], candidate: Iterable[str]) -> dict[str, tuple[object, object]]:
+    """By key, what each side's ``partial`` reasons say of how the adversarial images were made."""
+    first, second = conditions(base), conditions(candidate)
+    return {key: (first[key], second[key]) for key in first}
+
+
+def _short(value: object) -> str:
+    text = "none" if value is None else str(value)
+    return text[:12] + "…" if len(text) == 64 else text
+
+
+def compare(
+    base: Evaluation,
+    candidate: Evaluation,
+    gate: Gate | None = None,
+    *,
+    components: Mapping[str, "Component"] | None = None,
+    labels: tuple[str, str] = ("base", "candidate"),
+    seed: int = 0,
+    draws: int = DRAWS,
+) -> Comparison:
+    """Compare two runs query by query.
+
+    Args:
+        gate: what is allowed; by default the documented defaults.
+        components: by name, what turns raw outcomes into scores; by default from the run's packaged protocol.
+        labels: what the report calls the two.
+
+    Raises:
+        NotComparable: protocol, data set, queries, surrogate or averaged passes differ (exit code 3).
+    """
+    gate = gate or Gate()
+    stale = _stale([(e.protocol.name, e.protocol.sha256, e.model.id) for e in (base, candidate)])
+    _differing(
+        {
+            "protocol": (base.protocol.name, candidate.protocol.name),
+            "protocol_version": (base.protocol.version, candidate.protocol.version),
+            "protocol_sha256": (base.protocol.sha256, candidate.protocol.sha256),
+            "dataset": (base.dataset.name, candidate.dataset.name),
+            "split": (base.dataset.split, candidate.dataset.split),
+            "dataset_sha256": (base.dataset.sha256, candidate.dataset.sha256),
+            **_conditions(base.partial, candidate.partial),
+        },
+        stale,
+    )
+    paired = pair(base, candidate, components or components_of(base), seed, draws)
+    metrics = [judge(p, gate) for p in paired]
+    _known(gate, [m.component for e in (base, candidate) for m in e.measurements])
+    flags = [f for f in candidate.warnings if f.flag not in {w.flag for w in base.warnings}]
+    notes = (*stale, *_notes(base, candidate, [p.metric for p in paired if p.left_out]))
+    queries = len(base.arrays["query"]), len(candidate.arrays["query"])
+    return Comparison(
+        base=_side(base, labels[0]),
+        candidate=_side(candidate, labels[1]),
+        protocol=base.protocol.name,
+        dataset=f"{base.dataset.name}/{base.dataset.split}",
+        paired=True,
+        n_queries=min(queries),
+        n_classes=len(np.unique(base.arrays["label"][common(base, candidate)[0]])),
+        metrics=tuple(metrics),
+        failures=_failures(metrics, [(f.flag, f.message) for f in flags], queries, gate),
+        notes=notes,
+        fail_on_inconclusive=gate.fail_on_inconclusive,
+    )
+
+
+def _notes(base: Evaluation, candidate: Evaluation, left_out: Sequence[str]) -> tuple[str, ...]:
+    notes = []
+    if base.protocol.seed != candidate.protocol.seed:
+        notes.append(
+            f"the runs drew their targets with other seeds ({base.protocol.seed} and {candidate.protocol.seed})"
+        )
+    for name, e in (("base", base), ("candidate", candidate)):
+        if e.partial:
+            notes.append(f"the {name} is a partial run: {', '.join(e.partial)}")
+    if left_out:
+        notes.append(f"not compared, since they are of the queries as a set, which differs: {', '.join(left_out)}")
+    if some := unshared(base, candidate):
+        notes.append(f"over the queries that have an outcome in both runs, not all of either's: {', '.join(some)}")
+    if len(np.unique(base.arrays["label"][common(base, candidate)[0]])) < 2:
+        notes.append("with one test class there are no intervals")
+    return tuple(notes)
+
+
+def _side(e: Evaluation, label: str) -> Side:
+    return Side(label=label, model=e.model.id, weights_sha256=e.model.weights_sha256, date=e.date, seed=e.protocol.seed)
+
+
+def _known(gate: Gate, parts: Sequence[str]) -> None:
+    for name in gate.max_drop:
+        metric_name(name, parts)
+
+
+def compare_rows(
+    base: Row, candidate: Row, gate: Gate | None = None, *, labels: tuple[str, str] = ("base", "candidate")
+) -> Comparison:
+    """Compare two rows of a board, where the queries' own outcomes are not at hand.
+
+    Only metrics with an interval of their own can show a difference as sure; the interval of the
+    difference is that of two independent results, which is wider than a paired one.
+
+    Raises:
+        NotComparable: protocol, data set, gallery, surrogate or averaged passes differ, or a row is a claim.
+    """
+    gate = gate or Gate()
+    keys = ("protocol", "protocol_version", "protocol_sha256", "dataset", "split", "dataset_sha256", "n_gallery")
+    stale = _stale([(row.protocol, row.protocol_sha256, row.model) for row in (base, candidate)])
+    said = [(row.partial or "").split(";") for row in (base, candidate)]
+    _differing({k: (getattr(base, k), getattr(candidate, k)) for k in keys} | _conditions(*said), stale)
+    queries = base.n_queries or 0, candidate.n_queries or 0
+    names = {"ers": "ers"} | {k: f"{v}_score" for k, v in PARTS.items()}
+    names |= {n: n for n in ("recall_at_1", "recall_at_2", "map", "map_at_r", "nmi", "ami", *EXTRA_COLUMNS)}
+    metrics = []
+    for metric, column in names.items():
+        first, second = getattr(base, column), getattr(candidate, column)
+        if first is not None:
+            interval = _independent(base, candidate, metric) if second is not None else None
+            metrics.append(judge(Paired(metric, metric in PARTS, first, second, interval), gate))
+    _known(gate, [])
+    new = sorted(set((candidate.flags or "").split()) - set((base.flags or "").split()))
+    return Comparison(
+        base=Side(
+            label=labels[0], model=base.model, weights_sha256=base.weights_sha256, date=base.date, seed=base.seed
+        ),
+        candidate=Side(
+            label=labels[1],
+            model=candidate.model,
+            weights_sha256=candidate.weights_sha256,
+            date=candidate.date,
+            seed=candidate.seed,
+        ),
+        protocol=base.protocol,
+        dataset=f"{base.dataset}/{base.split or 'test'}",
+        paired=False,
+        n_queries=min(queries),
+        metrics=tuple(metrics),
+        failures=_failures(metrics, [(f, "a doubt that the base does not have") for f in new], queries, gate),
+        notes=(*stale, "from CSV rows: unpaired, with an interval for ERS alone; compare run folders to see more"),
+        fail_on_inconclusive=gate.fail_on_inconclusive,
+    )
+
+
+def as_row(side: Evaluation | Row) -> Row:
+    """A row, whichever was given."""
+    return side if isinstance(side, Row) else from_evaluation(side)
+
+
+def _independent(base: Row, candidate: Row, metric: str) -> tuple[float, float] | None:
+    """Interval of the difference of two independent results: each side's half-widths add in squares."""
+    sides: list[Any] = [[getattr(r, f"{metric}{end}", None) for end in ("_lo", "", "_hi")] for r in (base, candidate)]
+    if any(value is None for side in sides for value in side):
+        return None
+    (low1, x1, high1), (low2, x2, high2) = sides
+    return (
+        float(x2 - x1 - np.hypot(x2 - low2, high1 - x1)),
+        float(x2 - x1 + np.hypot(high2 - x2, x1 - low1)),
+    )
+
+
+def _failures(
+    metrics: Sequence[Difference], flags: Sequence[tuple[str, str]], queries: tuple[int, int], gate: Gate
+) -> tuple[Failure, ...]:
+    """Every reason why the gate does not open, worst kinds first."""
+    out = []
+    for m in metrics:
+        if m.base is not None and m.candidate is None:
+            out.append(Failure(kind="missing", subject=m.metric, message=f"{m.metric} has no value in the candidate"))
+        elif m.regression and m.difference is not None and m.interval is not None:
+            out.append(
+                Failure(
+                    kind="regression",
+                    subject=m.metric,
+                    message=f"{m.metric} fell by {-m.difference:.2f} points "
+                    f"(95 % interval {-m.interval[1]:.2f} to {-m.interval[0]:.2f}), {m.allowed:g} are allowed",
+                )
+            )
+    if queries[1] < queries[0]:
+        out.append(
+            Failure(
+                kind="fewer-queries",
+                subject="queries",
+                message=f"the candidate measured {queries[1]} queries, the base {queries[0]}",
+            )
+        )
+    out += [Failure(kind="new-flag", subject=flag, message=f"new flag {flag}: {message}") for flag, message in flags]
+    if gate.fail_on_inconclusive:
+        out += [
+            Failure(
+                kind="inconclusive",
+                subject=m.metric,
+                message=f"{m.metric}: {'too few queries to tell' if m.base is not None else 'nothing to compare'}",
+            )
+            for m in metrics
+            if m.verdict == "inconclusive" and m.allowed is not None and (m.base is None or m.candidate is not None)
+        ]
+    return tuple(out)

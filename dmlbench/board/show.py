@@ -1,0 +1,184 @@
+"""Rows for a person: filtered, sorted, some columns, in one of five formats."""
+
+import csv
+import io
+import json
+import operator
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from dmlbench.board.row import COLUMNS, NUMBERS, Row, shown
+from dmlbench.errors import UsageError
+from dmlbench.registry import Registry, suggest
+
+DEFAULT_COLUMNS = (
+    "rank",
+    "surely_behind",
+    "model",
+    "defense",
+    "recall_at_1",
+    "ers",
+    "ers_lo",
+    "ers_hi",
+    "worst_part",
+    "claimed_ers",
+    "status",
+    "flags",
+)
+OWN_COLUMNS = (
+    "ers",
+    "ers_lo",
+    "ers_hi",
+    "worst_part",
+    "claimed_ers",
+    "smallest_eps",
+    "smallest_eps_lo",
+    "smallest_eps_hi",
+    "worst_case_recall_at_1",
+    "worst_case_missed_at_most",
+    "worst_case_area",
+    "worst_case_area_lo",
+    "worst_case_area_hi",
+    "clustering_ami",
+    "clustering_ami_attacked",
+    "clustering_nmi",
+    "clustering_nmi_attacked",
+)
+"""Columns that belong to protocols of one kind: shown at first where a row has a value."""
+OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "!=": operator.ne,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "=": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
+    "~": lambda value, wanted: str(wanted).casefold() in str(value).casefold(),
+}
+"""Filters: ``ers>=40``, ``status=verified``, ``defense~hm``; all but ``!=`` leave out rows without a value."""
+
+
+def default_columns(rows: Sequence[Row]) -> list[str]:
+    """The usual columns, and in place of ERS the numbers that these rows have."""
+    there = [c for c in OWN_COLUMNS if any(getattr(r, c) is not None for r in rows)]
+    if all(r.ers is None for r in rows):  # without ERS there are no parts of it
+        there = [c for c in there if c != "worst_part"]
+    if not there:
+        return list(DEFAULT_COLUMNS)
+    before = [c for c in DEFAULT_COLUMNS if c not in OWN_COLUMNS]
+    at = before.index("recall_at_1") + 1
+    return [*before[:at], *there, *before[at:]]
+
+
+def column(name: str) -> str:
+    """A known column, or an error with a suggestion."""
+    if name not in COLUMNS:
+        raise UsageError(f"unknown column {name!r}{suggest(name, COLUMNS)}")
+    return name
+
+
+def parse_filter(text: str) -> Callable[[Row], bool]:
+    """The test that a filter such as ``ers>=40`` is.
+
+    Raises:
+        UsageError: not COLUMN OPERATOR VALUE, an unknown column, or a number is needed.
+    """
+    found = re.fullmatch(r"\s*([A-Za-z0-9_]+)\s*(!=|<=|>=|=|<|>|~)\s*(.*?)\s*", text)
+    if not found:
+        raise UsageError(
+            f"--filter {text!r} is not COLUMN OPERATOR VALUE, e.g. 'ers>=40', 'status=verified', 'defense~hm'"
+        )
+    name, sign, wanted = column(found[1]), found[2], found[3]
+    compare = OPERATORS[sign]
+    number: float | None = None
+    if name in NUMBERS and sign != "~":
+        try:
+            number = float(wanted)
+        except ValueError:
+            raise UsageError(f"--filter {text!r}: {name} holds numbers, {wanted!r} is none") from None
+
+    def keep(row: Row) -> bool:
+        value = getattr(row, name)
+        if value is None:
+            return sign == "!="
+        return compare(value, number) if number is not None else compare(str(value), wanted)
+
+    return keep
+
+
+def select(rows: Iterable[Row], filters: Sequence[str] = (), sort: str | None = None) -> list[Row]:
+    """The rows that pass every filter, sorted by comma-separated columns, ``-`` before one for descending.
+
+    Rows without a value come last either way; without ``sort`` the order is the board's.
+    """
+    tests = [parse_filter(f) for f in filters]
+    kept = [row for row in rows if all(test(row) for test in tests)]
+    for key in reversed([k.strip() for k in (sort or "").split(",") if k.strip()]):
+        name = column(key.lstrip("-"))
+        there = [r for r in kept if getattr(r, name) is not None]
+        there.sort(key=lambda r: getattr(r, name), reverse=key.startswith("-"))
+        kept = there + [r for r in kept if getattr(r, name) is None]
+    return kept
+
+
+def as_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """Aligned text, numbers to the right."""
+    cells = [list(columns)] + [[shown(c, getattr(r, c)) for c in columns] for r in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    right = [any(isinstance(getattr(r, c), int | float) for r in rows) for c in columns]
+    lines = [
+        "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, right, strict=True)).rstrip()
+        for line in cells
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines) + "\n"
+
+
+def as_markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """A Markdown table."""
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(re.sub(r"([\\|*_`\[\]])", r"\\\1", c) for c in cells) + " |"
+
+    marks = ["---:" if any(isinstance(getattr(r, c), int | float) for r in rows) else "---" for c in columns]
+    body = [line(shown(c, getattr(r, c)) for c in columns) for r in rows]
+    return "\n".join([line(columns), "| " + " | ".join(marks) + " |", *body]) + "\n"
+
+
+def as_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """CSV with all digits, LF."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow(["" if (v := getattr(row, c)) is None else v for c in columns])
+    return stream.getvalue()
+
+
+def as_json(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """A list of objects with all digits; missing numbers are null."""
+    return json.dumps([{c: getattr(r, c) for c in columns} for r in rows], indent=2, ensure_ascii=False) + "\n"
+
+
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{c: "\\" + c for c in "&%$#_{}"},
+}
+
+
+def as_latex(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """A tabular for the package booktabs."""
+
+    def line(cells: Iterable[str]) -> str:
+        return " & ".join("".join(_TEX.get(ch, ch) for ch in c) for c in cells) + r" \\"
+
+    kind = "".join("r" if any(isinstance(getattr(r, c), int | float) for r in rows) else "l" for c in columns)
+    body = [line(shown(c, getattr(r, c)) for c in columns) for r in rows]
+    return "\n".join([rf"\begin{{tabular}}{{{kind}}}", r"\toprule", line(columns), r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]) + "\n"  # fmt: skip
+
+
+FORMATS: Registry[Callable[[Sequence[Row], Sequence[str]], str]] = Registry(
+    "format", {"table": as_table, "md": as_markdown, "csv": as_csv, "json": as_json, "latex": as_latex}
+)

@@ -1,0 +1,1 @@
+"""Doubts about a result, in words: checks after every run, and the audit."""

@@ -1,0 +1,101 @@
+"""Doubts about a result, in words: what makes a number mean less than it says."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from dmlbench.results import Flag, Measurement
+from dmlbench.run.subject import Subject
+
+COLLAPSE = 1e-3
+"""Spread of the gallery, relative to the length of its entries, under which a model counts as collapsed."""
+
+NARROW = 0.05
+"""Median distance of the gallery's entries, relative to their root mean square length, under which shifts say little."""
+SAMPLED = 512
+"""Entries that the median is of, at most."""
+FLAGS = {
+    "randomised": "Two passes of one batch differ: attack scores are too high unless the attack averages over them.",
+    "batch-dependent": "An image's embedding depends on the other images of its batch: no number means what it says.",
+    "collapsed": "The embeddings are nearly constant. Nothing can be moved, so attack scores look high and say nothing "
+    "about robustness.",
+    "small-spread": "The gallery's embeddings are near one another, so every shift (ES:D) looks small in their length.",
+    "out-of-range": "A part is below 0 or above 100, where no attack leads from either end: it counts as 0 or 100 in "
+    "ERS, and the search or the model deserves a look.",
+    "no-positive": "Some queries have no other image of their class in the gallery and are left out of recall.",
+    "nonfinite-gradients": "Some gradients were NaN or infinite and taken as zero: searches stood still there, so "
+    "attack scores are too high.",
+    "no-attacks": "No attack was run.",
+}
+"""What each flag means, those of the audit apart (:data:`dmlbench.doubts.audit.FLAGS`)."""
+
+
+def spread(subject: Subject) -> float:
+    """Root mean square distance of the gallery from its mean, relative to the length of its entries."""
+    gallery = subject.scene.gallery
+    around = gallery.embeddings - gallery.embeddings.mean(0)
+    return float(around.square().sum(1).mean().sqrt() / gallery.scale.clamp_min(1e-30))
+
+
+def between(subject: Subject) -> float:
+    """Median distance of two entries of the gallery, relative to their root mean square length.
+
+    Unlike :func:`spread` it does not change where a few entries are long. Of :data:`SAMPLED` entries at the most,
+    evenly spread over the gallery.
+    """
+    gallery = subject.scene.gallery
+    count = len(gallery)
+    if count < 2:
+        return float("nan")
+    rows = torch.linspace(0, count - 1, min(SAMPLED, count), dtype=torch.float64).long().to(gallery.labels.device)
+    entries = gallery.embeddings[rows]
+    apart = torch.nn.functional.pdist(entries - entries.mean(0))
+    return float(apart.median() / gallery.scale.clamp_min(1e-30))
+
+
+def _outside(m: Measurement, score: float) -> bool:
+    """Is the score below 0 or above 100, by more than chance?"""
+    low, high = m.interval or (score, score)
+    return low > 100.0 or high < 0.0
+
+
+def doubts_about(subject: Subject, measurements: Sequence[Measurement], nonfinite: int = 0) -> Iterator[Flag]:
+    """Every doubt that the model, the numbers and ``nonfinite`` gradients in the searches raise."""
+    for flag, sentence in subject.embedder.doubts:
+        yield Flag(flag=flag, message=sentence)
+    width = spread(subject)
+    if width < COLLAPSE:
+        yield Flag(
+            flag="collapsed",
+            message=f"embeddings are (nearly) constant: spread {width:.1e} of their length. "
+            "Nothing can be moved, so attack scores look high; they say nothing about robustness.",
+        )
+    if any(m.readout == "embedding_shift" for m in measurements) and (apart := between(subject)) < NARROW:
+        yield Flag(
+            flag="small-spread",
+            message=f"two entries of the gallery are {apart:.1e} of their length apart (median): shifts of embeddings "
+            "are measured in that length, so that ES:D looks robust whatever the attack does.",
+        )
+    outside = [m for m in measurements if m.score is not None and _outside(m, m.score)]
+    if outside:
+        said = ", ".join(f"{m.component} {m.score:.1f}" for m in outside)
+        yield Flag(
+            flag="out-of-range",
+            message=f"parts outside 0 to 100, which count as 0 or 100 in ERS: {said}. An attack that fails leaves 100 "
+            "at most; more means that the search went the wrong way (docs/audit.md).",
+        )
+    lonely = int((~subject.scene.has_positive).sum())
+    if lonely:
+        yield Flag(
+            flag="no-positive",
+            message=f"{lonely} of {len(subject.rows)} queries have no other image of their class in the gallery: "
+            "they are left out of recall, mAP and every part that reads recall.",
+        )
+    if nonfinite:
+        yield Flag(
+            flag="nonfinite-gradients",
+            message=f"{nonfinite} times the gradient of an image was NaN or infinite and taken as zero: searches along "
+            "it stood still there, so attack scores are too high (docs/audit.md).",
+        )
+    if not measurements:
+        yield Flag(flag="no-attacks", message="no attack was run")

@@ -1,0 +1,122 @@
+"""Images near the queries that no data set holds: what does a model make of them that has memorised the test images?
+
+A model that recognises each test image, and everything in the ball around it, keeps its answer whatever a search does
+there. It has to know where the balls are. So the same search is begun elsewhere: half-way to another image of the
+class, and one pixel aside. A model that has learnt what its classes look like is about as robust there.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmlbench.attacks import AttackLoss
+from dmlbench.embedding import Embedder
+from dmlbench.objectives import margin
+from dmlbench.optimizers import OPTIMIZERS
+from dmlbench.run.subject import Subject
+from dmlbench.threat import Threat
+
+BIT = 1 / 255
+STEPS = 20
+"""Of PGD, from each start."""
+
+
+def near_by(side: int) -> str:
+    """The eps of the search, for images of this side in pixels: few undefended models are left, and most defended ones."""
+    return "20/255" if side <= 8 else "32/255" if side <= 28 else "4/255"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What becomes of some queries that are right when clean, (n,) each.
+
+    Attributes:
+        right: by start, is the image right before any search?
+        kept: by start, is it right at the end of the search too?
+        nearness: distance of the midpoint to the nearest entry, over that of the query (own entry left out); NaN where
+            the query has an entry at distance 0.
+    """
+
+    right: dict[str, np.ndarray]
+    kept: dict[str, np.ndarray]
+    nearness: np.ndarray
+
+
+def midpoints(subject: Subject, positions: np.ndarray, draw: str) -> Tensor:
+    """(n, C, H, W) half-way from each query to another image of its class in the gallery; ``draw`` names the choice."""
+    at = torch.from_numpy(positions).to(subject.device)
+    scene = subject.scene[at]
+    rows, _ = scene.kin_rows
+    chance = subject.rng(draw)[at].uniform(rows.shape[1]).masked_fill(~scene.positive_rows, -1.0)
+    partner = rows.gather(1, chance.argmax(1, keepdim=True))[:, 0].cpu().numpy()
+    theirs = subject.dataset.images[subject.dataset.gallery[partner]].to(subject.device)
+    return (clean_images(subject, positions) + theirs) / 2
+
+
+def clean_images(subject: Subject, positions: np.ndarray) -> Tensor:
+    """(n, C, H, W) the images of the queries at ``positions``."""
+    return subject.dataset.images[subject.rows[positions]].to(subject.device)
+
+
+def aside(images: Tensor) -> Tensor:
+    """The images one pixel to the left, the last column twice."""
+    return torch.cat([images[..., 1:], images[..., -1:]], dim=-1)
+
+
+def survey(subject: Subject, positions: np.ndarray) -> Survey:
+    """Search from the queries at ``positions``, from midpoints and from images one pixel aside."""
+    at = torch.from_numpy(positions).to(subject.device)
+    images, scene, rng = clean_images(subject, positions), subject.scene[at], subject.rng("unseen")[at]
+    loss, eps = AttackLoss(subject.embedder, margin, scene), near_by(max(images.shape[2:]))
+    threat = Threat(norm="linf", eps=eps, steps=STEPS)
+    threat = threat.but(step=2.5 * threat.radius / STEPS)
+    starts = {"as is": images, "midpoint": midpoints(subject, positions, "midpoint"), "aside": aside(images)}
+    right, kept = {}, {}
+    with torch.no_grad():
+        for name, start in starts.items():
+            fine = loss(start) > 0
+            right[name] = fine.cpu().numpy()
+            kept[name] = (fine & (loss(OPTIMIZERS["pgd"](loss, start, threat, rng)) > 0)).cpu().numpy()
+        flipped = (images + BIT * rng.signs(*images.shape[1:])).clamp(0, 1)
+        right["least bits"] = (loss(flipped) > 0).cpu().numpy()
+        to_midpoint = scene.distances(subject.embedder(starts["midpoint"])).amin(1)
+        to_query = scene.ranked(scene.clean).amin(1)
+        nearness = torch.where(to_query > 0, to_midpoint / to_query, torch.nan).cpu().numpy()
+    return Survey(right, kept, nearness)
+
+
+def joined(surveys: list[Survey]) -> Survey:
+    """Surveys of consecutive queries as one."""
+
+    def whole(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+    nearness = np.concatenate([s.nearness for s in surveys])
+    return Survey(whole([s.right for s in surveys]), whole([s.kept for s in surveys]), nearness)
+
+
+def history(subject: Subject, positions: np.ndarray) -> float:
+    """How far a copy's embedding of midpoints, asked first of images a bit away, is from the model's own, at most.
+
+    In the embeddings' root mean square length; NaN where the model cannot be copied.
+    """
+    fresh = midpoints(subject, positions, "history")
+    at = torch.from_numpy(positions).to(subject.device)
+    signs = subject.rng("history, a bit away")[at].signs(*fresh.shape[1:])
+    try:
+        twin = copied(subject.embedder)
+    except Exception:  # anybody's code: a tensor of its last pass with its graph, a lock, a traced network
+        return math.nan
+    with torch.no_grad():
+        twin((fresh + BIT * signs).clamp(0, 1))
+        gap = (twin(fresh) - subject.embedder(fresh)).abs().amax()
+    return float(gap / subject.scene.gallery.scale.clamp_min(1e-30))
+
+
+def copied(embedder: Embedder) -> Embedder:
+    """A copy whose later passes leave the model alone; gradient steps stay those of the model."""
+    return copy.deepcopy(embedder, {id(embedder.steps): embedder.steps})

@@ -1,0 +1,1 @@
+"""Protocols of other kinds than a list of parts."""

@@ -1,0 +1,661 @@
+"""The worst case over several searches: is any image in the ball misranked?
+
+The first positive and the first negative are looked up anew at every step, and a query is broken as
+soon as the negative is not farther than the positive at *any* image that any search looked at. A
+protocol of kind "strict" lists the searches; each is run on the queries that survived those before it,
+at the smallest eps first: what breaks a query at one eps breaks it at every larger one. A search may be
+repeated in rounds until these break almost nothing (:mod:`dmlbench.kinds.rounds`), and the smallest eps that
+breaks each query may be looked for between those of the grid (:mod:`dmlbench.kinds.threshold`). What counts in
+the end is the harness's own read-out of the image that a search stopped at (docs/strict.md).
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dmlbench.attacks import ATTACKS, Attack, aim
+from dmlbench.embedding import Embedder, require_finite
+from dmlbench.errors import DataError, UsageError
+from dmlbench.fast.exact import true_float32
+from dmlbench.fast.sweep import nearest_entries
+from dmlbench.intervals import cluster_median
+from dmlbench.kinds.outcome import Outcome
+from dmlbench.kinds.rounds import fallen, groups, last_half, missed, rounds_run
+from dmlbench.kinds.threshold import bracket, ladder
+from dmlbench.metrics import RECALL_AT, mean, retrieval
+from dmlbench.objectives import OBJECTIVES, gap
+from dmlbench.optimizers import OPTIMIZERS, watched
+from dmlbench.protocol import Component, Protocol, Step
+from dmlbench.run.search import batches, halved, joined
+from dmlbench.run.subject import Progress, Subject, query_order
+from dmlbench.run.units import Arrays, Work
+from dmlbench.scene import Scene
+from dmlbench.threat import Threat
+
+SURVIVED, CLEAN_WRONG, CARRIED = -1, 0, 1
+"""``broken_by`` of a query that no step broke, that was wrong before any, and that a smaller eps broke;
+the protocol's steps count from 2."""
+PROXIES = ("recall_at_2", "recall_at_4", "recall_at_8", "map_at_r")
+"""Read at the images that the searches for R@1 stopped at: no search aimed at them, so the true worst is lower."""
+BATCHES = 2
+"""Batches in a unit at most: few enough to be dealt out, enough that a batch is not almost empty once few survive."""
+SMALLEST = "smallest_eps/value"
+"""The per-query array of the smallest eps found, on the [0, 1] scale."""
+ROUGH = ("tf32", "bfloat16")
+"""Precisions in which the embeddings of a gradient's forward pass are rounded."""
+FOLLOWED = ("recall_at_1", *PROXIES)
+"""What is followed at every image that a search stopped at."""
+
+
+class Log:
+    """What a search has seen of each of its images: whether it was misranked, when first, and where.
+
+    Attributes:
+        found: (b, ...) the first misranked image.
+        first: (b,) the count of the loss value at which that was, from 1; 0 where it has not been.
+        gradients, values: backward passes and passes without one that were spent, over all images; ``eot`` counts
+            each of its passes.
+        unknown: () how many embeddings were NaN or infinite.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        self.found = images.clone()
+        self.first = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        self.calls = torch.zeros_like(self.first)
+        self.gradients = self.values = 0
+        self.unknown = torch.zeros((), dtype=torch.int64, device=images.device)
+
+    def spend(self, passes: int, graph: bool) -> None:
+        """So many more forward passes of one image, each with a backward one if ``graph``."""
+        self.gradients, self.values = self.gradients + graph * passes, self.values + (not graph) * passes
+
+    def note(self, at: Int[Tensor, " n"], margins: Float[Tensor, " n"], images: Tensor) -> None:
+        """One more loss value for the images ``at``."""
+        self.calls[at] += 1
+        fresh = (margins <= 0) & (self.first[at] == 0)  # (n,)
+        self.first[at] = torch.where(fresh, self.calls[at], self.first[at])
+        shape = (-1, *[1] * (images.dim() - 1))
+        self.found[at] = torch.where(fresh.view(shape), images, self.found[at])
+
+
+class Misrank:
+    """An attack's loss that also watches the margin of R@1, whatever it descends.
+
+    A :class:`~dmlbench.optimizers.Hunt`: images that have been misranked once are settled. Where the passes of
+    a gradient are rounded or compiled, an image counts as misranked once a pass as of a read-out says so too.
+    """
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        objective: str,
+        scene: Scene,
+        log: Log,
+        at: Int[Tensor, " n"] | None = None,
+        eot: int = 1,
+    ) -> None:
+        self.embedder, self.objective, self.scene, self.log, self.eot = embedder, objective, scene, log, eot
+        self.precision = embedder.precision
+        self.at = torch.arange(len(scene), device=log.first.device) if at is None else at
+
+    def __call__(self, images: Tensor) -> Float[Tensor, " n"]:
+        values, margins = self._once(images)
+        for _ in range(self.eot - 1):
+            more, more_margins = self._once(images)
+            values, margins = values + more, margins + more_margins
+        self.log.spend(self.eot * len(images), images.requires_grad)
+        if images.requires_grad and (self.precision in ROUGH or self.embedder.steps is not None):
+            margins = self._confirmed(images.detach(), margins)
+        self.log.note(self.at, margins, images.detach())
+        return values / self.eot
+
+    def _confirmed(self, images: Tensor, margins: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The margins, those of images that seem misranked for the first time made again in float32.
+
+        A pass that is rounded on its way to a gradient can be wrong by more than the margin; a search that stops
+        for it leaves a query that the read-out finds right, and that the rest of the search might have broken.
+        """
+        at = ((margins <= 0) & self.unsettled()).nonzero()[:, 0]
+        if not len(at):
+            return margins
+        again = self[at]
+        with torch.no_grad(), true_float32():
+            exact = again._once(images[at])[1]
+            for _ in range(self.eot - 1):
+                exact = exact + again._once(images[at])[1]
+        self.log.spend(self.eot * len(at), False)
+        return margins.index_copy(0, at, exact)
+
+    def _once(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss (n,) and the margin (n,) of one forward pass, from one table of distances."""
+        e, scene = self.embedder(images), self.scene
+        with torch.no_grad():
+            self.log.unknown += (~torch.isfinite(e)).any(1).sum()
+        positive, negative, of_target = nearest_entries(e.detach(), scene, self.objective == "margin_to_class")
+        if self.objective == "margin":
+            values = gap(e, scene, negative, positive)
+            return values, values.detach()
+        margins = gap(e.detach(), scene, negative, positive)
+        if self.objective == "margin_to_entry":
+            of_target = scene.chosen[:, 0]
+        if of_target is not None:
+            return gap(e, scene, of_target, positive), margins
+        return OBJECTIVES[self.objective](e, scene), margins
+
+    def __getitem__(self, index: Tensor) -> "Misrank":
+        return Misrank(self.embedder, self.objective, self.scene[index], self.log, self.at[index], self.eot)
+
+    def unsettled(self) -> Bool[Tensor, " n"]:
+        """Which images have not been misranked yet."""
+        return self.log.first[self.at] == 0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What one search made of a batch.
+
+    Attributes:
+        images: (b, C, H, W) where each search stopped: the first misranked image, else the best.
+        broken: (b,) bool, by the harness's own read-out of ``images``.
+        iteration: (b,) loss values until then, 0 where not broken.
+        readouts: ``recall_at_k``, ``map`` and ``map_at_r`` (b,) at ``images``, percent.
+        gradients, values: passes spent on the batch.
+        nonfinite: gradients of single images that were NaN or infinite, and taken as zero.
+    """
+
+    images: Tensor
+    broken: np.ndarray
+    iteration: np.ndarray
+    readouts: dict[str, np.ndarray]
+    gradients: int
+    values: int
+    nonfinite: int
+
+
+def attempt(
+    subject: Subject, step: Step, threat: Threat, positions: np.ndarray, seed: int, turn: int | None = None
+) -> Attempt:
+    """Run one step on the queries at ``positions``, each of its aims on what the ones before left.
+
+    ``turn`` is of a step's round: how many rounds like it there were before. It has one aim, the next one each time.
+
+    Raises:
+        AssertionError: an image left the ball or [0, 1]; an optimizer is at fault.
+        DataError: the model gives NaN or infinite embeddings for an image that the search looked at.
+    """
+    at = torch.from_numpy(positions).to(subject.device)
+    scene, rng = subject.scene[at], subject.rng(seed, step.name, step.optimizer)[at]
+    clean = subject.dataset.images[subject.rows[positions]].to(subject.device)
+    attack = ATTACKS[step.attack]
+    if attack.targets:
+        attack = replace(attack, k=min(step.aims, most_aims(scene, attack)) if step.aims > 1 else attack.k)
+        scene = aim(attack, scene, rng)
+        if turn is not None:
+            scene = scene.aimed(scene.chosen[:, [turn % attack.k]])
+    if turn is not None:
+        rng = rng.fold(step.attack, threat.start, turn)
+    count = scene.chosen.shape[1] if step.aims > 1 and turn is None else 1
+    log = Log(clean)
+    with torch.no_grad(), watched() as trouble:
+        images = clean
+        for j in range(count):
+            aimed = scene.aimed(scene.chosen[:, j : j + 1]) if count > 1 else scene
+            hunt = Misrank(subject.embedder, attack.objective, aimed, log, eot=threat.eot)
+            alive = hunt.unsettled()
+            if not bool(alive.any()):
+                break
+            found = OPTIMIZERS[step.optimizer](hunt[alive], clean[alive], threat, rng.fold("aim", j)[alive])
+            images = images.clone()
+            images[alive] = found
+        if unknown := int(log.unknown):
+            raise DataError(
+                f"model {subject.embedder.name!r} gives NaN or infinite embeddings for {unknown} images that step "
+                f"{step.name} looked at, at eps {threat.eps}: neither right nor wrong can be said of them"
+            )
+        images = torch.where((log.first > 0).view(-1, 1, 1, 1), log.found, images)
+        readouts = read(subject, scene, threat, images, clean)
+    broken = readouts["recall_at_1"] < 50.0
+    iteration = np.where(
+        broken, np.where((log.first > 0).cpu().numpy(), log.first.cpu().numpy(), log.calls.cpu().numpy()), 0
+    )
+    return Attempt(images, broken, iteration, readouts, log.gradients, log.values, trouble.count)
+
+
+def most_aims(scene: Scene, attack: Attack) -> int:
+    """How many targets every query has: other classes, or entries of other classes where the targets are entries."""
+    _, _, counts, _ = scene.gallery.by_class
+    return len(counts) - 1 if attack.targets == "nearest_classes" else len(scene.gallery) - int(counts.max())
+
+
+def read(subject: Subject, scene: Scene, threat: Threat, images: Tensor, clean: Tensor) -> dict[str, np.ndarray]:
+    """The retrieval metrics (b,) of attacked queries, means over ``threat.eot`` passes, the ball checked.
+
+    Raises:
+        AssertionError: an image left the ball or [0, 1].
+        DataError: the model gives NaN or infinite embeddings for one.
+    """
+    inside = threat.contains(images, clean)
+    if not bool(inside.all()):
+        raise AssertionError(f"{int((~inside).sum())} adversarial images are outside the threat {threat}")
+    embeddings = [subject.embedder(images) for _ in range(threat.eot)]
+    for e in embeddings:
+        require_finite(e, subject.embedder.name, "perturbed images")
+    draws = [retrieval(replace(scene, clean=e), RECALL_AT) for e in embeddings]
+    return {name: np.mean([d[name] for d in draws], axis=0) for name in draws[0]}
+
+
+@dataclass
+class Standing:
+    """Where every query stands, (Q,) each, while eps grows.
+
+    Attributes:
+        alive: right when clean and not broken yet.
+        broken_by: :data:`SURVIVED`, :data:`CLEAN_WRONG`, :data:`CARRIED` or 2 + the step's index.
+        iteration: loss values that the breaking step had seen.
+        norm: size of the perturbation that broke it, or of the last one tried.
+        round: the round of its step that broke it, from 1; 0 where no round did.
+        worst: by read-out, the lowest value seen so far.
+    """
+
+    alive: np.ndarray
+    broken_by: np.ndarray
+    iteration: np.ndarray
+    norm: np.ndarray
+    round: np.ndarray
+    worst: dict[str, np.ndarray]
+
+    def absorb(self, positions: np.ndarray, index: int, found: Arrays, turn: int = 0) -> None:
+        """What step ``index`` made of the queries at ``positions``, all alive until now, see :func:`piece`; ``turn`` is
+        the round, from 1, of a step that has several."""
+        hit = positions[found["broken"]]
+        self.alive[hit] = False
+        self.broken_by[hit] = index + 2
+        self.iteration[hit] = found["iteration"][found["broken"]]
+        self.norm[positions] = found["norm"]
+        self.round[hit] = turn
+        for name, values in self.worst.items():
+            values[positions] = np.minimum(values[positions], found[name])
+
+
+def begin(subject: Subject) -> Standing:
+    """Every query before any attack.
+
+    Raises:
+        UsageError: the gallery holds a single class, so nothing can be misranked.
+    """
+    if len(subject.scene.gallery.labels.unique()) < 2:
+        raise UsageError(f"data set {subject.dataset.name!r} has a single class: no query can be misranked")
+    clean = retrieval(subject.scene, RECALL_AT)
+    alive = clean["recall_at_1"] == 100.0
+    return Standing(
+        alive=alive,
+        broken_by=np.where(alive, SURVIVED, CLEAN_WRONG).astype(np.int8),
+        iteration=np.zeros(len(alive), dtype=np.int32),
+        norm=np.zeros(len(alive), dtype=np.float32),
+        round=np.zeros(len(alive), dtype=np.int32),
+        worst={name: clean[name].copy() for name in FOLLOWED},
+    )
+
+
+def piece(
+    subject: Subject,
+    step: Step,
+    threat: Threat,
+    seed: int,
+    keep: np.ndarray,
+    turn: int | None,
+    positions: np.ndarray,
+) -> Arrays:
+    """One step on some queries, as it is kept on disk.
+
+    Returns:
+        ``broken``, ``iteration`` and ``norm``, and by name the read-outs that :class:`Standing` follows, (n,) each;
+        ``gradients``, ``values`` and ``nonfinite`` (1,); ``images`` (m, C, H, W) of those of ``positions`` that are in ``keep``.
+    """
+    found = attempt(subject, step, threat, positions, seed, turn)
+    clean = subject.dataset.images[subject.rows[positions]].to(subject.device)
+    return {
+        "broken": found.broken,
+        "iteration": found.iteration.astype(np.int32),
+        "norm": threat.ball.size(found.images - clean).cpu().numpy(),
+        **{name: found.readouts[name] for name in FOLLOWED},
+        "gradients": np.array([found.gradients]),
+        "values": np.array([found.values]),
+        "nonfinite": np.array([found.nonfinite]),
+        "images": found.images[torch.from_numpy(np.isin(positions, keep)).to(subject.device)].cpu().numpy(),
+    }
+
+
+@dataclass(frozen=True)
+class Field:
+    """What every pass over the queries needs to know.
+
+    Attributes:
+        bounds: of the blocks of queries that units are made of, in the order of ``query_order``.
+        keep: the queries whose adversarial images are wanted.
+    """
+
+    subject: Subject
+    seed: int
+    batch_size: int
+    progress: Progress
+    work: Work
+    bounds: tuple[tuple[int, int], ...]
+    order: np.ndarray
+    keep: np.ndarray
+
+    @staticmethod
+    def of(
+        subject: Subject,
+        protocol: Protocol,
+        seed: int,
+        batch_size: int,
+        progress: Progress,
+        work: Work,
+        keep: np.ndarray,
+    ) -> "Field":
+        """Blocks of :data:`BATCHES` batches, but of whole groups of the protocol's."""
+        order = query_order(len(subject.rows))
+        size = max(1, BATCHES * batch_size // protocol.together) * protocol.together
+        return Field(subject, seed, batch_size, progress, work, tuple(batches(len(order), size)), order, keep)
+
+    def over(
+        self, name: str, unit: str, wanted: np.ndarray, search: Callable[[np.ndarray], Arrays]
+    ) -> list[tuple[np.ndarray, Arrays]]:
+        """``search`` of the queries that are ``wanted`` (Q,) bool, in units; by unit the queries' positions and what it gave.
+
+        A unit is made of a fixed block of queries, drawn from all over the set so that blocks thin out alike. Who is
+        wanted is part of its name: what is kept counts for nobody else. Under a shard, units of others are left out.
+        """
+        left = {i: np.sort(self.order[a:b][wanted[self.order[a:b]]]) for i, (a, b) in enumerate(self.bounds)}
+        left = {i: positions for i, positions in left.items() if len(positions)}
+        units = {i: (f"{unit} of {_digest(positions)}", *self.bounds[i]) for i, positions in left.items()}
+
+        def compute(i: int) -> Arrays:
+            def part(a: int, b: int) -> Arrays:
+                return search(left[i][a:b])
+
+            count = len(left[i])
+            ends = np.linspace(0, count, -(-count // self.batch_size) + 1).astype(int).tolist()
+            return joined([halved(part, a, b) for a, b in pairwise(ends)])
+
+        self.progress.start(name, sum(b - a for _, a, b in units.values()))
+        found = self.work.each(name, units, compute, partial(self.progress.advance, name))
+        return [(left[i], arrays) for i, arrays in found.items()]
+
+
+def cost(found: Iterable[tuple[np.ndarray, Arrays]]) -> dict[str, Any]:
+    """What units of :func:`piece` cost together: ``gradients``, ``values``, ``nonfinite`` and ``seconds``."""
+    spent = {key: sum(int(arrays[key].sum()) for _, arrays in found) for key in ("gradients", "values", "nonfinite")}
+    return {**spent, "seconds": float(sum(arrays["seconds"].sum() for _, arrays in found))}
+
+
+def settle(
+    field: Field, protocol: Protocol, standing: Standing, index: int, eps: str, keep: dict[int, np.ndarray]
+) -> dict[str, Any]:
+    """Run the protocol's step ``index`` on the survivors; what it cost, as :func:`summary` takes it.
+
+    ``keep`` holds the adversarial image of some queries by position, replaced as they are attacked.
+    """
+    step = protocol.steps[index]
+    group = groups(len(standing.alive), protocol.together)
+    right, before = standing.broken_by != CLEAN_WRONG, standing.alive.copy()
+    spent: list[tuple[np.ndarray, Arrays]] = []
+    many = step.rounds > 1
+    for r in range(step.rounds):
+        now, turn = step.at(r)
+        going = standing.alive.copy()
+        if many and r:
+            ran = rounds_run(step, group, right, before, standing.round)
+            going &= ran[group] > r
+        if not going.any():
+            break
+        threat = protocol.threat_at(eps, now.threat)
+        search = partial(piece, field.subject, now, threat, field.seed, field.keep, turn if many else None)
+        name = f"{step.name}@{eps}"
+        found = field.over(name, f"{name} {index}{f' round {r}' if many else ''}", going, search)
+        for positions, arrays in found:
+            standing.absorb(positions, index, arrays, r + 1 if many else 0)
+            keep.update(zip(positions[np.isin(positions, field.keep)].tolist(), arrays["images"], strict=True))
+        spent += found
+    return cost(spent)
+
+
+def _digest(positions: np.ndarray) -> str:
+    """Short for a list of queries."""
+    return hashlib.sha256(positions.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def run(
+    subject: Subject,
+    protocol: Protocol,
+    seed: int,
+    batch_size: int,
+    progress: Progress,
+    kept: np.ndarray,
+    work: Work | None = None,
+) -> Outcome | None:
+    """The whole curve: every step at every eps, on the queries that are right when clean.
+
+    ``kept`` lists the positions of the queries whose adversarial images are wanted. None where ``work`` is a
+    shard: what it does not attack is unknown.
+    """
+    work = work or Work()
+    shape = subject.dataset.images.shape
+    grid, parts = protocol.eps_for(shape), components(protocol, shape)
+    standing = begin(subject)
+    field = Field.of(subject, protocol, seed, batch_size, progress, work, kept)
+    arrays: dict[str, np.ndarray] = {}
+    sample: dict[str, np.ndarray] = {}
+    spent: list[list[dict[str, Any]]] = []
+    clean = retrieval(subject.scene, RECALL_AT)["recall_at_1"]
+    images = {int(p): subject.dataset.images[subject.rows[[p]]][0].numpy() for p in kept}
+    for eps, part in zip(grid, parts, strict=True):
+        name = part.name
+        standing.broken_by[standing.broken_by > CARRIED] = CARRIED
+        standing.round[:] = 0
+        spent.append([settle(field, protocol, standing, i, eps, images) for i in range(len(protocol.steps))])
+        arrays[f"{name}/value"] = outcome(standing.broken_by, clean)
+        arrays[f"{name}/norm"] = standing.norm.copy()
+        arrays[f"{name}/broken_by"] = standing.broken_by.copy()
+        arrays[f"{name}/iteration"] = standing.iteration.copy()
+        if protocol.together > 1:
+            arrays[f"{name}/round"] = standing.round.copy()
+        for proxy in PROXIES:
+            arrays[f"{name}/{proxy}"] = standing.worst[proxy].copy()
+        sample[name] = np.stack([images[int(p)] for p in kept])
+    halving: dict[str, Any] | None = None
+    if protocol.threshold is not None:
+        by = np.stack([arrays[f"{part.name}/broken_by"] for part in parts])
+        arrays[SMALLEST], halving = smallest(field, protocol, grid, by, clean)
+    if work.shard:
+        return None
+    seconds = {part.name: sum(cost["seconds"] for cost in costs) for part, costs in zip(parts, spent, strict=True)}
+    broken_by = {eps: arrays[f"{part.name}/broken_by"] for eps, part in zip(grid, parts, strict=True)}
+    extras = {"strict": summary(protocol, grid, clean, subject.scene.labels.cpu().numpy(), arrays, spent, halving)}
+    nonfinite = sum(int(cost["nonfinite"]) for costs in [*spent, [halving] if halving else []] for cost in costs)
+    return Outcome(parts, seconds, arrays, sample, extras, broken_by=broken_by, nonfinite=nonfinite)
+
+
+def smallest(
+    field: Field,
+    protocol: Protocol,
+    grid: Sequence[str],
+    broken_by: Int[np.ndarray, "E Q"],
+    clean: Float[np.ndarray, " Q"],
+) -> tuple[Float[np.ndarray, " Q"], dict[str, Any]]:
+    """The smallest eps found that breaks each query, on the [0, 1] scale, and what the search for it cost.
+
+    Between the largest eps of the grid that leaves a query alone and the smallest that breaks it, by halving: queries
+    that ask about the same eps are searched together. inf where the largest eps does not break it, NaN where it is
+    not right when clean.
+    """
+    rule = protocol.threshold
+    assert rule is not None
+    step = Step(name="smallest eps", attack=rule.attack, optimizer=rule.optimizer, threat=rule.threat)
+    steps, places = ladder([protocol.threat_at(eps).radius for eps in grid], rule)
+    low, high = bracket(broken_by >= CARRIED, places, len(steps))
+    middle, nothing = high, np.zeros(0, dtype=np.int64)
+    spent: list[tuple[np.ndarray, Arrays]] = []
+
+    def search(positions: np.ndarray) -> Arrays:
+        """One search of each at its own eps."""
+        out = []
+        for place in np.unique(middle[positions]):
+            at = positions[middle[positions] == place]
+            threat = protocol.threat_at("0", rule.threat).but(eps=float(steps[place]))
+            out.append({**piece(field.subject, step, threat, field.seed, nothing, None, at), "at": at})
+        return joined(out)
+
+    for halving in itertools.count(1):
+        undecided = high - low > 1
+        if not undecided.any():
+            break
+        middle = (low + high) // 2
+        found = field.over(step.name, f"{step.name}, halving {halving}", undecided, search)
+        for _, arrays in found:
+            at, hit = arrays["at"], arrays["broken"]
+            high[at[hit]], low[at[~hit]] = middle[at[hit]], middle[at[~hit]]
+        known = np.concatenate([positions for positions, _ in found]) if found else nothing
+        others = np.setdiff1d(np.flatnonzero(undecided), known)  # of another shard
+        low[others] = high[others] - 1
+        spent += found
+    return np.where(np.isnan(clean) | (clean != 100.0), np.nan, np.append(steps, np.inf)[high]), cost(spent)
+
+
+def components(protocol: Protocol, shape: Sequence[int]) -> list[Component]:
+    """One column for each eps of the grid, ascending, for images of this shape (channels, height, width)."""
+    return [
+        Component(
+            name=f"strict@{eps}",
+            attack=protocol.name,
+            optimizer="worst case",
+            readout="recall_at_1",
+            worst=0,
+            best=100,
+            threat={"eps": eps},
+        )
+        for eps in protocol.eps_for(shape)
+    ]
+
+
+def outcome(broken_by: Int[np.ndarray, " Q"], clean: Float[np.ndarray, " Q"]) -> Float[np.ndarray, " Q"]:
+    """100 where nothing broke the query, else 0; NaN where it has no outcome when clean. Percent."""
+    value = np.where(broken_by == SURVIVED, 100.0, 0.0)
+    return np.where(np.isnan(clean), np.nan, value).astype(np.float32)
+
+
+def codes(protocol: Protocol) -> dict[str, int]:
+    """What the numbers in ``broken_by`` mean."""
+    plain = {"survived": SURVIVED, "wrong when clean": CLEAN_WRONG, "broken at a smaller eps": CARRIED}
+    return plain | {step.name: i + 2 for i, step in enumerate(protocol.steps)}
+
+
+def summary(
+    protocol: Protocol,
+    grid: Sequence[str],
+    clean: Float[np.ndarray, " Q"],
+    labels: Int[np.ndarray, " Q"],
+    arrays: Mapping[str, np.ndarray],
+    spent: Sequence[Sequence[Mapping[str, Any]]],
+    halving: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """All that a run says of its queries' outcomes: what goes into ``extras.strict``.
+
+    Args:
+        clean: R@1 of each query before any attack, percent, NaN without positives.
+        arrays: per eps ``strict@<eps>/`` value, broken_by and the :data:`PROXIES`, (Q,) each; under a protocol with
+            rounds also round, with a threshold :data:`SMALLEST`.
+        spent: by eps and step the ``gradients``, ``values`` (passes over all queries) and ``seconds`` it cost.
+        halving: the same of the search for the smallest eps.
+    """
+    count = max(1, int((~np.isnan(clean)).sum()))
+    group, right = groups(len(clean), protocol.together), clean == 100.0
+    rows: list[dict[str, Any]] = []
+    for eps, costs in zip(grid, spent, strict=True):
+        by = arrays[f"strict@{eps}/broken_by"]
+        alive, done = ~np.isin(by, (CLEAN_WRONG, CARRIED)), []
+        carried = int((by == CARRIED).sum())
+        row: dict[str, Any] = {"eps": eps, "recall_at_1": mean(arrays[f"strict@{eps}/value"])}
+        row |= {proxy: mean(arrays[f"strict@{eps}/{proxy}"]) for proxy in PROXIES}
+        for index, (step, cost) in enumerate(zip(protocol.steps, costs, strict=True)):
+            here = by == index + 2
+            entry: dict[str, Any] = {"step": step.name, "attacked": int(alive.sum()), "broken": int(here.sum())}
+            entry |= {name: cost[name] for name in ("gradients", "values", "seconds")}
+            entry["points"] = 100.0 * entry["broken"] / count
+            if step.rounds > 1:
+                first = np.where(here, arrays[f"strict@{eps}/round"], 0)
+                ran = rounds_run(step, group, right, alive, first)
+                total = fallen(step.rounds, group, first)
+                entry["rounds"] = np.diff(total.sum(0))[: int(ran.max(initial=0))].tolist()
+                most = int((by == SURVIVED).sum())
+                estimate, bound = missed(last_half(total, ran))
+                row["missed"] = 100.0 * min(estimate, most) / count
+                row["missed_at_most"] = 100.0 * min(bound, most) / count
+            done.append(entry)
+            alive &= ~here
+        rows.append({**row, "carried": 100.0 * carried / count, "steps": done})
+    curve = [mean(clean), *(row["recall_at_1"] for row in rows)]
+    radii = [0.0, *(protocol.threat_at(eps).radius for eps in grid)]
+    passes = {
+        name: sum(s[name] for row in rows for s in row["steps"]) + (halving or {}).get(name, 0)
+        for name in ("gradients", "values")
+    }
+    return {
+        "norm": protocol.threat_at(grid[0]).norm,
+        "clean": curve[0],
+        "curve": rows,
+        **(
+            {"area": area(radii, curve)}
+            if protocol.threshold is None
+            else {"smallest_eps": halfway(protocol, grid, arrays[SMALLEST], labels, halving or {})}
+        ),
+        **{f"{name}_per_query": n / max(1, int(right.sum())) / len(grid) for name, n in passes.items()},
+        "codes": codes(protocol),
+    }
+
+
+def halfway(
+    protocol: Protocol,
+    grid: Sequence[str],
+    found: Float[np.ndarray, " Q"],
+    labels: Int[np.ndarray, " Q"],
+    halving: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The median of the smallest eps over the queries that are right when clean, on the [0, 1] scale, and its interval.
+
+    ``median`` and the ends of the ``interval`` are None where they are beyond the largest eps of the grid; there is no interval
+    where a single class says nothing of the spread. Values are of the ladder, and the true one lies between that and the one
+    below: the lower end is therefore one step down.
+    """
+    assert protocol.threshold is not None
+    steps, _ = ladder([protocol.threat_at(eps).radius for eps in grid], protocol.threshold)
+    place = np.searchsorted(steps, found * (1 - 1e-6)).astype(np.float64)  # beyond the last where none was found
+    middle, ends = cluster_median(np.where(np.isnan(found), np.nan, place), labels)
+
+    def at(position: float | None) -> float | None:
+        return None if position is None else ([*steps.tolist(), None, 0.0][int(np.clip(position, -1, len(steps)))])
+
+    cost = {name: halving.get(name, 0) for name in ("gradients", "values", "seconds")}
+    return {
+        "norm": protocol.threat_at(grid[0]).norm,
+        "median": at(middle),
+        "interval": ends and [at(np.floor(ends[0]) - 1), at(np.ceil(ends[1]))],
+        "largest": float(steps[-1]),
+        **cost,
+    }
+
+
+def area(radii: Sequence[float], curve: Sequence[float]) -> float:
+    """Mean height of the curve from eps 0 to the last, by trapezoids, percent."""
+    r, c = np.asarray(radii), np.asarray(curve)
+    return float((np.diff(r) * (c[1:] + c[:-1]) / 2).sum() / r[-1])

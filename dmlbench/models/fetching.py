@@ -1,0 +1,112 @@
+"""Where a registered model's weights lie on this machine; fetched where they are not in the package.
+
+A fetched file gets its name only once its size and hash are those of the registry. It is kept under
+the cache folder's ``checkpoints``. Processes that fetch the same file at once (torchrun) each write their own.
+
+Where the registry has no whole sha256 of a file (its publisher says the first digits, or nothing), the first one
+that is fetched is trusted: its sha256 is kept beside it, said, and every later copy has to be the same.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dmlbench.checkpoints import PACKAGE, Checkpoint, File, sha256_of, verified
+from dmlbench.datasets.cache import cache_folder
+from dmlbench.datasets.downloads import Download
+from dmlbench.datasets.downloads import fetch as download
+from dmlbench.errors import DataError
+
+BASE = "DMLBENCH_CHECKPOINT_BASE"
+PLACEHOLDER = "{base}/"
+
+
+def addresses(file: File) -> Iterator[str]:
+    """Where to look, in order: the address, then the mirrors, ``{base}`` filled in.
+
+    ``{base}`` is what ``DMLBENCH_CHECKPOINT_BASE`` names, else the checkout's ``checkpoints`` folder.
+    """
+    for address in (file.url, *file.mirrors):
+        if address is None:
+            continue
+        if not address.startswith(PLACEHOLDER):
+            yield address
+            continue
+        base = os.environ.get(BASE) or str(PACKAGE.parent / "checkpoints")
+        base = base if "://" in base else str(Path(base).expanduser())
+        yield f"{base.rstrip('/')}/{address.removeprefix(PLACEHOLDER)}"
+
+
+_ENDS = {"safetensors": "safetensors", "torch": "pth", "lightning": "ckpt"}
+
+
+def fetch(name: str, file: File) -> tuple[Path, tuple[str, ...]]:
+    """A file with addresses, from the cache, a folder or the network; and sentences about what was trusted.
+
+    Raises:
+        DataError: no address gives the file that the registry names; each one's trouble is told.
+    """
+    folder = cache_folder() / "checkpoints"
+    kept = folder / f"{(file.sha256 or file.hash or 'first').replace(':', '-')[:23]}-{name}.{_ENDS[file.format]}"
+    first = kept.with_suffix(".sha256")
+    try:
+        known = File(sha256=file.sha256 or _remembered(first), hash=file.hash, bytes=file.bytes)
+    except OSError as error:
+        raise DataError(f"{first} cannot be read: {error.strerror}") from None
+    if kept.is_file():
+        try:
+            return verified(kept, known), ()
+        except DataError:
+            kept.unlink(missing_ok=True)
+    troubles: list[str] = []
+    for address in addresses(file):
+        try:
+            if not address.startswith(("https://", "http://")):
+                return verified(Path(address), known), ()
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as own:
+                wanted = Download(kept.name, [address], known.bytes, known.sha256)
+                found = verified(download(wanted, Path(own)), known)
+                said = () if known.sha256 else _trusted(found, first, name, file)
+                return found.replace(kept), said
+        except DataError as error:
+            troubles.append(str(error).removeprefix(f"{kept.name} cannot be downloaded: "))
+        except OSError as error:
+            raise DataError(f"{folder} cannot be written: {error.strerror} (DMLBENCH_CACHE names another)") from None
+    raise DataError(
+        f"the weights of {name!r} cannot be had: {'; '.join(troubles)} ({BASE} names an address or a folder that has "
+        "them; --weights FILE takes a copy of your own)"
+    )
+
+
+def _remembered(path: Path) -> str | None:
+    """The sha256 of the file that was trusted first; None where there was none."""
+    text = path.read_text(encoding="ascii", errors="replace").strip() if path.is_file() else ""
+    return text if re.fullmatch("[0-9a-f]{64}", text) else None
+
+
+def _trusted(found: Path, path: Path, name: str, file: File) -> tuple[str, ...]:
+    """Keep the sha256 of a file that is fetched for the first time, and say so."""
+    sha256 = sha256_of(found)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(f"{sha256}\n", encoding="ascii")
+    part.replace(path)
+    stated = f"only {file.hash}… is published" if file.hash else "no hash of it is published"
+    return (f"{name}: {stated}; trusted on first use with sha256 {sha256}, which later copies have to have",)
+
+
+def weights_path(name: str, entry: Checkpoint) -> tuple[Path, tuple[str, ...]]:
+    """Where the weights of a registered model lie on this machine, verified; and sentences about what was trusted.
+
+    Raises:
+        DataError: there is no file, or not the one that the registry names.
+    """
+    for file in entry.files:
+        if file.path is not None:
+            return verified(PACKAGE / "weights" / file.path, file), ()
+        if file.url is not None:
+            return fetch(name, file)
+    how = next((f.manual for f in entry.files if f.manual), "no file is registered")
+    raise DataError(f"model {name!r} has no file that can be loaded: {how}")

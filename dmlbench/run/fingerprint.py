@@ -1,0 +1,93 @@
+"""What a model computes, in a few values: by them a run knows whether it goes on with the same model.
+
+A hash of the parameters does not say how images are normalised, which output is taken, or what code runs. So the
+embeddings of a few fixed images, the probe, stand beside it. Floating point differs between processors, so what is
+compared across processes is a few projections of these, within :data:`NEAR`; what is only ever compared on one
+machine (a cache) may hold the very bytes.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dmlbench.embedding import Embedder, digest_of
+from dmlbench.fast.exact import true_float32
+from dmlbench.models import probe_images
+
+NEAR = 1e-3
+"""How far a number of the probe may be off, relative to its largest: far above what processors differ by."""
+STEADY = 1e-5
+"""Passes of the same images that differ by more, relative to the largest number, say nothing about the model."""
+IMAGES, DIRECTIONS, PASSES = 2, 8, 3
+
+
+@true_float32()
+def probed(embedder: Embedder) -> Float[Tensor, "b d"] | None:
+    """The embeddings of the probe images; None where passes of them differ, or are NaN or infinite.
+
+    Randomness that comes from torch is the same at every call, and the caller's streams are left as they were.
+    """
+    where = embedder.device
+    images = probe_images(embedder.input_shape, IMAGES).to(where)
+    passes = []
+    with torch.no_grad(), torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+        for _ in range(PASSES):
+            torch.manual_seed(0)
+            passes.append(embedder.eval()(images).cpu())
+    scale = float(passes[0].abs().amax())
+    steady = all(float((e - passes[0]).abs().amax()) <= STEADY * scale for e in passes[1:])  # not where one is NaN
+    return passes[0] if steady and bool(torch.isfinite(passes[0]).all()) else None
+
+
+def fingerprint(embedder: Embedder) -> dict[str, Any]:
+    """What can be compared across processes and machines; see :func:`alike`.
+
+    Returns:
+        ``arch``; ``normalisation``, mean and std per channel; ``parameters``, a hash of the network's; ``probe``,
+        ``IMAGES`` x ``DIRECTIONS`` numbers, or None where the model gives no steady ones.
+    """
+    e = probed(embedder)
+    return {
+        "arch": embedder.arch,
+        "normalisation": [embedder.mean.flatten().tolist(), embedder.std.flatten().tolist()],
+        "parameters": digest_of(embedder.network),
+        "probe": None if e is None else _projections(e),
+    }
+
+
+def _projections(e: Float[Tensor, "b d"]) -> list[float]:
+    """Each embedding along a few fixed waves of unit length."""
+    place = torch.arange(e.shape[1], dtype=torch.float64)
+    waves = torch.cos(place[:, None] * torch.arange(1, DIRECTIONS + 1) * 0.7 + 0.3)  # (d, DIRECTIONS)
+    found = e.double() @ (waves / waves.norm(dim=0))
+    return [float(f"{value:.6g}") for value in found.flatten().tolist()]
+
+
+def alike(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
+    """Do two probes agree? One that is not known agrees with every other."""
+    if a is None or b is None:
+        return True
+    scale = max((abs(v) for v in (*a, *b)), default=0.0)
+    return len(a) == len(b) and all(abs(x - y) <= NEAR * scale for x, y in zip(a, b, strict=True))
+
+
+def differing(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The keys in which two configurations differ, sorted; those that end in ``probe`` are compared by :func:`alike`."""
+    return [key for key in sorted({*stored, *wanted}) if not _same(key, stored.get(key), wanted.get(key))]
+
+
+def _same(key: str, a: Any, b: Any) -> bool:
+    return alike(a, b) if key.endswith("probe") else bool(a == b)
+
+
+def exact(embedder: Embedder) -> str | None:
+    """A hash for what is kept on one machine: another one for any change that shows; None where passes differ."""
+    e = probed(embedder)
+    if e is None:
+        return None
+    told = f"{digest_of(embedder)} {embedder.arch} {embedder.distance.space} {tuple(e.shape)}"
+    return hashlib.sha256(told.encode() + e.contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,103 @@
+"""What a result says of the model, the images and the machine it was measured with."""
+
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmlbench.datasets.base import DISTRACTOR
+from dmlbench.embedding import Embedder
+from dmlbench.results import DatasetInfo, Environment, Evaluation, ModelInfo
+from dmlbench.run.subject import Subject
+from dmlbench.version import __version__
+
+
+def model_info(embedder: Embedder) -> ModelInfo:
+    """What the record says of the model."""
+    card = embedder.card
+    with torch.no_grad():
+        shape = (2, *embedder.input_shape)
+        dim = embedder.eval()(torch.zeros(shape, device=embedder.device)).shape[1]
+    if card is None:
+        return ModelInfo(
+            id=embedder.name,
+            weights_sha256=embedder.weights_sha256,
+            arch=embedder.arch,
+            space=embedder.distance.space,
+            embed_dim=dim,
+        )
+    return ModelInfo(
+        id=embedder.name,
+        weights_sha256=embedder.weights_sha256,
+        arch=card.arch.builder,
+        loss=card.train.loss,
+        defense=card.defense.name,
+        space=embedder.distance.space,
+        embed_dim=dim,
+    )
+
+
+def dataset_info(subject: Subject) -> DatasetInfo:
+    """What the record says of the images."""
+    d = subject.dataset
+    return DatasetInfo(
+        name=d.name,
+        split=d.split,
+        sha256=d.sha256,
+        n_queries=len(subject.rows),
+        n_queries_full=len(d.query),
+        n_gallery=len(d.gallery),
+        n_classes=len(np.setdiff1d(d.labels[d.gallery], [DISTRACTOR])),
+        n_without_positive=int((~subject.scene.has_positive).sum()),
+    )
+
+
+def environment(
+    device: torch.device,
+    argv: Sequence[str],
+    *,
+    precision: str = "float32",
+    compiled: bool = False,
+    notes: Sequence[str] = (),
+) -> Environment:
+    """Software and machine, and how gradients were made."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return Environment(
+        dmlbench=__version__,
+        torch=torch.__version__,
+        numpy=np.__version__,
+        python=sys.version.split()[0],
+        device=device.type,
+        device_name=name,
+        gradient_precision=precision,
+        compiled=compiled,
+        notes=tuple(notes),
+        argv=tuple(word for word in argv if word != "--resume"),
+    )
+
+
+def told(evaluation: Evaluation) -> dict[str, Any]:
+    """What a finished result says of its configuration; its batch size, for one, it does not."""
+    e = evaluation
+    return {
+        "dmlbench": e.environment.dmlbench,
+        "torch": e.environment.torch,
+        "model": e.model.id,
+        "weights": e.model.weights_sha256,
+        "space": e.model.space,
+        "gradient_precision": e.environment.gradient_precision,
+        "compiled": e.environment.compiled,
+        "dataset": e.dataset.name,
+        "split": e.dataset.split,
+        "dataset_sha256": e.dataset.sha256,
+        "protocol": e.protocol.name,
+        "protocol_sha256": e.protocol.sha256,
+        "seed": e.protocol.seed,
+        "partial": list(e.partial),
+        "extra_parts": list(e.extras.get("extra_parts", ())),
+        **e.extras.get("fingerprint", {}),
+        "device": e.environment.device,
+    }

@@ -1,0 +1,184 @@
+"""One search: an attack, an optimizer and a threat, run on every query in batches.
+
+Components that share all three share the search. Targets are chosen for all queries before the first
+step, so they do not depend on batches, on other attacks or on which queries are measured.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from dmlbench.attacks import ATTACKS, aim, craft, measure
+from dmlbench.datasets import RetrievalDataset
+from dmlbench.embedding import Embedder
+from dmlbench.errors import DataError
+from dmlbench.optimizers import OPTIMIZERS, watched
+from dmlbench.protocol import Component, Protocol
+from dmlbench.run.loading import Loader
+from dmlbench.run.parallel import World
+from dmlbench.run.subject import EMBED_BLOCK, Progress, Subject, sample_positions
+from dmlbench.run.units import Work
+from dmlbench.scene import Scene
+from dmlbench.threat import Threat
+
+LARGE = 4096
+"""Numbers in an image above which it is large: 64x64 grey."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search that one or more components read: an attack, an optimizer, a threat."""
+
+    attack: str
+    optimizer: str
+    threat: Threat
+    components: tuple[Component, ...]
+
+    @property
+    def name(self) -> str:
+        """The components it serves, as a person reads them."""
+        return " ".join(c.name for c in self.components)
+
+
+def searches(protocol: Protocol, components: Sequence[Component]) -> list[Search]:
+    """The searches that serve the components, each run once."""
+    groups: dict[tuple[str, str, Threat], list[Component]] = {}
+    for c in components:
+        groups.setdefault((c.attack, c.optimizer, protocol.threat_of(c)), []).append(c)
+    return [Search(*key, tuple(members)) for key, members in groups.items()]
+
+
+def aimed(subject: Subject, search: Search, seed: int) -> Scene:
+    """The whole scene with the search's targets, chosen in blocks of fixed size."""
+    rng = subject.rng(seed, "targets", search.attack)
+    blocks = [slice(a, a + EMBED_BLOCK) for a in range(0, len(subject.rows), EMBED_BLOCK)]
+    chosen = torch.cat([aim(ATTACKS[search.attack], subject.scene[s], rng[s]).chosen for s in blocks])
+    return subject.scene.aimed(chosen)
+
+
+def auto_batch(
+    dataset: RetrievalDataset, device: torch.device, embedder: Embedder | None = None, world: World | None = None
+) -> int:
+    """Queries attacked at a time: what keeps a CPU's caches busy; on a GPU as many as its memory holds.
+
+    With an ``embedder``, a GPU's memory is probed once, and all processes of ``world`` take the first one's answer.
+    """
+    large = int(np.prod(dataset.images.shape)) > LARGE
+    if device.type != "cuda":
+        return 32 if large else 256
+    most = 512 if large else 2048
+    if embedder is not None:
+        most = min(most, fitting(embedder.frozen(device), dataset, device))
+    return world.agree_on(most) if world else most
+
+
+def fitting(ready: Embedder, dataset: RetrievalDataset, device: torch.device) -> int:
+    """The power of two of queries whose attack takes at most half of the GPU's free memory, from two measured sizes."""
+    peaks = []
+    sizes = (4, 12)
+    for size in sizes:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        x = torch.zeros(size, *dataset.images.shape, device=device, requires_grad=True)
+        torch.autograd.grad(ready(x).sum(), x)
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+    each = max(1.0, (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])) + 32.0 * len(dataset.gallery)
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, 1 << int(np.log2(max(1.0, free / 2 / each))))
+
+
+def batches(count: int, size: int) -> Iterator[tuple[int, int]]:
+    """Bounds of consecutive batches."""
+    for a in range(0, count, size):
+        yield a, min(a + size, count)
+
+
+def run_search(
+    subject: Subject, search: Search, seed: int, batch_size: int, progress: Progress, work: Work | None = None
+) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
+    """Attack every query: per-query arrays by name, and the adversarial images of the sample.
+
+    "seconds" (units,) is what each batch took, "nonfinite" (units,) how many gradients of single images were NaN or
+    infinite there. None where ``work`` is a shard and others are not done.
+    """
+    attack, optimizer = ATTACKS[search.attack], OPTIMIZERS[search.optimizer]
+    scene = aimed(subject, search, seed)
+    rng = subject.rng(seed, search.attack, search.optimizer)
+    source = subject.surrogate or subject
+    together = optimizer.whole_set
+    keep = sample_positions(subject)
+
+    work = work or Work()
+    bounds = [(0, len(subject.rows))] if together else list(batches(len(subject.rows), batch_size))
+    expected = [ends for position, ends in enumerate(bounds) if work.mine(position)]
+
+    def unit(load: Loader, size: int, a: int, b: int) -> dict[str, np.ndarray]:
+        images = load(a, b)
+        known = source.scene[a:b].aimed(scene.chosen[a:b])
+        search_with = partial(optimizer, block=size) if together else optimizer
+        with watched() as trouble:
+            adversarial = craft(source.embedder, attack, search_with, search.threat, images, known, rng[a:b])
+
+        read = [
+            dict(measure(subject.embedder, attack, search.threat, adversarial[i:j], images[i:j], scene[a + i : a + j]))
+            for i, j in batches(b - a, size)
+        ]
+        found = joined(read)
+        here = keep[(keep >= a) & (keep < b)] - a
+        found["nonfinite"] = np.array([trouble.count])
+        found["images"] = adversarial[torch.from_numpy(here).to(adversarial.device)].cpu().numpy()
+        return found
+
+    progress.start(search.name, len(subject.rows))
+    name = f"{search.name} {search.attack} {search.optimizer} {search.threat}"
+    with Loader(subject.dataset.images, subject.rows, subject.device, expected) as load:
+        compute = partial(shrunk, partial(unit, load), batch_size)
+        if not together:
+            compute = partial(halved, partial(unit, load, batch_size))
+        found = work.map(name, bounds, compute, lambda count: progress.advance(search.name, count))
+    units = [u for u in found if u is not None]
+    if len(units) < len(bounds):
+        return None
+    arrays = joined(units)
+    arrays["targets"] = scene.chosen.cpu().numpy()
+    return arrays, arrays.pop("images")
+
+
+def joined(units: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays of consecutive queries as one, by name."""
+    return {name: np.concatenate([u[name] for u in units]) for name in units[0]}
+
+
+def shrunk(unit: Callable[[int, int, int], dict[str, np.ndarray]], size: int, a: int, b: int) -> dict[str, np.ndarray]:
+    """``unit(size, a, b)``, which takes ``size`` queries at a time, or half as many as long as the GPU's memory does not
+    hold them.
+
+    Raises:
+        DataError: not even one query fits beside the images of all.
+    """
+    try:
+        return unit(size, a, b)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    if size <= 1:
+        raise DataError("the GPU's memory does not hold all queries' images; use --device cpu or --limit")
+    return shrunk(unit, min(size, b - a) // 2 or 1, a, b)
+
+
+def halved(unit: Callable[[int, int], dict[str, np.ndarray]], a: int, b: int) -> dict[str, np.ndarray]:
+    """``unit(a, b)``, in halves where the GPU's memory does not hold it whole.
+
+    Raises:
+        DataError: not even one query fits.
+    """
+    try:
+        return unit(a, b)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    if b - a <= 1:
+        raise DataError("the GPU's memory does not hold a single query; use --device cpu or a smaller model")
+    middle = (a + b) // 2
+    return joined([halved(unit, a, middle), halved(unit, middle, b)])

@@ -1,0 +1,342 @@
+"""Finished pieces of a run on disk, and who does which.
+
+A unit is one search on one batch of queries, or on all of them. ``RUN/units/`` holds ``configuration.json``, which says
+what is being measured, and one npz file a unit, each written whole or not at all. A run that was killed
+goes on from there; a unit that cannot be read is done again. :class:`Work` deals units out to the
+processes of a ``torchrun``, to the shards of a job array, or to the one process there is.
+"""
+
+import hashlib
+import json
+import re
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmlbench.datasets.cache import cache_folder
+from dmlbench.errors import DataError, NotComparable, UsageError
+from dmlbench.results import json_bytes, npz_bytes, prepare_folder, read_npz, write_whole
+from dmlbench.run.fingerprint import differing
+from dmlbench.run.parallel import World
+
+Arrays = dict[str, np.ndarray]
+Unit = tuple[str, int, int]
+"""What is searched, and the bounds of the batch."""
+
+
+def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path, mend: str = "") -> None:
+    """Raise unless two configurations are the same; ``mend`` is what can be done.
+
+    Raises:
+        NotComparable: they differ; the message names every differing key.
+    """
+    if keys := differing(stored, wanted):
+        told = ", ".join(f"{key} ({_short(stored.get(key))} there, {_short(wanted.get(key))} here)" for key in keys)
+        raise NotComparable(f"{where} holds a run of another configuration: {told}{mend and f'; {mend}'}")
+
+
+def _short(value: Any) -> str:
+    """A value as an error message shows it: hashes are cut."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"{text[:12]}…" if len(text) > 40 else text
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of one run on disk, in ``folder``."""
+
+    folder: Path
+
+    @property
+    def head(self) -> Path:
+        """Where the configuration lies."""
+        return self.folder / "configuration.json"
+
+    @property
+    def mend(self) -> str:
+        """What a user can do whose run is not the one that is kept."""
+        return f"remove {self.folder} to begin anew, or name another --out"
+
+    def configuration(self) -> dict[str, Any] | None:
+        """What the run on disk measures, None where there is none.
+
+        Raises:
+            DataError: the file is there and cannot be read.
+        """
+        try:
+            return dict(json.loads(self.head.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{self.head} cannot be read: {error}; remove {self.folder} to begin anew") from None
+
+    def begin(self, configuration: Mapping[str, Any]) -> None:
+        """Make the folder and write what the run measures."""
+        prepare_folder(self.folder)
+        write_whole(self.head, json_bytes(dict(configuration)))
+
+    def path(self, unit: Unit) -> Path:
+        """The file of a unit: readable, and different for every name."""
+        name, a, b = unit
+        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9+=-]+', '_', name)[:20]}.{digest}.{a:07d}-{b:07d}.npz"
+
+    def get(self, unit: Unit) -> Arrays | None:
+        """The arrays of a finished unit; None where it is not finished, or its file is damaged."""
+        path = self.path(unit)
+        if not path.exists():
+            return None
+        try:
+            return read_npz(path)
+        except DataError:
+            return None
+
+    def put(self, unit: Unit, arrays: Arrays) -> None:
+        """Keep a finished unit.
+
+        Raises:
+            DataError: it cannot be written, e.g. because the disk is full.
+        """
+        write_whole(self.path(unit), npz_bytes(arrays))
+
+    def searched(self) -> bool:
+        """Is a search's unit kept, which alone says how long it took? What is done once for all of them is not one."""
+        return next(self._seconds(), None) is not None
+
+    def spent(self) -> float:
+        """Seconds that the kept units of searches took, in whatever process."""
+        return sum(self._seconds(), 0.0)
+
+    def _seconds(self) -> Iterator[float]:
+        """What each kept unit of a search took; damaged files are left out, as they are done again."""
+        for path in sorted(self.folder.glob("*.npz")):
+            with (
+                suppress(OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error),
+                zipfile.ZipFile(path) as bundle,
+            ):
+                if "seconds.npy" in bundle.namelist():
+                    with bundle.open("seconds.npy") as stream:
+                        yield float(np.lib.format.read_array(stream, allow_pickle=False).sum())
+
+    def remove(self) -> None:
+        """Delete the units and the folder, once the result is written."""
+        for path in sorted(self.folder.glob("*.npz")) + sorted(self.folder.glob(".*.part")) + [self.head]:
+            path.unlink(missing_ok=True)
+        self.folder.rmdir()
+
+
+def remembered(name: str, count: int, compute: Callable[[], Arrays]) -> Arrays:
+    """Arrays from the cache folder, else computed and kept there; ``name`` says everything they depend on.
+
+    The cache is ``embeddings/`` under ``DMLBENCH_CACHE`` or ``~/.cache/dmlbench``. A damaged file is made again.
+    """
+    store = Units(cache_folder() / "embeddings")
+    kept = store.get((name, 0, count))
+    if kept is None:
+        kept = compute()
+        prepare_folder(store.folder)
+        store.put((name, 0, count), kept)
+    return kept
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The ``index``-th of ``count`` parts of the work, from 1."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """``"2/8"``: the second of eight."""
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise UsageError(f"--shard {text!r} is not i/n with 1 <= i <= n, e.g. 2/8")
+        return cls(int(found[1]), int(found[2]))
+
+
+@dataclass(frozen=True)
+class Work:
+    """Who does which unit, and where finished ones are kept.
+
+    Attributes:
+        units: on disk, or None where nothing is kept.
+        world: the processes that do the work together and share what they find.
+        shard: this run's part of the work, which leaves the rest undone; None for all of it.
+        gather: take only what is kept; a unit that is not is an error.
+    """
+
+    units: Units | None = None
+    world: World = field(default_factory=World)
+    shard: Shard | None = None
+    gather: bool = False
+
+    def agree(self, configuration: Mapping[str, Any], resume: bool) -> None:
+        """Write what this run measures, or check that what is kept measures the same.
+
+        Raises:
+            NotComparable: it does not.
+            UsageError: an unfinished run is there and ``resume`` was not asked for.
+        """
+        if self.units is None:
+            return
+        if self.world.leads:
+            stored = self.units.configuration()
+            if stored is None:
+                self.units.begin(configuration)
+            else:
+                refuse_other(stored, configuration, self.units.folder.parent, self.units.mend)
+                if not (resume or self.shard or self.gather):
+                    raise UsageError(
+                        f"{self.units.folder.parent} holds an unfinished run: add --resume to go on with it, "
+                        f"or remove {self.units.folder} to begin anew"
+                    )
+        self.wait()
+        if not self.world.leads:
+            refuse_other(self.units.configuration() or {}, configuration, self.units.folder.parent)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world.size > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+    def once(self, name: str, count: int, compute: Callable[[], Arrays]) -> Arrays:
+        """The arrays of something that is not divided: read where they are kept, else computed, and kept by the leader."""
+        unit = (name, 0, count)
+        kept = self.units.get(unit) if self.units else None
+        if kept is None:
+            kept = dict(sorted(compute().items()))
+            if self.units and self.world.leads:
+                self.units.put(unit, kept)
+        return kept
+
+    def mine(self, position: int) -> bool:
+        """Is the unit at this position of a list for this process to do?"""
+        if self.shard and position % self.shard.count != self.shard.index - 1:
+            return False
+        position //= self.shard.count if self.shard else 1
+        return position % self.world.size == self.world.rank
+
+    def map(
+        self,
+        name: str,
+        bounds: Sequence[tuple[int, int]],
+        compute: Callable[[int, int], Arrays],
+        done: Callable[[int], None] = lambda count: None,
+    ) -> list[Arrays | None]:
+        """The arrays of one search's batches, in order: :meth:`each`, None where a batch is another shard's.
+
+        Args:
+            name: what is searched; with the bounds it names the unit.
+            bounds: first and last + 1 query of each unit.
+            compute: the arrays of the queries a to b.
+            done: told how many queries have just been finished.
+        """
+        units = {position: (name, a, b) for position, (a, b) in enumerate(bounds)}
+        found = self.each(name, units, lambda position: compute(*bounds[position]), done)
+        return [found.get(position) for position in units]
+
+    def each(
+        self,
+        what: str,
+        units: Mapping[int, Unit],
+        compute: Callable[[int], Arrays],
+        done: Callable[[int], None] = lambda count: None,
+    ) -> dict[int, Arrays]:
+        """The arrays of every unit by position: read where they are kept, else computed where they are mine.
+
+        Each unit also holds ``seconds`` (1,), what it took. With several processes all of them return all
+        units; under a shard those of other shards are left out unless they are kept already.
+
+        Args:
+            what: what the units are of, for messages.
+            units: by position, which says whose each one is.
+            compute: the arrays of the unit at a position.
+            done: told how many queries have just been finished.
+
+        Raises:
+            DataError: only what is kept may be taken, and a unit is not.
+        """
+        found: dict[int, Arrays] = {}
+        for position, unit in units.items():
+            mine = self.mine(position)
+            if not mine and (self.world.size > 1 or self.units is None):
+                continue
+            kept = self.units.get(unit) if self.units else None
+            if kept is None and self.gather:
+                missing = sum(self.units is None or self.units.get(other) is None for other in units.values())
+                raise DataError(f"{missing} of {len(units)} units of {what!r} are missing: has every shard finished?")
+            if kept is None and mine:
+                began = time.monotonic()
+                kept = dict(sorted(compute(position).items()))
+                kept["seconds"] = np.array([time.monotonic() - began])
+                if self.units:
+                    self.units.put(unit, kept)
+            if kept is not None:
+                found[position] = kept
+                done(unit[2] - unit[1])
+        for theirs in self._exchange(found):
+            found.update(theirs)
+        return dict(sorted(found.items()))
+
+    def _exchange(self, found: dict[int, Arrays]) -> list[dict[int, Arrays]]:
+        """What every process of the world has found."""
+        if self.world.size == 1:
+            return []
+        import torch.distributed as dist
+
+        everyone: list[Any] = [None] * self.world.size
+        dist.all_gather_object(everyone, found)
+        return everyone
+
+
+def shared_by(folders: Sequence[Path]) -> dict[str, Any]:
+    """The configuration that several shards' run folders share.
+
+    Raises:
+        DataError: a folder has no units.
+        NotComparable: two of them measure different things.
+    """
+    first: dict[str, Any] | None = None
+    for folder in folders:
+        units = Units(folder / "units")
+        stored = units.configuration()
+        if stored is None:
+            raise DataError(f"{folder} holds no units of a shard (no {units.head.name})")
+        first = stored if first is None else first
+        refuse_other(first, stored, folder)
+    assert first is not None
+    return first
+
+
+def collect(folders: Sequence[Path], into: Units) -> dict[str, Any]:
+    """Bring the units of several shards' run folders together.
+
+    Returns:
+        The configuration that they share.
+
+    Raises:
+        DataError: a folder has no units.
+        NotComparable: two of them, or one and what ``into`` holds, measure different things.
+    """
+    shared, held = shared_by(folders), into.configuration()
+    if held is None:
+        into.begin(shared)
+    else:
+        refuse_other(held, shared, into.folder.parent, into.mend)
+    for folder in folders:
+        for path in sorted(Units(folder / "units").folder.glob("*.npz")):
+            target = into.folder / path.name
+            if not target.exists():
+                read_npz(path)
+                write_whole(target, path.read_bytes())
+    return shared

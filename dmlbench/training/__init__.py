@@ -1,0 +1,1 @@
+"""How models are made robust: losses, samplings, defences, recipes, and the loop."""

@@ -1,0 +1,471 @@
+"""One training loop, read top to bottom: recipe, data set, learner, steps, checkpoints.
+
+A run folder holds ``recipe.json``, ``log.csv`` (one row per check), ``state.pt`` (everything that a
+resume needs), ``last.safetensors``, ``best.safetensors`` and, when it is done, ``checkpoint.json``:
+the entry for the registry. Every file is written whole. Batches and random numbers depend on (seed,
+rank, iteration) alone, so a resumed run goes on exactly as the uninterrupted one.
+"""
+
+import csv
+import hashlib
+import io
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dmlbench import checkpoints as registry
+from dmlbench.checkpoints import sha256_of
+from dmlbench.datasets import RetrievalDataset, load_dataset
+from dmlbench.embedding import Embedder
+from dmlbench.errors import DataError, UsageError
+from dmlbench.models import build, parameter_count, probe_images, write_weights
+from dmlbench.optimizers import pgd
+from dmlbench.results import json_bytes, prepare_folder, write_whole
+from dmlbench.rng import Rng, seed_of
+from dmlbench.run.parallel import World
+from dmlbench.training.defenses import DEFENSES, Batch, Inner, Learner
+from dmlbench.training.losses import build_loss
+from dmlbench.training.recipe import Recipe, command_of
+from dmlbench.training.sampling import check_classes, check_groups, class_batch
+
+QUICK_QUERIES = 256
+QUICK_STEPS = 8
+COLLAPSE = 0.02
+"""A model whose embeddings are on average nearer than this share of their length has collapsed."""
+COLLAPSE_FROM = 100
+"""Untrained networks embed everything alike too: collapse is looked for from this step on."""
+
+
+RUN_FILES = ("state.pt", "last.safetensors", "best.safetensors", "checkpoint.json", "log.csv")
+"""What a run leaves from its first check on, and no other run writes over."""
+
+
+class TrainingFailed(DataError):
+    """The run ended early: a loss that is not a number, or a collapsed model. Exit code 4."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One row of the log.
+
+    Attributes:
+        iteration: steps done.
+        loss: mean training loss since the row before.
+        recall_at_1: of a fixed sample of training images among themselves, percent.
+        attacked_recall_at_1: the same after a quick attack (8 PGD steps on the margin), percent.
+        spread: mean distance of two embeddings over their mean length; near 0 is collapse.
+        lr: learning rate.
+        seconds: since this process began.
+    """
+
+    iteration: int
+    loss: float
+    recall_at_1: float
+    attacked_recall_at_1: float
+    spread: float
+    lr: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run gives."""
+
+    folder: Path
+    progress: tuple[Progress, ...]
+    entry: dict[str, Any]
+
+
+def checkpoint_entry(recipe: Recipe, dataset: RetrievalDataset) -> registry.Checkpoint:
+    """The registry's record of a model before its weights exist."""
+    c, h, _ = dataset.images.shape
+    defense = DEFENSES[recipe.defense]
+    clean = recipe.defense == "none"
+    kwargs = recipe.arch_kwargs if ":" in recipe.arch else {"embed_dim": recipe.embed_dim, **recipe.arch_kwargs}
+    return registry.Checkpoint(
+        title=recipe.title or f"{recipe.dataset}, {recipe.arch}, {recipe.loss}, {defense.title}",
+        defense=registry.Defense(
+            name=recipe.defense, params={} if clean else defense.parameters(recipe.defense_params)
+        ),
+        train=registry.Train(
+            loss=recipe.loss,
+            eps=None if clean else str(recipe.eps),
+            steps=None if clean else recipe.steps,
+            iterations=recipe.iterations,
+            seed=recipe.seed,
+            command=command_of(recipe),
+        ),
+        arch=registry.Arch(builder=recipe.arch, kwargs=kwargs, embed_dim=recipe.embed_dim),
+        input=registry.Input(size=h, channels=c),
+        normalize=registry.Normalize(mean=recipe.mean, std=recipe.std),
+        embedding=registry.Embedding(
+            normalized=recipe.space != "E", metric="cosine" if recipe.space == "C" else "euclidean"
+        ),
+        dataset=registry.DatasetRef(name=recipe.dataset, split="train"),
+        license="Apache-2.0",
+        paper=registry.Paper(**asdict(defense.paper)) if defense.paper else None,
+    )
+
+
+def make_learner(recipe: Recipe, dataset: RetrievalDataset) -> Learner:
+    """The untrained embedder and its losses, from the recipe's seed.
+
+    Raises:
+        UsageError: the network does not take its arguments, or the data set's images.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(recipe.seed, "init"))
+        try:
+            embedder = build(checkpoint_entry(recipe, dataset), recipe.id)
+        except TypeError as error:
+            raise UsageError(f"arch_kwargs of {recipe.arch!r}: {error}") from None
+        c, h, w = dataset.images.shape
+        for what, values in (("mean", recipe.mean), ("std", recipe.std)):
+            if values is not None and len(values) not in (1, c):
+                raise UsageError(f"{what} has {len(values)} values for images of {c} channel{'s' * (c != 1)}")
+        members = getattr(embedder.network, "members", None)
+        parts: list[nn.Module] = list(members) if members is not None else [embedder.network]
+        probe = probe_images((c, h, w), 2)
+        try:
+            with torch.no_grad():
+                dims = [int(part.eval()(probe).shape[1]) for part in parts]
+        except Exception as error:  # a network says in any way that it does not take these images
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UsageError(
+                f"network {recipe.arch!r} does not take images of {c}x{h}x{w} of data set {recipe.dataset!r}: {first}"
+            ) from None
+        classes = len(np.unique(dataset.labels))
+        params = {"margin": recipe.margin} if recipe.loss == "triplet" else {}
+        criteria = [
+            build_loss(recipe.loss, classes, dim, embedder.distance, {**params, **recipe.loss_params}) for dim in dims
+        ]
+    return Learner(embedder.train(), nn.ModuleList(criteria), recipe.loss, recipe.margin)
+
+
+def learning_rate(recipe: Recipe, iteration: int) -> float:
+    """The factor on the learning rates at a step: constant, half a cosine, or a staircase."""
+    if recipe.schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * iteration / recipe.iterations))
+    if recipe.schedule == "step":
+        return recipe.step_factor ** (iteration // recipe.step_every)
+    return 1.0
+
+
+@contextmanager
+def fitting(recipe: Recipe) -> Iterator[None]:
+    """Within it, memory that runs out is one line.
+
+    Raises:
+        DataError: a step does not fit.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # the CPU's allocator has no error of its own
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            count = recipe.groups * recipe.per_class
+            raise DataError(
+                f"a step on {count} images does not fit into memory: set groups ({recipe.groups}) lower"
+            ) from None
+        raise
+
+
+@contextmanager
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Within it, what a network draws by itself (dropout, drop path) depends on ``seed`` alone."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def batches(
+    recipe: Recipe, dataset: RetrievalDataset, labels: np.ndarray, device: torch.device, rank: int, start: int
+) -> Iterator[Batch]:
+    """The batches of a run from step ``start``, each fetched while the one before is learnt from."""
+
+    def fetch(iteration: int) -> Batch:
+        rng = np.random.default_rng(seed_of(recipe.seed, "batch", rank, iteration))
+        rows = class_batch(labels, recipe.groups, recipe.per_class, rng)
+        images, y = dataset.images[rows], torch.from_numpy(labels[rows])
+        if device.type == "cuda":
+            images, y = images.pin_memory(), y.pin_memory()
+        return Batch(
+            images=images.to(device, non_blocking=True),
+            labels=y.to(device, non_blocking=True),
+            anchors=torch.arange(0, len(rows), recipe.per_class, device=device),
+            rows=rows,
+            seed=seed_of(recipe.seed, "step", rank, iteration),
+            iteration=iteration,
+        )
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(fetch, start)
+        for iteration in range(start, recipe.iterations):
+            with fitting(recipe):
+                batch = ahead.result()
+            if iteration + 1 < recipe.iterations:
+                ahead = pool.submit(fetch, iteration + 1)
+            yield batch
+
+
+def margins(
+    embedder: Embedder, embeddings: Float[Tensor, "b d"], labels: Int[Tensor, " b"], gallery: Float[Tensor, "b d"]
+) -> Float[Tensor, " b"]:
+    """Nearest other-class minus nearest same-class distance; image i is gallery entry i, left out."""
+    d = embedder.distance.pairwise(embeddings, gallery)
+    same = labels[:, None] == labels[None, :]
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    nearest = torch.where(same & ~itself, d, torch.inf).amin(1)
+    return torch.where(same, torch.inf, d).amin(1) - nearest
+
+
+def quick_check(learner: Learner, recipe: Recipe, images: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    """Benign and attacked R@1 (percent) of images among themselves, and the spread of their embeddings.
+
+    The attack is PGD with few, longer steps on the margin to the nearest entry of another class: a
+    thermometer for the training log, not an evaluation.
+    """
+    embedder = learner.embedder.frozen()
+    with torch.no_grad():
+        clean = embedder(images)
+        benign = margins(embedder, clean, labels, clean) > 0
+        length = clean.norm(dim=1).mean().clamp_min(1e-12)
+        spread = (clean - clean.roll(len(clean) // 2, 0)).norm(dim=1).mean() / length
+    threat = recipe.threat.but(steps=QUICK_STEPS, step=2.5 * recipe.threat.radius / QUICK_STEPS, start="clean")
+    rng = Rng(0, torch.arange(len(images), device=images.device))
+    moved = pgd(lambda x: margins(embedder, embedder(x), labels, clean), images, threat, rng)
+    with torch.no_grad():
+        attacked = margins(embedder, embedder(moved), labels, clean) > 0
+    return 100.0 * float(benign.float().mean()), 100.0 * float(attacked.float().mean()), float(spread)
+
+
+def collapsed(rows: list[Progress], last: bool) -> bool:
+    """Have the embeddings become alike and stayed so: at two checks in a row, or at the ``last`` one of the run?
+
+    What grows is still leaving the state that untrained networks are in.
+    """
+
+    def alike(i: int) -> bool:
+        rising = i > 0 and rows[i].spread > 1.1 * rows[i - 1].spread
+        return not rows[i].spread >= COLLAPSE and not rising
+
+    if not rows or rows[-1].iteration < COLLAPSE_FROM:
+        return False
+    before = len(rows) > 1 and rows[-2].iteration >= COLLAPSE_FROM and alike(len(rows) - 2)
+    return alike(len(rows) - 1) and (last or before)
+
+
+def log_bytes(rows: list[Progress]) -> bytes:
+    """The log as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(Progress.__dataclass_fields__), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: round(v, 6) for k, v in asdict(row).items()} for row in rows)
+    return text.getvalue().encode()
+
+
+def save_state(
+    folder: Path, recipe: Recipe, learner: Learner, optimizer: Any, rows: list[Progress], best: float, processes: int
+) -> None:
+    """Everything that a resume needs, as one file."""
+    buffer = io.BytesIO()
+    torch.save(
+        {
+            "recipe": recipe.model_dump_json(),
+            "learner": learner.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "rows": [asdict(row) for row in rows],
+            "best": best,
+            "processes": processes,
+        },
+        buffer,
+    )
+    write_whole(folder / "state.pt", buffer.getvalue())
+
+
+def read_state(folder: Path, recipe: Recipe, processes: int) -> dict[str, Any]:
+    """The state of an earlier run of the same recipe by as many processes, on whose number the batches depend.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+        UsageError: it belongs to another recipe, the differing keys are named; or to another number of processes.
+    """
+    path = folder / "state.pt"
+    if not path.is_file():
+        raise DataError(f"nothing to resume: {path} does not exist")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        earlier = Recipe.model_validate_json(state["recipe"])
+    except Exception as error:  # torch raises many kinds for a broken file
+        raise DataError(f"{path} cannot be read: {error}") from None
+    if differing := recipe.differing(earlier):
+        raise UsageError(f"{folder} holds a run of another recipe; differing keys: {', '.join(differing)}")
+    if (before := int(state.get("processes", 1))) != processes:
+        raise UsageError(
+            f"{folder} was begun by {before} process(es), this run has {processes}: the batches would differ"
+        )
+    return state
+
+
+def finish(folder: Path, recipe: Recipe, dataset: RetrievalDataset, embedder: Embedder) -> dict[str, Any]:
+    """Write ``checkpoint.json``, the registry entry of the last weights, and return it."""
+    path = folder / "last.safetensors"
+    entry = checkpoint_entry(recipe, dataset)
+    threads = torch.get_num_threads() if embedder.device.type == "cpu" else None
+    embedder = embedder.cpu().eval()
+    probe = probe_images(embedder.input_shape)
+    with torch.no_grad():
+        embedding = embedder(probe)[0]
+    done = entry.model_copy(
+        update={
+            "train": entry.train.model_copy(
+                update={
+                    "command": entry.train.command if threads is None else f"{entry.train.command} --threads {threads}",
+                    "torch": torch.__version__,
+                    "threads": threads,
+                }
+            ),
+            "arch": entry.arch.model_copy(
+                update={"embed_dim": len(embedding), "n_params": parameter_count(embedder.network)}
+            ),
+            "files": (
+                registry.File(path=f"{recipe.id}.safetensors", sha256=sha256_of(path), bytes=path.stat().st_size),
+            ),
+            "probe": registry.Probe(
+                inputs_sha256=hashlib.sha256(probe.numpy().tobytes()).hexdigest(),
+                embedding=tuple(round(float(v), 6) for v in embedding[:8]),
+            ),
+        }
+    )
+    table: dict[str, Any] = {recipe.id: done.model_dump(mode="json", exclude_defaults=True)}
+    write_whole(folder / "checkpoint.json", json_bytes(table))
+    return table
+
+
+def train(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+    allow_collapse: bool = False,
+    report: Callable[[Progress], None] = lambda row: None,
+    world: World | None = None,
+) -> Trained:
+    """Train by a recipe into a run folder.
+
+    Args:
+        report: called with each row of the log.
+        world: the processes that train together; one by default.
+
+    Raises:
+        UsageError: the recipe does not fit the data or an earlier run.
+        DataError: data or folder cannot be used.
+        TrainingFailed: a loss or weights that are not numbers (the last good checkpoint stays), or collapse.
+    """
+    began = time.monotonic()
+    world = world or World()
+    device = torch.device(device)
+    dataset = load_dataset(recipe.dataset, "train")
+    check_classes(dataset.labels, recipe.per_class, f"data set {recipe.dataset!r}")
+    check_groups(dataset.labels, recipe.groups, recipe.per_class)
+    labels = np.unique(dataset.labels, return_inverse=True)[1].astype(np.int64)
+    defense = DEFENSES[recipe.defense]
+    params = defense.parameters(recipe.defense_params)
+
+    learner = make_learner(recipe, dataset).to(device)
+    optimizer = torch.optim.Adam(
+        [
+            {"params": list(learner.embedder.parameters()), "lr": recipe.lr},
+            {"params": list(learner.criteria.parameters()), "lr": recipe.proxy_lr},
+        ],
+        weight_decay=recipe.weight_decay,
+    )
+    base = [group["lr"] for group in optimizer.param_groups]
+    rows: list[Progress] = []
+    best = -math.inf
+    if resume:
+        state = read_state(folder, recipe, world.size)
+        try:
+            learner.load_state_dict(state["learner"])
+            optimizer.load_state_dict(state["optimizer"])
+            rows = [Progress(**row) for row in state["rows"]]
+            best = float(state["best"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"{folder / 'state.pt'} is not the state of such a run: {error}") from None
+        if world.leads and not (folder / "last.safetensors").exists():
+            write_weights(folder / "last.safetensors", learner.embedder.network)
+    elif held := [name for name in RUN_FILES if (folder / name).exists()]:
+        raise UsageError(f"{folder} already holds a run ({held[0]}): resume it with --resume, or name another folder")
+    if world.leads:
+        prepare_folder(folder)
+    world.share(learner)
+
+    sample = np.random.default_rng(seed_of("quick")).permutation(len(dataset))[:QUICK_QUERIES]
+    seen, seen_labels = dataset.images[sample].to(device), torch.from_numpy(labels[sample]).to(device)
+    inner = Inner(recipe.threat)
+    mixed = recipe.precision == "mixed" and device.type == "cuda"
+    start = rows[-1].iteration if rows else 0
+    total = torch.zeros((), device=device)
+    since = 0
+
+    def judge() -> None:
+        if not allow_collapse and collapsed(rows, bool(rows) and rows[-1].iteration == recipe.iterations):
+            raise TrainingFailed(
+                f"the model has collapsed by step {rows[-1].iteration}: embeddings of different images lie "
+                f"{rows[-1].spread:.2g} apart (of their length), below {COLLAPSE}; --allow-collapse trains on"
+            )
+
+    if world.leads:
+        write_whole(folder / "recipe.json", json_bytes(recipe.model_dump(mode="json")))
+    judge()
+    for batch in batches(recipe, dataset, labels, device, world.rank, start):
+        factor = learning_rate(recipe, batch.iteration)
+        for group, lr in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = lr * factor
+        optimizer.zero_grad(set_to_none=True)
+        with fitting(recipe), own_randomness(batch.seed, device):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
+                loss = defense.step(learner, batch, inner, **params)
+            loss.backward()
+        world.average(learner)
+        optimizer.step()
+        total += loss.detach()
+        since += 1
+
+        done = batch.iteration + 1
+        if done % recipe.check_every and done != recipe.iterations:
+            continue
+        mean = world.mean(total) / since
+        whole = all(bool(torch.isfinite(p).all()) for p in learner.parameters())
+        if not (math.isfinite(mean) and whole):
+            what = "the model's weights are" if math.isfinite(mean) else "the loss is"
+            kept = (
+                f"the last good checkpoint, of step {rows[-1].iteration}, is kept" if rows else "no checkpoint was made"
+            )
+            raise TrainingFailed(f"{what} not a number at or before step {done}; {kept} in {folder}")
+        benign, attacked, spread = quick_check(learner, recipe, seen, seen_labels)
+        total.zero_()
+        since = 0
+        row = Progress(done, mean, benign, attacked, spread, recipe.lr * factor, round(time.monotonic() - began, 1))
+        rows.append(row)
+        report(row)
+        if world.leads:
+            write_weights(folder / "last.safetensors", learner.embedder.network)
+            if benign + attacked > best:
+                best = benign + attacked
+                write_weights(folder / "best.safetensors", learner.embedder.network)
+            write_whole(folder / "log.csv", log_bytes(rows))
+            save_state(folder, recipe, learner, optimizer, rows, best, world.size)
+        judge()
+    entry = finish(folder, recipe, dataset, learner.embedder) if world.leads else {}
+    return Trained(folder, tuple(rows), entry)

@@ -1,0 +1,262 @@
+"""A recipe: everything that a training run depends on, as TOML that can be committed.
+
+The packaged recipes lie in ``dmlbench/recipes``; a recipe may extend another by naming it.
+"""
+
+import json
+import math
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dmlbench.checkpoints import ID, PACKAGE, first_problem
+from dmlbench.datasets import DATASETS
+from dmlbench.embedding import DISTANCES
+from dmlbench.errors import DataError, UsageError
+from dmlbench.models import ARCHITECTURES
+from dmlbench.registry import suggest
+from dmlbench.threat import Threat
+from dmlbench.training.defenses import DEFENSES
+from dmlbench.training.losses import LOSSES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPES = PACKAGE / "recipes"
+MOST_IMAGES = 1_000_000
+"""In a step."""
+
+
+class Recipe(BaseModel):
+    """One training run. Lengths are on the [0, 1] scale, written as fractions.
+
+    A step sees ``groups`` groups of ``per_class`` images of one class; the first image of each group
+    is an anchor.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    id: str = Field(pattern=ID)
+    title: str = ""
+    dataset: str
+    arch: str
+    arch_kwargs: dict[str, Any] = {}
+    embed_dim: int = Field(default=64, ge=1)
+    space: str = "N"
+    mean: tuple[float, ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    loss: str = "triplet"
+    loss_params: dict[str, Any] = {}
+    margin: float = Field(default=0.2, gt=0)
+    defense: str = "none"
+    defense_params: dict[str, Any] = {}
+    eps: str | float = "8/255"
+    step: str | float = "2/255"
+    steps: int = Field(default=8, ge=0)
+    norm: str = "linf"
+    start: Literal["clean", "random"] = "clean"
+    groups: int = Field(default=56, ge=2)
+    per_class: int = Field(default=2, ge=2)
+    iterations: int = Field(default=1000, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    proxy_lr: float = Field(default=1e-2, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    step_every: int = Field(default=1000, ge=1)
+    step_factor: float = Field(default=0.1, gt=0, le=1)
+    precision: Literal["float32", "mixed"] = "float32"
+    check_every: int = Field(default=200, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_values(cls, table: Any) -> Any:
+        """No key is true or false; Python would take them for 1 and 0."""
+        for key, value in table.items() if isinstance(table, dict) else ():
+            if isinstance(value, bool):
+                raise ValueError(f"{key} is {str(value).lower()}, not a number or text")
+            if isinstance(value, dict) and (wrong := [k for k, v in value.items() if _endless(v)]):
+                raise ValueError(f"{key}.{wrong[0]} must be a finite number")
+        return table
+
+    @property
+    def threat(self) -> Threat:
+        """The adversary of training."""
+        return Threat(norm=self.norm, eps=self.eps, step=self.step, steps=self.steps, start=self.start)
+
+    def check(self) -> "Recipe":
+        """The recipe itself, once every name in it is known and they fit together.
+
+        Raises:
+            UsageError: an unknown name (with a suggestion), or a defence that the loss or network cannot serve.
+        """
+        DATASETS[self.dataset], DISTANCES[self.space], LOSSES[self.loss]
+        if self.groups * self.per_class > MOST_IMAGES:
+            raise UsageError(
+                f"groups x per_class is {self.groups * self.per_class} images a step, at most {MOST_IMAGES}"
+            )
+        if ":" not in self.arch:
+            ARCHITECTURES[self.arch]
+        entry = DEFENSES[self.defense]
+        entry.parameters(self.defense_params)
+        if self.loss_params and "triplet" in entry.losses:
+            raise UsageError(
+                f"defence {self.defense!r} makes its own loss: loss_params would do nothing; its parameters are "
+                f"margin and those of the defence ({', '.join(entry.defaults)})"
+            )
+        if entry.losses and self.loss not in entry.losses:
+            raise UsageError(f"defence {self.defense!r} needs the loss {' or '.join(entry.losses)}, not {self.loss!r}")
+        if entry.ensemble != (self.arch == "ensemble"):
+            raise UsageError(
+                f"defence {self.defense!r} needs arch = 'ensemble'"
+                if entry.ensemble
+                else f"arch 'ensemble' is trained by the defence 'eat', not {self.defense!r}"
+            )
+        if idle := self.idle():
+            raise UsageError(idle[0])
+        self.threat  # noqa: B018
+        return self
+
+    def idle(self) -> list[str]:
+        """One sentence for each key that was set and would do nothing."""
+        given, params = self.defense_params, DEFENSES[self.defense].parameters(self.defense_params)
+        out = []
+        if self.loss != "triplet":
+            mines = params.get("sampling") == "M" and self.defense not in ("none", "est")
+            if self.margin != Recipe.model_fields["margin"].default and not mines:
+                out.append(
+                    f"margin is the triplet loss's: with loss {self.loss!r} it would do nothing; see loss_params"
+                )
+            if "sampling" in given and self.defense in ("none", "est"):
+                out.append(f"loss {self.loss!r} chooses its own pairs: defense_params.sampling would do nothing")
+        elif self.defense == "robust" and "negative_margin" in given:
+            out.append("negative_margin is the contrastive loss's: with loss 'triplet' it would do nothing")
+        if self.defense == "hm" and "constant" in given and params["destination"] != "constant":
+            out.append(f"constant would do nothing with destination {params['destination']!r}")
+        if self.defense == "hm" and "ics_margin" in given and not params["ics"]:
+            out.append("ics_margin would do nothing without ics above 0")
+        if self.schedule != "step":
+            for key in ("step_every", "step_factor"):
+                if getattr(self, key) != Recipe.model_fields[key].default:
+                    out.append(f"{key} would do nothing with schedule {self.schedule!r}")
+        return out
+
+    def differing(self, other: "Recipe") -> list[str]:
+        """Keys whose values differ, for a message."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return [f"{k} ({mine[k]!r}, was {theirs[k]!r})" for k in mine if mine[k] != theirs[k]]
+
+
+def _endless(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def packaged_recipes() -> list[str]:
+    """Ids of the packaged recipes."""
+    return sorted(p.stem for p in RECIPES.glob("*.toml") if not p.stem.startswith("_"))
+
+
+def _table(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe file's keys, over those of the recipe it extends."""
+    if path in seen:
+        raise DataError(f"recipe {path} extends itself")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"recipe {path} cannot be read: {error}") from None
+    parent = table.pop("extends", None)
+    if parent is None:
+        return table
+    if not isinstance(parent, str) or Path(parent).name != parent:
+        raise DataError(f"recipe {path}: extends must name a recipe in the same folder or a packaged one")
+    beside = path.parent / f"{parent}.toml"
+    if not beside.is_file() and not (beside := RECIPES / f"{parent}.toml").is_file():
+        known = [p.stem for p in (*path.parent.glob("*.toml"), *RECIPES.glob("*.toml"))]
+        raise UsageError(f"recipe {path} extends {parent!r}, which does not exist{suggest(parent, known)}")
+    return {**_table(beside, (*seen, path)), **table}
+
+
+def make_recipe(table: dict[str, Any], where: str) -> Recipe:
+    """A checked recipe from its keys.
+
+    Raises:
+        UsageError: a missing, unknown or ill-typed key, or an unknown name.
+    """
+    for key in table:
+        if key not in Recipe.model_fields:
+            raise UsageError(f"{where}: unknown key {key!r}{suggest(key, Recipe.model_fields)}")
+    try:
+        return Recipe.model_validate(table).check()
+    except ValidationError as error:
+        raise UsageError(f"{where}: {first_problem(error)}") from None
+
+
+def changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's keys with some changed; ``defense_params.ics`` changes one key of a table and keeps the others.
+
+    Raises:
+        UsageError: something before a dot is not a table.
+    """
+    out = dict(table)
+    for key, value in changes.items():
+        outer, dot, inner = key.partition(".")
+        held = out.get(outer, {})
+        if dot and not isinstance(held, dict):
+            raise UsageError(f"{key} cannot be set: {outer} is {held!r}, not a table")
+        out[outer] = {**held, inner: value} if dot else value
+    return out
+
+
+def load_recipe(name: str, changes: dict[str, Any] | None = None) -> Recipe:
+    """A recipe by packaged id or by the path of a TOML file, with some keys :func:`changed`.
+
+    Raises:
+        UsageError: no such recipe, or something in it is wrong.
+        DataError: the file cannot be read.
+    """
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if not path.is_file():
+        if name.endswith(".toml"):
+            raise UsageError(f"recipe file {name} does not exist")
+        raise UsageError(f"unknown recipe {name!r}{suggest(name, packaged_recipes())}")
+    table = _table(path)
+    if "id" in table:
+        raise UsageError(f"recipe {name}: the file's name is its id; a key id would do nothing")
+    return make_recipe(changed({**table, "id": slug(path.stem)}, changes or {}), f"recipe {name}")
+
+
+def slug(name: str) -> str:
+    """A name as an id: lower case, and a dash for what an id may not hold."""
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).lstrip("._-")
+
+
+def command_of(recipe: Recipe) -> str:
+    """The command that trains by this recipe again: the packaged one of its id or the bare options, and
+    every key that differs."""
+    if recipe.id in packaged_recipes():
+        words, base = [recipe.id], load_recipe(recipe.id).model_dump(mode="json")
+    else:
+        words = [w for key in ("defense", "dataset", "arch") for w in (f"--{key}", getattr(recipe, key))]
+        base = {k: f.default for k, f in Recipe.model_fields.items()}
+        base |= {key: getattr(recipe, key) for key in ("defense", "dataset", "arch")}
+    for key, value in recipe.model_dump(mode="json").items():
+        if value != base[key]:
+            words += ["--set", f"{key}={_setting(value)}"]
+    return shlex.join(["dmlbench", "train", *words, "--out", f"runs/{recipe.id}"])
+
+
+def _setting(value: Any) -> str:
+    """A value as ``--set KEY=VALUE`` reads it: JSON, or text that is not JSON as it is."""
+    if isinstance(value, str):
+        try:
+            json.loads(value)
+        except ValueError:
+            return value
+    return json.dumps(value)

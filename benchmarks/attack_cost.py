@@ -24,6 +24,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,7 @@ def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dic
                 "threads": torch.get_num_threads(),
                 "clock": args.clock,
                 "fastest": fastest,
+                "ways": {way: statistics.median(found[1:]) for way, found in trials.items()},
                 "bare_seconds": statistics.median(b for b, _ in pairs),
                 "seconds": seconds,
                 "images_per_second": batch / seconds,
@@ -212,12 +214,12 @@ def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dic
 
 
 @true_float32()
-def profile(name: str, attack_name: str, args: argparse.Namespace, device: torch.device) -> None:
-    """Print where the time of a few steps of one attack goes, by torch operation."""
+def profile(name: str, attack_name: str, args: argparse.Namespace, device: torch.device) -> str:
+    """A table of where the time of a few steps of one attack goes, by torch operation."""
     net = NETS[name]
     embedder = Embedder(net.make(), net.shape, name=name, **(IMAGENET if net.shape[0] == 3 else {})).eval()
     embedder.precision, embedder.compiled = args.precision, args.compile
-    ready = ready_to_attack(embedder, args.gallery or net.gallery, device)
+    ready = ready_to_attack(embedder.to(device), args.gallery or net.gallery, device)
     images = torch.rand(args.batch or net.batch, *net.shape, device=device)
     rng, attack = Rng(0, torch.arange(len(images), device=device)), ATTACKS[attack_name]
     scene = aim(attack, scene_for(ready, images, args.gallery or net.gallery), rng)
@@ -226,7 +228,7 @@ def profile(name: str, attack_name: str, args: argparse.Namespace, device: torch
     with torch.profiler.profile(acc_events=True) as seen:
         craft(ready, attack, OPTIMIZERS["pgd"], threat, images, scene, rng)
     column = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(seen.key_averages().table(sort_by=column, row_limit=16, max_name_column_width=44))
+    return seen.key_averages().table(sort_by=column, row_limit=16, max_name_column_width=44)
 
 
 def clusters_of(points: torch.Tensor, k: int, iterations: int) -> np.ndarray:
@@ -244,8 +246,8 @@ def metric_costs(
     k_means: bool,
     iterations: int,
     timed: Callable[..., float],
-) -> None:
-    """Print what the clean metrics of a gallery of this size take; classes overlap as those of a fair model do."""
+) -> list[dict[str, object]]:
+    """What the clean metrics of a gallery of this size take; classes overlap as those of a fair model do. Printed as it goes."""
     torch.manual_seed(0)
     middles = F.normalize(torch.randn(classes, dimensions), dim=1)
     labels = torch.arange(entries) % classes
@@ -262,18 +264,29 @@ def metric_costs(
     print(f"| metric of {entries} x {dimensions}, {classes} classes | seconds | peak MiB | value |")
     print("| --- | --- | --- | --- |")
     found: dict[str, object] = {}
-    forget_peak(device)
-    if not k_means:
-        seconds = timed(lambda: found.update(retrieval(scene)), device)
-        shown = ", ".join(f"{name} {mean(values):.2f}" for name, values in found.items())  # type: ignore[arg-type]
-        print(f"| R@k, mAP, MAP@R | {seconds:.1f} | {peak_mib(device):.0f} | {shown} |", flush=True)
-    else:
+    told: list[dict[str, object]] = []
+
+    def row(metric: str, call: Callable[[], object], value: Callable[[], str]) -> None:
         forget_peak(device)
-        seconds = timed(lambda: found.update(clusters=clusters_of(points, classes, iterations)), device)
-        print(f"| k-means, one start, {iterations} iterations | {seconds:.1f} | {peak_mib(device):.0f} | |", flush=True)
+        seconds, peak = timed(call, device), peak_mib(device)
+        told.append({"metric": metric, "seconds": seconds, "peak_mib": peak, "value": value()})
+        print(f"| {metric} | {seconds:.1f} | {peak:.0f} | {told[-1]['value']} |", flush=True)
+
+    def shown() -> str:
+        return ", ".join(f"{name} {mean(values):.2f}" for name, values in found.items())  # type: ignore[arg-type]
+
+    if k_means:
+        means = partial(clusters_of, points, classes, iterations)
+        row(f"k-means, one start, {iterations} iterations", lambda: found.update(clusters=means()), lambda: "")
+    else:
+        row("R@k, mAP, MAP@R", lambda: found.update(retrieval(scene)), shown)
     clusters = found.get("clusters", torch.randint(classes, (entries, 1)).numpy())
-    seconds = timed(lambda: found.update(agreement(labels.numpy(), clusters)), device)  # type: ignore[arg-type]
-    print(f"| NMI and AMI | {seconds:.1f} | {peak_mib(device):.0f} | {found['nmi']:.2f}, {found['ami']:.2f} |")
+    row(
+        "NMI and AMI",
+        lambda: found.update(agreement(labels.numpy(), clusters)),  # type: ignore[arg-type]
+        lambda: f"{found['nmi']:.2f}, {found['ami']:.2f}",
+    )
+    return told
 
 
 def main() -> None:
@@ -304,7 +317,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     if args.profile:
-        profile((args.net or ["digits"])[0], args.profile, args, device)
+        print(profile((args.net or ["digits"])[0], args.profile, args, device))
         return
     if args.metrics:
         metric_costs(args.metrics, args.classes, 512, device, args.kmeans, args.iterations, clock(args.clock))

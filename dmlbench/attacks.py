@@ -182,6 +182,21 @@ class AttackLoss:
     def __getitem__(self, index: slice | Tensor) -> "AttackLoss":
         return AttackLoss(self.embedder, self.objective, self.scene[index], self.eot)
 
+    @property
+    def steady(self) -> bool:
+        """Is an image's gradient the same each time, to the bit, whichever others are beside it?
+
+        Said of float32 on a CPU, whose products treat rows alike, and of a model that showed no doubtful behaviour: not of
+        one that is random, or whose images depend on their batch.
+        """
+        e = self.embedder
+        plain = e.device.type == "cpu" and e.precision == "float32" and e.steps is None
+        return plain and self.eot == 1 and not e.doubts
+
+    def thinned(self, alive: Tensor) -> "AttackLoss":
+        """The loss of the images that are ``alive`` (B,) alone."""
+        return AttackLoss(self.embedder, self.objective, self.scene.thinned(alive), self.eot)
+
 
 def craft(
     embedder: Embedder, attack: Attack, optimizer: Run, threat: Threat, images: Tensor, scene: Scene, rng: Rng

@@ -111,6 +111,7 @@ class Scene:
         chosen: (B, K) gallery rows of its targets; K may be 0.
         groups: (B, G) int64 where the gallery has groups too, else None: entries of one of an image's groups do not
             count for it.
+        abreast: how many images blocks of the gallery are cut for; 0 for as many as there are.
     """
 
     distance: Distance
@@ -120,6 +121,7 @@ class Scene:
     row: Tensor
     chosen: Tensor
     groups: Tensor | None = None
+    abreast: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -137,6 +139,10 @@ class Scene:
     def aimed(self, chosen: Int[Tensor, "B K"]) -> "Scene":
         """The same scene with these targets."""
         return replace(self, chosen=chosen)
+
+    def thinned(self, alive: Bool[Tensor, " B"]) -> "Scene":
+        """Only the images that are ``alive``, before blocks of the gallery as they were: so their sums are rounded as before."""
+        return replace(self[alive], abreast=self.abreast or len(self))
 
     def among_themselves(self, embeddings: Float[Tensor, "B D"]) -> "Scene":
         """The images searched among each other, all at these embeddings, aimed at nobody."""

@@ -85,7 +85,7 @@ class _QueryHinge(torch.autograd.Function):
         floor = (_NOISE * gallery.scale.square()).clamp_min(1e-30)
         value, count = torch.zeros_like(length), torch.zeros_like(c)
         pull, weight = torch.zeros_like(e), torch.zeros_like(length)
-        for s in blocks(len(e) * k, n, e.device):
+        for s in blocks((scene.abreast or len(e)) * k, n, e.device):
             entries = gallery.embeddings[s]
             if euclidean:
                 d = torch.addmm(gallery.square[s], e, entries.t(), alpha=-2.0)  # (B, n)
@@ -221,7 +221,7 @@ class _LevelHinge(torch.autograd.Function):
     def forward(ctx, d: Tensor, scene: Scene, sign: float) -> Tensor:  # type: ignore[no-untyped-def]
         fixed, ignored, counted = scene.target_distances, scene.target_ignored, scene.target_counted
         value, count = torch.zeros_like(d), torch.zeros_like(d)
-        for s in blocks(d.numel(), fixed.shape[2], d.device):
+        for s in blocks((scene.abreast or len(d)) * d.shape[1], fixed.shape[2], d.device):
             gap = (fixed[:, :, s] - d[:, :, None]).mul_(sign).clamp_min_(0.0)  # (B, K, n)
             if ignored is not None:
                 gap.masked_fill_(ignored[:, :, s], 0.0)
@@ -273,7 +273,7 @@ def extreme_entries(
     with torch.no_grad():
         d = scene.table
         rounded = gallery.rounded.query(e) if gallery.rounded else None
-        for s in blocks(len(e), len(gallery), e.device):
+        for s in blocks(scene.abreast or len(e), len(gallery), e.device):
             entries = gallery.embeddings[s].t()
             if rounded and gallery.rounded:
                 product = torch._int_mm(rounded.codes, gallery.rounded.codes[s].t())

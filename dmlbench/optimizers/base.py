@@ -44,6 +44,24 @@ class Divisible(Protocol):
 
 
 @runtime_checkable
+class Thinning(Protocol):
+    """A loss whose images may leave it, while the values and gradients of the others stay what they were to the bit."""
+
+    @property
+    def steady(self) -> bool:
+        """Does it keep that promise here, and is it the same function of an image each time?"""
+        ...
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(b,) the loss of each image."""
+        ...
+
+    def thinned(self, alive: Tensor) -> "Thinning":
+        """The loss of those images alone that are ``alive`` (b,) bool."""
+        ...
+
+
+@runtime_checkable
 class Hunt(Divisible, Protocol):
     """A loss that also knows which images need no further search."""
 
@@ -76,6 +94,12 @@ def watched() -> Iterator[Trouble]:
         yield trouble
     finally:
         _TROUBLE.reset(token)
+
+
+def unwell() -> bool:
+    """Was some gradient NaN or infinite since :func:`watched` began?"""
+    trouble = _TROUBLE.get()
+    return trouble is not None and trouble.count > 0
 
 
 def finite(gradient: Tensor) -> Tensor:

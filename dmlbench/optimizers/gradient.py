@@ -3,9 +3,16 @@
 import torch
 from torch import Tensor
 
-from dmlbench.optimizers.base import Gradient, Loss, autograd, each, keep_lower
+from dmlbench.optimizers.base import Gradient, Loss, Thinning, autograd, each, keep_lower, unwell
 from dmlbench.rng import Rng
 from dmlbench.threat import Threat
+
+LEAST = 16
+"""Images that a batch keeps whatever has left it: with very few rows a processor may multiply, and round, in another way."""
+LOOK_EVERY = 4
+"""Steps between two looks at which images may leave."""
+SHARE = 1 / 16
+"""Of a batch that must be able to leave before it is made smaller, which costs up to a step."""
 
 
 def pgd(loss: Loss, images: Tensor, threat: Threat, rng: Rng, *, gradient: Gradient = autograd) -> Tensor:
@@ -16,10 +23,7 @@ def pgd(loss: Loss, images: Tensor, threat: Threat, rng: Rng, *, gradient: Gradi
     best, lowest = None, None
     for restart in range(threat.restarts):
         rng_ = rng.fold("restart", restart) if restart else rng
-        x = threat.begin(images, rng_)
-        for _ in range(threat.steps):
-            _, g = gradient(loss, x, rng_)
-            x = threat.stepped(x, g, images, threat.stride)
+        x = _descended(loss, threat.begin(images, rng_), images, threat, rng_, gradient)
         if threat.restarts == 1:
             return x
         with torch.no_grad():
@@ -27,6 +31,31 @@ def pgd(loss: Loss, images: Tensor, threat: Threat, rng: Rng, *, gradient: Gradi
         best, lowest = (x, values) if best is None else keep_lower(best, lowest, x, values)
     assert best is not None
     return best
+
+
+def _descended(loss: Loss, start: Tensor, images: Tensor, threat: Threat, rng: Rng, gradient: Gradient) -> Tensor:
+    """The last iterate of each image.
+
+    An image whose loss is exactly 0 and that a step has left where it was stays there: a hinge that is satisfied has no
+    gradient, and the next step sees the same image. Such images leave a :class:`~dmlbench.optimizers.base.Thinning` loss.
+    """
+    x, out, rows = start, start.clone(), torch.arange(len(start), device=start.device)
+    may_leave = gradient is autograd and isinstance(loss, Thinning) and loss.steady
+    for i in range(threat.steps):
+        values, g = gradient(loss, x, rng)
+        before, x = x, threat.stepped(x, g, images, threat.stride)
+        if may_leave and (i + 1) % LOOK_EVERY == 0 and not unwell():
+            alive = (values != 0) | (x != before).flatten(1).any(1)
+            count = int(alive.sum())
+            alive[(~alive).nonzero()[: max(0, LEAST - count), 0]] = True
+            if len(x) - max(count, LEAST) >= SHARE * len(x):
+                assert isinstance(loss, Thinning)
+                out[rows] = x
+                rows, x, images, loss = rows[alive], x[alive], images[alive], loss.thinned(alive)
+            if not count:
+                break
+    out[rows] = x
+    return out
 
 
 def pgd_restarts(loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor:

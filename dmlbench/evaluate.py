@@ -22,7 +22,7 @@ from dmlbench.errors import ShardDone, UsageError
 from dmlbench.fast.compiled import Steps
 from dmlbench.fast.exact import true_float32
 from dmlbench.fast.rounded import settled
-from dmlbench.intervals import VERSION
+from dmlbench.intervals import VERSION, Intervals
 from dmlbench.kinds import clustering, strict
 from dmlbench.metrics import RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.models import load_model
@@ -31,8 +31,9 @@ from dmlbench.results import Evaluation, Measurement, ProtocolInfo, finite
 from dmlbench.rng import Rng
 from dmlbench.run.closeup import closeup
 from dmlbench.run.fingerprint import fingerprint
+from dmlbench.run.looks import even_order, require_stoppable, sure_intervals, until_sure
 from dmlbench.run.record import dataset_info, environment, model_info
-from dmlbench.run.search import Search, auto_batch, run_search, searches
+from dmlbench.run.search import Attacked, Search, auto_batch, run_searches, searches
 from dmlbench.run.subject import (
     Progress,
     Silent,
@@ -74,6 +75,7 @@ def evaluate(
     *,
     attacks: Sequence[str] | None = None,
     limit: int | None = None,
+    until: float | None = None,
     device: str = "auto",
     batch_size: int | None = None,
     seed: int | None = None,
@@ -95,6 +97,9 @@ def evaluate(
         attacks: only these: components of the protocol, which leaves ERS empty, and any attack@optimizer,
             which is an extra part that never counts in ERS; "all" stands for all that the protocol measures.
         limit: only this many queries, which marks the result partial.
+        until: only as many queries as bring the 95 % interval of ERS within this many points of it, in the order of
+            :func:`~dmlbench.run.looks.even_order`, looked at more than once and made up for (:mod:`dmlbench.run.looks`);
+            marks the result partial.
         device: "auto", "cpu", "cuda" or "cuda:n".
         batch_size: queries attacked at a time; by default chosen for the device.
         seed: another seed than the protocol's, which marks the result partial.
@@ -140,6 +145,9 @@ def evaluate(
         if rules.kind in RUNNERS and chosen.runner:
             raise UsageError(f"protocol {rules.name!r} has no transfer: name attacks, such as WM@apgd, with --attacks")
         other = load_model(surrogate) if not isinstance(surrogate, torch.nn.Module) else as_embedder(surrogate)
+    if until is not None:
+        others = {"--limit": limit, "--attacks": attacks, "--shard": work.shard}
+        require_stoppable(rules, dataset.labels[dataset.query], until, others)
     stored = work.units.configuration() if work.units else None
     size = (
         batch_size
@@ -155,6 +163,7 @@ def evaluate(
         "limit": limit,
         "eot": eot,
         "batch_size": size,
+        **({} if until is None else {"until": until}),
     }
     known = fingerprint(embedder) if work.units or embedder.card is None else {}
     if work.units:
@@ -169,12 +178,16 @@ def evaluate(
     planned, nowhere = searches(rules, [*chosen.own, *chosen.extra]), unembedded(dataset)
     for search in planned:  # what cannot be aimed fails now, before anything is embedded
         aim(ATTACKS[search.attack], nowhere, Rng(base, torch.from_numpy(dataset.query[:1])))
-    subject = prepare(embedder, dataset, limit=measured, device=device, progress=progress, work=work, cache=cache)
+    order = None if until is None else even_order(dataset.labels[dataset.query])
+    subject = prepare(
+        embedder, dataset, limit=measured, order=order, device=device, progress=progress, work=work, cache=cache
+    )
     if other is not None:
         source = prepare(
             other,
             dataset,
             limit=measured,
+            order=order,
             device=device,
             progress=progress,
             work=work,
@@ -184,6 +197,13 @@ def evaluate(
         )
         subject = replace(subject, surrogate=source)
 
+    attacked = partial(
+        run_searches, planned=planned, seed=base, batch_size=size, progress=progress, work=work, on_search=on_search
+    )
+    found: Attacked | None = None
+    looked: dict[str, Any] = {}
+    if until is not None:
+        subject, found, looked = until_sure(subject, chosen.own, until, attacked)
     arrays: dict[str, np.ndarray] = {"query": subject.rows, "label": dataset.labels[subject.rows]}
     sample: dict[str, np.ndarray] = {"rows": subject.rows[sample_positions(subject)]}
     if work.world.leads and (work.shard is None or work.shard.index == 1):
@@ -192,22 +212,9 @@ def evaluate(
     for name in AGREEMENT:
         arrays.pop(f"benign/{name}", None)
 
-    seconds: dict[str, float] = {}
-    nonfinite = 0
-    for search in planned:
-        if on_search:
-            on_search(search)
-        done = run_search(subject, search, base, size, progress, work)
-        if done is None:
-            continue
-        found, kept = done
-        nonfinite += int(found["nonfinite"].sum())
-        for c in search.components:
-            arrays[f"{c.name}/value"] = found[c.readout]
-            arrays[f"{c.name}/norm"] = found["norm"]
-            arrays[f"{c.name}/targets"] = found["targets"]
-            sample[c.name] = kept
-            seconds[c.name] = float(found["seconds"].sum()) / len(search.components)
+    found = attacked(subject) if found is None else found
+    seconds, nonfinite = found.seconds, found.nonfinite
+    arrays, sample = {**arrays, **found.arrays}, {**sample, **found.sample}
     parts, outcome = list(chosen.own), None
     if rules.kind in RUNNERS and chosen.runner:
         outcome = RUNNERS[rules.kind](subject, rules, base, size, progress, sample_positions(subject), work)
@@ -226,11 +233,14 @@ def evaluate(
     doubts = [f.flag() for f in findings if f.verdict in ("warn", "fail")]
     if used and work.world.leads and not (outcome and rules.audit):
         doubts += glance(subject, arrays["benign/recall_at_1"], used, size)
-    why = reasons(official, chosen, dataset, attacks, limit, seed, eot, other.name if other else None)
+    why = reasons(official, chosen, dataset, attacks, limit, seed, eot, other.name if other else None, until)
     whole = complete(rules, chosen)
-    measurements, ers, ers_interval = scores(parts, arrays, seconds, complete=rules.kind == "ers" and whole)
+    sure = sure_intervals(parts, arrays, looked["looks"][-1]["level"]) if looked else None
+    measurements, ers, ers_interval = scores(parts, arrays, seconds, complete=rules.kind == "ers" and whole, sure=sure)
     measurements += scores(chosen.extra, arrays, seconds, complete=False)[0]
     extras: dict[str, Any] = dict(outcome.extras) if outcome else {}
+    if looked:
+        extras["until"] = looked
     if rules.kind != "clustering":  # whose recall is within the attacked set
         extras["retention"] = retention(measurements, benign)
     if findings:
@@ -298,11 +308,13 @@ def reasons(
     seed: int | None,
     eot: int | None,
     surrogate: str | None,
+    until: float | None = None,
 ) -> tuple[str, ...]:
     """Why a result is not a full one; empty where it is. ``surrogate`` is that model's name."""
     full = rules.measured(len(dataset.query))
     why = ["--preview"] if dataset.preview else []
     why += [f"--limit {limit}"] if limit is not None and limit < full else []
+    why += [f"--until {until:g}"] if until is not None else []
     why += [] if complete(rules, chosen) else [f"--attacks {','.join(attacks or ())}"]
     why += [f"--seed {seed}"] if seed not in (None, rules.seed) else []
     why += [f"--eot {eot}"] if eot not in (None, rules.threat.get("eot", 1)) else []
@@ -316,6 +328,7 @@ def asked(
     *,
     attacks: Sequence[str] | None = None,
     limit: int | None = None,
+    until: float | None = None,
     device: str = "auto",
     seed: int | None = None,
     eot: int | None = None,
@@ -326,7 +339,9 @@ def asked(
     other = load_model(surrogate) if surrogate is not None else None
     return {
         **essentials(embedder, dataset, rules, seed, device),
-        "partial": list(reasons(rules, chosen, dataset, attacks, limit, seed, eot, other.name if other else None)),
+        "partial": list(
+            reasons(rules, chosen, dataset, attacks, limit, seed, eot, other.name if other else None, until)
+        ),
         "extra_parts": [c.name for c in chosen.extra],
         **(fingerprint(embedder) if embedder.card is None else {}),
     }
@@ -355,12 +370,20 @@ def essentials(
 
 
 def scores(
-    components: Sequence[Component], arrays: dict[str, np.ndarray], seconds: dict[str, float], *, complete: bool
+    components: Sequence[Component],
+    arrays: dict[str, np.ndarray],
+    seconds: dict[str, float],
+    *,
+    complete: bool,
+    sure: Intervals | None = None,
 ) -> tuple[tuple[Measurement, ...], float | None, tuple[float, float] | None]:
-    """Measurements with intervals, and ERS (None unless ``complete`` and every part has a value), see :func:`counted`."""
+    """Measurements with intervals, and ERS (None unless ``complete`` and every part has a value), see :func:`counted`.
+
+    ``sure`` are the intervals, where they are not the ordinary ones.
+    """
     if not components:
         return (), None, None
-    intervals = score_intervals(components, arrays)
+    intervals = sure or score_intervals(components, arrays)
     measured = []
     for i, c in enumerate(components):
         raw = arrays[f"{c.name}/value"]

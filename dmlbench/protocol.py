@@ -24,7 +24,7 @@ from dmlbench.attacks import ATTACKS, load_plugins, parse
 from dmlbench.checkpoints import PACKAGE, first_problem
 from dmlbench.cluster_attacks import CLUSTER_ATTACKS
 from dmlbench.errors import DataError, UsageError
-from dmlbench.intervals import ANY, PERCENT, Intervals, Range, class_intervals
+from dmlbench.intervals import ANY, LEVEL, PERCENT, Intervals, Range, class_intervals
 from dmlbench.metrics import READOUTS
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.registry import suggest
@@ -85,15 +85,17 @@ def scored(components: Sequence[Component], arrays: Mapping[str, np.ndarray]) ->
     return np.stack([c.rescale(arrays[f"{c.name}/value"].astype(np.float64)) for c in components], axis=1)
 
 
-def score_intervals(components: Sequence[Component], arrays: Mapping[str, np.ndarray]) -> Intervals:
-    """95 % intervals of the components' scores and of their mean as it counts in ERS (:func:`counted`), classes being the
-    unit."""
+def score_intervals(
+    components: Sequence[Component], arrays: Mapping[str, np.ndarray], level: float = LEVEL
+) -> Intervals:
+    """Intervals of the components' scores and of their mean as it counts in ERS (:func:`counted`), classes being the
+    unit; of 95 % unless another level is asked for."""
     table, ranges = scored(components, arrays), [c.limits for c in components]
-    found, within = class_intervals(table, arrays["label"], ranges, PERCENT), counted(table)
+    found, within = class_intervals(table, arrays["label"], ranges, PERCENT, level), counted(table)
     return (
         found
         if within is table
-        else replace(found, mean=class_intervals(within, arrays["label"], ranges, PERCENT).mean)
+        else replace(found, mean=class_intervals(within, arrays["label"], ranges, PERCENT, level).mean)
     )
 
 

@@ -78,6 +78,12 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only this many queries; marks the result partial.")
 @click.option(
+    "--until",
+    type=float,
+    metavar="POINTS",
+    help="Only so many queries that ERS is sure to this many points, e.g. 1.0; marks the result partial.",
+)
+@click.option(
     "--preview", is_flag=True, help="A first look: 64 queries, 1,000 gallery images, drawn by class; no result."
 )
 @click.option("--seed", type=int, help="Another seed than the protocol's; marks the result partial.")
@@ -100,6 +106,7 @@ def evaluate(
     device: str,
     batch_size: int | None,
     limit: int | None,
+    until: float | None,
     preview: bool,
     seed: int | None,
     eot: int | None,
@@ -130,6 +137,8 @@ def evaluate(
     world, device = _join(device)
     embedder, images = load_subject(model, options, dataset, split, ready=not plan, small=preview)
     rules = dmlbench.load_protocol(protocol or default_protocol(images))
+    if plan and until is not None:
+        raise UsageError("--plan cannot tell when --until stops: leave --until out for the most that it may cost")
     if plan:
         other = dmlbench.load_model(surrogate) if surrogate else None
         work = plan_of(
@@ -138,14 +147,16 @@ def evaluate(
         )  # fmt: skip
         _print_plan(work, as_json)
         return
-    why = foreseen(embedder, images, rules, csv, attacks=wanted, limit=limit, seed=seed, eot=eot, surrogate=surrogate)
+    why = foreseen(
+        embedder, images, rules, csv, attacks=wanted, limit=limit, seed=seed, eot=eot, surrogate=surrogate, until=until
+    )
     if out:
         prepare_folder(out)
         if world.leads:
             click.get_current_context().with_resource(held(out))
     units = Units(out / "units") if out else None
     asked_for: dict[str, Any] = {
-        "attacks": wanted, "limit": limit, "device": device, "seed": seed, "eot": eot, "surrogate": surrogate,
+        "attacks": wanted, "limit": limit, "until": until, "device": device, "seed": seed, "eot": eot, "surrogate": surrogate,
     }  # fmt: skip
     if out and units and resume and not part and (out / "manifest.json").exists() and units.configuration() is None:
         done = load(out)
@@ -200,13 +211,14 @@ def foreseen(
     seed: int | None,
     eot: int | None,
     surrogate: str | None,
+    until: float | None = None,
 ) -> tuple[str, ...]:
     """Why the result will not be a full one; what ``--csv`` would refuse after the run is refused here."""
     from dmlbench.board import foresee
     from dmlbench.evaluate import reasons
 
     chosen = rules.chosen(attacks, images.images.shape)
-    why = reasons(rules, chosen, images, attacks, limit, seed, eot, surrogate)
+    why = reasons(rules, chosen, images, attacks, limit, seed, eot, surrogate, until)
     if csv:
         prepare_folder(csv.parent)
         known = {"protocol": rules.name, "model": embedder.name, "dataset": images.name, "split": images.split}

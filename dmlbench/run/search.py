@@ -5,7 +5,7 @@ step, so they do not depend on batches, on other attacks or on which queries are
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -90,16 +90,25 @@ def fitting(ready: Embedder, dataset: RetrievalDataset, device: torch.device) ->
     return max(1, 1 << int(np.log2(max(1.0, free / 2 / each))))
 
 
-def batches(count: int, size: int) -> Iterator[tuple[int, int]]:
-    """Bounds of consecutive batches."""
-    for a in range(0, count, size):
+def batches(count: int, size: int, first: int = 0) -> Iterator[tuple[int, int]]:
+    """Bounds of consecutive batches of what ``first`` leaves of ``count``."""
+    for a in range(first, count, size):
         yield a, min(a + size, count)
 
 
 def run_search(
-    subject: Subject, search: Search, seed: int, batch_size: int, progress: Progress, work: Work | None = None
+    subject: Subject,
+    search: Search,
+    seed: int,
+    batch_size: int,
+    progress: Progress,
+    work: Work | None = None,
+    *,
+    first: int = 0,
+    keep: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
-    """Attack every query: per-query arrays by name, and the adversarial images of the sample.
+    """Attack every query, or those from position ``first`` on: per-query arrays by name, and the adversarial images of the
+    sample, which is at the positions ``keep``, by default :func:`~dmlbench.run.subject.sample_positions`.
 
     "seconds" (units,) is what each batch took, "nonfinite" (units,) how many gradients of single images were NaN or
     infinite there. None where ``work`` is a shard and others are not done.
@@ -109,10 +118,10 @@ def run_search(
     rng = subject.rng(seed, search.attack, search.optimizer)
     source = subject.surrogate or subject
     together = optimizer.whole_set
-    keep = sample_positions(subject)
+    keep = sample_positions(subject) if keep is None else keep
 
     work = work or Work()
-    bounds = [(0, len(subject.rows))] if together else list(batches(len(subject.rows), batch_size))
+    bounds = [(0, len(subject.rows))] if together else list(batches(len(subject.rows), batch_size, first))
     expected = [ends for position, ends in enumerate(bounds) if work.mine(position)]
 
     def unit(load: Loader, size: int, a: int, b: int) -> dict[str, np.ndarray]:
@@ -132,7 +141,7 @@ def run_search(
         found["images"] = adversarial[torch.from_numpy(here).to(adversarial.device)].cpu().numpy()
         return found
 
-    progress.start(search.name, len(subject.rows))
+    progress.start(search.name, len(subject.rows) - first)
     name = f"{search.name} {search.attack} {search.optimizer} {search.threat}"
     with Loader(subject.dataset.images, subject.rows, subject.device, expected) as load:
         compute = partial(shrunk, partial(unit, load), batch_size)
@@ -143,8 +152,69 @@ def run_search(
     if len(units) < len(bounds):
         return None
     arrays = joined(units)
-    arrays["targets"] = scene.chosen.cpu().numpy()
+    arrays["targets"] = scene.chosen[first:].cpu().numpy()
     return arrays, arrays.pop("images")
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What searches made of consecutive queries.
+
+    Attributes:
+        arrays: ``<component>/value``, ``norm`` and ``targets`` (Q, ...).
+        sample: by component the adversarial images that are kept.
+        seconds: by component.
+        nonfinite: gradients of single images that were NaN or infinite.
+    """
+
+    arrays: dict[str, np.ndarray]
+    sample: dict[str, np.ndarray]
+    seconds: dict[str, float]
+    nonfinite: int
+
+    def and_then(self, more: "Attacked") -> "Attacked":
+        """With what the same searches made of the queries that follow."""
+
+        def both(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {name: np.concatenate([a[name], b[name]]) for name in a}
+
+        return Attacked(
+            both(self.arrays, more.arrays),
+            both(self.sample, more.sample),
+            {name: self.seconds[name] + more.seconds[name] for name in self.seconds},
+            self.nonfinite + more.nonfinite,
+        )
+
+
+def run_searches(
+    subject: Subject,
+    planned: Sequence[Search],
+    seed: int,
+    batch_size: int,
+    progress: Progress,
+    work: Work,
+    on_search: Callable[[Search], None] | None = None,
+    *,
+    first: int = 0,
+    keep: np.ndarray | None = None,
+) -> Attacked:
+    """Every search, one after another, as :func:`run_search`; where ``work`` is a shard, those of which all is known."""
+    out = Attacked({}, {}, {}, 0)
+    for search in planned:
+        if on_search:
+            on_search(search)
+        done = run_search(subject, search, seed, batch_size, progress, work, first=first, keep=keep)
+        if done is None:
+            continue
+        found, kept = done
+        out = replace(out, nonfinite=out.nonfinite + int(found["nonfinite"].sum()))
+        for c in search.components:
+            out.arrays[f"{c.name}/value"] = found[c.readout]
+            out.arrays[f"{c.name}/norm"] = found["norm"]
+            out.arrays[f"{c.name}/targets"] = found["targets"]
+            out.sample[c.name] = kept
+            out.seconds[c.name] = float(found["seconds"].sum()) / len(search.components)
+    return out
 
 
 def joined(units: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

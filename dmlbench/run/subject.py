@@ -4,7 +4,7 @@ Everything clean is embedded once, in blocks whose size does not depend on the b
 clean embeddings, and the targets chosen from them, are exactly the same at any batch size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol as Interface
 from typing import runtime_checkable
@@ -72,6 +72,12 @@ class Subject:
     scene: Scene
     surrogate: "Subject | None" = None
     """another model on the same queries, on which adversarial images are made instead"""
+
+    def __getitem__(self, index: slice | np.ndarray) -> "Subject":
+        """The same models on some of the queries, by position."""
+        at = index if isinstance(index, slice) else torch.from_numpy(index).to(self.device)
+        other = None if self.surrogate is None else self.surrogate[index]
+        return replace(self, rows=self.rows[index], scene=self.scene[at], surrogate=other)
 
     @property
     def device(self) -> torch.device:
@@ -172,6 +178,7 @@ def prepare(
     dataset: RetrievalDataset,
     *,
     limit: int | None = None,
+    order: np.ndarray | None = None,
     device: str = "auto",
     progress: Progress | None = None,
     work: Work | None = None,
@@ -181,7 +188,7 @@ def prepare(
 ) -> Subject:
     """Freeze the model, embed gallery and queries, and choose which queries are measured.
 
-    ``gradients`` is a model whose ``precision`` and ``compiled`` count instead of this one's own. ``part`` tells
+    ``order`` names the queries instead of ``limit``, by position and in this order. ``gradients`` is a model whose ``precision`` and ``compiled`` count instead of this one's own. ``part`` tells
     apart the models that one ``work`` keeps embeddings of.
 
     Raises:
@@ -193,7 +200,7 @@ def prepare(
         raise UsageError(f"--limit {limit} must be 1 or more")
     where = resolve_device(device)
     ready = ready_to_attack(embedder, len(dataset.gallery), where, gradients)
-    wanted = measured_queries(len(dataset.query), limit)
+    wanted = measured_queries(len(dataset.query), limit) if order is None else order
     everyone = np.union1d(dataset.gallery, dataset.query)
 
     def clean() -> dict[str, np.ndarray]:

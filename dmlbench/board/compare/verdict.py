@@ -244,6 +244,8 @@ def compare(
     flags = [f for f in candidate.warnings if f.flag not in {w.flag for w in base.warnings}]
     notes = (*stale, *_notes(base, candidate, [p.metric for p in paired if p.left_out]))
     queries = len(base.arrays["query"]), len(candidate.arrays["query"])
+    both_stopped = all("until" in e.extras for e in (base, candidate))  # each where it was sure enough
+    counted = (min(queries), min(queries)) if both_stopped else queries
     return Comparison(
         base=_side(base, labels[0]),
         candidate=_side(candidate, labels[1]),
@@ -253,7 +255,7 @@ def compare(
         n_queries=min(queries),
         n_classes=len(np.unique(base.arrays["label"][common(base, candidate)[0]])),
         metrics=tuple(metrics),
-        failures=_failures(metrics, [(f.flag, f.message) for f in flags], queries, gate),
+        failures=_failures(metrics, [(f.flag, f.message) for f in flags], counted, gate),
         notes=notes,
         fail_on_inconclusive=gate.fail_on_inconclusive,
     )

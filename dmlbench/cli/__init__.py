@@ -29,6 +29,7 @@ VERBS = {
     "audit": "does a model's measured robustness mean what it says?",
     "train": "train a model from a recipe",
     "register": "put finished training runs into a registry",
+    "table": "make a table of runs for a paper: LaTeX, Markdown or CSV",
     "report": "make one HTML page of run folders",
     "models": "list, show and inspect models",
     "datasets": "list, show, prepare and verify data sets",

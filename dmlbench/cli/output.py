@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -21,6 +21,11 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
+
+from dmlbench.errors import UsageError
+
+if TYPE_CHECKING:
+    from dmlbench.results import Evaluation
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
@@ -58,6 +63,29 @@ def print_facts(facts: Mapping[str, Any], as_json: bool) -> None:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         table.add_row(key, text)
     console().print(table)
+
+
+runs_argument = click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+
+
+def runs_named(texts: Sequence[str], protocol: str | None) -> "list[tuple[str, Evaluation]]":
+    """The runs that RUN... names, each with its name: run folders, or ids of registered models with a stored run.
+
+    Raises:
+        UsageError: one is named twice, or is a row of a CSV file, which lacks the queries' outcomes.
+    """
+    from dmlbench.board.compare.sources import find
+    from dmlbench.results import Evaluation
+
+    if len(set(texts)) < len(texts):
+        raise UsageError("a run is named twice")
+    found = []
+    for text in texts:
+        run = find(text, protocol)
+        if not isinstance(run, Evaluation):
+            raise UsageError(f"{text} is a row of a CSV file, without the queries' own outcomes: name its run folder")
+        found.append((text, run))
+    return found
 
 
 EVERY = 20.0

@@ -46,7 +46,7 @@ def as_text(c: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _plain(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text that Markdown shows as it is."""
     escaped = html.escape(" ".join(text.split()), quote=False)
     for character in "\\`*_{}[]()#|~@!":
@@ -60,17 +60,17 @@ def as_markdown(c: Comparison) -> str:
     lines = [
         f"### {sign} {c.headline}",
         "",
-        f"{_plain(c.base.label)} → {_plain(c.candidate.label)}  ",
-        _plain(summary(c)),
+        f"{escape_markdown(c.base.label)} → {escape_markdown(c.candidate.label)}  ",
+        escape_markdown(summary(c)),
         "",
     ]
-    lines += [f"- **{_plain(f.subject)}**: {_plain(f.message)}" for f in c.failures]
+    lines += [f"- **{escape_markdown(f.subject)}**: {escape_markdown(f.message)}" for f in c.failures]
     lines += [""] if c.failures else []
     lines += ["| " + " | ".join(HEADER) + " |", "| --- | ---: | ---: | ---: | :---: | ---: | --- |"]
     for m in c.metrics:
-        cells = [_plain(cell) for cell in _cells(m)]
+        cells = [escape_markdown(cell) for cell in _cells(m)]
         lines.append("| " + " | ".join([cells[0], *cells[1:6], f"**{cells[6]}**" if m.regression else cells[6]]) + " |")
-    lines += ["", *(f"_{_plain(n)}_  " for n in c.notes)]
+    lines += ["", *(f"_{escape_markdown(n)}_  " for n in c.notes)]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -1,0 +1,37 @@
+"""``dmlbench table``: several runs as a table for a paper."""
+
+from pathlib import Path
+
+import click
+
+from dmlbench.cli.output import runs_argument, runs_named
+
+_EXAMPLE = "Example: dmlbench table runs/plain runs/hardened --format latex --out table.tex"
+
+
+@click.command(epilog=_EXAMPLE)
+@runs_argument
+@click.option("--format", "form", type=click.Choice(["latex", "md", "csv"]), default="latex", show_default=True)
+@click.option(
+    "--columns", help="Metrics by comma, in this order, e.g. recall_at_1,ES:R,ers; by default all of the protocol's."
+)
+@click.option("--protocol", help="Which stored run, where a registered model has several.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it here instead of to stdout.")
+def table(runs: tuple[str, ...], form: str, columns: str | None, protocol: str | None, out: Path | None) -> None:
+    """Several runs of one protocol side by side: LaTeX (booktabs), Markdown or CSV.
+
+    A RUN is a run folder, or the id of a registered model, whose stored run is taken. Bold are the best of a column and
+    all that are not surely behind it, by the paired comparison that `dmlbench compare` makes.
+    """
+    from dmlbench.board.paper import FORMATS
+    from dmlbench.board.paper import table as of_runs
+    from dmlbench.results import prepare_folder, write_whole
+
+    chosen = [name.strip() for name in columns.split(",") if name.strip()] if columns else []
+    text = FORMATS[form](of_runs(runs_named(runs, protocol), chosen))
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    prepare_folder(out.parent)
+    write_whole(out, text.encode())
+    click.echo(str(out))

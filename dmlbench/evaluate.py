@@ -44,7 +44,7 @@ from dmlbench.run.subject import (
     sample_positions,
     unembedded,
 )
-from dmlbench.run.units import Work
+from dmlbench.run.units import Arrays, Work
 from dmlbench.version import __version__
 
 AGREEMENT = ("nmi", "ami")
@@ -87,6 +87,7 @@ def evaluate(
     work: Work | None = None,
     resume: bool = False,
     cache: bool = False,
+    shared: dict[str, Arrays] | None = None,
 ) -> Evaluation:
     """Measure how robust a model is.
 
@@ -112,6 +113,8 @@ def evaluate(
         work: who does which unit of the work, and where finished ones are kept; see docs/running.md.
         resume: go on with the unfinished run that ``work`` keeps.
         cache: keep the clean embeddings under the cache folder, for later runs of this model on this data set.
+        shared: a dict that is handed to several calls with the same model, data set, surrogate and device, so that
+            everything clean is embedded once for all of them.
 
     Returns:
         The :class:`Evaluation`, its per-query arrays attached.
@@ -122,7 +125,7 @@ def evaluate(
         NotComparable: what ``work`` keeps is of another configuration (3).
         ShardDone: ``work`` is a shard, which is finished; the rest is for the others.
     """
-    began = time.monotonic()
+    clock = Clock()
     progress, work = progress or Silent(), work or Work()
     embedder = load_model(model) if not isinstance(model, torch.nn.Module) else as_embedder(model)
     dataset = (
@@ -178,9 +181,18 @@ def evaluate(
     planned, nowhere = searches(rules, [*chosen.own, *chosen.extra]), unembedded(dataset)
     for search in planned:  # what cannot be aimed fails now, before anything is embedded
         aim(ATTACKS[search.attack], nowhere, Rng(base, torch.from_numpy(dataset.query[:1])))
+    clock.done("loading")
     order = None if until is None else even_order(dataset.labels[dataset.query])
     subject = prepare(
-        embedder, dataset, limit=measured, order=order, device=device, progress=progress, work=work, cache=cache
+        embedder,
+        dataset,
+        limit=measured,
+        order=order,
+        device=device,
+        progress=progress,
+        work=work,
+        cache=cache,
+        shared=shared,
     )
     if other is not None:
         source = prepare(
@@ -192,11 +204,13 @@ def evaluate(
             progress=progress,
             work=work,
             cache=cache,
+            shared=shared,
             gradients=embedder,
             part="surrogate",
         )
         subject = replace(subject, surrogate=source)
 
+    clock.done("embedding")
     attacked = partial(
         run_searches, planned=planned, seed=base, batch_size=size, progress=progress, work=work, on_search=on_search
     )
@@ -204,6 +218,7 @@ def evaluate(
     looked: dict[str, Any] = {}
     if until is not None:
         subject, found, looked = until_sure(subject, chosen.own, until, attacked)
+        clock.done("attacks")
     arrays: dict[str, np.ndarray] = {"query": subject.rows, "label": dataset.labels[subject.rows]}
     sample: dict[str, np.ndarray] = {"rows": subject.rows[sample_positions(subject)]}
     if work.world.leads and (work.shard is None or work.shard.index == 1):
@@ -212,6 +227,7 @@ def evaluate(
     for name in AGREEMENT:
         arrays.pop(f"benign/{name}", None)
 
+    clock.done("clean metrics")
     found = attacked(subject) if found is None else found
     seconds, nonfinite = found.seconds, found.nonfinite
     arrays, sample = {**arrays, **found.arrays}, {**sample, **found.sample}
@@ -223,6 +239,7 @@ def evaluate(
     if outcome:
         parts, seconds, nonfinite = outcome.components, {**seconds, **outcome.seconds}, nonfinite + outcome.nonfinite
         arrays, sample = {**arrays, **outcome.arrays}, {**sample, **outcome.sample}
+    clock.done("attacks")
     sample |= closeup(subject, sample)
     findings = (
         examine(subject, rules, outcome.broken_by, base, rules.audit)
@@ -249,6 +266,9 @@ def evaluate(
         extras["extra_parts"] = [c.name for c in chosen.extra]
     if embedder.card is None:  # nothing else says what it was
         extras["fingerprint"] = known
+    warnings = (*doubts_about(subject, measurements, nonfinite), *doubts)
+    clock.done("checks")
+    stages = {**({"before": earlier} if earlier else {}), **clock.seconds}
     return Evaluation(
         model=model_info(embedder),
         dataset=dataset_info(subject),
@@ -267,10 +287,25 @@ def evaluate(
         ers_interval=ers_interval,
         interval_version=VERSION,
         extras=extras,
-        warnings=(*doubts_about(subject, measurements, nonfinite), *doubts),
+        warnings=warnings,
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        seconds=earlier + time.monotonic() - began,
+        seconds=sum(stages.values()),
+        stages=stages,
     ).with_arrays(arrays, sample)
+
+
+class Clock:
+    """Wall-clock seconds of the stages of a run, which follow one another: so they add up to the whole."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def done(self, stage: str) -> None:
+        """What was done since the last call belongs to ``stage``."""
+        now = time.monotonic()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+        self._since = now
 
 
 def notes_of(subject: Subject) -> tuple[str, ...]:

@@ -132,6 +132,10 @@ class Evaluation(_Record):
     date: str
     seconds: float
     """wall-clock time of the run, and what the searches took that an interrupted run or shards had finished before"""
+    stages: dict[str, float] = {}
+    """how these seconds are spread: "loading" what is measured, "embedding" everything clean, "clean metrics", "attacks"
+    (the measurements' seconds and what is between them), "checks", and "before" where part was finished earlier; they add
+    up to ``seconds``. Empty for results of before they were kept."""
 
     _arrays: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)
     _sample: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)

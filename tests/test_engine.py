@@ -55,7 +55,7 @@ def whole(model, short):
 def record(evaluation):
     """evaluation.json but for times and the command."""
     content = evaluation.model_dump(mode="json")
-    content.update(date="", seconds=0)
+    content.update(date="", seconds=0, stages={})
     content["environment"]["argv"] = []
     for measurement in content["measurements"]:
         measurement["seconds"] = 0

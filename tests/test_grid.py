@@ -112,7 +112,7 @@ def whole(measured):
 def untimed(value):
     """A record without times, dates and the command."""
     if isinstance(value, dict):
-        return {k: untimed(v) for k, v in value.items() if k not in ("seconds", "date", "argv")}
+        return {k: untimed(v) for k, v in value.items() if k not in ("seconds", "stages", "date", "argv")}
     return [untimed(v) for v in value] if isinstance(value, list) else value
 
 

@@ -14,7 +14,7 @@ from dmlbench.cli.kinds import print_clustering, print_findings, print_strict
 from dmlbench.cli.model_options import MODEL_HELP, load_subject, model_options
 from dmlbench.cli.output import console, json_option, print_json, progress
 from dmlbench.errors import DmlbenchError, Interrupted, ShardDone, UsageError
-from dmlbench.results import Evaluation, held, load, prepare_folder, refuse_partial, save
+from dmlbench.results import Evaluation, held, load, prepare_folder, refuse_partial, save, write_whole
 
 if TYPE_CHECKING:
     from dmlbench.datasets import RetrievalDataset
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dmlbench.models import ModelOptions
     from dmlbench.protocol import Protocol
     from dmlbench.run.parallel import World
-    from dmlbench.run.units import Units
+    from dmlbench.run.units import Shard, Units
 
 BENIGN = {
     "recall_at_1": "R@1",
@@ -67,7 +67,9 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
     "--dataset", help="A data set's id, folder:PATH or csv:FILE; by default the one that the model was trained on."
 )
 @click.option("--split", default="test", type=click.Choice(["test", "train"]), show_default=True)
-@click.option("--protocol", help="A protocol's name or TOML file; by default the data set's.")
+@click.option(
+    "--protocol", help="A protocol's name or TOML file, or several: ers-28,strict; by default the data set's."
+)
 @click.option(
     "--attacks",
     help="Only these parts, e.g. CA+,QA-; any attack@optimizer, e.g. QA+@square, is an extra part; all: the protocol's.",
@@ -125,10 +127,9 @@ def evaluate(
     Under torchrun the processes share the queries of each attack, and the first one writes.
     """
     import dmlbench
-    from dmlbench.evaluate import asked, default_protocol
+    from dmlbench.evaluate import default_protocol
     from dmlbench.plan import plan_of
-    from dmlbench.run.record import told
-    from dmlbench.run.units import Shard, Units, Work, refuse_other
+    from dmlbench.run.units import Shard
 
     if (resume or shard) and out is None:
         raise UsageError(f"{'--resume' if resume else '--shard'} needs --out, the run folder")
@@ -136,36 +137,85 @@ def evaluate(
     wanted = _names(attacks)
     world, device = _join(device)
     embedder, images = load_subject(model, options, dataset, split, ready=not plan, small=preview)
-    rules = dmlbench.load_protocol(protocol or default_protocol(images))
+    several = [
+        dmlbench.load_protocol(name.strip())
+        for name in (protocol or default_protocol(images)).split(",")
+        if name.strip()
+    ]
+    many = len(several) > 1
+    if not several or len({rules.name for rules in several}) < len(several):
+        raise UsageError(f"--protocol {protocol!r} names {'a protocol twice' if several else 'no protocol'}")
+    if many and csv:
+        raise UsageError("--csv is a board of one protocol: name one with --protocol, or leave --csv out")
     if plan and until is not None:
         raise UsageError("--plan cannot tell when --until stops: leave --until out for the most that it may cost")
     if plan:
         other = dmlbench.load_model(surrogate) if surrogate else None
-        work = plan_of(
-            embedder, images, rules, attacks=wanted, limit=limit, device=device, batch_size=batch_size,
-            eot=eot, surrogate=other,
-        )  # fmt: skip
-        _print_plan(work, as_json)
+        for rules in several:
+            work = plan_of(
+                embedder, images, rules, attacks=wanted, limit=limit, device=device, batch_size=batch_size,
+                eot=eot, surrogate=other,
+            )  # fmt: skip
+            _print_plan(work, as_json, rules.name if many else None)
         return
-    why = foreseen(
-        embedder, images, rules, csv, attacks=wanted, limit=limit, seed=seed, eot=eot, surrogate=surrogate, until=until
-    )
+    asked_for: dict[str, Any] = {
+        "attacks": wanted, "limit": limit, "until": until, "device": device, "seed": seed, "eot": eot, "surrogate": surrogate,
+    }  # fmt: skip
+    how: dict[str, Any] = {"batch_size": batch_size, "cache": cache, "shared": {}}
+    done: list[tuple[Path | None, Evaluation]] = []
+    try:
+        for rules in several:
+            folder = out / rules.name if out and many else out
+            found = _measured(embedder, images, rules, folder, csv, asked_for, how, resume, part, world)
+            if found:
+                done.append((folder, found))
+                if not (many and as_json):
+                    present(found, folder, csv, as_json)
+    finally:
+        world.leave()
+    if many and world.leads:
+        if as_json:
+            print_json([found.model_dump(mode="json") for _, found in done])
+        if out and len(done) == len(several):
+            _write_report(out, [folder for folder, _ in done if folder])
+
+
+def _measured(
+    embedder: "Embedder",
+    images: "RetrievalDataset",
+    rules: "Protocol",
+    out: Path | None,
+    csv: Path | None,
+    asked_for: dict[str, Any],
+    how: dict[str, Any],
+    resume: bool,
+    part: "Shard | None",
+    world: "World",
+) -> Evaluation | None:
+    """The result under one protocol, kept in ``out``; None for a shard, and for all but the first of several processes.
+
+    Args:
+        asked_for: what makes it another result.
+        how: what does not.
+    """
+    import dmlbench
+    from dmlbench.evaluate import asked
+    from dmlbench.run.record import told
+    from dmlbench.run.units import Units, Work, refuse_other
+
+    why = foreseen(embedder, images, rules, csv, **{key: value for key, value in asked_for.items() if key != "device"})
     if out:
         prepare_folder(out)
         if world.leads:
             click.get_current_context().with_resource(held(out))
     units = Units(out / "units") if out else None
-    asked_for: dict[str, Any] = {
-        "attacks": wanted, "limit": limit, "until": until, "device": device, "seed": seed, "eot": eot, "surrogate": surrogate,
-    }  # fmt: skip
     if out and units and resume and not part and (out / "manifest.json").exists() and units.configuration() is None:
         done = load(out)
         refuse_other(told(done), asked(embedder, images, rules, **asked_for), out, "name another --out")
-        world.leave()
-        if world.leads:
-            click.echo(f"{out} holds the finished result of this command: nothing is done again", err=True)
-            present(done, out, csv, as_json)
-        return
+        if not world.leads:
+            return None
+        click.echo(f"{out} holds the finished result of this command: nothing is done again", err=True)
+        return done
     if out and not part:
         refuse_partial(out, why)
     begun = units is not None and units.configuration() is not None
@@ -176,28 +226,36 @@ def evaluate(
                 images,
                 rules,
                 **asked_for,
-                batch_size=batch_size,
+                **how,
                 progress=bars,
                 argv=["dmlbench", *sys.argv[1:]],
                 work=Work(units, world, part),
                 resume=resume,
-                cache=cache,
             )
     except KeyboardInterrupt:
         raise Interrupted(_how_to_go_on(out is not None)) from None
     except ShardDone as finished:
         click.echo(f"{finished}; when all are: dmlbench merge {out} … --out RUN", err=True)
-        return
+        return None
     except DmlbenchError:
         if units and world.leads and not begun and not units.searched():  # nothing is lost, and the folder stays free
             with suppress(OSError):
                 units.remove()
         raise
-    finally:
-        world.leave()
     if not world.leads:
-        return
-    deliver(evaluation, out, csv, as_json, units)
+        return None
+    keep(evaluation, out, units)
+    return evaluation
+
+
+def _write_report(out: Path, folders: list[Path]) -> None:
+    """One page of several protocols' results, the first in full."""
+    from dmlbench.board.report import Run, page
+
+    target = out / "report.html"
+    content = page([Run(folder.name, load(folder)) for folder in folders])
+    write_whole(target, content.encode("utf-8", "backslashreplace"))
+    click.echo(f"report: {target}", err=True)
 
 
 def foreseen(
@@ -228,11 +286,16 @@ def foreseen(
 
 def deliver(evaluation: Evaluation, out: Path | None, csv: Path | None, as_json: bool, units: "Units | None") -> None:
     """Write the run folder and the row, delete the finished units, and print the result."""
+    keep(evaluation, out, units)
+    present(evaluation, out, csv, as_json)
+
+
+def keep(evaluation: Evaluation, out: Path | None, units: "Units | None") -> None:
+    """Write the run folder and delete the finished units."""
     if out:
         save(evaluation, out)
     if units:
         units.remove()
-    present(evaluation, out, csv, as_json)
 
 
 def present(evaluation: Evaluation, out: Path | None, csv: Path | None, as_json: bool) -> None:
@@ -277,7 +340,9 @@ def _how_to_go_on(kept: bool) -> str:
     return f"interrupted; go on with: dmlbench {shlex.join([*command, '--resume'])}"
 
 
-def _print_plan(work: list[dict[str, object]], as_json: bool) -> None:
+def _print_plan(work: list[dict[str, object]], as_json: bool, protocol: str | None) -> None:
+    if protocol:
+        click.echo(f"{protocol}:", err=True)
     if as_json:
         print_json(work)
         return

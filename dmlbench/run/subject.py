@@ -21,7 +21,7 @@ from dmlbench.fast.exact import true_float32
 from dmlbench.rng import Rng, seed_of
 from dmlbench.run.fingerprint import exact
 from dmlbench.run.loading import Loader
-from dmlbench.run.units import Work, remembered
+from dmlbench.run.units import Arrays, Work, remembered
 from dmlbench.scene import Gallery, Scene
 from dmlbench.version import __version__
 
@@ -185,11 +185,13 @@ def prepare(
     cache: bool = False,
     gradients: Embedder | None = None,
     part: str = "model",
+    shared: dict[str, Arrays] | None = None,
 ) -> Subject:
     """Freeze the model, embed gallery and queries, and choose which queries are measured.
 
     ``order`` names the queries instead of ``limit``, by position and in this order. ``gradients`` is a model whose ``precision`` and ``compiled`` count instead of this one's own. ``part`` tells
-    apart the models that one ``work`` keeps embeddings of.
+    apart the models that one ``work`` keeps embeddings of. ``shared`` is what earlier calls for the same models and
+    data set have embedded, and gets what this one does.
 
     Raises:
         UsageError: the model takes images of another shape, ``limit`` is not positive, or the device is not made
@@ -210,7 +212,7 @@ def prepare(
     if cache and (known := exact(embedder)):
         parts = (__version__, torch.__version__, known, embedder.preprocess, dataset.sha256)
         make = partial(remembered, f"embeddings {parts} {ready.device.type}", len(everyone), clean)
-    kept = (work or Work()).once(f"embeddings of the {part}", len(everyone), make)
+    kept = (work or Work()).once(f"embeddings of the {part}", len(everyone), make, shared)
     embeddings = torch.from_numpy(kept["embeddings"]).to(ready.device)
 
     def at(rows: np.ndarray) -> Tensor:

@@ -209,14 +209,22 @@ class Work:
 
             dist.barrier()
 
-    def once(self, name: str, count: int, compute: Callable[[], Arrays]) -> Arrays:
-        """The arrays of something that is not divided: read where they are kept, else computed, and kept by the leader."""
+    def once(
+        self, name: str, count: int, compute: Callable[[], Arrays], shared: dict[str, Arrays] | None = None
+    ) -> Arrays:
+        """The arrays of something that is not divided: read where they are kept, else computed, and kept by the leader.
+
+        ``shared`` holds what other runs have made of the same thing, by name and count, and gets what this one makes.
+        """
         unit = (name, 0, count)
         kept = self.units.get(unit) if self.units else None
         if kept is None:
-            kept = dict(sorted(compute().items()))
+            known = (shared or {}).get(f"{name} {count}")
+            kept = dict(sorted(compute().items())) if known is None else known
             if self.units and self.world.leads:
                 self.units.put(unit, kept)
+        if shared is not None:
+            shared[f"{name} {count}"] = kept
         return kept
 
     def mine(self, position: int) -> bool:

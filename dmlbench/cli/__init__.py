@@ -30,6 +30,7 @@ VERBS = {
     "train": "train a model from a recipe",
     "register": "put finished training runs into a registry",
     "table": "make a table of runs for a paper: LaTeX, Markdown or CSV",
+    "plot": "draw runs for a paper: PDF, SVG or PNG",
     "report": "make one HTML page of run folders",
     "models": "list, show and inspect models",
     "datasets": "list, show, prepare and verify data sets",

@@ -1,0 +1,469 @@
+"""Figures for a paper: each kind is a function from runs to a :class:`Figure` of plain numbers, and one that draws it.
+
+matplotlib is imported when something is drawn, scikit-learn when t-SNE is asked for. Nothing needs a display, the same
+runs give the same bytes, and curves, bars and points differ in shape and lightness, so that they read in grey.
+"""
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dmlbench.board.compare.verdict import components_of
+from dmlbench.board.paper import header, names_of, numbers
+from dmlbench.board.paper import intervals as intervals_of
+from dmlbench.board.row import headline
+from dmlbench.datasets import load_dataset
+from dmlbench.errors import DataError, NotComparable, UsageError
+from dmlbench.intervals import Ends
+from dmlbench.models import load_model
+from dmlbench.protocol import counted, scored
+from dmlbench.registry import Registry, suggest
+from dmlbench.results import Evaluation, conditions
+from dmlbench.run.closeup import names_of as closeup_names
+from dmlbench.run.subject import embed
+from dmlbench.threat import length
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Runs = Sequence[tuple[str, Evaluation]]
+"""Runs, each with the name that the user gave it."""
+
+MOST_CLASSES = 40
+"""Up to which number of classes each is named below the axis."""
+PERPLEXITY = 30.0
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve, one set of bars or one set of points: x (n,), y (n,) and, where they are known, ends of 95 % intervals.
+
+    Attributes:
+        low, high: (n,), NaN where a point has no interval.
+        groups: (n,) the class of each point of a projection.
+    """
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+    groups: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What a figure shows, as numbers.
+
+    Attributes:
+        ticks: names of the positions 0, 1, ... on the x axis, where these are no numbers.
+        table: (rows, columns) of a matrix, NaN where there is no run; ``series`` then gives the rows' names.
+    """
+
+    kind: str
+    x_title: str
+    y_title: str
+    series: tuple[Series, ...]
+    ticks: tuple[str, ...] = ()
+    table: np.ndarray | None = None
+    limits: tuple[float, float] | None = None
+
+
+def _alike(runs: Runs) -> None:
+    """Refuse runs whose numbers are not of one kind.
+
+    Raises:
+        NotComparable: they differ in protocol or data set.
+    """
+    for what, key in (
+        ("protocol", lambda e: (e.protocol.name, e.protocol.sha256[:12])),
+        ("data set", lambda e: (e.dataset.name, e.dataset.split, e.dataset.sha256[:12])),
+    ):
+        found = {key(e): name for name, e in runs}
+        if len(found) > 1:
+            (a, first), (b, second) = list(found.items())[:2]
+            raise NotComparable(f"{first} and {second} differ in {what}: {'/'.join(a)} and {'/'.join(b)}")
+
+
+def _ends(found: Sequence[Ends]) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(np.array([np.nan if ends is None else ends[side] for ends in found]) for side in (0, 1))  # type: ignore[return-value]
+
+
+def largest_norm(e: Evaluation) -> float:
+    """The largest perturbation found in the run, in its protocol's norm; 0 where none is kept."""
+    norms = [a for key, a in e.arrays.items() if key.endswith("/norm") and a.size]
+    return max((float(np.nanmax(a)) for a in norms), default=0.0)
+
+
+def eps(runs: Runs, metric: str | None = None, part: str | None = None) -> Figure:
+    """Robustness against eps, [0, 1] scale: worst-case R@1 of strict runs, the lowest NMI of clustering runs, and for
+    parts a run at each eps, whose scores are joined by model.
+
+    Raises:
+        UsageError: there is nothing along eps to draw.
+    """
+    kinds = {next((k for k in ("strict", "clustering") if k in e.extras), "") for _, e in runs}
+    if len(kinds) > 1:
+        raise NotComparable("the runs are of several kinds of protocol: their curves have no axis in common")
+    if kinds == {""}:
+        return _runs_by_eps(runs, metric)
+    _alike(runs)
+    series = []
+    for name, (_, e) in zip(names_of(runs), runs, strict=True):
+        if kinds == {"strict"}:
+            ends = intervals_of(e)
+            points = [(0.0, e.benign.get("recall_at_1"), ends.get("recall_at_1"))]
+            for row in e.extras["strict"]["curve"]:
+                points.append((length(row["eps"]), row["recall_at_1"], ends.get(f"strict@{row['eps']}")))
+        else:
+            found = e.extras["clustering"]
+            points = [(0.0, found["clean"]["nmi"], None)]
+            points += [(length(row["eps"]), row["nmi"], None) for row in found["worst"] if row["labelled"]]
+        low, high = _ends([p[2] for p in points])
+        value = np.array([np.nan if p[1] is None else p[1] for p in points], dtype=np.float64)
+        series.append(Series(name, np.array([p[0] for p in points]), value, low, high))
+    title = "worst-case R@1, %" if kinds == {"strict"} else "NMI under attack, %"
+    return Figure("eps", "eps, in 1/255", title, tuple(series), limits=(0.0, 100.0))
+
+
+def _runs_by_eps(runs: Runs, metric: str | None) -> Figure:
+    metric = metric or "ers"
+    values = [(e.model.id, largest_norm(e), numbers(e).get(metric), intervals_of(e).get(metric)) for _, e in runs]
+    there = [v for v in values if v[2] is not None]
+    if len({round(v[1], 4) for v in there}) < 2:
+        raise UsageError(
+            "these runs hold no curve over eps: name runs of protocol strict or clustering, or runs at several eps"
+        )
+    series = []
+    for model in dict.fromkeys(v[0] for v in there):
+        points = sorted((v for v in there if v[0] == model), key=lambda v: v[1])
+        low, high = _ends([p[3] for p in points])
+        y = np.array([p[2] for p in points], dtype=np.float64)
+        series.append(Series(model, np.array([p[1] for p in points]), y, low, high))
+    return Figure("eps", "eps, in 1/255", header(metric), tuple(series), limits=(0.0, 100.0))
+
+
+def parts(runs: Runs, metric: str | None = None, part: str | None = None) -> Figure:
+    """The score of each part, side by side for several models; 0 gives in, 100 withstands."""
+    _alike(runs)
+    names = list(dict.fromkeys(m.component for _, e in runs for m in e.measurements))
+    series = []
+    for name, (_, e) in zip(names_of(runs), runs, strict=True):
+        scores, ends = {m.component: m.score for m in e.measurements}, intervals_of(e)
+        low, high = _ends([ends.get(n) for n in names])
+        y = np.array([np.nan if scores.get(n) is None else scores[n] for n in names], dtype=np.float64)
+        series.append(Series(name, np.arange(len(names), dtype=np.float64), y, low, high))
+    return Figure("parts", "", "score", tuple(series), tuple(header(n) for n in names), limits=(0.0, 100.0))
+
+
+def _metric(runs: Runs, metric: str | None) -> str:
+    """The metric asked for, or what the first run is ranked by.
+
+    Raises:
+        UsageError: no run has it.
+    """
+    if metric is None:
+        found = headline(runs[0][1])
+        if found is None:
+            raise UsageError(f"{runs[0][0]} has no number that models are ranked by: name one with --metric")
+        return found[0]
+    known = dict.fromkeys(name for _, e in runs for name in numbers(e))
+    if metric not in known:
+        raise UsageError(f"no run has a metric {metric!r}{suggest(metric, known)}")
+    return metric
+
+
+def scatter(runs: Runs, metric: str | None = None, part: str | None = None) -> Figure:
+    """ERS (or what the protocol ranks by) against clean R@1, a point for each run."""
+    _alike(runs)
+    metric = _metric(runs, metric)
+    series = []
+    for name, (_, e) in zip(names_of(runs), runs, strict=True):
+        x, y = e.benign.get("recall_at_1"), numbers(e).get(metric)
+        if x is not None and y is not None:
+            low, high = _ends([intervals_of(e).get(metric)])
+            series.append(Series(name, np.array([x]), np.array([y]), low, high))
+    return Figure("scatter", "clean R@1, %", header(metric), tuple(series))
+
+
+def classes(runs: Runs, metric: str | None = None, part: str | None = None) -> Figure:
+    """The mean score of each class's queries over the parts (or of one ``part``), the first run's weakest class first."""
+    _alike(runs)
+    found: list[tuple[str, dict[int, float]]] = []
+    titles: dict[int, str] = {}
+    for name, (_, e) in zip(names_of(runs), runs, strict=True):
+        known = components_of(e)
+        extra = set(e.extras.get("extra_parts", ()))
+        chosen = [known[part]] if part in known else [c for n, c in known.items() if n not in extra]
+        if part is not None and part not in known:
+            raise UsageError(f"{name} has no part {part!r}{suggest(part, known)}")
+        if "label" not in e.arrays or any(f"{c.name}/value" not in e.arrays for c in chosen):
+            raise DataError(f"{name} does not hold the queries' own outcomes, which classes are read from")
+        table, label = counted(scored(chosen, e.arrays)), e.arrays["label"]
+        by_class = {}
+        for one in np.unique(label):
+            columns = [column[~np.isnan(column)] for column in table[label == one].T]
+            by_class[int(one)] = (
+                float(np.mean([c.mean() for c in columns if len(c)])) if any(map(len, columns)) else np.nan
+            )
+        found.append((name, by_class))
+        titles |= closeup_names(e.sample)[1]
+    everyone = sorted({c for _, by_class in found for c in by_class})
+    order = sorted(everyone, key=lambda c: (found[0][1].get(c, np.inf), c))
+    at = np.arange(len(order), dtype=np.float64)
+    return Figure(
+        "classes",
+        "class",
+        f"score of {part}" if part else "mean score over the parts",
+        tuple(Series(name, at, np.array([by_class.get(c, np.nan) for c in order])) for name, by_class in found),
+        tuple(titles.get(c, str(c)) for c in order),
+        limits=(0.0, 100.0),
+    )
+
+
+def tsne(runs: Runs, metric: str | None = None, part: str | None = None) -> Figure:
+    """t-SNE of the sampled queries' embeddings, clean and attacked, in one plane.
+
+    The run keeps some adversarial images; the model and the data set, which must be at hand and the same as measured, give
+    their embeddings and those of the clean images.
+
+    Raises:
+        UsageError: several runs, or a part that is not in the sample.
+        DataError: the run holds no adversarial sample, or the model or the data set is another one by now.
+    """
+    if len(runs) != 1:
+        raise UsageError("t-SNE is drawn of one run")
+    label, e = runs[0]
+    sampled = [m.component for m in e.measurements if m.component in e.sample]
+    if not sampled or "rows" not in e.sample:
+        raise DataError(
+            f"{label} holds no adversarial sample, which t-SNE is drawn from: name a run folder with adversarial_sample.npz"
+        )
+    part = part or sampled[-1]
+    if part not in sampled:
+        raise UsageError(f"the sample of {label} has no part {part!r}{suggest(part, sampled)}")
+    model = load_model(e.model.id).eval()
+    if e.model.weights_sha256 and model.weights_sha256 != e.model.weights_sha256:
+        raise DataError(f"model {e.model.id!r} has other weights here than {label} was measured with")
+    dataset = load_dataset(e.dataset.name, e.dataset.split, model.preprocess)
+    if dataset.sha256 != e.dataset.sha256:
+        raise DataError(f"data set {e.dataset.name!r} is another one here than {label} was measured on")
+    rows = e.sample["rows"]
+    clean = embed(model, dataset, rows).numpy()
+    with torch.no_grad():
+        attacked = model(torch.from_numpy(e.sample[part])).numpy()
+    plane = projected(np.concatenate([clean, attacked]))
+    labels = dataset.labels[rows]
+    both = ((clean_name, plane[: len(rows)]) for clean_name in ("clean",)), (("attacked", plane[len(rows) :]),)
+    series = tuple(Series(name, at[:, 0], at[:, 1], groups=labels) for side in both for name, at in side)
+    return Figure("tsne", "", f"t-SNE, {header(part)}", series)
+
+
+def projected(embeddings: np.ndarray) -> np.ndarray:
+    """(n, 2) by t-SNE from the principal axes, with a fixed seed; the perplexity is 30, or less for few points."""
+    from sklearn.manifold import TSNE
+
+    perplexity = min(PERPLEXITY, max(2.0, (len(embeddings) - 1) / 3))
+    drawn = TSNE(
+        2, perplexity=perplexity, init="pca", random_state=0, method="exact" if len(embeddings) < 500 else "barnes_hut"
+    )
+    plane: np.ndarray = drawn.fit_transform(embeddings.astype(np.float64))
+    return plane
+
+
+def matrix(runs: Runs, metric: str | None = None, part: str | None = None) -> Figure:
+    """Transfer: what each model keeps (rows) under adversarial images made on each surrogate (columns). A run without a
+    surrogate made them on the model itself.
+
+    Raises:
+        UsageError: two runs are of the same model and surrogate.
+    """
+    _alike(runs)
+    metric = _metric(runs, metric)
+    found: dict[tuple[str, str], float] = {}
+    for label, e in runs:
+        surrogate = conditions(e.partial)["surrogate"]
+        key = e.model.id, e.model.id if surrogate == conditions(())["surrogate"] else surrogate
+        if key in found:
+            raise UsageError(f"{label}: there are two runs of {key[0]} under images of {key[1]}")
+        value = numbers(e).get(metric)
+        found[key] = np.nan if value is None else float(value)
+    models = tuple(dict.fromkeys(model for model, _ in found))
+    columns = (
+        *(m for m in models if any(s == m for _, s in found)),
+        *dict.fromkeys(s for _, s in found if s not in models),
+    )
+    table = np.array([[found.get((m, s), np.nan) for s in columns] for m in models])
+    rows = tuple(
+        Series(m, np.arange(len(columns), dtype=np.float64), row) for m, row in zip(models, table, strict=True)
+    )
+    return Figure("matrix", "surrogate", header(metric), rows, columns, table)
+
+
+KINDS: Registry[Callable[..., Figure]] = Registry(
+    "kind of plot",
+    {"eps": eps, "parts": parts, "scatter": scatter, "classes": classes, "tsne": tsne, "matrix": matrix},
+)
+"""(runs, metric, part) to the numbers of a figure."""
+
+_STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.linewidth": 0.6, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#d9d9d9", "grid.linewidth": 0.5,
+    "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4, "pdf.fonttype": 42,
+    "svg.hashsalt": "dmlbench", "svg.fonttype": "none", "hatch.linewidth": 0.5, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+}  # fmt: skip
+_MARKERS = "osD^vPX<>*hp"
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
+_HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----")
+SUFFIXES = ("pdf", "svg", "png")
+
+
+def _colours(count: int) -> list[Any]:
+    """From dark to light, so that they differ in grey as well."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](at) for at in np.linspace(0.0, 0.82, max(count, 2))][:count]
+
+
+def _text(text: str) -> str:
+    """Text that matplotlib shows as it is: no mathematics, no line breaks, not hidden from a legend."""
+    plain = " ".join(text.split()).replace("$", r"\$")
+    return f" {plain}" if plain.startswith("_") else plain
+
+
+def _errors(s: Series) -> np.ndarray | None:
+    """(2, n) how far the intervals reach down and up."""
+    return (
+        None
+        if s.low is None or s.high is None
+        else np.nan_to_num(np.stack([s.y - s.low, s.high - s.y]), nan=0.0).clip(0)
+    )
+
+
+def _draw_curves(axes: "Axes", figure: Figure) -> None:
+    for i, (s, colour) in enumerate(zip(figure.series, _colours(len(figure.series)), strict=True)):
+        axes.plot(
+            255 * s.x,
+            s.y,
+            color=colour,
+            ls=_DASHES[i % len(_DASHES)],
+            marker=_MARKERS[i % len(_MARKERS)],
+            label=_text(s.name),
+        )
+        if s.low is not None and s.high is not None:
+            known = ~np.isnan(s.low)
+            axes.fill_between(255 * s.x[known], s.low[known], s.high[known], color=colour, alpha=0.15, lw=0)
+
+
+def _draw_bars(axes: "Axes", figure: Figure) -> None:
+    width = 0.8 / len(figure.series)
+    for i, (s, colour) in enumerate(zip(figure.series, _colours(len(figure.series)), strict=True)):
+        at = s.x + (i - (len(figure.series) - 1) / 2) * width
+        style = {"color": colour, "edgecolor": "white", "lw": 0.3, "hatch": _HATCHES[i % len(_HATCHES)]}
+        axes.bar(
+            at, s.y, width, yerr=_errors(s), error_kw={"lw": 0.7, "ecolor": "#555555"}, label=_text(s.name), **style
+        )
+    _name_ticks(axes, figure.ticks)
+
+
+def _name_ticks(axes: "Axes", ticks: Sequence[str]) -> None:
+    slanted = sum(map(len, ticks)) > 70
+    axes.set_xticks(
+        range(len(ticks)), [_text(t) for t in ticks], rotation=40 if slanted else 0, ha="right" if slanted else "center"
+    )
+
+
+def _draw_points(axes: "Axes", figure: Figure) -> None:
+    for i, (s, colour) in enumerate(zip(figure.series, _colours(len(figure.series)), strict=True)):
+        marker = _MARKERS[i % len(_MARKERS)]
+        axes.errorbar(
+            s.x, s.y, yerr=_errors(s), color=colour, marker=marker, ls="", elinewidth=0.7, label=_text(s.name)
+        )
+
+
+def _draw_classes(axes: "Axes", figure: Figure) -> None:
+    for i, (s, colour) in enumerate(zip(figure.series, _colours(len(figure.series)), strict=True)):
+        axes.plot(s.x, s.y, color=colour, ls=":", lw=0.8, marker=_MARKERS[i % len(_MARKERS)], label=_text(s.name))
+    if len(figure.ticks) <= MOST_CLASSES:
+        _name_ticks(axes, figure.ticks)
+    else:
+        axes.set_xticks([])
+
+
+def _draw_plane(axes: "Axes", figure: Figure) -> None:
+    clean, attacked = figure.series
+    assert clean.groups is not None
+    names = np.unique(clean.groups)
+    of = dict(zip(names.tolist(), _colours(len(names)), strict=True))
+    for a, b, u, v, group in zip(clean.x, clean.y, attacked.x, attacked.y, clean.groups.tolist(), strict=True):
+        axes.plot([a, u], [b, v], color=of[group], lw=0.4, alpha=0.5)
+    colours = [of[g] for g in clean.groups.tolist()]
+    axes.scatter(clean.x, clean.y, s=16, c=colours, marker="o", label="clean")
+    axes.scatter(attacked.x, attacked.y, s=18, c=colours, marker="x", lw=1.0, label="attacked")
+    axes.set(xticks=[], yticks=[])
+
+
+def _draw_matrix(axes: "Axes", figure: Figure) -> None:
+    assert figure.table is not None
+    top = float(np.nanmax(figure.table)) if np.isfinite(figure.table).any() else 1.0
+    axes.imshow(np.ma.masked_invalid(figure.table), cmap="Greys", vmin=0.0, vmax=1.6 * max(top, 1e-9), aspect="auto")
+    for r, row in enumerate(figure.table):
+        for c, value in enumerate(row):
+            axes.text(
+                c,
+                r,
+                "–" if np.isnan(value) else f"{value:.3g}" if top <= 1 else f"{value:.1f}",
+                ha="center",
+                va="center",
+            )
+    _name_ticks(axes, figure.ticks)
+    axes.set_yticks(range(len(figure.series)), [_text(s.name) for s in figure.series])
+    axes.grid(False)
+
+
+_DRAW: dict[str, Callable[["Axes", Figure], None]] = {
+    "eps": _draw_curves, "parts": _draw_bars, "scatter": _draw_points, "classes": _draw_classes, "tsne": _draw_plane,
+    "matrix": _draw_matrix,
+}  # fmt: skip
+
+
+def draw(figure: Figure, suffix: str, width: float = 5.5) -> bytes:
+    """The figure as a file of the kind ``suffix``, ``width`` inches wide: the same bytes for the same numbers.
+
+    Raises:
+        UsageError: ``suffix`` is none of :data:`SUFFIXES`, or there is nothing to draw.
+    """
+    if suffix not in SUFFIXES:
+        raise UsageError(
+            f"a figure is written as {', '.join(SUFFIXES)}, not as {suffix or 'a file without a suffix'!r}"
+        )
+    if not figure.series:
+        raise UsageError("these runs hold nothing of that kind to draw")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Canvas
+
+    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}[suffix]
+    with rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks is drawn as a box
+        rows = len(figure.series) if figure.table is not None else 0
+        canvas = Canvas(figsize=(width, 0.32 * rows + 1.9 if rows else 0.62 * width), layout="constrained")
+        axes = canvas.add_subplot()
+        _DRAW[figure.kind](axes, figure)
+        axes.set_xlabel(_text(figure.x_title))
+        if figure.table is not None or figure.kind == "tsne":
+            axes.set_title(_text(figure.y_title), fontsize=8)
+        else:
+            axes.set_ylabel(_text(figure.y_title))
+        if figure.limits:
+            axes.set_ylim(*figure.limits)
+        if figure.table is None:
+            columns = 2 if len(figure.series) < 9 else 3
+            canvas.legend(loc="outside lower center", ncols=columns, fontsize=7)
+        out = io.BytesIO()
+        canvas.savefig(out, format=suffix, dpi=200, metadata=metadata)
+    return out.getvalue()

@@ -1,0 +1,45 @@
+"""``dmlbench plot``: runs as a figure for a paper."""
+
+from pathlib import Path
+
+import click
+
+from dmlbench.cli.output import runs_argument, runs_named
+
+_EXAMPLE = "Example: dmlbench plot runs/plain runs/hardened --kind parts --out parts.pdf"
+
+
+@click.command(epilog=_EXAMPLE)
+@runs_argument
+@click.option("--kind", required=True, help="eps, parts, scatter, classes, tsne or matrix (model by surrogate).")
+@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="FILE.pdf, .svg or .png.")
+@click.option("--metric", help="Of scatter and matrix, e.g. ES:R; by default ERS, or what the protocol ranks by.")
+@click.option("--part", help="Of classes and tsne: one attack part, by name.")
+@click.option("--protocol", help="Which stored run, where a registered model has several.")
+@click.option("--width", type=click.FloatRange(min=2, max=20), default=5.5, show_default=True, help="In inches.")
+def plot(
+    runs: tuple[str, ...],
+    kind: str,
+    out: Path,
+    metric: str | None,
+    part: str | None,
+    protocol: str | None,
+    width: float,
+) -> None:
+    """Draw runs: curves over eps, bars of the parts, robustness against clean R@1, classes, embeddings, transfer.
+
+    A RUN is a run folder, or the id of a registered model, whose stored run is taken. The file is the same, byte for byte,
+    whenever it is made of the same runs.
+    """
+    from dmlbench.board.plots import KINDS, SUFFIXES, draw
+    from dmlbench.errors import UsageError
+    from dmlbench.results import prepare_folder, write_whole
+
+    suffix = out.suffix.removeprefix(".").lower()
+    if suffix not in SUFFIXES:
+        raise UsageError(f"--out {out}: a figure is written as {', '.join(SUFFIXES)}")
+    figure = KINDS[kind](runs_named(runs, protocol), metric, part)
+    content = draw(figure, suffix, width)
+    prepare_folder(out.parent)
+    write_whole(out, content)
+    click.echo(str(out))

@@ -166,6 +166,12 @@ class Embedder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean or [0.0] * channels).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std or [1.0] * channels).view(1, -1, 1, 1))
 
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.input_shape))
+        count = sum(p.numel() for p in self.parameters())
+        of = f", {self.arch}" if self.arch else ""
+        return f"<Embedder {self.name}{of}, images {size}, space {self.distance.space}, {count:,} parameters>"
+
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         stepping = torch.is_grad_enabled() and images.requires_grad
         network = self.steps if self.steps is not None and stepping else self.network

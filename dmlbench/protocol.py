@@ -218,6 +218,13 @@ class Protocol(_Record):
     """of kind clustering: how those of its attacks search that need all images at once"""
     superseded_by: str | None = None
 
+    def __repr__(self) -> str:
+        count = f", {len(self.components)} parts" if self.components else ""
+        eps = f", eps {self.threat['eps']}" if "eps" in self.threat else ""
+        return f"<Protocol {self.id} version {self.version}, kind {self.kind}{count}{eps}, sha256 {self.sha256[:12]}>"
+
+    __str__ = __repr__
+
     @property
     def sha256(self) -> str:
         """Hash of everything that can change a number: all but the title and the successor."""

@@ -6,6 +6,7 @@ queries), ``adversarial_sample.npz`` (a few adversarial images, losslessly) and 
 """
 
 import contextlib
+import html
 import io
 import json
 import math
@@ -13,13 +14,18 @@ import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from dmlbench.checkpoints import first_problem, sha256_of
 from dmlbench.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import pandas
+
+    from dmlbench.board.plots import Figure
 
 SCHEMA = 1
 SAMPLE = "adversarial_sample.npz"
@@ -156,6 +162,80 @@ class Evaluation(_Record):
     def sample(self) -> dict[str, np.ndarray]:
         """Adversarial images of a fixed sample of queries; see ``adversarial_sample.npz``."""
         return self._sample
+
+    def __repr__(self) -> str:
+        said = [
+            f"{self.model.id} on {self.dataset.name}/{self.dataset.split}",
+            f"{self.protocol.name} {self.protocol.version}",
+        ]
+        said.append(f"{self.dataset.n_queries} queries")
+        if "recall_at_1" in self.benign:
+            said.append(f"R@1 {self.benign['recall_at_1']:.1f}")
+        if self.ers is not None:
+            ends = f" ({self.ers_interval[0]:.1f} to {self.ers_interval[1]:.1f})" if self.ers_interval else ""
+            said.append(f"ERS {self.ers:.1f}{ends}")
+        said += [f"partial: {' '.join(self.partial)}"] if self.partial else []
+        said += [f"flags: {' '.join(w.flag for w in self.warnings)}"] if self.warnings else []
+        return f"<Evaluation {', '.join(said)}>"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        """The table of parts for a notebook; every text is escaped."""
+
+        def number(value: float | None) -> str:
+            return "–" if value is None else f"{value:.1f}"
+
+        rows = [
+            (m.component, number(m.score), " to ".join(map(number, m.interval or ())), str(m.n))
+            for m in self.measurements
+        ]
+        if self.ers is not None:
+            rows.append(("ERS", number(self.ers), " to ".join(map(number, self.ers_interval or ())), ""))
+        lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+        head = "".join(f"<th>{title}</th>" for title in ("part", "score", "95 % interval", "queries"))
+        doubts = "".join(f"<p><b>{html.escape(w.flag)}</b>: {html.escape(w.message)}</p>" for w in self.warnings)
+        caption = html.escape(repr(self)[1:-1])
+        return f"<table><caption>{caption}</caption><tr>{head}</tr>{''.join(lines)}</table>{doubts}"
+
+    def to_frame(self, what: Literal["parts", "queries", "curve"] = "parts") -> "pandas.DataFrame":
+        """The numbers as a pandas DataFrame.
+
+        Args:
+            what: "parts", a row for each measurement; "queries", a row for each query, with its data set row, its class and
+                every outcome that is one number; "curve", a row for each eps of a protocol with a grid, eps on the [0, 1] scale.
+
+        Raises:
+            UsageError: another ``what``, or a protocol without a grid of eps.
+            DataError: the queries' outcomes are not there.
+        """
+        import pandas
+
+        if what == "parts":
+            rows = [m.model_dump(exclude={"interval"}) for m in self.measurements]
+            ends = [m.interval or (None, None) for m in self.measurements]
+            frame = pandas.DataFrame(rows)
+            return frame.assign(low=[low for low, _ in ends], high=[high for _, high in ends])
+        if what == "queries":
+            if not self.arrays:
+                raise DataError("this result does not hold the queries' own outcomes")
+            return pandas.DataFrame({name: values for name, values in self.arrays.items() if values.ndim == 1})
+        if what == "curve":
+            from dmlbench.board.plots import eps
+
+            curve = eps([(self.model.id, self)]).series[0]
+            return pandas.DataFrame({"eps": curve.x, "value": curve.y, "low": curve.low, "high": curve.high})
+        raise UsageError(f"what={what!r} must be 'parts', 'queries' or 'curve'")
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the run folder; see :func:`save`."""
+        return save(self, Path(folder))
+
+    def plot(self, kind: str = "parts", **options: Any) -> "Figure":
+        """One of the figures of :data:`dmlbench.board.plots.KINDS`, which a notebook shows and ``.save("x.pdf")`` writes."""
+        from dmlbench.board.plots import KINDS
+
+        return KINDS[kind]([(self.model.id, self)], **options)
 
     def part(self, component: str) -> Measurement:
         """The measurement of one component."""

@@ -8,6 +8,7 @@ import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from dmlbench.intervals import Ends
 from dmlbench.models import load_model
 from dmlbench.protocol import counted, scored
 from dmlbench.registry import Registry, suggest
-from dmlbench.results import Evaluation, conditions
+from dmlbench.results import Evaluation, conditions, prepare_folder, write_whole
 from dmlbench.run.closeup import names_of as closeup_names
 from dmlbench.run.subject import embed
 from dmlbench.threat import length
@@ -72,6 +73,22 @@ class Figure:
     ticks: tuple[str, ...] = ()
     table: np.ndarray | None = None
     limits: tuple[float, float] | None = None
+
+    def _repr_png_(self) -> bytes:
+        return draw(self, "png")
+
+    def save(self, path: str | Path, width: float = 5.5) -> Path:
+        """Write it as PDF, SVG or PNG, as the suffix of ``path`` says, ``width`` inches wide.
+
+        Raises:
+            UsageError: another suffix.
+            DataError: the file cannot be written.
+        """
+        path = Path(path)
+        content = draw(self, path.suffix.removeprefix(".").lower(), width)
+        prepare_folder(path.parent)
+        write_whole(path, content)
+        return path
 
 
 def _alike(runs: Runs) -> None:

@@ -31,15 +31,10 @@ def plot(
     A RUN is a run folder, or the id of a registered model, whose stored run is taken. The file is the same, byte for byte,
     whenever it is made of the same runs.
     """
-    from dmlbench.board.plots import KINDS, SUFFIXES, draw
+    from dmlbench.board.plots import KINDS, SUFFIXES
     from dmlbench.errors import UsageError
-    from dmlbench.results import prepare_folder, write_whole
 
     suffix = out.suffix.removeprefix(".").lower()
     if suffix not in SUFFIXES:
         raise UsageError(f"--out {out}: a figure is written as {', '.join(SUFFIXES)}")
-    figure = KINDS[kind](runs_named(runs, protocol), metric, part)
-    content = draw(figure, suffix, width)
-    prepare_folder(out.parent)
-    write_whole(out, content)
-    click.echo(str(out))
+    click.echo(str(KINDS[kind](runs_named(runs, protocol), metric, part).save(out, width)))

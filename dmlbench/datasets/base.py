@@ -183,6 +183,14 @@ class RetrievalDataset:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.images.shape))
+        classes = len(np.unique(self.labels[self.labels >= 0]))
+        return (
+            f"<RetrievalDataset {self.name}/{self.split}, {len(self)} images {size}, {classes} classes, "
+            f"{len(self.query)} queries, {len(self.gallery)} in the gallery>"
+        )
+
     @cached_property
     def own_entry(self) -> np.ndarray:
         """(Q,) each query's own position in the gallery, -1 where it is not there."""

@@ -3,12 +3,13 @@
 Read ``forms.py`` first: it lists the ways to name a model.
 """
 
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from dmlbench.embedding import Embedder
+from dmlbench.embedding import Distance, Embedder
 from dmlbench.errors import UsageError
 from dmlbench.models.architectures import ARCHITECTURES, build_network, parameter_count
 from dmlbench.models.behaviour import probe_images, settle
@@ -17,6 +18,7 @@ from dmlbench.models.forms import FORMS, open_model
 from dmlbench.models.records import build, check_probe, space_of
 from dmlbench.models.spec import ModelOptions, Spec
 from dmlbench.models.weights import fill, write_weights
+from dmlbench.preprocess import Preprocess
 
 __all__ = [
     "ARCHITECTURES",
@@ -39,7 +41,35 @@ __all__ = [
 ]
 
 
-def load_model(model: str | Path | nn.Module, **kwargs: Any) -> Embedder:
+def load_model(
+    model: str | Path | nn.Module,
+    *,
+    weights: str | Path | None = None,
+    spec: Path | None = None,
+    embed_dim: int | None = None,
+    head: str | None = None,
+    leave_out: str | None = None,
+    checkpoint_key: str | None = None,
+    prefix: str | None = None,
+    output_key: str | None = None,
+    precision: str = "auto",
+    compiled: bool = False,
+    input_size: tuple[int, int] | None = None,
+    resize: str | None = None,
+    pad: int | None = None,
+    box: tuple[int, int, int, int] | None = None,
+    interpolation: str | None = None,
+    order: str | None = None,
+    scale: float | None = None,
+    channels: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    distance: str | Distance | None = None,
+    normalize: bool | None = None,
+    name: str | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    preprocess: Preprocess | None = None,
+) -> Embedder:
     """A ready :class:`Embedder` from anything that names a model, or from a module.
 
     Args:
@@ -51,12 +81,27 @@ def load_model(model: str | Path | nn.Module, **kwargs: Any) -> Embedder:
         UsageError: unknown name, or options that do not go together (exit code 2).
         DataError: the weights are missing, truncated, changed, or of another architecture (4).
     """
+    said = {key: value for key, value in locals().items() if key != "model"}
+    usual = {"precision": "auto", "compiled": False}
+    options = {key: value for key, value in said.items() if value is not None and value != usual.get(key)}
     if isinstance(model, Embedder):
         return model
     if isinstance(model, nn.Module):
-        if "input_shape" not in kwargs:
+        if "input_shape" not in options:
             raise UsageError("a plain nn.Module needs input_shape=(channels, height, width)")
-        embedder = Embedder(model, **kwargs)
+        _only(options, ("input_shape", "mean", "std", "distance", "name", "preprocess"), "a plain nn.Module")
+        if isinstance(distance, str):
+            raise UsageError(f"a plain nn.Module takes a Distance, e.g. DISTANCES['N'], not distance={distance!r}")
+        embedder = Embedder(model, **options)
         settle(embedder)
         return embedder
-    return open_model(str(model), ModelOptions(**kwargs))
+    _only(options, [field.name for field in fields(ModelOptions)], "a model by name")
+    options |= {key: tuple(options[key]) for key in ("mean", "std") if key in options}
+    options |= {"weights": str(weights)} if weights is not None else {}
+    return open_model(str(model), ModelOptions(**options))
+
+
+def _only(options: Iterable[str], known: Collection[str], what: str) -> None:
+    """Refuse options that would do nothing."""
+    if unknown := [key for key in options if key not in known]:
+        raise UsageError(f"{what} does not take {unknown[0]}: it takes {', '.join(known)}")

@@ -35,7 +35,7 @@ from dmlbench.rng import Rng, seed_of
 from dmlbench.run.parallel import World
 from dmlbench.training.defenses import DEFENSES, Batch, Inner, Learner
 from dmlbench.training.losses import build_loss
-from dmlbench.training.recipe import Recipe, command_of
+from dmlbench.training.recipe import Recipe, command_of, load_recipe
 from dmlbench.training.sampling import check_classes, check_groups, class_batch
 
 QUICK_QUERIES = 256
@@ -352,8 +352,8 @@ def finish(folder: Path, recipe: Recipe, dataset: RetrievalDataset, embedder: Em
 
 
 def train(
-    recipe: Recipe,
-    folder: Path,
+    recipe: Recipe | str,
+    folder: Path | str,
     *,
     device: torch.device | str = "cpu",
     resume: bool = False,
@@ -364,6 +364,7 @@ def train(
     """Train by a recipe into a run folder.
 
     Args:
+        recipe: or a packaged recipe's id, or the path of a TOML file.
         report: called with each row of the log.
         world: the processes that train together; one by default.
 
@@ -373,6 +374,8 @@ def train(
         TrainingFailed: a loss or weights that are not numbers (the last good checkpoint stays), or collapse.
     """
     began = time.monotonic()
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    folder = Path(folder)
     world = world or World()
     device = torch.device(device)
     dataset = load_dataset(recipe.dataset, "train")

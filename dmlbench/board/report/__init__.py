@@ -3,6 +3,25 @@
 ``page.py`` makes the page from records, ``pictures.py`` turns arrays into images, ``charts.py`` into drawings.
 """
 
-from dmlbench.board.report.page import Run, page
+from collections.abc import Sequence
+from pathlib import Path
 
-__all__ = ["Run", "page"]
+from dmlbench.board.report.page import Run, page
+from dmlbench.results import Evaluation, prepare_folder, write_whole
+
+__all__ = ["Run", "page", "report"]
+
+
+def report(runs: Evaluation | Sequence[Evaluation], out: str | Path) -> Path:
+    """Write the page of one or several results, the first in full, to the file ``out``.
+
+    Raises:
+        IndexError: no run.
+        DataError: the file cannot be written.
+    """
+    runs = [runs] if isinstance(runs, Evaluation) else runs
+    content = page([Run(e.model.id, e) for e in runs])
+    path = Path(out)
+    prepare_folder(path.parent)
+    write_whole(path, content.encode("utf-8", "backslashreplace"))
+    return path

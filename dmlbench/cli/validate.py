@@ -51,12 +51,18 @@ def validate(
     as_json: bool,
 ) -> int:
     """Check BUNDLE, a zip file or a folder. Nothing in it is unpacked, unpickled or executed."""
-    from dmlbench.errors import DataError
+    from dmlbench.errors import DataError, UsageError
+    from dmlbench.models.files import SUFFIXES
     from dmlbench.submission.validate import LEVELS
     from dmlbench.submission.validate import validate as run
 
     if not bundle.exists():
         raise DataError(f"{bundle} does not exist")
+    if bundle.is_file() and bundle.name.lower().endswith(SUFFIXES):
+        raise UsageError(
+            f"{bundle} is a weights file, and validate checks a bundle of dmlbench submit pack; "
+            f"dmlbench models inspect {bundle} looks at weights"
+        )
     if board is not None and not (board / "submissions").is_dir():
         raise DataError(f"--board {board} has no folder submissions: it is not a board")
 

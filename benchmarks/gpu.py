@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +235,7 @@ def whole(run: Run) -> None:
     ranked = timed(lambda: benign_arrays(subject, rules.clustering_seeds), device)
     run.note(part="clean metrics", queries=count, seconds=ranked)
     size = auto_batch(dataset, device, subject.embedder)
-    first = subject[:size]
+    first = replace(subject, rows=subject.rows[:size], scene=subject.scene[:size])
 
     def seconds_of(search: Search, on: Any) -> float:
         return timed(lambda: run_search(on, search, rules.seed, size, Silent()), device)

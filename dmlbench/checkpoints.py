@@ -21,8 +21,8 @@ from dmlbench.registry import suggest
 
 SCHEMA_VERSION = 1
 PACKAGE = Path(__file__).resolve().parent
-ID = r"^[a-z0-9][a-z0-9._-]*$"
-"""What the id of a model may be."""
+ID = r"^[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9])?$"
+"""What the id of a model, and of a submission, may be: one spelling, in every alphabet, file system and command line."""
 
 
 class _Record(BaseModel):

@@ -31,7 +31,7 @@ from dmlbench.results import Evaluation, Measurement, ProtocolInfo, finite
 from dmlbench.rng import Rng
 from dmlbench.run.closeup import closeup
 from dmlbench.run.fingerprint import fingerprint
-from dmlbench.run.looks import even_order, require_stoppable, sure_intervals, unsure, until_sure
+from dmlbench.run.looks import even_order, require_stoppable, sure_intervals, until_sure
 from dmlbench.run.record import dataset_info, environment, model_info
 from dmlbench.run.search import Attacked, Search, auto_batch, run_searches, searches
 from dmlbench.run.subject import (
@@ -278,7 +278,7 @@ def evaluate(
             argv,
             precision=configuration["gradient_precision"],
             compiled=embedder.compiled,
-            notes=(*notes_of(subject), *unsure(looked)),
+            notes=notes_of(subject),
         ),
         partial=why,
         benign={name: value for name, value in benign.items() if np.isfinite(value)},

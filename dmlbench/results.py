@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from dmlbench.checkpoints import first_problem, sha256_of
 from dmlbench.errors import DataError, UsageError
+from dmlbench.plain import read_json
 
 if TYPE_CHECKING:
     import pandas
@@ -352,13 +353,19 @@ def unstacked(sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """
     rest = dict(sample)
     names, values, index = (rest.pop(f"stack/{key}", None) for key in ("names", "values", "index"))
+    if (names is None) != (values is None) or (names is None) != (index is None):
+        raise ValueError("stack/names, stack/values and stack/index are not all there")
     if names is None or values is None or index is None:
         return dict(sample)
-    parts = json.loads(names.tobytes())
+    parts = read_json(names.tobytes())
+    if not isinstance(parts, list) or not all(isinstance(name, str) for name in parts):
+        raise ValueError("stack/names is not a list of texts")
+    if len(set(parts)) < len(parts) or not rest.keys().isdisjoint(parts):
+        raise ValueError("stack/names holds a name twice, or that of another array")
     fits = index.dtype.kind == "u" and index.ndim == 5 and values.ndim == 1 and values.dtype == np.float32
-    if not fits or not isinstance(parts, list) or len(parts) != index.shape[-1] or index.max(initial=0) >= len(values):
+    if not fits or len(parts) != index.shape[-1] or index.max(initial=0) >= len(values):
         raise ValueError("stack/index does not fit stack/names and stack/values")
-    return {**rest, **{str(name): values[index[..., i]] for i, name in enumerate(parts)}}
+    return {**rest, **{name: values[index[..., i]] for i, name in enumerate(parts)}}
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -447,7 +454,7 @@ def load(folder: Path, arrays: bool = True, sample: bool = True) -> Evaluation:
         DataError: a file is missing, changed since it was written, or not what the schema says.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json((folder / "manifest.json").read_bytes())
         files = dict(manifest["files"])
         evaluation = Evaluation.model_validate_json((folder / "evaluation.json").read_bytes())
     except ValidationError as error:

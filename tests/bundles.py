@@ -89,7 +89,7 @@ def valid(folder: Path, protocol="ers-digits") -> dict[str, bytes]:
     entry = entry.model_copy(update={"files": (File(sha256=run.model.weights_sha256),)})
     (folder / "record.json").write_text(entry.model_dump_json(), encoding="utf-8")
     (folder / "weights.safetensors").write_bytes(weights_of(NONE))
-    text = draft(folder / "run", entry).replace("- FILL-IN", "- A. Tester")
+    text = draft(folder / "run", entry).replace("license: FILL-IN", "license: MIT").replace("FILL-IN", "A. Tester")
     (folder / "submission.yaml").write_text(text, encoding="utf-8")
     return pack(folder / "run", folder / "submission.yaml", folder / "weights.safetensors")
 

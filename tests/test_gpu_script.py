@@ -44,9 +44,8 @@ def ran(out: Path, *words: str) -> tuple[int, dict, str]:
 
 @pytest.mark.slow
 def test_every_part_runs_at_tiny_sizes(tmp_path: Path) -> None:
-    code, parts, page = ran(tmp_path / "out", "--minutes", "30", "--public", str(checkout(tmp_path / "code", STUB)))
-    ended = {name: (part["ended"], part["rows"]) for name, part in parts.items() if part["ended"] != "done"}
-    assert list(parts) == list(gpu.PARTS) and not ended and code == 0
+    code, parts, page = ran(tmp_path / "out", "--minutes", "3", "--public", str(checkout(tmp_path / "code", STUB)))
+    assert code == 0 and list(parts) == list(gpu.PARTS) and {part["ended"] for part in parts.values()} == {"done"}
     rows = {name: part["rows"] for name, part in parts.items()}
     assert rows["tests"][0]["exit_code"] == 0
     assert {"as it is", "channels_last"} < set(rows["steps"][0]["ways"]) and rows["steps"][0]["ratio"] > 0

@@ -289,12 +289,17 @@ def mine(board):
     return board / "submissions" / "digits-smallcnn-triplet-none-ers-digits"
 
 
+def record_of(board):
+    return board / "verifications" / f"{mine(board).name}.json"
+
+
 def verification(board, agreed, sha256=None):
     record = Verification(
         bundle_sha256=sha256 or open_bundle(mine(board)).bundle.sha256,
         agreed=agreed, ers_stated=1.0, ers_measured=1.0, dmlbench="0", torch="0", device="cpu", date="2026-01-01",
     )  # fmt: skip
-    (mine(board) / "verification.json").write_text(record.model_dump_json())
+    record_of(board).parent.mkdir(exist_ok=True)
+    record_of(board).write_text(record.model_dump_json())
 
 
 def statuses(board):
@@ -311,10 +316,13 @@ def test_what_stands_behind_a_row(board, tmp_path, monkeypatch):
     verification(board, True, "0" * 64)
     with pytest.raises(DataError, match="speaks of another bundle"):
         rows_of(board)
-    (mine(board) / "verification.json").write_text("[]")
-    with pytest.raises(DataError, match=r"verification\.json"):
+    record_of(board).write_text("[]")
+    with pytest.raises(DataError, match="verifications"):
         rows_of(board)
-    (mine(board) / "verification.json").unlink()
+    record_of(board).rename(record_of(board).with_stem("nobody"))
+    with pytest.raises(DataError, match="of no submission"):
+        rows_of(board)
+    (board / "verifications" / "nobody.json").unlink()
 
     registry = json.loads((BOARD.parent / "checkpoints.json").read_text())
     registry["checkpoints"][name] |= {"status": "retracted", "reason": "a test"}
@@ -340,7 +348,10 @@ def test_what_stands_behind_a_row(board, tmp_path, monkeypatch):
         (lambda b: (b / "submissions" / "readme.txt").write_text("x"), "is no folder"),
         (lambda b: (mine(b) / "setup.py").write_text("x"), "is not a file of a bundle"),
         (lambda b: (mine(b) / "run" / "per_query.npz").write_bytes(b"x"), "where the manifest says"),
-        (lambda b: shutil.copytree(mine(b), b / "submissions" / "again"), "is already in"),
+        (lambda b: shutil.copytree(mine(b), b / "submissions" / "again"), "its folder is called"),
+        (lambda b: shutil.copytree(mine(b), b / "submissions" / "Again"), "is no name for a submission"),
+        (lambda b: (mine(b) / "claims.csv").write_text("x"), "lies beside claims.csv"),
+        (lambda b: (mine(b) / "verification.json").write_text("{}"), "is not a file of a bundle"),
         (lambda b: claim(b, "claimed", "reproduced"), "must have status claimed"),
         (lambda b: claim(b, "README of", "=README of"), "spreadsheet"),
         (lambda b: claim(b, "ers-28-published", "ers-29-published"), "unknown protocol 'ers-29-published'"),

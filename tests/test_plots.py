@@ -151,4 +151,3 @@ def test_command(typed, runs: list[tuple[str, Evaluation]], tmp_path: Path) -> N
     assert "pdf, svg, png" in typed("plot", *folders, "--kind", "parts", "--out", "x.gif", code=2).err
     assert "no curve over eps" in typed("plot", *folders, "--kind", "eps", "--out", "x.pdf", code=2).err
     assert not (tmp_path / "x.pdf").exists()
-    assert typed("plot", *folders, "--kind", "parts", "--out", "y.svg", "--json").json["plot"] == "y.svg"

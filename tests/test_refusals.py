@@ -199,23 +199,3 @@ def test_no_name_of_a_part_is_cut(env, whole, typed) -> None:
     name = "ES@pgd:embedding_shift"
     assert any(line.startswith(f"{name} ") for line in table) == whole
     assert name in "".join(line.split()[0] for line in table if line[:1].strip())  # folded where it must be
-
-
-@pytest.mark.parametrize("verb", ["leaderboard", "submit", "models"])
-def test_a_bare_group_is_its_help(typed, verb: str) -> None:
-    assert "Commands:" in typed(verb, code=0).out
-
-
-def test_weights_are_no_bundle(typed, tmp_path: Path) -> None:
-    (tmp_path / "mine.pth").write_bytes(b"x")
-    ran = typed("validate", "mine.pth", code=2)
-    assert ran.err.count("\n") == 1 and not ran.out and "models inspect mine.pth" in ran.err
-
-
-def test_a_published_data_set_is_no_class_folder(typed, tmp_path: Path) -> None:
-    root = tmp_path / "CUB_200_2011"
-    (root / "images").mkdir(parents=True)
-    for name in ("images.txt", "image_class_labels.txt"):
-        (root / name).write_text("1 x\n", encoding="utf-8")
-    said = typed("evaluate", "--model", "digits-smallcnn-triplet-none", "--dataset", f"folder:{root}", code=2).err
-    assert "--dataset cub" in said and f"DMLBENCH_DATA={tmp_path}" in said

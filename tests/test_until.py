@@ -100,13 +100,6 @@ def test_it_stops_at_the_first_look_that_is_sure(stopped, short) -> None:
     )
 
 
-def test_who_measured_everything_and_is_not_sure_is_told() -> None:
-    looked = {"points": 1.0, "reached": False, "looks": [{"queries": 896, "level": 0.99, "reach": 12.67}]}
-    assert "sure to 12.7 points, not to 1" in looks.unsure(looked)[0]
-    assert "no interval" in looks.unsure({**looked, "looks": [{"reach": None}]})[0]
-    assert looks.unsure({**looked, "reached": True}) == looks.unsure({}) == ()
-
-
 def test_each_query_gives_what_it_gives_in_a_whole_run(stopped, measured, short) -> None:
     whole = measured(until=None, attacks=["CA+", "LTM"])
     query = stopped.arrays["query"]

@@ -4,21 +4,21 @@ A folder there is a bundle (:mod:`dmlbench.submission.bundle`), or holds a ``cla
 paper or a README states and nobody has measured with this benchmark.
 """
 
-import json
+import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from dmlbench.board.row import PARTS, Row, Status, from_evaluation, superseded
+from dmlbench.board.row import PARTS, Row, Status, superseded
 from dmlbench.board.table import from_csv, rank, to_csv
-from dmlbench.checkpoints import checkpoints, first_problem, packaged
+from dmlbench.checkpoints import ID, checkpoints, packaged
 from dmlbench.errors import DataError
+from dmlbench.plain import read_json
 from dmlbench.protocol import load_protocol, packaged_protocol, protocol_names
 from dmlbench.results import write_whole
-from dmlbench.submission.bundle import Refused
+from dmlbench.submission.bundle import SUBMISSIONS, VERIFICATIONS, Refused, verification_of
 from dmlbench.submission.rerun import Verification
-from dmlbench.submission.static import Opened, open_bundle
+from dmlbench.submission.static import Opened, check_static
 
 CLAIMS = "claims.csv"
 
@@ -36,18 +36,27 @@ def rows_of(board: Path) -> list[Row]:
     """
     rows: list[Row] = []
     seen: dict[tuple[str, ...], Path] = {}
-    for folder in sorted((board / "submissions").glob("*")):
-        if not folder.is_dir():
+    for folder in sorted((board / SUBMISSIONS).glob("*")):
+        if not folder.is_dir() or folder.is_symlink():
             raise DataError(f"{folder} is no folder")
+        if not re.fullmatch(ID, folder.name):
+            raise DataError(f"{folder.name!a} is no name for a submission: small letters, digits, '.', '_' and '-'")
         for row in _claimed(folder) if (folder / CLAIMS).exists() else [_measured(folder)]:
-            if row.key in seen:
-                raise DataError(f"{folder}: {row.model!r} under {row.protocol!r} is already in {seen[row.key]}")
-            seen[row.key] = folder
+            key = tuple(unicodedata.normalize("NFKC", part).casefold() for part in row.key)
+            if key in seen:
+                raise DataError(f"{folder}: {row.model!r} under {row.protocol!r} is already in {seen[key]}")
+            seen[key] = folder
             rows.append(row)
+    names = {folder.name for folder in seen.values()}
+    for record in sorted((board / VERIFICATIONS).glob("*")):
+        if record.suffix != ".json" or record.stem not in names:
+            raise DataError(f"{record} is of no submission on the board")
     return rows
 
 
 def _claimed(folder: Path) -> Iterator[Row]:
+    if beside := sorted(path.name for path in folder.iterdir() if path.name != CLAIMS):
+        raise DataError(f"{folder}: {beside[0]!r} lies beside {CLAIMS}; a folder holds claims or a bundle")
     for row in from_csv(folder / CLAIMS):
         if row.status != "claimed" or not row.source or row.protocol_sha256:
             raise DataError(
@@ -66,22 +75,21 @@ def _claimed(folder: Path) -> Iterator[Row]:
 
 
 def _measured(folder: Path) -> Row:
+    """The row of a bundle, which passes level 0 as on the day it came."""
     try:
-        opened = open_bundle(folder)
-        return from_evaluation(
-            opened.evaluation,
-            status=status_of(opened),
-            card=opened.submission.checkpoint,
-            submission=folder.name,
-        )
+        checked = check_static(folder, aged=True)
     except Refused as refused:
         raise DataError(f"{folder}: {refused.problems[0]}") from None
-    except ValidationError as error:
-        raise DataError(f"{folder}: {first_problem(error)}") from None
+    status = status_of(checked, verification_of(folder))
+    return checked.row.model_copy(update={"status": status, "submission": folder.name})
 
 
-def status_of(opened: Opened) -> Status:
-    """What stands behind a measured row."""
+def status_of(opened: Opened, verification: Path) -> Status:
+    """What stands behind a measured row.
+
+    Args:
+        verification: where the record of a full rerun would lie.
+    """
     e, submission = opened.evaluation, opened.submission
     card = checkpoints().get(e.model.id)
     if submission.retracted or submission.checkpoint.status == "retracted" or (card and card.status == "retracted"):
@@ -89,14 +97,14 @@ def status_of(opened: Opened) -> Status:
     known = packaged_protocol(e.protocol.name, e.protocol.sha256)
     if known is None or superseded(e.protocol.name, e.protocol.sha256, e.model.id):
         return "stale"
-    if opened.bundle.verification is None:
+    if not verification.exists():
         return "reproduced"
     try:
-        record = Verification.model_validate(json.loads(opened.bundle.verification))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{opened.bundle.name}/verification.json: {error}") from None
+        record = Verification.model_validate(read_json(verification.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{verification}: {error}") from None
     if record.bundle_sha256 != opened.bundle.sha256:
-        raise DataError(f"{opened.bundle.name}/verification.json speaks of another bundle: verify it again")
+        raise DataError(f"{verification} speaks of another bundle: verify it again")
     return "verified" if record.agreed else "disputed"
 
 

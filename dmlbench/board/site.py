@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,9 @@ def _row(index: int, row: Row, shown: set[str], sources: Mapping[str, tuple[str,
         "cells": [_cell(row, c, c in shown) for c in ORDER],
         "checkpoint": f"checkpoints/{measured}.json" if measured else None,
         "run": f"runs/{measured}.json" if measured else None,
-        "command": f"dmlbench evaluate --model {row.model} --dataset {row.dataset} --protocol {row.protocol}"
+        "command": shlex.join(
+            ["dmlbench", "evaluate", "--model", row.model, "--dataset", row.dataset, "--protocol", row.protocol]
+        )
         if measured
         else None,
     }

@@ -117,9 +117,6 @@ def main(argv: list[str] | None = None) -> NoReturn:
         code = cli.main(args=arguments, standalone_mode=False)
     except click.exceptions.Exit as stop:
         raise SystemExit(stop.exit_code) from None
-    except getattr(click.exceptions, "NoArgsIsHelpError", ()) as error:  # of click 8.2; older ones print it themselves
-        click.echo(error.message)
-        raise SystemExit(0) from None
     except click.ClickException as error:
         if debug:
             raise

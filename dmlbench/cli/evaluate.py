@@ -310,10 +310,6 @@ def present(evaluation: Evaluation, out: Path | None, csv: Path | None, as_json:
             print_evaluation(evaluation)
             if out:
                 click.echo(f"run folder: {out}", err=True)
-            said = (
-                f"dmlbench report {out}" if out else "--out RUN keeps the outcomes for report, compare, table and plot"
-            )
-            click.echo(f"next: {said}", err=True)
     finally:
         if csv:
             from dmlbench.board import add_row

@@ -97,3 +97,58 @@ def build(check: bool, site: Path | None, board: Path | None, as_json: bool) -> 
     if as_json:
         print_json(facts)
     return 1 if found else 0
+
+
+@leaderboard.command(epilog="Example: dmlbench leaderboard admit origin/main")
+@click.argument("base")
+@click.option("--level", type=click.IntRange(0, 4), default=3, show_default=True, help="Of `dmlbench validate`.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), help="Which queries, at level 3; by default nobody knows beforehand."
+)
+@click.option("--fetch", is_flag=True, help="Fetch weights that a bundle has not, from the address it names.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:n.")
+@json_option
+def admit(base: str, level: int, seed: int | None, fetch: bool, device: str, as_json: bool) -> int:
+    """Check what the checkout in this folder does to the board since it left the commit BASE.
+
+    It may add bundles, each in a new folder called by its id, and the CSV files that follow from them. Exit codes: 0
+    admitted; 1 refused; 4 a data set is not at hand.
+    """
+    from dmlbench.board.build import differences
+    from dmlbench.cli.output import progress
+    from dmlbench.errors import DataError
+    from dmlbench.submission.bundle import Problem
+    from dmlbench.submission.change import BOARD, added, changes, refusals
+
+    board = Path(BOARD)
+    found, there = changes(Path.cwd(), base)
+    problems = list(refusals(found, there))
+    for problem in problems:
+        if not as_json:
+            click.echo(f"REFUSED {problem}")
+    bundles = [] if problems else added(found)
+    for name in bundles:
+        from dmlbench.submission.validate import validate
+
+        with progress() as bars:
+            report = validate(
+                board / "submissions" / name, level, board=board, fetch=fetch, seed=seed, device=device, progress=bars
+            )
+        problems += report.problems
+        if not as_json:
+            for line in (*report.notes, *(f"REFUSED {problem}" for problem in report.problems)):
+                click.echo(line)
+            click.echo(f"{name}: {report.status} at level {level}")
+    if not problems:
+        try:
+            problems += [Problem(0, BOARD, line) for line in differences(board)]
+        except DataError as error:
+            problems.append(Problem(0, BOARD, str(error)))
+        if not as_json:
+            for problem in problems:
+                click.echo(f"REFUSED {problem}")
+    if as_json:
+        print_json({"bundles": bundles, "level": level, "problems": [p._asdict() for p in problems]})
+    else:
+        click.echo(f"{BOARD}: {'refused' if problems else 'admitted'}")
+    return 1 if problems else 0

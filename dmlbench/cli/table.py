@@ -1,11 +1,10 @@
 """``dmlbench table``: several runs as a table for a paper."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from dmlbench.cli.output import json_option, print_json, runs_argument, runs_named
+from dmlbench.cli.output import runs_argument, runs_named
 
 _EXAMPLE = "Example: dmlbench table runs/plain runs/hardened --format latex --out table.tex"
 
@@ -18,10 +17,7 @@ _EXAMPLE = "Example: dmlbench table runs/plain runs/hardened --format latex --ou
 )
 @click.option("--protocol", help="Which stored run, where a registered model has several.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it here instead of to stdout.")
-@json_option
-def table(
-    runs: tuple[str, ...], form: str, columns: str | None, protocol: str | None, out: Path | None, as_json: bool
-) -> None:
+def table(runs: tuple[str, ...], form: str, columns: str | None, protocol: str | None, out: Path | None) -> None:
     """Several runs of one protocol side by side: LaTeX (booktabs), Markdown or CSV.
 
     A RUN is a run folder, or the id of a registered model, whose stored run is taken. Bold are the best of a column and
@@ -32,16 +28,10 @@ def table(
     from dmlbench.results import prepare_folder, write_whole
 
     chosen = [name.strip() for name in columns.split(",") if name.strip()] if columns else []
-    made = of_runs(runs_named(runs, protocol), chosen)
-    text = FORMATS[form](made)
-    rows = [
-        {"model": name, "metrics": {c: asdict(cell) for c, cell in zip(made.columns, cells, strict=True)}}
-        for name, cells in made.rows
-    ]
-    if out:
-        prepare_folder(out.parent)
-        write_whole(out, text.encode())
-    if as_json:
-        print_json({"table": str(out) if out else None, "caption": made.caption, "rows": rows})
-    else:
-        click.echo(str(out) if out else text, nl=out is not None)
+    text = FORMATS[form](of_runs(runs_named(runs, protocol), chosen))
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    prepare_folder(out.parent)
+    write_whole(out, text.encode())
+    click.echo(str(out))

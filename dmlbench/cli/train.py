@@ -165,4 +165,3 @@ def train(
         f"{chosen.id}: {last.iteration} steps, loss {last.loss:.4f}, training R@1 {last.recall_at_1:.1f} "
         f"(quick attack {last.attacked_recall_at_1:.1f}); {out / 'last.safetensors'}"
     )
-    click.echo(f"next: dmlbench evaluate --model {out}", err=True)

@@ -28,6 +28,7 @@ Exit codes: 0 accepted; 1 refused, with the level, the field and the reason; 4 t
 @click.option(
     "--weights", type=click.Path(path_type=Path, dir_okay=False), help="The weights, where the bundle has none."
 )
+@click.option("--fetch", is_flag=True, help="Fetch weights that the bundle has not, from the address it names.")
 @click.option(
     "--share",
     type=click.FloatRange(0, 1, min_open=True),
@@ -45,24 +46,19 @@ def validate(
     level: int,
     board: Path | None,
     weights: Path | None,
+    fetch: bool,
     share: float,
     seed: int | None,
     device: str,
     as_json: bool,
 ) -> int:
     """Check BUNDLE, a zip file or a folder. Nothing in it is unpacked, unpickled or executed."""
-    from dmlbench.errors import DataError, UsageError
-    from dmlbench.models.files import SUFFIXES
+    from dmlbench.errors import DataError
     from dmlbench.submission.validate import LEVELS
     from dmlbench.submission.validate import validate as run
 
     if not bundle.exists():
         raise DataError(f"{bundle} does not exist")
-    if bundle.is_file() and bundle.name.lower().endswith(SUFFIXES):
-        raise UsageError(
-            f"{bundle} is a weights file, and validate checks a bundle of dmlbench submit pack; "
-            f"dmlbench models inspect {bundle} looks at weights"
-        )
     if board is not None and not (board / "submissions").is_dir():
         raise DataError(f"--board {board} has no folder submissions: it is not a board")
 
@@ -76,6 +72,7 @@ def validate(
             level,
             board=board,
             weights=weights,
+            fetch=fetch,
             share=share,
             seed=seed,
             device=device,

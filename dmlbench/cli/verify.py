@@ -1,4 +1,4 @@
-"""``dmlbench verify``: measure a bundle again, in full, and say so in ``verification.json``."""
+"""``dmlbench verify``: measure a bundle again, in full, and keep a record of it."""
 
 from pathlib import Path
 
@@ -16,28 +16,29 @@ Exit codes: 0 it agreed (the row becomes verified); 1 refused, or it did not agr
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Where to write the record; by default verification.json in a bundle that is a folder.",
+    help="Where to write the record; of a bundle on a board by default its verifications/ID.json.",
 )
 @click.option(
     "--weights", type=click.Path(path_type=Path, dir_okay=False), help="The weights, where the bundle has none."
 )
+@click.option("--fetch", is_flag=True, help="Fetch weights that the bundle has not, from the address it names.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:n.")
 @json_option
-def verify(bundle: Path, out: Path | None, weights: Path | None, device: str, as_json: bool) -> int:
+def verify(bundle: Path, out: Path | None, weights: Path | None, fetch: bool, device: str, as_json: bool) -> int:
     """Attack every query of BUNDLE again and record whether it agreed: level 4 for the people who keep the board."""
     from dmlbench.errors import DataError, UsageError
     from dmlbench.results import json_bytes, prepare_folder, write_whole
-    from dmlbench.submission.bundle import VERIFICATION
+    from dmlbench.submission.bundle import SUBMISSIONS, verification_of
     from dmlbench.submission.validate import validate
 
     if not bundle.exists():
         raise DataError(f"{bundle} does not exist")
-    path = out or (bundle / VERIFICATION if bundle.is_dir() else None)
+    path = out or (verification_of(bundle) if bundle.is_dir() and bundle.parent.name == SUBMISSIONS else None)
     if path is None:
-        raise UsageError(f"{bundle} is no folder: say with --out where the record goes")
+        raise UsageError(f"{bundle} is no folder of a board: say with --out where the record goes")
     prepare_folder(path.parent)
     with progress() as bars:
-        report = validate(bundle, 4, weights=weights, device=device, progress=bars)
+        report = validate(bundle, 4, weights=weights, fetch=fetch, device=device, progress=bars)
     record = report.verification
     if record is not None:
         write_whole(path, json_bytes(record.model_dump(mode="json")))

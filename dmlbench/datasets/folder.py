@@ -34,14 +34,6 @@ PARTS = {
 _MADE_BY_SYSTEMS = ("__MACOSX", "@eaDir", "lost+found")
 
 
-PUBLISHED = {
-    "cub": ("images.txt", "image_class_labels.txt"),
-    "cars": ("cars_annos.mat",),
-    "sop": ("Ebay_train.txt", "Ebay_test.txt"),
-}
-"""Data sets by the files that lie at their root, where class folders below would give another split than the field's."""
-
-
 @dataclass
 class Found:
     """What was found below a folder.
@@ -69,11 +61,6 @@ def class_folder(path: str, split: str, preprocess: Preprocess) -> RetrievalData
         raise UsageError(f"folder:{path} is not a folder")
     found = Found()
     root = _within(named, found)
-    if known := next((name for name, files in PUBLISHED.items() if all((root / f).is_file() for f in files)), None):
-        raise UsageError(
-            f"folder:{path} is the published data set {known!r}, whose split is by its own lists: --dataset {known}, with "
-            f"DMLBENCH_DATA={shown(root.resolve().parent)}"
-        )
     parts = _parts(root)
     here = {part for part, _ in parts}
     apart: list[str] = [part for part in ("query", "gallery") if part in here]

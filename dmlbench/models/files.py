@@ -6,7 +6,6 @@ with their index. Nothing that a file holds is run.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from dmlbench.checkpoints import sha256_of
 from dmlbench.errors import DataError, UsageError
 from dmlbench.models.pickles import StandIn, torch_content, would_run
+from dmlbench.plain import read_json
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar", ".pkl", ".index.json")
 KEYS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params", "module")
@@ -95,7 +95,7 @@ def _cut_off(path: Path) -> bool:
         if path.stat().st_size < 8 + size:
             return True
         try:
-            listed = json.loads(stream.read(size))
+            listed = read_json(stream.read(size))
             ends = [entry["data_offsets"][1] for name, entry in listed.items() if name != "__metadata__"]
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             return False
@@ -183,7 +183,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     return found if isinstance(found, dict) else {}
@@ -192,7 +192,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def _sharded(path: Path, key: str | None) -> WeightsFile:
     """The parts that an index lists, which lie beside it."""
     try:
-        placed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        placed = read_json(path.read_bytes())["weight_map"]
         names = sorted({str(name) for name in placed.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{path} is not an index of weights: it has no weight_map from tensors to files") from None

@@ -12,7 +12,7 @@ a run folder            what ``dmlbench train`` left: its last weights
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -278,19 +278,11 @@ def _ensemble(rest: str, options: ModelOptions) -> Embedder:
     if not members[0].distance.normalized:
         raise UsageError("members of an ensemble are compared by direction, so --no-normalize does not go with it")
     for member in members[1:]:
-        if differing := [
-            f"{what} {ours} and {theirs}"
-            for what, ours, theirs in zip(
-                ("embedding space", *(field.name for field in fields(Preprocess))),
-                (members[0].distance.space, *astuple(members[0].preprocess)),
-                (member.distance.space, *astuple(member.preprocess)),
-                strict=True,
-            )
-            if ours != theirs
-        ]:
+        if member.preprocess != members[0].preprocess or member.distance != members[0].distance:
             raise UsageError(
                 f"ensemble members {members[0].name!r} and {member.name!r} are fed or compared differently: "
-                f"{'; '.join(differing)}"
+                f"{members[0].input_shape} in space {members[0].distance.space} and "
+                f"{member.input_shape} in space {member.distance.space}"
             )
     whole = Embedder(
         Ensemble(members),
@@ -317,8 +309,6 @@ def open_model(name: str, options: ModelOptions | None = None) -> Embedder:
     options = options or ModelOptions()
     path = Path(name).expanduser()
     kind, colon, rest = name.partition(":")
-    if path.suffix == ".py" and not (colon and kind in FORMS):
-        raise UsageError(f"{name} is code, which runs only when it is asked for: --model python:{name}:FUNCTION")
     if colon and kind in FORMS:
         embedder = FORMS[kind](rest, options)
     elif name in checkpoints():

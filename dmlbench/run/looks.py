@@ -100,15 +100,6 @@ def require_stoppable(
         raise UsageError("--until needs queries of two classes: one says nothing of how classes differ")
 
 
-def unsure(looked: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a person is told of the looks of a run that measured everything and is not sure enough all the same."""
-    if not looked or looked["reached"]:
-        return ()
-    far = looked["looks"][-1]["reach"]
-    how = "has no interval" if far is None else f"is sure to {far:.1f} points, not to {looked['points']:g}"
-    return (f"--until: every query was measured, and ERS {how}; more queries of so few classes say little more",)
-
-
 def until_sure(
     subject: Subject, components: Sequence[Component], points: float, attacked: Callable[..., Attacked]
 ) -> tuple[Subject, Attacked, dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dmlbench.datasets import RetrievalDataset
 from dmlbench.datasets.base import DISTRACTOR
 from dmlbench.embedding import Embedder
 from dmlbench.results import DatasetInfo, Environment, Evaluation, ModelInfo
@@ -48,11 +49,18 @@ def dataset_info(subject: Subject) -> DatasetInfo:
         split=d.split,
         sha256=d.sha256,
         n_queries=len(subject.rows),
-        n_queries_full=len(d.query),
-        n_gallery=len(d.gallery),
-        n_classes=len(np.setdiff1d(d.labels[d.gallery], [DISTRACTOR])),
+        **counts(d),
         n_without_positive=int((~subject.scene.has_positive).sum()),
     )
+
+
+def counts(dataset: RetrievalDataset) -> dict[str, int]:
+    """How many queries, gallery images and classes a data set has, as the record names them."""
+    return {
+        "n_queries_full": len(dataset.query),
+        "n_gallery": len(dataset.gallery),
+        "n_classes": len(np.setdiff1d(dataset.labels[dataset.gallery], [DISTRACTOR])),
+    }
 
 
 def environment(

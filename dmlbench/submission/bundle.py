@@ -9,13 +9,14 @@ and while reading, links and paths that leave the bundle are refused.
                                   and ``run/manifest.json`` beside it: the numbers of a run, in the least room
 ``weights.safetensors``           the model; may be left out where the registry's file is the same
 ``manifest.json``                 size and sha256 of every file above
-``verification.json``             only in a folder on the board: what a full rerun by somebody else gave
 ================================  ===================================================================
+
+A bundle is its submitter's. What the board's keepers say of it, the record of a full rerun, lies outside it:
+``leaderboard/verifications/<id>.json``.
 """
 
 import hashlib
 import io
-import json
 import lzma
 import math
 import stat
@@ -30,8 +31,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dmlbench.plain import read_json
+
 MANIFEST = "manifest.json"
-VERIFICATION = "verification.json"
+SUBMISSIONS = "submissions"
+"""The folder of the board that holds the bundles, each in a folder called by its id."""
+VERIFICATIONS = "verifications"
+"""The folder of the board, beside ``submissions``, that holds what full reruns gave, ``<id>.json``."""
 MIB = 1 << 20
 LIMITS = {
     "submission.yaml": MIB // 4,
@@ -47,7 +53,9 @@ OPTIONAL = ("weights.safetensors",)
 LEAST_SAMPLE = 32
 """Queries whose adversarial images a bundle holds at the least (or all, where the run kept fewer)."""
 ARRAYS_MOST = 2048 * MIB
-"""How large the arrays of one npz file may be in memory."""
+"""How large the arrays of one npz file may be in memory, each value at :data:`WIDEST`."""
+WIDEST = 8
+"""Bytes of the widest type that a value is read into, however small the one it is kept in."""
 _DIMENSIONS_MOST = 8
 _BROKEN: tuple[type[Exception], ...] = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, NotImplementedError, RuntimeError, EOFError,
@@ -86,7 +94,6 @@ class Bundle:
 
     name: str
     files: dict[str, bytes]
-    verification: bytes | None = None
 
     @property
     def sha256(self) -> str:
@@ -103,15 +110,15 @@ def read_bundle(path: Path) -> Bundle:
     if path.is_symlink():
         raise refuse(0, str(path), "is a link")
     if path.is_dir():
-        files, verification = _from_folder(path)
+        files = _from_folder(path)
     elif path.is_file():
-        files, verification = _from_zip(path), None
+        files = _from_zip(path)
     else:
         raise refuse(0, str(path), "does not exist")
     problems = [Problem(0, name, "is missing") for name in LIMITS if name not in files and name not in OPTIONAL]
     if problems:
         raise Refused(problems)
-    bundle = Bundle(path.name, files, verification)
+    bundle = Bundle(path.name, files)
     problems = list(_hash_problems(files))
     if problems:
         raise Refused(problems)
@@ -137,11 +144,11 @@ def _hash_problems(files: dict[str, bytes]) -> Iterator[Problem]:
 def manifest_of(raw: bytes) -> dict[str, tuple[int, str]] | None:
     """By name: bytes and sha256; None where it is not a manifest of version 1."""
     try:
-        content = json.loads(raw)
+        content = read_json(raw)
         if content["schema_version"] != 1:
             return None
         return {str(k): (v["bytes"], v["sha256"]) for k, v in content["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -216,7 +223,7 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     return content
 
 
-def _from_folder(folder: Path) -> tuple[dict[str, bytes], bytes | None]:
+def _from_folder(folder: Path) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     problems = []
     for path in sorted(folder.rglob("*")):
@@ -226,8 +233,6 @@ def _from_folder(folder: Path) -> tuple[dict[str, bytes], bytes | None]:
         elif path.is_dir():
             if name != "run":
                 problems.append(Problem(0, name, "is a folder; a bundle has only run/"))
-        elif name == VERIFICATION and path.stat().st_size <= MIB:
-            continue
         elif reason := name_problem(name):
             problems.append(Problem(0, name, reason))
         elif path.stat().st_size > LIMITS[name]:
@@ -236,8 +241,12 @@ def _from_folder(folder: Path) -> tuple[dict[str, bytes], bytes | None]:
             files[name] = path.read_bytes()
     if problems:
         raise Refused(problems)
-    verification = folder / VERIFICATION
-    return files, verification.read_bytes() if verification.is_file() else None
+    return files
+
+
+def verification_of(folder: Path) -> Path:
+    """Where the record of a full rerun of the bundle in ``<board>/submissions/<id>`` lies."""
+    return folder.parent.parent / VERIFICATIONS / f"{folder.name}.json"
 
 
 def read_arrays(raw: bytes, field: str) -> dict[str, np.ndarray]:
@@ -253,14 +262,18 @@ def read_arrays(raw: bytes, field: str) -> dict[str, np.ndarray]:
             for member in archive.infolist():
                 if not member.filename.endswith(".npy"):
                     raise refuse(0, field, f"holds {member.filename!r}, which is no array")
-                total += member.file_size
-                if total > ARRAYS_MOST:
-                    raise refuse(0, field, f"claims {total} bytes of arrays, at most {ARRAYS_MOST} are allowed")
+                if member.file_size > ARRAYS_MOST:
+                    raise refuse(0, field, f"claims {member.file_size} bytes, at most {ARRAYS_MOST} are allowed")
                 name = member.filename.removesuffix(".npy").replace("|", "/")
                 if name in arrays:
                     raise refuse(0, field, f"holds array {name!r} twice")
                 with archive.open(member) as stream:
                     arrays[name] = _array(stream.read(member.file_size + 1), f"{field} {name}")
+                total += max(arrays[name].nbytes, WIDEST * arrays[name].size)
+                if total > ARRAYS_MOST:
+                    raise refuse(
+                        0, field, f"holds {total} bytes of arrays when widened, at most {ARRAYS_MOST} are allowed"
+                    )
     except _BROKEN as error:
         raise refuse(0, field, f"is not a readable npz file: {error}") from None
     return arrays

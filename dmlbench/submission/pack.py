@@ -1,6 +1,5 @@
 """From a run folder to a bundle: ``submission.yaml`` with what is known filled in, then one zip file."""
 
-import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 from dmlbench.board.row import extra_numbers
 from dmlbench.checkpoints import PACKAGE, Checkpoint, checkpoints, first_problem, sha256_of
 from dmlbench.errors import DataError, UsageError
+from dmlbench.plain import read_json
 from dmlbench.results import Evaluation, json_bytes, load, narrowed, npz_bytes, stacked, write_whole
 from dmlbench.run.subject import query_order
 from dmlbench.submission.bundle import LEAST_SAMPLE, LIMITS, MANIFEST, make_manifest, zip_bytes
@@ -28,7 +28,8 @@ def draft(run: Path, checkpoint: Checkpoint | None = None, authors: Sequence[str
     """The text of a submission.yaml for a run folder.
 
     Args:
-        checkpoint: what the model is; by default the registry's record of the run's model.
+        checkpoint: what the model is; by default the registry's record of the run's model. What only its author knows is
+            marked to be filled in, unless the registry holds the model.
         authors: who submits; a mark to fill in where nobody is named.
 
     Raises:
@@ -39,11 +40,13 @@ def draft(run: Path, checkpoint: Checkpoint | None = None, authors: Sequence[str
         raise UsageError(f"{run} is a partial run ({', '.join(e.partial)}): only a full one can be submitted")
     if e.model.weights_sha256 is None:
         raise UsageError(f"{run} was made with a model in memory: evaluate a registered model or a weights file")
-    card = checkpoint or checkpoints().get(e.model.id)
+    registered = checkpoints().get(e.model.id)
+    card = checkpoint or registered
+    known = registered is not None and any(file.sha256 == e.model.weights_sha256 for file in registered.files)
     content = {
         "schema_version": 1,
         "id": f"{e.model.id}-{e.protocol.name}",
-        "title": card.title if card else FILL_IN,
+        "title": card.title if card and known else FILL_IN,
         "authors": list(authors) or [FILL_IN],
         "code_url": None,
         "stated": {
@@ -56,7 +59,7 @@ def draft(run: Path, checkpoint: Checkpoint | None = None, authors: Sequence[str
             "ers": e.ers,
             **{name: value for name, value in extra_numbers(e).items() if name in STATED_EXTRA},
         },
-        "checkpoint": card.model_dump(mode="json", exclude_none=True) if card else _blank(e),
+        "checkpoint": _record(card, known) if card else _blank(e),
     }
     return HEAD + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
 
@@ -68,14 +71,22 @@ def read_card(path: Path) -> Checkpoint:
         DataError: the file is missing or not such a record; the field is named.
     """
     try:
-        content = json.loads(_read(path))
+        content = read_json(_read(path))
         if isinstance(content, dict) and len(content) == 1:
             (content,) = content.values()
         return Checkpoint.model_validate(content)
     except ValidationError as error:
         raise DataError(f"{path}: {first_problem(error)}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from None
+
+
+def _record(card: Checkpoint, known: bool) -> dict[str, Any]:
+    """The model's record; of one that the registry does not hold, its author says title, licence and command."""
+    content = card.model_dump(mode="json", exclude_none=True)
+    if not known:
+        content |= {"title": FILL_IN, "license": FILL_IN, "train": {**content["train"], "command": FILL_IN}}
+    return content
 
 
 def _blank(e: Evaluation) -> dict[str, Any]:

@@ -1,15 +1,17 @@
 """``submission.yaml``: who submits what, under which licence, and what the submitter says it scored."""
 
+import datetime
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from dmlbench.board.row import Percent, Sha256, Text, Url, plain_text
-from dmlbench.checkpoints import Checkpoint
+from dmlbench.checkpoints import ID, Checkpoint, DatasetRef
+from dmlbench.plain import read_yaml
 from dmlbench.registry import suggest
+from dmlbench.results import DatasetInfo, Environment, Evaluation, Measurement, ModelInfo
 from dmlbench.submission.bundle import Problem, Refused, refuse
 
 LICENSES = (
@@ -64,35 +66,34 @@ class Stated(_Record):
 STATED_EXTRA = ("smallest_eps", "worst_case_area", "clustering_ami_attacked")
 """What a submission states where its protocol has no ERS."""
 
+Id = Annotated[str, Field(pattern=ID)]
+"""The name of a model or a submission, which is also a folder's, and is typed in commands."""
+
+
+class TrainedOn(DatasetRef):
+    """What a submitted model was trained on: no image of a test split."""
+
+    split: Literal["train"] = "train"
+
+
+class Submitted(Checkpoint):
+    """The record of a submitted model."""
+
+    dataset: TrainedOn
+
 
 class Submission(_Record):
     """The whole of submission.yaml."""
 
     schema_version: Literal[1]
-    id: Annotated[str, Field(pattern=r"^[a-z0-9]+([.-][a-z0-9]+)*$", max_length=80)]
+    id: Id
     title: Text
     authors: Annotated[tuple[Text, ...], Field(min_length=1, max_length=50)]
     code_url: Url | None = None
     retracted: Text | None = None
     """why it was withdrawn; the row stays, without a rank"""
     stated: Stated
-    checkpoint: Checkpoint
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML without anchors, and with each key once."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError("aliases are not allowed")
-        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} is there twice")
-        return super().construct_mapping(node, deep)
+    checkpoint: Submitted
 
 
 def read_submission(raw: bytes) -> Submission:
@@ -103,9 +104,9 @@ def read_submission(raw: bytes) -> Submission:
     """
     file = "submission.yaml"
     try:
-        content = yaml.load(raw.decode("utf-8"), Loader=_Loader)  # a SafeLoader: no tag makes an object
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
-        raise refuse(0, file, f"is not plain YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(raw)
+    except ValueError as error:
+        raise refuse(0, file, f"is not plain YAML: {error}") from None
     if not isinstance(content, dict):
         raise refuse(0, file, "is not a mapping of fields")
     try:
@@ -130,6 +131,92 @@ def read_submission(raw: bytes) -> Submission:
     if problems:
         raise Refused(problems)
     return submission
+
+
+def _moment(text: str) -> str:
+    """``text`` if it is a time with its zone, of ISO 8601."""
+    if datetime.datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("has no time zone")
+    return text
+
+
+CLEAN = ("recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "map", "map_at_r", "nmi", "ami")
+"""The clean metrics that every run has."""
+
+
+def _every_clean(found: dict[str, float]) -> dict[str, float]:
+    if wrong := sorted(set(found) ^ set(CLEAN)):
+        raise ValueError(f"{wrong[0]} is {'missing' if wrong[0] in CLEAN else 'none of the clean metrics'}")
+    return found
+
+
+Some = Annotated[int, Field(ge=1, le=10**8)]
+Seconds = Annotated[float, Field(ge=0, le=10**9)]
+Note = Annotated[str, Field(max_length=1000)]
+
+
+class RunModel(ModelInfo):
+    """The model of a submitted run."""
+
+    id: Id
+    weights_sha256: Sha256
+    arch: Text | None = None
+    loss: Text | None = None
+    defense: Text | None = None
+    space: Literal["N", "C", "E"]
+    embed_dim: Annotated[int, Field(ge=1, le=10**6)]
+
+
+class RunImages(DatasetInfo):
+    """The images of a submitted run."""
+
+    name: Id
+    split: Literal["test"]
+    sha256: Sha256
+    n_queries: Some
+    n_queries_full: Some
+    n_gallery: Some
+    n_classes: Some
+    n_without_positive: Annotated[int, Field(ge=0, le=10**8)] = 0
+
+
+class RunMachine(Environment):
+    """The software and machine of a submitted run."""
+
+    dmlbench: Text
+    torch: Text
+    numpy: Text
+    python: Text
+    device: Text
+    device_name: Text
+    gradient_precision: Text = "float32"
+    notes: Annotated[tuple[Note, ...], Field(max_length=100)] = ()
+    argv: Annotated[tuple[Note, ...], Field(max_length=1000)] = ()
+
+
+class RunPart(Measurement):
+    """A part of a submitted run."""
+
+    n: Annotated[int, Field(ge=0, le=10**8)]
+    seconds: Seconds = 0.0
+
+
+class SubmittedRun(Evaluation):
+    """``run/evaluation.json`` as the board takes it: what :class:`~dmlbench.results.Evaluation` says, within bounds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model: RunModel
+    dataset: RunImages
+    environment: RunMachine
+    benign: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100.001)]], AfterValidator(_every_clean)]
+    measurements: tuple[RunPart, ...]
+    date: Annotated[
+        str,
+        Field(pattern=r"^20[0-9]{2}-[0-9]{2}-[0-9]{2}T[0-9:.]{8,15}(Z|[+-][0-9]{2}:[0-9]{2})$"),
+        AfterValidator(_moment),
+    ]
+    seconds: Seconds
 
 
 def _text_problems(value: Any, where: str = "") -> Iterator[tuple[str, str]]:

@@ -29,11 +29,12 @@ from dmlbench.fast.exact import true_float32
 from dmlbench.intervals import ANY, PERCENT, paired_intervals
 from dmlbench.kinds import clustering, strict
 from dmlbench.models import build, check_probe, fill, parameter_count
+from dmlbench.models.fetching import fetch as fetched
 from dmlbench.models.spec import preprocess_of
 from dmlbench.protocol import Component, Protocol, Step, scored
 from dmlbench.results import Evaluation
 from dmlbench.run.subject import Progress, Silent, Subject, measured_queries, prepare
-from dmlbench.submission.bundle import Problem, refuse
+from dmlbench.submission.bundle import LIMITS, Problem, refuse
 from dmlbench.submission.replay import AGREE, clusters_differ, dataset_of
 from dmlbench.submission.static import RUN, WEIGHTS, Checked
 
@@ -45,7 +46,7 @@ LEAST = 64
 """... and how many at the least."""
 
 
-def load_submitted(checked: Checked, weights: Path | None = None) -> Embedder:
+def load_submitted(checked: Checked, weights: Path | None = None, fetch: bool = False) -> Embedder:
     """Level 1: the model, from the bundle's weights, the registry's or a named file.
 
     Raises:
@@ -57,7 +58,7 @@ def load_submitted(checked: Checked, weights: Path | None = None) -> Embedder:
     card, stated = checked.submission.checkpoint, checked.submission.stated
     raw = checked.bundle.files.get(WEIGHTS)
     if raw is None:
-        raw = _elsewhere(checked, weights).read_bytes()
+        raw = _elsewhere(checked, weights, fetch).read_bytes()
     if (found := hashlib.sha256(raw).hexdigest()) != stated.weights_sha256:
         raise refuse(1, WEIGHTS, f"has sha256 {found[:12]}…, the run was made with {stated.weights_sha256[:12]}…")
     try:
@@ -124,7 +125,7 @@ def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _elsewhere(checked: Checked, weights: Path | None) -> Path:
+def _elsewhere(checked: Checked, weights: Path | None, fetch: bool) -> Path:
     """The weights where the bundle has none."""
     if weights is not None:
         if not weights.is_file():
@@ -139,7 +140,16 @@ def _elsewhere(checked: Checked, weights: Path | None) -> Path:
                 raise refuse(1, "submission.yaml checkpoint.files", f"{file.path!r} leaves the package")
             if path.is_file() and sha256_of(path) == wanted:
                 return path
-    raise refuse(1, WEIGHTS, "is not in the bundle and not in this package: name the file with --weights")
+    file = checked.submission.checkpoint.files[0]
+    if fetch and file.url is not None:
+        if file.bytes is None or not 0 < file.bytes <= LIMITS[WEIGHTS]:
+            said = f"is {file.bytes}; weights that are fetched say how many they have, at most {LIMITS[WEIGHTS]}"
+            raise refuse(1, "submission.yaml checkpoint.files.0.bytes", said)
+        try:
+            return fetched(checked.submission.id, file)[0]
+        except DataError as error:
+            raise refuse(1, WEIGHTS, str(error)) from None
+    raise refuse(1, WEIGHTS, "is not in the bundle and not in this package: name the file with --weights, or --fetch")
 
 
 @dataclass(frozen=True)

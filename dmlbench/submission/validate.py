@@ -57,6 +57,7 @@ def validate(
     *,
     board: Path | None = None,
     weights: Path | None = None,
+    fetch: bool = False,
     share: float = SHARE,
     least: int = LEAST,
     seed: int | None = None,
@@ -69,6 +70,8 @@ def validate(
     Args:
         board: the folder ``leaderboard`` that the bundle would join; None to look at the bundle alone.
         weights: the weights file, where the bundle has none.
+        fetch: whether weights that are neither there nor in this package are fetched from the address that the
+            submission names; size and sha256 are checked.
         share, least, seed: of level 3.
         on_level: told each level that was passed.
 
@@ -89,7 +92,7 @@ def validate(
         checked = check_static(path, board)
         done(0)
         if level >= 1:
-            embedder = load_submitted(checked, weights)
+            embedder = load_submitted(checked, weights, fetch)
             done(1)
         if level >= 2:
             replay(checked, embedder, device)

@@ -17,6 +17,7 @@ import numpy as np
 from dmlbench.board.compare import compare
 from dmlbench.board.compare.render import escape_markdown
 from dmlbench.board.compare.verdict import components_of
+from dmlbench.board.report.page import BENIGN
 from dmlbench.board.row import extra_numbers, shown, superseded
 from dmlbench.errors import NotComparable, UsageError
 from dmlbench.intervals import PERCENT, Ends, class_intervals
@@ -24,17 +25,7 @@ from dmlbench.protocol import score_intervals
 from dmlbench.registry import suggest
 from dmlbench.results import Evaluation
 
-HEADERS = {
-    "recall_at_1": "R@1",
-    "recall_at_2": "R@2",
-    "recall_at_4": "R@4",
-    "recall_at_8": "R@8",
-    "map": "mAP",
-    "map_at_r": "MAP@R",
-    "nmi": "NMI",
-    "ami": "AMI",
-    "ers": "ERS",
-}
+HEADERS = {**dict(BENIGN), "ers": "ERS"}
 """What columns are called; parts by their own name, other numbers in words."""
 
 
@@ -243,7 +234,7 @@ def as_latex(table: Table) -> str:
             values.append(rf"\textbf{{{text}}}" if cell.bold else text)
             reach = rf"\pm{above}" if above == below else rf"{{}}^{{+{above}}}_{{-{below}}}"
             spreads.append(rf"{{\scriptsize ${reach}$}}" if above else "")
-        lines += [" & ".join([escape_latex(name), *values]) + r" \\", " & ".join(["", *spreads]) + r" \\"]
+        lines += [" & ".join([escape_latex(name), *values]) + r" \\", " & ".join(["", *spreads]) + r" \\\addlinespace"]
     smaller = r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi"
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}%", smaller, r"\end{table}"]) + "\n"
 

@@ -17,6 +17,7 @@ import torch
 from dmlbench.board.compare.verdict import components_of
 from dmlbench.board.paper import header, names_of, numbers
 from dmlbench.board.paper import intervals as intervals_of
+from dmlbench.board.report.page import Run
 from dmlbench.board.row import headline
 from dmlbench.datasets import load_dataset
 from dmlbench.errors import DataError, NotComparable, UsageError
@@ -111,12 +112,6 @@ def _ends(found: Sequence[Ends]) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array([np.nan if ends is None else ends[side] for ends in found]) for side in (0, 1))  # type: ignore[return-value]
 
 
-def largest_norm(e: Evaluation) -> float:
-    """The largest perturbation found in the run, in its protocol's norm; 0 where none is kept."""
-    norms = [a for key, a in e.arrays.items() if key.endswith("/norm") and a.size]
-    return max((float(np.nanmax(a)) for a in norms), default=0.0)
-
-
 def eps(runs: Runs, metric: str | None = None, part: str | None = None) -> Figure:
     """Robustness against eps, [0, 1] scale: worst-case R@1 of strict runs, the lowest NMI of clustering runs, and for
     parts a run at each eps, whose scores are joined by model.
@@ -150,7 +145,7 @@ def eps(runs: Runs, metric: str | None = None, part: str | None = None) -> Figur
 
 def _runs_by_eps(runs: Runs, metric: str | None) -> Figure:
     metric = metric or "ers"
-    values = [(e.model.id, largest_norm(e), numbers(e).get(metric), intervals_of(e).get(metric)) for _, e in runs]
+    values = [(e.model.id, Run(name, e).eps, numbers(e).get(metric), intervals_of(e).get(metric)) for name, e in runs]
     there = [v for v in values if v[2] is not None]
     if len({round(v[1], 4) for v in there}) < 2:
         raise UsageError(

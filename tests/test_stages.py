@@ -70,6 +70,13 @@ def test_several_protocols_embed_once_and_share_a_report(typed, tmp_path: Path, 
     assert again.err.count("nothing is done again") == 2
 
 
+def test_several_plans_are_one_json(typed) -> None:
+    words = ["evaluate", "--model", MODEL, "--device", "cpu", "--limit", "12", "--plan", "--json"]
+    plans = json.loads(typed(*words, "--protocol", "ers-digits,strict-fast").out)
+    assert list(plans) == ["ers-digits", "strict-fast"] and all(rows[-1]["id"] == "total" for rows in plans.values())
+    assert isinstance(json.loads(typed(*words, "--protocol", "ers-digits").out), list)
+
+
 def test_protocols_that_do_not_go_together_are_refused(typed) -> None:
     words = ["evaluate", "--model", MODEL, "--device", "cpu", "--limit", "12"]
     assert "twice" in typed(*words, "--protocol", "ers-digits,ers-digits", code=2).err

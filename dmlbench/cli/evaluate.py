@@ -151,12 +151,18 @@ def evaluate(
         raise UsageError("--plan cannot tell when --until stops: leave --until out for the most that it may cost")
     if plan:
         other = dmlbench.load_model(surrogate) if surrogate else None
-        for rules in several:
-            work = plan_of(
+        plans = {
+            rules.name: plan_of(
                 embedder, images, rules, attacks=wanted, limit=limit, device=device, batch_size=batch_size,
                 eot=eot, surrogate=other,
-            )  # fmt: skip
-            _print_plan(work, as_json, rules.name if many else None)
+            )
+            for rules in several
+        }  # fmt: skip
+        if as_json:
+            print_json(plans if many else plans[several[0].name])
+            return
+        for name, work in plans.items():
+            _print_plan(work, f"{name}, " if many else "")
         return
     asked_for: dict[str, Any] = {
         "attacks": wanted, "limit": limit, "until": until, "device": device, "seed": seed, "eot": eot, "surrogate": surrogate,
@@ -340,13 +346,8 @@ def _how_to_go_on(kept: bool) -> str:
     return f"interrupted; go on with: dmlbench {shlex.join([*command, '--resume'])}"
 
 
-def _print_plan(work: list[dict[str, object]], as_json: bool, protocol: str | None) -> None:
-    if protocol:
-        click.echo(f"{protocol}:", err=True)
-    if as_json:
-        print_json(work)
-        return
-    table = Table(box=None, pad_edge=False, title="expected, from a few measured steps", title_justify="left")
+def _print_plan(work: list[dict[str, object]], which: str) -> None:
+    table = Table(box=None, pad_edge=False, title=f"{which}expected, from a few measured steps", title_justify="left")
     table.add_column("search", no_wrap=True)
     for column in ("optimizer", "eps", "queries", "steps", "time", "peak MiB"):
         table.add_column(column, justify="right")

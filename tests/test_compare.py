@@ -824,7 +824,8 @@ def test_rows_of_a_csv_file(typed, runs):
     a = evaluation(seed=3, queries=400, level=50)
     add_row(a, runs / "board.csv")
     add_row(evaluation(shifted(a.arrays, 10), model="weak"), runs / "board.csv")
-    done = typed("compare", f"board.csv:{a.model.id}", "board.csv:weak", code=1)
+    done = typed("compare", f"{a.model.id}@board.csv", "weak@board.csv", code=1)
+    typed("compare", f"board.csv:{a.model.id}", "board.csv:weak", code=1)
     assert "unpaired" in done.out
     typed("compare", "base", "board.csv:weak", code=1)
     done = typed("compare", "base", "board.csv:waek", code=2)

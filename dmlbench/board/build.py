@@ -9,13 +9,14 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
+from dmlbench.board.beyond import better_than
 from dmlbench.board.row import PARTS, Row, Status, superseded
-from dmlbench.board.table import from_csv, rank, to_csv
+from dmlbench.board.table import from_csv, rank, ranked, to_csv
 from dmlbench.checkpoints import ID, checkpoints, packaged
 from dmlbench.errors import DataError
 from dmlbench.plain import read_json
 from dmlbench.protocol import load_protocol, packaged_protocol, protocol_names
-from dmlbench.results import write_whole
+from dmlbench.results import Evaluation, write_whole
 from dmlbench.submission.bundle import SUBMISSIONS, VERIFICATIONS, Refused, verification_of
 from dmlbench.submission.rerun import Verification
 from dmlbench.submission.static import Opened, check_static
@@ -29,29 +30,35 @@ def board_folder() -> Path:
 
 
 def rows_of(board: Path) -> list[Row]:
-    """Every row of the board's submissions, unranked.
+    """Every row of the board's submissions, unranked; raises as :func:`results_of`."""
+    return [row for row, _ in results_of(board)]
+
+
+def results_of(board: Path) -> list[tuple[Row, Evaluation | None]]:
+    """Every row of the board's submissions, unranked, with the run that it was made from; a claim has none.
 
     Raises:
         DataError: a submission cannot be read or contradicts itself, or two give the same row.
     """
-    rows: list[Row] = []
+    found: list[tuple[Row, Evaluation | None]] = []
     seen: dict[tuple[str, ...], Path] = {}
     for folder in sorted((board / SUBMISSIONS).glob("*")):
         if not folder.is_dir() or folder.is_symlink():
             raise DataError(f"{folder} is no folder")
         if not re.fullmatch(ID, folder.name):
             raise DataError(f"{folder.name!a} is no name for a submission: small letters, digits, '.', '_' and '-'")
-        for row in _claimed(folder) if (folder / CLAIMS).exists() else [_measured(folder)]:
+        claims = (folder / CLAIMS).exists()
+        for row, run in ((row, None) for row in _claimed(folder)) if claims else [_measured(folder)]:
             key = tuple(unicodedata.normalize("NFKC", part).casefold() for part in row.key)
             if key in seen:
                 raise DataError(f"{folder}: {row.model!r} under {row.protocol!r} is already in {seen[key]}")
             seen[key] = folder
-            rows.append(row)
+            found.append((row, run))
     names = {folder.name for folder in seen.values()}
     for record in sorted((board / VERIFICATIONS).glob("*")):
         if record.suffix != ".json" or record.stem not in names:
             raise DataError(f"{record} is of no submission on the board")
-    return rows
+    return found
 
 
 def _claimed(folder: Path) -> Iterator[Row]:
@@ -74,14 +81,14 @@ def _claimed(folder: Path) -> Iterator[Row]:
         yield row.model_copy(update={**scores, "worst_part": worst, "claimed_ers": row.ers, "submission": folder.name})
 
 
-def _measured(folder: Path) -> Row:
-    """The row of a bundle, which passes level 0 as on the day it came."""
+def _measured(folder: Path) -> tuple[Row, Evaluation]:
+    """The row of a bundle, which passes level 0 as on the day it came, and its run."""
     try:
         checked = check_static(folder, aged=True)
     except Refused as refused:
         raise DataError(f"{folder}: {refused.problems[0]}") from None
     status = status_of(checked, verification_of(folder))
-    return checked.row.model_copy(update={"status": status, "submission": folder.name})
+    return checked.row.model_copy(update={"status": status, "submission": folder.name}), checked.evaluation
 
 
 def status_of(opened: Opened, verification: Path) -> Status:
@@ -110,10 +117,17 @@ def status_of(opened: Opened, verification: Path) -> Status:
 
 def files_of(board: Path) -> dict[str, bytes]:
     """Each board's CSV by its path under the folder: ``<protocol>/<dataset>.csv``."""
-    boards: dict[str, list[Row]] = {}
-    for row in rows_of(board):
-        boards.setdefault(f"{row.protocol}/{row.dataset}.csv", []).append(row)
-    return {name: to_csv(rank(rows)) for name, rows in sorted(boards.items())}
+    files: dict[str, list[Row]] = {}
+    boards: dict[tuple[str, ...], list[tuple[Row, Evaluation]]] = {}
+    for row, run in results_of(board):
+        files.setdefault(f"{row.protocol}/{row.dataset}.csv", []).append(row)
+        if run is not None and ranked(row):
+            boards.setdefault(row.board, []).append((row, run))
+    better: dict[tuple[str, ...], int] = {}
+    for results in boards.values():
+        counts = better_than([run for _, run in results])
+        better |= {row.key: n for (row, _), n in zip(results, counts, strict=True) if n is not None}
+    return {name: to_csv(rank(rows, better)) for name, rows in sorted(files.items())}
 
 
 def differences(board: Path) -> list[str]:

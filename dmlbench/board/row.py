@@ -18,7 +18,8 @@ from dmlbench.protocol import packaged_protocol, score_intervals
 from dmlbench.results import Evaluation
 from dmlbench.threat import length
 
-SCHEMA = 1
+SCHEMA = 2
+"""Version 1 had ``tie_group`` and ``surely_behind``, both from intervals that were not paired."""
 
 PARTS = {
     "CA+": "ca_plus",
@@ -35,6 +36,7 @@ PARTS = {
 """The ten parts of ERS and what their columns begin with: ``<part>_raw`` and ``<part>_score``."""
 
 STATUSES = {
+    "local": "measured with this benchmark on some machine; nobody else has looked at it",
     "claimed": "stated by a paper or a README; nobody has measured it with this benchmark",
     "reproduced": "measured with this benchmark by the submitter; files, invariants and samples were checked",
     "verified": "measured again, in full, by somebody else, and it agreed",
@@ -44,7 +46,7 @@ STATUSES = {
 }
 """What stands behind a row, in words."""
 
-RANKED = ("reproduced", "verified")
+RANKED = ("local", "reproduced", "verified")
 """The statuses that a rank is given to: measured, current and undisputed."""
 
 
@@ -61,6 +63,13 @@ def plain_text(value: str) -> str:
     return value
 
 
+def without_at(value: str) -> str:
+    """``value`` if it has no ``@``, which stands between a model and its file in ``compare MODEL@FILE.csv``."""
+    if "@" in value:
+        raise ValueError("holds '@', which stands before a file's name in MODEL@FILE.csv; --name gives another name")
+    return value
+
+
 def web_address(value: str) -> str:
     """``value`` if it is a plain https address."""
     if not re.fullmatch(r"https://[A-Za-z0-9.-]+(:[0-9]+)?(/[^\s\"'<>\\]*)?", value):
@@ -69,11 +78,12 @@ def web_address(value: str) -> str:
 
 
 Text = Annotated[str, Field(max_length=300), AfterValidator(plain_text)]
+ModelName = Annotated[Text, AfterValidator(without_at)]
 Url = Annotated[str, Field(max_length=500), AfterValidator(web_address)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Count = Annotated[int, Field(ge=0)]
-Status = Literal["claimed", "reproduced", "verified", "disputed", "stale", "retracted"]
+Status = Literal["local", "claimed", "reproduced", "verified", "disputed", "stale", "retracted"]
 
 
 class Row(BaseModel):
@@ -81,12 +91,12 @@ class Row(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    schema_version: Annotated[Literal[1], BeforeValidator(lambda v: int(v) if str(v).isdigit() else v)] = 1
+    schema_version: Annotated[Literal[2], BeforeValidator(lambda v: int(v) if str(v).isdigit() else v)] = 2
     protocol: Text
     protocol_version: Text | None = None
     protocol_sha256: Sha256 | None = None
     """empty for a claimed row: nobody knows by which code it was measured"""
-    model: Text
+    model: ModelName
     weights_sha256: Sha256 | None = None
     dataset: Text
     split: Text | None = None
@@ -159,9 +169,10 @@ class Row(BaseModel):
     partial: Text | None = None
     """why this is not a full result; such a row has no rank and replaces no full one"""
     rank: Annotated[int, Field(ge=1)] | None = None
-    tie_group: Annotated[int, Field(ge=1)] | None = None
-    surely_behind: Count | None = None
-    """how many ranked rows have an interval that lies wholly above this one's"""
+    """place by the number alone, among the ranked rows of the same protocol and images; equal numbers share it"""
+    better_than: Count | None = None
+    """how many ranked rows it is better than beyond doubt, query by query (:mod:`dmlbench.board.beyond`); empty where
+    the queries' outcomes are not at hand"""
     n_queries: Count | None = None
     n_gallery: Count | None = None
     seed: Count | None = None
@@ -173,9 +184,16 @@ class Row(BaseModel):
     seconds: Annotated[float, Field(ge=0)] | None = None
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
-        """What a board holds once: the protocol, the data set's split, the model, and the protocol's version."""
-        return (self.protocol, f"{self.dataset}/{self.split or 'test'}", self.model, self.protocol_version or "")
+    def board(self) -> tuple[str, ...]:
+        """What rows must share to be ranked against one another: protocol and images, each with its hash."""
+        return (
+            self.protocol, self.dataset, self.split or "test", self.protocol_sha256 or "", self.dataset_sha256 or "",
+        )  # fmt: skip
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What a file holds once: :attr:`board`, and the model with its weights."""
+        return (*self.board, self.model, self.weights_sha256 or "")
 
     @property
     def headline(self) -> float | None:
@@ -213,7 +231,7 @@ def shown(column: str, value: Any) -> str:
     """A cell as a person reads it: one digit after the point, three where the whole scale is about 1, and three digits of
     the smallest eps, which lies on a log scale."""
     if value is None:
-        return ""
+        return "–" if column == "better_than" else ""
     if not isinstance(value, float):
         return str(value)
     return f"{value:#.3g}" if column.startswith("smallest_eps") else f"{value:.{3 if column in _SMALL else 1}f}"
@@ -260,7 +278,7 @@ def partial_text(reasons: Sequence[str]) -> str | None:
 def from_evaluation(
     evaluation: Evaluation,
     *,
-    status: Status = "reproduced",
+    status: Status = "local",
     card: Checkpoint | None = None,
     submission: str | None = None,
     claimed_ers: float | None = None,

@@ -14,7 +14,7 @@ from dmlbench.registry import Registry, suggest
 
 DEFAULT_COLUMNS = (
     "rank",
-    "surely_behind",
+    "better_than",
     "model",
     "defense",
     "recall_at_1",

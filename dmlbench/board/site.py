@@ -30,7 +30,7 @@ TEMPLATES = PACKAGE / "templates"
 
 TITLES = {
     "rank": "Rank",
-    "surely_behind": "Surely behind",
+    "better_than": "Better than N rows beyond doubt",
     "model": "Model",
     "defense": "Defence",
     "recall_at_1": "R@1 %",
@@ -66,7 +66,7 @@ FIRST = (
     "claim_gap",
     *WORST_CASE,
     *CLUSTERS,
-    "surely_behind",
+    "better_than",
 )
 SHOWN = {*DEFAULT_COLUMNS, *WORST_CASE, *CLUSTERS, "claim_gap"} - {"ers_lo", "ers_hi"}
 STRICT = ("strict", "strict-fast")

@@ -7,7 +7,7 @@ import contextlib
 import csv
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +22,42 @@ from dmlbench.results import Evaluation, write_whole
 MOST_BYTES = 64 << 20
 
 
-def rank(rows: Iterable[Row]) -> list[Row]:
-    """The rows, best first, with rank and tie group.
+def rank(rows: Iterable[Row], better: Mapping[tuple[str, ...], int] | None = None) -> list[Row]:
+    """The rows, board by board and best first, with their ranks.
 
-    Rows whose intervals overlap, directly or through others, form one tie group and share its rank: 1
-    plus the number of ranked rows in better groups. Such a chain can be long, so ``surely_behind`` counts
-    the rows that are better beyond doubt: whose interval lies wholly above. Only full results that are reproduced or verified
-    are ranked; the others follow by their number, then those without one. Rows whose protocol or model has been superseded
-    become stale. An interval that is missing
-    (one test class) ties with nothing but the same number.
+    ``rank`` is the place by the number alone, among the rows of the same protocol and images: 1 plus how many are
+    higher. Only full results that nobody disputes are ranked; the others follow by their number, then those without
+    one. Rows whose protocol or model has been superseded become stale.
+
+    Args:
+        better: by :attr:`Row.key`, how many ranked rows of its board a row is better than beyond doubt
+            (:func:`dmlbench.board.beyond.better_than`), where the queries' outcomes are at hand.
     """
 
-    def order(row: Row) -> tuple[bool, float, str]:
-        return (row.headline is None, -(row.headline or 0.0), row.model)
+    def order(row: Row) -> tuple[object, ...]:
+        ranked = _has_rank(row)
+        return (
+            row.board[:3],
+            not ranked,
+            row.board if ranked else (),
+            row.headline is None,
+            -(row.headline or 0.0),
+            row.model,
+        )
 
-    rows = [_aged(r) for r in rows]
-    ranked = sorted((r for r in rows if _has_rank(r)), key=order)
-    others = sorted((r for r in rows if not _has_rank(r)), key=order)
-    out: list[Row] = []
-    group, place, floor = 0, 0, float("inf")
-    # by the upper end, so that a wide interval below reaches up to those it overlaps
-    by_end = sorted(ranked, key=lambda r: (-_ends(r)[1], r.model))
-    assigned: dict[int, tuple[int, int]] = {}
-    for position, row in enumerate(by_end):
-        low, high = _ends(row)
-        if high < floor:
-            group, place = group + 1, position + 1
-            floor = low
-        floor = min(floor, low)
-        assigned[id(row)] = (place, group)
-    for row in ranked:
-        place, group = assigned[id(row)]
-        behind = sum(_ends(other)[0] > _ends(row)[1] for other in ranked)
-        out.append(row.model_copy(update={"rank": place, "tie_group": group, "surely_behind": behind}))
-    return out + [r.model_copy(update={"rank": None, "tie_group": None, "surely_behind": None}) for r in others]
+    rows = sorted((_aged(r) for r in rows), key=order)
+    numbers: dict[tuple[str, ...], list[float]] = {}
+    for row in rows:
+        if _has_rank(row):
+            numbers.setdefault(row.board, []).append(row.headline or 0.0)
+    out = []
+    for row in rows:
+        update: dict[str, int | None] = {"rank": None, "better_than": None}
+        if _has_rank(row):
+            above = sum(other > (row.headline or 0.0) for other in numbers[row.board])
+            update = {"rank": 1 + above, "better_than": (better or {}).get(row.key)}
+        out.append(row.model_copy(update=update))
+    return out
 
 
 def _aged(row: Row) -> Row:
@@ -65,13 +67,13 @@ def _aged(row: Row) -> Row:
     return row
 
 
+def ranked(row: Row) -> bool:
+    """Does a board give the row a rank, as things are today?"""
+    return _has_rank(_aged(row))
+
+
 def _has_rank(row: Row) -> bool:
     return row.status in RANKED and row.partial is None and row.headline is not None
-
-
-def _ends(row: Row) -> tuple[float, float]:
-    value = row.headline or 0.0
-    return row.interval or (value, value)
 
 
 def to_csv(rows: Iterable[Row]) -> bytes:
@@ -91,11 +93,19 @@ def _cell(value: object) -> str:
     return str(value)
 
 
+RETIRED = ("tie_group", "surely_behind")
+"""Columns of version 1, which are left out when its rows are read."""
+
+
 def _read_1(cells: dict[str, str]) -> Row:
+    return _read_2({name: value for name, value in cells.items() if name not in RETIRED} | {"schema_version": "2"})
+
+
+def _read_2(cells: dict[str, str]) -> Row:
     return Row.model_validate({name: value for name, value in cells.items() if value != ""})
 
 
-READERS: dict[str, Callable[[dict[str, str]], Row]] = {"1": _read_1}
+READERS: dict[str, Callable[[dict[str, str]], Row]] = {"1": _read_1, "2": _read_2}
 """By the row's ``schema_version``: how a row of that version becomes a :class:`Row` of today."""
 
 
@@ -123,7 +133,7 @@ def from_csv(path: Path) -> list[Row]:
             raise DataError(f"{path} is not a board: it has no column schema_version")
         if len(set(header)) != len(header):
             raise DataError(f"{path} has a column twice")
-        if unknown := [c for c in header if c not in COLUMNS]:
+        if unknown := [c for c in header if c not in (*COLUMNS, *RETIRED)]:
             raise DataError(f"{path}: unknown column {unknown[0]!r}{suggest(unknown[0], COLUMNS)}")
         for cells in reader:
             line = reader.line_num
@@ -161,7 +171,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def add_row(evaluation: Evaluation, path: Path) -> Row:
-    """Add the evaluation's row to a CSV file, in place of an earlier one of this model, data set and protocol.
+    """Add the evaluation's row to a CSV file, in place of an earlier one of the same :attr:`Row.key`.
 
     The file is made if it is not there, written whole or not at all, and ranked anew; two processes may
     add to one file. A partial result is marked as such (column ``partial``) and has no rank.
@@ -183,12 +193,12 @@ def foresee(path: Path, partial: Sequence[str], **known: Any) -> None:
     Args:
         path: the CSV file, which need not be there.
         partial: why the result will not be a full one; empty where it will.
-        known: columns whose content is known by now; ``protocol``, ``model`` and ``dataset`` at least.
+        known: columns whose content is known by now; all that :attr:`Row.key` is made of at least.
 
     Raises:
         DataError: as for :func:`add_row`.
     """
-    _beside(_allowed(path, lambda: Row(status="reproduced", partial=partial_text(partial), **known)), path)
+    _beside(_allowed(path, lambda: Row(status="local", partial=partial_text(partial), **known)), path)
 
 
 def _allowed(path: Path, make: Callable[[], Row]) -> Row:
@@ -202,9 +212,9 @@ def _allowed(path: Path, make: Callable[[], Row]) -> Row:
 def _beside(row: Row, path: Path) -> list[Row]:
     """The rows of the file that stay when ``row`` is added."""
     rows = from_csv(path) if path.exists() else []
-    if row.partial and any(r.partial is None for r in rows if r.key[:3] == row.key[:3]):
+    if row.partial and any(r.partial is None for r in rows if r.key == row.key):
         raise DataError(
             f"{path} holds a full result of {row.model!r} under {row.protocol!r}; "
             f"a partial one ({row.partial}) does not replace it"
         )
-    return [r for r in rows if r.key[:3] != row.key[:3]]
+    return [r for r in rows if r.key != row.key]

@@ -53,7 +53,7 @@ def compare(
 ) -> int:
     """Is CANDIDATE worse than BASE, surely, and by more than is allowed?
 
-    BASE and CANDIDATE are run folders, ids of registered models, or rows of a board (FILE.csv:MODEL).
+    BASE and CANDIDATE are run folders, ids of registered models, or rows of a board (MODEL@FILE.csv).
     The report is also appended to $GITHUB_STEP_SUMMARY where that is set.
     """
     from dmlbench.board.compare import as_junit, as_markdown, as_text

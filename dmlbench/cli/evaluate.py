@@ -285,7 +285,11 @@ def foreseen(
     why = reasons(rules, chosen, images, attacks, limit, seed, eot, surrogate, until)
     if csv:
         prepare_folder(csv.parent)
-        known = {"protocol": rules.name, "model": embedder.name, "dataset": images.name, "split": images.split}
+        known = {
+            "protocol": rules.name, "protocol_sha256": rules.sha256, "model": embedder.name,
+            "weights_sha256": embedder.weights_sha256, "dataset": images.name, "split": images.split,
+            "dataset_sha256": images.sha256,
+        }  # fmt: skip
         foresee(csv, why, **known, arch=None if embedder.card else embedder.arch)
     return why
 

@@ -62,7 +62,14 @@ def _library(name: str, options: ModelOptions) -> Embedder:
         return _unweighted(name, options)
     file = _weights_file(options)
     _require_the_same(name, file, options)
-    return _filled(name, {}, file, options, name)
+    return _filled(name, {}, file, options, _named(file))
+
+
+def _named(file: WeightsFile) -> str:
+    """What results call a file's model, whichever architecture is named for it: its name and 8 digits of its hash, so that
+    two files of one name are two models."""
+    path = file.path
+    return f"{path.name if path.is_dir() else path.stem}-{file.sha256[:8]}"
 
 
 def _filled(builder: str, kwargs: Mapping[str, Any], file: WeightsFile, options: ModelOptions, name: str) -> Embedder:
@@ -190,7 +197,7 @@ def _file(path: Path, options: ModelOptions) -> Embedder:
     if options.spec is not None:
         return _specified(path, Spec.read(options.spec), options)
     file = read_file(path, options.checkpoint_key)
-    name = path.name if path.is_dir() else path.stem
+    name = _named(file)
     if "architecture" in file.config:
         arguments = file.config.get("model_args") or {}
         return _filled(f"timm:{file.config['architecture']}", arguments, file, options, name)
@@ -235,7 +242,7 @@ def _specified(path: Path, spec: Spec, options: ModelOptions) -> Embedder:
         mean=mean,
         std=std,
         distance=options.space(DISTANCES[letter]),
-        name=options.name or path.stem,
+        name=options.name or _named(file),
         preprocess=preprocess,
     )
     settle(embedder, options.output_key or spec.output_key)

@@ -23,7 +23,7 @@
 
   function sort(head) {
     const name = head.dataset.column;
-    const first = head.classList.contains("number") && !["rank", "tie_group", "surely_behind"].includes(name) ? "descending" : "ascending";
+    const first = head.classList.contains("number") && name !== "rank" ? "descending" : "ascending";
     const other = first === "ascending" ? "descending" : "ascending";
     const way = head.getAttribute("aria-sort") === first ? other : first;
     heads.forEach((h) => h.removeAttribute("aria-sort"));

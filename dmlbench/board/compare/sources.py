@@ -15,7 +15,7 @@ def find(text: str, protocol: str | None = None) -> Evaluation | Row:
     """The result that ``text`` names.
 
     Args:
-        text: a run folder; ``FILE.csv:MODEL``, a row of a board; or the id of a registered model, whose
+        text: a run folder; ``MODEL@FILE.csv``, a row of a board (``FILE.csv:MODEL`` is the same); or the id of a registered model, whose
             stored run on the packaged board is taken.
         protocol: which one, where a model has several; by default the data set's own.
 
@@ -27,11 +27,16 @@ def find(text: str, protocol: str | None = None) -> Evaluation | Row:
     if path.is_dir():
         return load(path)
     if path.is_file():
-        hint = f"name a row as {text}:MODEL" if path.suffix == ".csv" else "a run is a folder"
+        hint = f"name a row as MODEL@{text}" if path.suffix == ".csv" else "a run is a folder"
         raise UsageError(f"{text} is a file; {hint}")
-    file, colon, model = text.rpartition(":")
-    if colon and file.endswith(".csv"):
+    model, at, file = text.partition("@")
+    if at and file.endswith(".csv"):
         return _row(Path(file), model, protocol)
+    if ".csv:" in text:
+        file, *rest = text.split(".csv:")
+        if len(rest) > 1:
+            raise UsageError(f"{text!r} can be read in two ways: name a row as MODEL@FILE.csv")
+        return _row(Path(f"{file}.csv"), rest[0], protocol)
     return _stored(text, protocol)
 
 
@@ -41,7 +46,8 @@ def _row(path: Path, model: str, protocol: str | None) -> Row:
     if not found:
         raise UsageError(f"{path} has no row of model {model!r}{suggest(model, {r.model for r in rows})}")
     if len(found) > 1:
-        raise UsageError(f"{path} has {len(found)} rows of model {model!r}: choose one with --protocol")
+        told = ", ".join(f"{r.protocol} on {r.dataset}, weights {(r.weights_sha256 or 'unknown')[:8]}" for r in found)
+        raise UsageError(f"{path} has {len(found)} rows of model {model!r} ({told}): choose one with --protocol")
     return found[0]
 
 
@@ -70,5 +76,5 @@ def _stored(model: str, protocol: str | None) -> Evaluation:
         raise DataError(f"model {model!r} is registered but has no stored run{under}: evaluate it first")
     known = [*checkpoints(), *(e.model.id for _, e in runs)]
     raise UsageError(
-        f"{model!r} is no run folder, no FILE.csv:MODEL and no registered model{suggest(model, set(known))}"
+        f"{model!r} is no run folder, no MODEL@FILE.csv and no registered model{suggest(model, set(known))}"
     )

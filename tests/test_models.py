@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -250,7 +251,7 @@ def test_spec(tmp_path: Path) -> None:
     embedder = open_model(str(tmp_path / "net.pt"), ModelOptions(spec=tmp_path / "spec.json"))
     images = probe_images((1, 28, 28), 2)
     torch.testing.assert_close(embedder(images), network((images - 0.5) / 0.25))
-    assert embedder.distance.space == "E" and embedder.name == "net"
+    assert embedder.distance.space == "E" and re.fullmatch(r"net-[0-9a-f]{8}", embedder.name)
     changed = open_model(
         str(tmp_path / "net.pt"), ModelOptions(spec=tmp_path / "spec.json", normalize=True, mean=(0.0,), std=(1.0,))
     )

@@ -37,6 +37,9 @@ from dmlbench.submission.record import STATED_EXTRA, Submission, SubmittedRun, r
 from dmlbench.threat import TOLERANCE
 
 WEIGHTS = "weights.safetensors"
+HEADER_MOST = 4 << 20
+TENSORS_MOST = 20_000
+"""Bytes and entries of the list of tensors in a weights file: the largest networks have a few thousand."""
 
 MAY_BE_MISSING = ("recall_at_1", "recall_of_right", "map_at_r_of_right")
 """Read-outs without a value for a query that has no other image of its class, or that is wrong when clean."""
@@ -127,6 +130,16 @@ def _weights_look(bundle: Bundle) -> Iterator[Problem]:
         yield Problem(0, WEIGHTS, "is an HTML page: the download did not give the file")
     elif len(raw) < 8 or not 2 <= int.from_bytes(raw[:8], "little") <= len(raw) - 8 or raw[8:9] != b"{":
         yield Problem(0, WEIGHTS, "is not a safetensors file: its header does not fit its size")
+    elif (size := int.from_bytes(raw[:8], "little")) > HEADER_MOST:
+        yield Problem(0, WEIGHTS, f"lists its tensors in {size} bytes, at most {HEADER_MOST} are allowed")
+    else:
+        try:
+            listed = read_json(raw[8 : 8 + size])
+        except ValueError as error:
+            yield Problem(0, WEIGHTS, f"is not a safetensors file: its header {error}")
+            return
+        if len(listed) > TENSORS_MOST:
+            yield Problem(0, WEIGHTS, f"holds {len(listed)} tensors, at most {TENSORS_MOST} are allowed")
 
 
 def _evaluation(bundle: Bundle) -> Evaluation:

@@ -7,8 +7,6 @@ measures, never the attack). A new attack is an objective in ``objectives.py`` a
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import entry_points
 
 import numpy as np
 import torch
@@ -125,30 +123,8 @@ ATTACKS: Registry[Attack] = Registry(
 )  # fmt: skip
 
 
-@cache
-def load_plugins() -> None:
-    """Add the attacks that installed packages offer in the entry point group ``dmlbench.attacks``, once.
-
-    Raises:
-        UsageError: one of them cannot be loaded, or is no :class:`Attack`.
-    """
-    for point in entry_points(group="dmlbench.attacks"):
-        if point.name in ATTACKS:
-            continue
-        try:
-            found = point.load()
-        except Exception as error:  # another package's code, which can fail in any way
-            raise UsageError(
-                f"attack {point.name!r} of another package ({point.value}) does not load: {error}"
-            ) from None
-        if not isinstance(found, Attack):
-            raise UsageError(f"attack {point.name!r} of another package ({point.value}) is no dmlbench.attacks.Attack")
-        ATTACKS.add(point.name, found)
-
-
 def parse(name: str) -> tuple[str, str]:
     """``"QA+@square"`` to attack and optimizer names ("pgd" when none is given), both checked."""
-    load_plugins()
     attack, _, optimizer = name.partition("@")
     ATTACKS[attack]
     OPTIMIZERS[optimizer or "pgd"]

@@ -20,14 +20,14 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from dmlbench.attacks import ATTACKS, load_plugins, parse
+from dmlbench.attacks import ATTACKS, parse
 from dmlbench.checkpoints import PACKAGE, first_problem
 from dmlbench.cluster_attacks import CLUSTER_ATTACKS
 from dmlbench.errors import DataError, UsageError
 from dmlbench.intervals import ANY, LEVEL, PERCENT, Intervals, Range, class_intervals
 from dmlbench.metrics import READOUTS
 from dmlbench.optimizers import OPTIMIZERS
-from dmlbench.registry import suggest
+from dmlbench.registry import Registry, suggest
 from dmlbench.threat import Threat
 
 if sys.version_info >= (3, 11):
@@ -359,7 +359,6 @@ def read_protocol(path: Path) -> Protocol:
     Raises:
         DataError: it cannot be read, or holds what is wrong or would do nothing; the file and the key are named.
     """
-    load_plugins()
     try:
         protocol = Protocol.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
         _check_kind(protocol)
@@ -479,16 +478,25 @@ def _check_threshold(t: Threshold, protocol: Protocol) -> None:
         raise UsageError(f"threshold: parts {t.parts} must be a power of two and octaves {t.octaves} 1 or more")
 
 
+def protocol_files(where: Path) -> dict[str, Path]:
+    """The protocols of a folder, or the one of a file, by what :func:`load_protocol` calls them: NAME or NAME@VERSION."""
+    return {path.stem: path for path in (sorted(where.glob("*.toml")) if where.is_dir() else [where])}
+
+
+PROTOCOLS: Registry[Path] = Registry("protocol", protocol_files(FOLDER))
+"""The TOML file of each version, by NAME for the current one and NAME@VERSION for those before."""
+
+
 def protocol_names() -> list[str]:
-    """The packaged protocols, each of which stands for its current version."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml") if "@" not in path.stem)
+    """The packaged protocols, each of which stands for its current version; those of plugins too."""
+    return sorted(name for name in PROTOCOLS if "@" not in name)
 
 
 def protocol_versions(name: str) -> list[Protocol]:
     """Every packaged version of one protocol, the current one first; empty for an unknown name."""
     if name not in protocol_names():
         return []
-    older = sorted(path.stem for path in FOLDER.glob(f"{name}@*.toml"))
+    older = sorted(known for known in PROTOCOLS if known.startswith(f"{name}@"))
     return [load_protocol(name), *map(load_protocol, older)]
 
 
@@ -509,10 +517,9 @@ def load_protocol(name: str) -> Protocol:
     base, _, version = name.partition("@")
     if base not in protocol_names():
         raise UsageError(f"unknown protocol {name!r}{suggest(name, protocol_names())}")
-    current = read_protocol(FOLDER / f"{base}.toml")
+    current = read_protocol(PROTOCOLS[base])
     if version in ("", current.version):
         return current
-    file = FOLDER / f"{name}.toml"
-    if not file.is_file():
+    if name not in PROTOCOLS:
         raise UsageError(f"protocol {base!r} has no version {version!r}; the current one is {current.version!r}")
-    return read_protocol(file)
+    return read_protocol(PROTOCOLS[name])

@@ -1,12 +1,53 @@
 """An ordered table of named entries: what every extendable kind (attacks, losses, ...) ends with."""
 
 import difflib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from dmlbench.errors import UsageError
+from dmlbench.errors import DataError, UsageError
 
 T = TypeVar("T")
+
+
+class Plugins:
+    """The modules that installed packages name in an entry-point group: imported before the first look-up in any registry.
+
+    Each adds to the registries what it offers (docs/extend.md). A failed import is told at every look-up from then on,
+    since entries would be missing without a word.
+    """
+
+    def __init__(self, group: str) -> None:
+        self.group = group
+        self.lock = threading.RLock()
+        self.forget()
+
+    def forget(self) -> None:
+        """Look for plugins again at the next look-up."""
+        self.begun, self.problem = False, ""
+
+    def load(self) -> None:
+        """Import them, once.
+
+        Raises:
+            DataError: one of them cannot be imported.
+        """
+        with self.lock:
+            if not self.begun:
+                self.begun = True  # a plugin may itself look something up
+                for point in entry_points(group=self.group):
+                    try:
+                        point.load()
+                    except (Exception, SystemExit) as error:  # another package's code, which can fail in any way
+                        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                        self.problem = f"plugin {point.name!r} ({point.value}) cannot be imported: {said}"
+                        break
+            if self.problem:
+                raise DataError(self.problem)
+
+
+PLUGINS = Plugins("dmlbench.plugins")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -23,7 +64,7 @@ class Registry(Mapping[str, T], Generic[T]):
     """Names to entries, in the order they were added.
 
     A second entry of the same name raises ``ValueError``; asking for an unknown name raises
-    :class:`~dmlbench.errors.UsageError` with a suggestion.
+    :class:`~dmlbench.errors.UsageError` with a suggestion. :data:`PLUGINS` are imported before the first look-up.
     """
 
     def __init__(self, kind: str, entries: Mapping[str, T] | None = None) -> None:
@@ -39,21 +80,30 @@ class Registry(Mapping[str, T], Generic[T]):
         self._entries[name] = entry
         return entry
 
+    @property
+    def added(self) -> Mapping[str, T]:
+        """What has been added so far; no plugin is imported, so that a table made of another one can be filled at import."""
+        return self._entries
+
     def register(self, name: str) -> Callable[[T], T]:
         """Use as a decorator: ``@TABLE.register("name")``."""
         return lambda entry: self.add(name, entry)
 
     def __getitem__(self, name: str) -> T:
+        PLUGINS.load()
         try:
             return self._entries[name]
         except KeyError:
             raise UsageError(f"unknown {self.kind} {name!r}{suggest(name, self._entries)}") from None
 
     def __contains__(self, name: object) -> bool:
+        PLUGINS.load()
         return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
+        PLUGINS.load()
         return iter(self._entries)
 
     def __len__(self) -> int:
+        PLUGINS.load()
         return len(self._entries)

@@ -108,7 +108,7 @@ def test_a_version_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "strict-fast.toml").write_text(new, encoding="utf-8")
     old = text.replace("seed = 0", 'seed = 0\nsuperseded_by = "strict-fast@99"')
     (tmp_path / f"strict-fast@{version}.toml").write_text(old, encoding="utf-8")
-    monkeypatch.setattr(protocol, "FOLDER", tmp_path)
+    monkeypatch.setattr(protocol, "PROTOCOLS", Registry("protocol", protocol.protocol_files(tmp_path)))
     load_protocol.cache_clear()
     try:
         assert protocol_names() == ["strict-fast"]

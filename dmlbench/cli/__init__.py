@@ -99,15 +99,12 @@ def legible() -> None:
 
     codecs.register_error("dmlbench", nearest)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape", "backslashreplace"):
             stream.reconfigure(errors="dmlbench")
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command and exit; the entry point of the console script."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # an arrow that cp1252 or ASCII lacks becomes "?", the result stays
-            stream.reconfigure(errors="replace")
     arguments = sys.argv[1:] if argv is None else argv
     legible()
     debug = "--debug" in arguments

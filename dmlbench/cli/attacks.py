@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import click
 
-from dmlbench.attacks import ATTACKS, load_plugins
+from dmlbench.attacks import ATTACKS
 from dmlbench.cli.output import json_option, print_facts, print_list
 from dmlbench.objectives import OBJECTIVES
 from dmlbench.targets import TARGETS
@@ -14,7 +14,6 @@ from dmlbench.targets import TARGETS
 @click.group(epilog="Example: dmlbench attacks list")
 def attacks() -> None:
     """List and show attacks."""
-    load_plugins()
 
 
 @attacks.command("list", epilog="Example: dmlbench attacks list --json")

@@ -68,7 +68,8 @@ def _prepared(name: str, source: Path | None, heard: Heard) -> str:
         raise UsageError(f"data set {name!r} comes with the installed packages: nothing to prepare")
     if source is not None and not source.exists():
         raise DataError(f"--from {shown(source)} does not exist")
-    origin = ORIGINS[name]
+    if (origin := ORIGINS.get(name)) is None:
+        raise UsageError(f"data set {name!r} is of a plugin: what it needs is said by the package that it comes from")
     target = data_roots()[0] / origin.folder
     if source is None and not origin.downloads:
         raise DataError(

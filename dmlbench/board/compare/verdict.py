@@ -169,9 +169,8 @@ def _ends(attack: str, readout: str) -> tuple[int | float, int | float]:
     Raises:
         NotComparable: the attack is not at hand, or is not read so.
     """
-    from dmlbench.attacks import ATTACKS, load_plugins
+    from dmlbench.attacks import ATTACKS
 
-    load_plugins()
     if attack not in ATTACKS or readout not in ATTACKS[attack].readouts:
         raise NotComparable(f"attack {attack!r} read by {readout!r} is not known here: its raw values have no score")
     return ATTACKS[attack].ends[ATTACKS[attack].readouts.index(readout)]

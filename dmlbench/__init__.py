@@ -6,24 +6,42 @@ import os
 # machine that others use too, spinning made a run several times slower. libgomp reads this when torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from dmlbench.attacks import ATTACKS
-from dmlbench.datasets import RetrievalDataset, TensorImages, load_dataset
-from dmlbench.embedding import DISTANCES, Embedder
-from dmlbench.evaluate import evaluate
-from dmlbench.models import load_model
-from dmlbench.protocol import Protocol, load_protocol
-from dmlbench.results import Evaluation
 from dmlbench.version import __version__
 
 if TYPE_CHECKING:
+    from dmlbench.attacks import ATTACKS
     from dmlbench.board.compare import compare
     from dmlbench.board.report import report
+    from dmlbench.datasets import RetrievalDataset, TensorImages, load_dataset
+    from dmlbench.embedding import DISTANCES, Embedder
+    from dmlbench.evaluate import evaluate
+    from dmlbench.models import load_model
+    from dmlbench.protocol import Protocol, load_protocol
+    from dmlbench.results import Evaluation
     from dmlbench.training.loop import train
 
-_LATER = {"compare": "dmlbench.board.compare", "report": "dmlbench.board.report", "train": "dmlbench.training.loop"}
-"""Functions by the module that they are in, which is imported when one of them is first asked for."""
+_HOMES = {
+    "ATTACKS": "attacks",
+    "DISTANCES": "embedding",
+    "Embedder": "embedding",
+    "Evaluation": "results",
+    "Protocol": "protocol",
+    "RetrievalDataset": "datasets",
+    "TensorImages": "datasets",
+    "compare": "board.compare",
+    "evaluate": "evaluate",
+    "load_dataset": "datasets",
+    "load_model": "models",
+    "load_protocol": "protocol",
+    "report": "board.report",
+    "train": "training.loop",
+}
+"""Public names by the module that they are in, which is imported when one of them is first asked for."""
 
 __all__ = [
     "ATTACKS",
@@ -45,8 +63,19 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _HOMES:
         raise AttributeError(f"module 'dmlbench' has no attribute {name!r}")
-    import importlib
+    return getattr(importlib.import_module(f"dmlbench.{_HOMES[name]}"), name)
 
-    return getattr(importlib.import_module(_LATER[name]), name)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        """``dmlbench.evaluate`` is the function: importing the file of that name does not put the module in its place."""
+        super().__setattr__(name, value.evaluate if name == "evaluate" and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dmlbench.embedding import Embedder, require_finite
-from dmlbench.errors import UsageError
 from dmlbench.fast.exact import true_float32
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import OBJECTIVES, Objective

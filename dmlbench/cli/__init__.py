@@ -14,6 +14,7 @@ import unicodedata
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from dmlbench.errors import DmlbenchError
 from dmlbench.registry import suggest
@@ -63,6 +64,10 @@ class LazyGroup(click.Group):
         if args and not args[0].startswith("-") and args[0] not in VERBS:
             raise click.UsageError(f"unknown command {args[0]!r}{suggest(args[0], VERBS)}")
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        verbs = [CompletionItem(verb, help=said) for verb, said in VERBS.items() if verb.startswith(incomplete)]
+        return [*verbs, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

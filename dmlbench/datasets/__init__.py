@@ -30,7 +30,6 @@ from dmlbench.datasets.base import (
 from dmlbench.datasets.cache import CachedImages, Progress, fitted
 from dmlbench.datasets.folder import class_folder
 from dmlbench.datasets.pictures import Files
-from dmlbench.datasets.table import table
 from dmlbench.errors import UsageError
 from dmlbench.preprocess import Preprocess
 from dmlbench.registry import Registry
@@ -136,8 +135,14 @@ def decode(dataset: RetrievalDataset, progress: Progress | None = None) -> None:
         dataset.images.decode(progress)
 
 
+def _table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
+    from dmlbench.datasets.table import table  # pandas is imported where a table is read
+
+    return table(path, split, preprocess)
+
+
 OWN: Registry[Callable[[str, str, Preprocess], RetrievalDataset]] = Registry(
-    "kind of data set", {"folder": class_folder, "csv": table}
+    "kind of data set", {"folder": class_folder, "csv": _table}
 )
 """A user's own pictures: what stands before the colon, and (path, split, preprocess) to the data set."""
 

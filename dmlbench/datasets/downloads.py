@@ -5,9 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pooch
-import requests
-
 from dmlbench.errors import DataError
 
 PIECE = 1 << 18
@@ -51,6 +48,8 @@ class _Resuming:
         self.part.replace(output_file)
 
     def _rest(self, url: str, have: int) -> None:
+        import requests
+
         asked = {"Range": f"bytes={have}-"} if have else {}
         with requests.get(url, headers=asked, stream=True, timeout=TIMEOUT) as answer:
             answer.raise_for_status()
@@ -79,6 +78,9 @@ def fetch(file: Download, folder: Path, heard: Heard = lambda done, total: None)
     Raises:
         DataError: no address gives the right file; the last reason is told.
     """
+    import pooch
+    import requests
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,0 +1,41 @@
+"""What is imported when: help at once without torch, the package without what only some commands need."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("pandas", "requests", "matplotlib", "sklearn", "scipy.stats", "dmlbench.training")
+
+
+def loaded(code: str) -> set[str]:
+    """The modules that are loaded in a fresh interpreter after ``code``, which may exit."""
+    tail = "import sys, atexit; atexit.register(lambda: print('\\n@', *sys.modules))\n"
+    done = subprocess.run([sys.executable, "-c", tail + code], capture_output=True, text=True, check=True)
+    return set(done.stdout.rpartition("@")[2].split())
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_help_does_not_import_torch(argument: str) -> None:
+    modules = loaded(f"from dmlbench.cli import main; main([{argument!r}])")
+    assert "dmlbench.cli" in modules and not modules & {"torch", "numpy", *HEAVY}
+
+
+def test_completion_of_a_verb_does_not_import_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_DMLBENCH_COMPLETE", "bash_complete"), ("COMP_WORDS", "dmlbench ev"), ("COMP_CWORD", "1")):
+        monkeypatch.setenv(name, value)
+    modules = loaded("import sys; sys.argv[0] = 'dmlbench'\nfrom dmlbench.cli import main; main()")
+    assert "click.shell_completion" in modules and "dmlbench.cli" in modules and "torch" not in modules
+
+
+def test_what_the_package_leaves_for_later() -> None:
+    modules = loaded("import dmlbench; dmlbench.evaluate, dmlbench.load_model, dmlbench.load_dataset")
+    assert "torch" in modules and not modules & set(HEAVY)
+
+
+def test_public_names() -> None:
+    code = "import dmlbench.evaluate\nfrom dmlbench import *\nassert callable(dmlbench.evaluate) and callable(train)\n"
+    loaded(
+        code
+        + "assert set(dmlbench.__all__) <= set(dir(dmlbench)); dmlbench.evaluate; assert not hasattr(dmlbench, 'x')"
+    )

@@ -1,6 +1,7 @@
 """An ordered table of named entries: what every extendable kind (attacks, losses, ...) ends with."""
 
 import difflib
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
@@ -9,6 +10,12 @@ from typing import Generic, TypeVar
 from dmlbench.errors import DataError, UsageError
 
 T = TypeVar("T")
+
+
+def _importing() -> bool:
+    """Is a module of dmlbench being imported now?"""
+    own = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "dmlbench"]
+    return any(getattr(module.__spec__, "_initializing", False) for module in own)
 
 
 class Plugins:
@@ -28,13 +35,13 @@ class Plugins:
         self.begun, self.problem = False, ""
 
     def load(self) -> None:
-        """Import them, once.
+        """Import them, once; not while a file of dmlbench is itself being imported, which a plugin would find half made.
 
         Raises:
             DataError: one of them cannot be imported.
         """
         with self.lock:
-            if not self.begun:
+            if not self.begun and not _importing():
                 self.begun = True  # a plugin may itself look something up
                 for point in entry_points(group=self.group):
                     try:
@@ -79,11 +86,6 @@ class Registry(Mapping[str, T], Generic[T]):
             raise ValueError(f"{self.kind} {name!r} is registered twice")
         self._entries[name] = entry
         return entry
-
-    @property
-    def added(self) -> Mapping[str, T]:
-        """What has been added so far; no plugin is imported, so that a table made of another one can be filled at import."""
-        return self._entries
 
     def register(self, name: str) -> Callable[[T], T]:
         """Use as a decorator: ``@TABLE.register("name")``."""

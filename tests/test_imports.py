@@ -1,7 +1,9 @@
 """What is imported when: help at once without torch, the package without what only some commands need."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +41,23 @@ def test_public_names() -> None:
         code
         + "assert set(dmlbench.__all__) <= set(dir(dmlbench)); dmlbench.evaluate; assert not hasattr(dmlbench, 'x')"
     )
+
+
+PLUGIN = """
+from dmlbench.attacks import ATTACKS, Attack
+from dmlbench.training.defenses import DEFENSES
+ATTACKS.add("turn", Attack("turn round", "shift", "", ("recall_at_1",), "a test"))
+DEFENSES.add("mine", DEFENSES["none"])
+"""
+
+
+def test_a_plugin_is_imported_after_what_it_imports(tmp_path: Path) -> None:
+    info = tmp_path / "turning-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: turning\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[dmlbench.plugins]\nturn = turning\n")
+    (tmp_path / "turning.py").write_text(PLUGIN)
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(tmp_path)])
+    command = [sys.executable, "-m", "dmlbench", "attacks", "show", "turn"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0 and "turn round" in done.stdout, done.stderr

@@ -49,12 +49,12 @@ def _boosted(name: str) -> Destination:
 DESTINATIONS: Registry[Destination] = Registry(
     "destination hardness",
     {
-        **{name: _mined(name) for name in SAMPLINGS.added},
+        **{name: _mined(name) for name in SAMPLINGS},
         "LGA": lambda learner, miner, mined, constant: -learner.margin * remaining(learner),
         "square": lambda learner, miner, mined, constant: -learner.margin * remaining(learner).square(),
         "sqrt": lambda learner, miner, mined, constant: -learner.margin * remaining(learner).sqrt(),
         "constant": lambda learner, miner, mined, constant: torch.full_like(learner.previous, constant),
-        **{f"B({name})": _boosted(name) for name in SAMPLINGS.added},
+        **{f"B({name})": _boosted(name) for name in SAMPLINGS},
     },
 )
 """R, M, S, D, H: hardness of the same anchor's triplet mined so; LGA: g_LGA = -γ·min(u, loss)/u; square

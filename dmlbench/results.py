@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -383,14 +384,33 @@ def json_bytes(value: Any) -> bytes:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the run folder and prove that it can be written, before any work is done."""
+    """Make a folder for results, prove that it can be written, before any work is done, and sweep what killed writers left."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise DataError(f"--out {folder} cannot be written: {error.strerror or error}") from None
+        raise DataError(f"{folder} cannot be written: {error.strerror or error}") from None
+    _sweep(folder)
+
+
+ABANDONED = 60.0
+"""Seconds after which an unfinished file of a process that is no more is deleted; writing one takes far less."""
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what killed writers left of files, in a folder and in its units."""
+    if os.name != "posix":  # elsewhere signal 0 is no question
+        return
+    for part in (*folder.glob(".*.part"), *folder.glob("units/.*.part")):
+        pid = part.name.split(".")[-2]
+        with contextlib.suppress(OSError):
+            if pid.isdigit() and time.time() - part.stat().st_mtime > ABANDONED:
+                try:
+                    os.kill(int(pid), 0)
+                except ProcessLookupError:
+                    part.unlink()
 
 
 @contextlib.contextmanager
@@ -416,10 +436,12 @@ def held(folder: Path) -> Iterator[None]:
 def refuse_partial(folder: Path, partial: Sequence[str]) -> None:
     """Keep a full result from being replaced by one that is ``partial`` for these reasons.
 
+    A folder without its manifest, which is written last, holds no result: the run was killed while it was written.
+
     Raises:
         DataError: the folder holds a full result, or one that cannot be read.
     """
-    if partial and (folder / "evaluation.json").exists() and not load(folder, arrays=False).partial:
+    if partial and (folder / "manifest.json").exists() and not load(folder, arrays=False).partial:
         raise DataError(f"{folder} holds a full result; a partial one ({', '.join(partial)}) does not replace it")
 
 

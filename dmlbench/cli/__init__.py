@@ -6,8 +6,10 @@ mathematics here is in what they call. Errors: one line on stderr and the exit c
 """
 
 import codecs
+import contextlib
 import importlib
 import io
+import os
 import signal
 import sys
 import unicodedata
@@ -16,7 +18,7 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
-from dmlbench.errors import DmlbenchError
+from dmlbench.errors import DataError, DmlbenchError
 from dmlbench.registry import suggest
 from dmlbench.version import __version__
 
@@ -89,6 +91,24 @@ def _fail(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
+def _surroundings(error: OSError | MemoryError) -> str:
+    """What the machine refused, and where."""
+    if isinstance(error, MemoryError):
+        return f"memory does not suffice: {' '.join(str(error).split()) or 'an array cannot be made'}"
+    where = "standard output" if error.filename is None else str(error.filename)
+    return f"{where}: {error.strerror or error}"
+
+
+def _silence(stream: Any) -> None:
+    """Let what is still to be written nowhere fail no more when the process ends."""
+    with contextlib.suppress(OSError, ValueError):
+        stream.flush()
+        return
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+
+
 _PLAIN = str.maketrans(
     {"↑": "^", "↓": "v", "▲": "^", "▼": "v", "–": "-", "−": "-", "…": "~", "→": ">", "×": "x", "±": "~"}
 )
@@ -115,8 +135,11 @@ def main(argv: list[str] | None = None) -> NoReturn:
     debug = "--debug" in arguments
     if debug:  # accepted anywhere on the line
         arguments = ["--debug", *[a for a in arguments if a != "--debug"]]
+    with contextlib.suppress(ValueError):  # another thread than the main one takes no signals
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = cli.main(args=arguments, standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.Exit as stop:
         raise SystemExit(stop.exit_code) from None
     except click.ClickException as error:
@@ -132,6 +155,11 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         raise SystemExit(141) from None
+    except (OSError, MemoryError) as error:  # what the surroundings do: a full disk, permissions, no memory
+        if debug:
+            raise
+        _silence(sys.stdout)
+        _fail(_surroundings(error), DataError.exit_code)
     except Exception as error:
         if debug:
             raise

@@ -262,7 +262,6 @@ def test_debug_shows_the_traceback(run) -> None:
         (TypeError("one\n  two"), "TypeError: one two; please report it"),
         (KeyError("key"), "KeyError: 'key'; "),
         (AssertionError(), "AssertionError; "),
-        (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device; "),
     ],
 )
 def test_a_defect_is_one_line_and_its_own_code(typed, monkeypatch, error: Exception, said: str) -> None:

@@ -80,7 +80,11 @@ def test_a_full_disk_under_stdout_is_no_defect(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
-    assert done.returncode == 4 and done.stderr.startswith("Error: standard output: ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 4
+        and done.stderr.startswith("Error: standard output or a file: ")
+        and done.stderr.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("error,said", [

@@ -95,7 +95,7 @@ def _surroundings(error: OSError | MemoryError) -> str:
     """What the machine refused, and where."""
     if isinstance(error, MemoryError):
         return f"memory does not suffice: {' '.join(str(error).split()) or 'an array cannot be made'}"
-    where = "standard output" if error.filename is None else str(error.filename)
+    where = "standard output or a file" if error.filename is None else str(error.filename)
     return f"{where}: {error.strerror or error}"
 
 

@@ -587,15 +587,19 @@ def test_by_id_the_usual_protocol_is_meant_and_no_sample_needed(tmp_path, monkey
         load(tmp_path / "submissions" / "a" / "run")
 
 
-def undefended_under(protocol):
-    folder = SUBMISSIONS / f"digits-smallcnn-triplet-none-{protocol}" / "run"
+WITH_AREA = "omniglot-small-conv3-triplet-hm-lga-2"
+"""A model whose stored run is of version 1 of strict, which has an area."""
+
+
+def undefended_under(protocol, model="digits-smallcnn-triplet-none"):
+    folder = SUBMISSIONS / f"{model}-{protocol}" / "run"
     if not folder.is_dir():
         pytest.skip("the board lies in the repository, which is not at hand")
     return load(folder, sample=False)
 
 
 def test_the_area_of_a_worst_case_is_paired_and_gated():
-    base = undefended_under("strict")
+    base = undefended_under("strict", WITH_AREA)
     itself = metric(compare(base, base), "worst_case_area")
     assert itself.verdict == "same" and itself.interval[1] - itself.interval[0] < 2
     arrays = dict(base.arrays)
@@ -660,7 +664,7 @@ def limited(run, count):
 
 
 def test_the_worst_case_of_some_queries_is_compared_on_those():
-    base = undefended_under("strict")
+    base = undefended_under("strict", WITH_AREA)
     small = limited(base, 300)
     for c in (compare(base, small), compare(small, base)):
         for name in ("worst_case_recall_at_1", "worst_case_area"):
@@ -673,7 +677,7 @@ def test_the_worst_case_of_some_queries_is_compared_on_those():
 
 
 def test_an_extra_part_is_none_of_the_worst_case_curve():
-    base = undefended_under("strict")
+    base = undefended_under("strict", WITH_AREA)
     last = base.measurements[-1]
     name = "WM@apgd@5/255"
     more = base.model_copy(

@@ -20,6 +20,8 @@ from bundles import edit_json, zipped
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 NUMBER = re.compile(r"(?<![\w.])[-+−]?\d+(?:\.\d+)?(?![\w.]*[a-z_])")
+PROGRESS = re.compile(r".*: [\d,]+ of [\d,]+, .* a second, about \d+ (?:s|min) left")
+"""What long work says from time to time where there is no terminal: more of it on a slow machine."""
 UPDATE = os.environ.get("DMLBENCH_UPDATE_DOCS") == "1"
 
 
@@ -58,7 +60,8 @@ def execute(command, folder, typed=None):
         )
         out, err, code = ran.stdout, ran.stderr, ran.returncode
     assert "Traceback" not in err, err
-    printed = "\n".join(line.rstrip() for line in (out + err).splitlines())
+    lines = [line.rstrip() for line in (out + err).splitlines()]
+    printed = "\n".join(line for line in lines if not PROGRESS.fullmatch(line))
     return printed + (f"\nexit {code}" if code else "")
 
 

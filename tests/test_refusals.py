@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bundles import SUBMISSIONS
 from PIL import Image
 from synthetic import evaluation
 
@@ -51,7 +52,7 @@ def own(tmp_path: Path) -> list[str]:
 def test_a_row_that_cannot_be_added_is_refused_before_the_run(content, words, typed, tmp_path, idle) -> None:
     file = tmp_path / "b.csv"
     if content is None:
-        add_row(FULL, file)
+        add_row(load(SUBMISSIONS / f"{MODEL}-ers-digits" / "run", sample=False), file)
     else:
         file.write_text(content)
     before = file.read_bytes()

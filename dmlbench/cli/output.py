@@ -88,7 +88,7 @@ def runs_named(texts: Sequence[str], protocol: str | None) -> "list[tuple[str, E
     return found
 
 
-EVERY = 20.0
+EVERY = 60.0
 """Seconds between two lines on how far a long task is, where there is no terminal to draw a bar on."""
 
 

@@ -160,7 +160,7 @@ def test_help_has_an_example(typed) -> None:
         assert "dmlbench" in typed(verb, "--help").out and "xample" in typed(verb, "--help").out, verb
 
 
-WITHOUT_JSON = {"schema": "prints a JSON Schema already"}
+WITHOUT_JSON = {"schema": "prints a JSON Schema already", "table": "has formats of its own", "plot": "draws"}
 
 
 def verbs(command, path=()):
@@ -225,7 +225,7 @@ BAD = [
     (["evaluate", "--model", DEFAULT, "--device", "tpu"], 2, "device 'tpu'"),
     (["evaluate", "--model", DEFAULT, "--batch-size", "0"], 2, "auto"),
     (["evaluate", "--model", DEFAULT, "--limit", "-3"], 2, "limit"),
-    (["evaluate", "--model", DEFAULT, "--out", "/proc/nowhere"], 4, "--out"),
+    (["evaluate", "--model", DEFAULT, "--out", "/proc/nowhere"], 4, "/proc/nowhere cannot be written"),
     (["evaluate", "--model", DEFAULT, "--protocol", "gone.toml"], 4, "gone.toml"),
     (["evaluate"], 2, "--model"),
     (["evalaute"], 2, "did you mean 'evaluate'"),

@@ -73,7 +73,7 @@ def test_lines_say_how_far_a_long_task_is(capsys: pytest.CaptureFixture[str]) ->
         now += EVERY / 2 + 0.5
         lines.advance("embed", 100)
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and told[0] == "embed: 200 of 1,000, 9.5 a second, about 84 s left"
+    assert len(told) == 2 and told[0] == "embed: 200 of 1,000, 3.3 a second, about 4 min left"
     now += 1000
     lines.advance("embed", 500)
     assert not capsys.readouterr().err, "what is done needs no line"

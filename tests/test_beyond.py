@@ -1,12 +1,13 @@
 """Which rows are better beyond doubt: against Holm's rule by p-values, and on runs whose order is known."""
 
 import numpy as np
+from bundles import SUBMISSIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import evaluation
 
 from dmlbench.board.beyond import better_than, holm
-from dmlbench.board.build import board_folder, results_of
+from dmlbench.board.build import results_of
 from dmlbench.board.compare import compare
 
 
@@ -54,7 +55,9 @@ def test_a_run_of_other_queries_is_left_out():
 
 
 def test_committed_runs_of_one_board_are_told_apart():
-    results = [(r, e) for r, e in results_of(board_folder()) if (r.protocol, r.dataset) == ("ers-28", "omniglot-small")]
+    results = [
+        (r, e) for r, e in results_of(SUBMISSIONS.parent) if (r.protocol, r.dataset) == ("ers-28", "omniglot-small")
+    ]
     version = max(r.protocol_version for r, _ in results)
     results = [(r, e) for r, e in results if e is not None and r.protocol_version == version]
     counts = better_than([e for _, e in results])

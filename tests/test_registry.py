@@ -328,7 +328,9 @@ def test_no_imports_go_round_in_a_circle() -> None:
 
 def rows_of_the_page() -> list[list[str]]:
     """The files and folders of each row of the table in docs/architecture.md, as names of modules."""
-    lines = (Path(__file__).resolve().parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines()
+    lines = (
+        (Path(__file__).resolve().parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines()
+    )
     cells = [line.split("|")[1] for line in lines if line.startswith("| `")]
     return [[name.removesuffix(".py").strip("/") for name in re.findall(r"`([\w/.]+)`", cell)] for cell in cells]
 

@@ -24,7 +24,7 @@ from dmlbench.fast.exact import true_float32
 from dmlbench.fast.rounded import settled
 from dmlbench.intervals import VERSION, Intervals
 from dmlbench.kinds import clustering, strict
-from dmlbench.metrics import RECALL_AT, agreement, assignments, mean, retrieval
+from dmlbench.metrics import CLEAN, RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.models import load_model
 from dmlbench.protocol import Chosen, Component, Protocol, ers_of, load_protocol, score_intervals
 from dmlbench.results import Evaluation, Measurement, ProtocolInfo, finite
@@ -49,8 +49,6 @@ from dmlbench.version import __version__
 
 AGREEMENT = ("nmi", "ami")
 """Clean metrics of the whole gallery."""
-BENIGN = (*(f"recall_at_{k}" for k in RECALL_AT), "map", "map_at_r", *AGREEMENT)
-"""Clean metrics in the order that results list them."""
 
 
 def benign_arrays(subject: Subject, seeds: Sequence[int]) -> dict[str, np.ndarray]:
@@ -183,31 +181,13 @@ def evaluate(
         aim(ATTACKS[search.attack], nowhere, Rng(base, torch.from_numpy(dataset.query[:1])))
     clock.done("loading")
     order = None if until is None else even_order(dataset.labels[dataset.query])
-    subject = prepare(
-        embedder,
-        dataset,
-        limit=measured,
-        order=order,
-        device=device,
-        progress=progress,
-        work=work,
-        cache=cache,
+    prepared = partial(
+        prepare, dataset=dataset, limit=measured, order=order, device=device, progress=progress, work=work, cache=cache,
         shared=shared,
-    )
+    )  # fmt: skip
+    subject = prepared(embedder)
     if other is not None:
-        source = prepare(
-            other,
-            dataset,
-            limit=measured,
-            order=order,
-            device=device,
-            progress=progress,
-            work=work,
-            cache=cache,
-            shared=shared,
-            gradients=embedder,
-            part="surrogate",
-        )
+        source = prepared(other, gradients=embedder, part="surrogate")
         subject = replace(subject, surrogate=source)
 
     clock.done("embedding")
@@ -223,7 +203,7 @@ def evaluate(
     sample: dict[str, np.ndarray] = {"rows": subject.rows[sample_positions(subject)]}
     if work.world.leads and (work.shard is None or work.shard.index == 1):
         arrays |= work.once("benign", len(subject.rows), partial(benign_arrays, subject, rules.clustering_seeds))
-    benign = {name: mean(arrays[f"benign/{name}"]) for name in BENIGN if f"benign/{name}" in arrays}
+    benign = {name: mean(arrays[f"benign/{name}"]) for name in CLEAN if f"benign/{name}" in arrays}
     for name in AGREEMENT:
         arrays.pop(f"benign/{name}", None)
 

@@ -22,6 +22,14 @@ from dmlbench.registry import Registry
 from dmlbench.scene import Scene
 
 RECALL_AT = (1, 2, 4, 8)
+CLEAN = {
+    **{f"recall_at_{k}": f"R@{k}" for k in RECALL_AT},
+    "map": "mAP",
+    "map_at_r": "MAP@R",
+    "nmi": "NMI",
+    "ami": "AMI",
+}
+"""The clean metrics of a run in the order that results list them, and what a table calls them; percent, higher is better."""
 BLOCK = 256
 """Queries ranked at a time; ranks need (BLOCK, N) distances."""
 

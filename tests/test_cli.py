@@ -160,7 +160,7 @@ def test_help_has_an_example(typed) -> None:
         assert "dmlbench" in typed(verb, "--help").out and "xample" in typed(verb, "--help").out, verb
 
 
-WITHOUT_JSON = {"schema": "prints a JSON Schema already", "table": "has formats of its own", "plot": "draws"}
+WITHOUT_JSON = {"schema": "prints a JSON Schema already"}
 
 
 def verbs(command, path=()):

@@ -160,6 +160,8 @@ def test_command(typed, runs: list[tuple[str, Evaluation]], tmp_path: Path) -> N
     said = typed("table", *folders, "--format", "md", "--columns", "recall_at_1,ers").out
     assert f"{runs[2][1].ers:.1f}" in said and said.startswith(r"| Model | R\@1 | ERS |")
     assert typed("table", *folders, "--out", "x/t.tex").out == "x/t.tex\n"
+    told = typed("table", *folders, "--columns", "ers", "--json").json
+    assert [row["cells"][0]["value"] for row in told["rows"]] == [e.ers for _, e in runs] and told["file"] is None
     assert r"\toprule" in (tmp_path / "x" / "t.tex").read_text(encoding="utf-8")
     assert "named twice" in typed("table", folders[0], folders[0], code=2).err
     stored = [e.model.id for _, e in runs[:2]]

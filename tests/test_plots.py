@@ -146,6 +146,8 @@ def test_every_kind_becomes_a_file(kind: str, runs: list[tuple[str, Evaluation]]
 def test_command(typed, runs: list[tuple[str, Evaluation]], tmp_path: Path) -> None:
     folders = [save(e, tmp_path / name) for name, e in runs]
     assert typed("plot", *folders, "--kind", "parts", "--out", "f/parts.pdf").out == "f/parts.pdf\n"
+    told = typed("plot", *folders, "--kind", "parts", "--out", "f/parts.svg", "--json").json
+    assert told["file"] == "f/parts.svg" and told["bytes"] == (tmp_path / "f" / "parts.svg").stat().st_size
     assert (tmp_path / "f" / "parts.pdf").read_bytes() == draw(parts(runs), "pdf")
     assert "did you mean 'parts'" in typed("plot", *folders, "--kind", "part", "--out", "x.pdf", code=2).err
     assert "pdf, svg, png" in typed("plot", *folders, "--kind", "parts", "--out", "x.gif", code=2).err

@@ -627,6 +627,21 @@ def test_weights_may_lie_elsewhere_and_are_named(files, check, made):
     refused(check(outside, 1), 1, "checkpoint.files", "leaves the package")
 
 
+def test_weights_are_fetched_only_when_asked_and_of_the_stated_size(files, check, made, tmp_path, monkeypatch):
+    weights = files.pop("weights.safetensors")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "w.safetensors").write_bytes(weights)
+    monkeypatch.setenv("DMLBENCH_CHECKPOINT_BASE", str(tmp_path / "there"))
+    monkeypatch.setenv("DMLBENCH_CACHE", str(tmp_path / "cache"))
+    named = edit_yaml(sealed(files), put(["checkpoint", "files", 0, "url"], "{base}/w.safetensors"))
+    refused(check(named, 1, fetch=True), 1, "checkpoint.files.0.bytes", "say how many")
+    sized = edit_yaml(named, put(["checkpoint", "files", 0, "bytes"], len(weights)))
+    refused(check(sized, 1), 1, "weights.safetensors", "--fetch")
+    assert check(sized, 1, fetch=True).status == "accepted"
+    (tmp_path / "there" / "w.safetensors").write_bytes(weights[:-1] + b"x")
+    refused(check(sized, 1, fetch=True), 1, "weights.safetensors", "sha256")
+
+
 # --- the board it would join ---------------------------------------------------------------------------
 
 

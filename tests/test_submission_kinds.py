@@ -367,6 +367,22 @@ def test_invented_survivors_fall_at_the_replay(made, bundle, tmp_path):
     assert any(p.field.endswith(f"{AT[3]}/map_at_r") and "score lower than stated" in p.reason for p in report.problems)
 
 
+def test_survivors_invented_where_no_image_is_kept_fall_at_the_rerun(made, bundle, tmp_path):
+    rows = np.load(io.BytesIO(made["strict"][SAMPLE]))["rows"]
+    invent = survive(lambda a: ~np.isin(a["query"], rows))
+
+    def careful(a):  # more survivors spend what the rule asks for in fewer rounds: all others fall in the first
+        invent(a)
+        for name in AT:
+            a[f"{name}/round"] = np.minimum(a[f"{name}/round"], 1)
+
+    report = bundle(believable(made["strict"], tmp_path, careful, "strict"), 3, seed=0, share=0.0, least=16)
+    assert report.passed == (0, 1, 2)
+    said = [str(p) for p in report.problems]
+    assert any("extras.strict.smallest_eps: attacking 16 queries again gave 0." in line for line in said), said
+    assert any(f"measurements.{AT[3]}: attacking 16 queries again gave -" in line for line in said), said
+
+
 def test_survivors_invented_where_no_image_is_kept_change_when_the_rounds_had_to_end(made, bundle, tmp_path):
     """More survivors spend what the rule asks for in fewer rounds, so the rounds that broke others come too late."""
     rows = np.load(io.BytesIO(made["strict"][SAMPLE]))["rows"]

@@ -17,15 +17,15 @@ import numpy as np
 from dmlbench.board.compare import compare
 from dmlbench.board.compare.render import escape_markdown
 from dmlbench.board.compare.verdict import components_of
-from dmlbench.board.report.page import BENIGN
-from dmlbench.board.row import extra_numbers, shown, superseded
+from dmlbench.board.row import EXECUTED, extra_numbers, shown, superseded
 from dmlbench.errors import NotComparable, UsageError
 from dmlbench.intervals import PERCENT, Ends, class_intervals
+from dmlbench.metrics import CLEAN
 from dmlbench.protocol import score_intervals
 from dmlbench.registry import suggest
 from dmlbench.results import Evaluation
 
-HEADERS = {**dict(BENIGN), "ers": "ERS"}
+HEADERS = {**CLEAN, "ers": "ERS"}
 """What columns are called; parts by their own name, other numbers in words."""
 
 
@@ -268,7 +268,7 @@ def as_csv(table: Table) -> str:
 
 def _cell(text: str) -> str:
     plain = " ".join(text.split())
-    return f"'{plain}" if plain[:1] in tuple("=+-@") else plain
+    return f"'{plain}" if plain.startswith(EXECUTED) else plain
 
 
 FORMATS: dict[str, Callable[[Table], str]] = {"latex": as_latex, "md": as_markdown, "csv": as_csv}

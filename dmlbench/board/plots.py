@@ -271,8 +271,8 @@ def tsne(runs: Runs, metric: str | None = None, part: str | None = None) -> Figu
         attacked = model(torch.from_numpy(e.sample[part])).numpy()
     plane = projected(np.concatenate([clean, attacked]))
     labels = dataset.labels[rows]
-    both = ((clean_name, plane[: len(rows)]) for clean_name in ("clean",)), (("attacked", plane[len(rows) :]),)
-    series = tuple(Series(name, at[:, 0], at[:, 1], groups=labels) for side in both for name, at in side)
+    both = {"clean": plane[: len(rows)], "attacked": plane[len(rows) :]}
+    series = tuple(Series(name, at[:, 0], at[:, 1], groups=labels) for name, at in both.items())
     return Figure("tsne", "", f"t-SNE, {header(part)}", series)
 
 

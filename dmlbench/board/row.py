@@ -18,9 +18,6 @@ from dmlbench.protocol import packaged_protocol, score_intervals
 from dmlbench.results import Evaluation
 from dmlbench.threat import length
 
-SCHEMA = 2
-"""Version 1 had ``tie_group`` and ``surely_behind``, both from intervals that were not paired."""
-
 PARTS = {
     "CA+": "ca_plus",
     "CA-": "ca_minus",
@@ -50,9 +47,13 @@ RANKED = ("local", "reproduced", "verified")
 """The statuses that a rank is given to: measured, current and undisputed."""
 
 
+EXECUTED = ("=", "+", "-", "@")
+"""What a cell begins with that a spreadsheet would execute."""
+
+
 def plain_text(value: str) -> str:
     """``value`` if no spreadsheet would execute it and no browser would read it as HTML."""
-    if value[:1] in "=+-@" and value:
+    if value.startswith(EXECUTED):
         raise ValueError(f"starts with {value[0]!r}, which a spreadsheet would execute")
     if re.search(r"[\x00-\x1f\x7f\u2028\u2029\u202a-\u202e\u2066-\u2069]", value):
         raise ValueError("holds a control character")

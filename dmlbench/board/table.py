@@ -94,7 +94,7 @@ def _cell(value: object) -> str:
 
 
 RETIRED = ("tie_group", "surely_behind")
-"""Columns of version 1, which are left out when its rows are read."""
+"""Columns of version 1, from intervals that were not paired, which are left out when its rows are read."""
 
 
 def _read_1(cells: dict[str, str]) -> Row:

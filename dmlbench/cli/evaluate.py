@@ -14,7 +14,7 @@ from dmlbench.cli.kinds import print_clustering, print_findings, print_strict
 from dmlbench.cli.model_options import MODEL_HELP, load_subject, model_options
 from dmlbench.cli.output import console, json_option, print_json, progress
 from dmlbench.errors import DmlbenchError, Interrupted, ShardDone, UsageError
-from dmlbench.results import Evaluation, held, load, prepare_folder, refuse_partial, save, write_whole
+from dmlbench.results import Evaluation, held, load, prepare_folder, refuse_partial, save
 
 if TYPE_CHECKING:
     from dmlbench.datasets import RetrievalDataset
@@ -24,16 +24,6 @@ if TYPE_CHECKING:
     from dmlbench.run.parallel import World
     from dmlbench.run.units import Shard, Units
 
-BENIGN = {
-    "recall_at_1": "R@1",
-    "recall_at_2": "R@2",
-    "recall_at_4": "R@4",
-    "recall_at_8": "R@8",
-    "map": "mAP",
-    "map_at_r": "MAP@R",
-    "nmi": "NMI",
-    "ami": "AMI",
-}
 ARROW = {"higher": "↑", "lower": "↓"}
 EPILOG = "Example: dmlbench evaluate --model digits-smallcnn-triplet-hm-lga-ics --out runs/digits --csv mine.csv"
 
@@ -256,11 +246,10 @@ def _measured(
 
 def _write_report(out: Path, folders: list[Path]) -> None:
     """One page of several protocols' results, the first in full."""
-    from dmlbench.board.report import Run, page
+    from dmlbench.board.report import Run, write_page
 
     target = out / "report.html"
-    content = page([Run(folder.name, load(folder)) for folder in folders])
-    write_whole(target, content.encode("utf-8", "backslashreplace"))
+    write_page([Run(folder.name, load(folder)) for folder in folders], target)
     click.echo(f"report: {target}", err=True)
 
 
@@ -380,10 +369,12 @@ def print_evaluation(e: Evaluation) -> None:
         f"[bold]{e.model.id}[/bold] on {d.name} ({d.split}): {d.n_queries} queries, {d.n_gallery} gallery images, "
         f"{d.n_classes} classes; protocol {e.protocol.name} v{e.protocol.version} ({e.protocol.sha256[:8]})"
     )
+    from dmlbench.metrics import CLEAN
+
     benign = Table(box=None, pad_edge=False, title="benign, %", title_justify="left")
-    shown = [name for name in BENIGN if name in e.benign]
+    shown = [name for name in CLEAN if name in e.benign]
     for name in shown:
-        benign.add_column(BENIGN[name], justify="right")
+        benign.add_column(CLEAN[name], justify="right")
     benign.add_row(*(f"{e.benign[name]:.1f}" for name in shown))
     out.print(benign)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from dmlbench.cli.output import runs_argument, runs_named
+from dmlbench.cli.output import json_option, print_json, runs_argument, runs_named
 
 _EXAMPLE = "Example: dmlbench plot runs/plain runs/hardened --kind parts --out parts.pdf"
 
@@ -17,6 +17,7 @@ _EXAMPLE = "Example: dmlbench plot runs/plain runs/hardened --kind parts --out p
 @click.option("--part", help="Of classes and tsne: one attack part, by name.")
 @click.option("--protocol", help="Which stored run, where a registered model has several.")
 @click.option("--width", type=click.FloatRange(min=2, max=20), default=5.5, show_default=True, help="In inches.")
+@json_option
 def plot(
     runs: tuple[str, ...],
     kind: str,
@@ -25,6 +26,7 @@ def plot(
     part: str | None,
     protocol: str | None,
     width: float,
+    as_json: bool,
 ) -> None:
     """Draw runs: curves over eps, bars of the parts, robustness against clean R@1, classes, embeddings, transfer.
 
@@ -37,4 +39,8 @@ def plot(
     suffix = out.suffix.removeprefix(".").lower()
     if suffix not in SUFFIXES:
         raise UsageError(f"--out {out}: a figure is written as {', '.join(SUFFIXES)}")
-    click.echo(str(KINDS[kind](runs_named(runs, protocol), metric, part).save(out, width)))
+    path = KINDS[kind](runs_named(runs, protocol), metric, part).save(out, width)
+    if as_json:
+        print_json({"file": str(path), "bytes": path.stat().st_size, "kind": kind, "runs": runs})
+    else:
+        click.echo(str(path))

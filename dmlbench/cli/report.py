@@ -6,7 +6,7 @@ import click
 
 from dmlbench.cli.output import json_option, print_json
 from dmlbench.errors import UsageError
-from dmlbench.results import load, write_whole
+from dmlbench.results import load
 
 _EXAMPLE = "Example: dmlbench report runs/mine runs/baseline --out mine.html"
 
@@ -22,15 +22,15 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 
     The first RUN is shown in full, the others beside it.
     """
-    from dmlbench.board.report import Run, page
+    from dmlbench.board.report import Run, write_page
 
     if len(set(runs)) < len(runs):
         raise UsageError("a run folder is named twice")
-    content = page([Run(_name(folder, runs), load(folder)) for folder in runs])
+    read = [Run(_name(folder, runs), load(folder)) for folder in runs]
     target = out or runs[0] / "report.html"
     if not target.resolve().parent.is_dir():
         raise UsageError(f"--out {target}: the folder does not exist")
-    write_whole(target, content.encode("utf-8", "backslashreplace"))
+    write_page(read, target)
     if as_json:
         shown = [{"name": _name(folder, runs), "folder": str(folder)} for folder in runs]
         print_json({"report": str(target), "bytes": target.stat().st_size, "runs": shown})

@@ -1,10 +1,11 @@
 """``dmlbench table``: several runs as a table for a paper."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from dmlbench.cli.output import runs_argument, runs_named
+from dmlbench.cli.output import json_option, print_json, runs_argument, runs_named
 
 _EXAMPLE = "Example: dmlbench table runs/plain runs/hardened --format latex --out table.tex"
 
@@ -17,7 +18,10 @@ _EXAMPLE = "Example: dmlbench table runs/plain runs/hardened --format latex --ou
 )
 @click.option("--protocol", help="Which stored run, where a registered model has several.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it here instead of to stdout.")
-def table(runs: tuple[str, ...], form: str, columns: str | None, protocol: str | None, out: Path | None) -> None:
+@json_option
+def table(
+    runs: tuple[str, ...], form: str, columns: str | None, protocol: str | None, out: Path | None, as_json: bool
+) -> None:
     """Several runs of one protocol side by side: LaTeX (booktabs), Markdown or CSV.
 
     A RUN is a run folder, or the id of a registered model, whose stored run is taken. Bold are the best of a column and
@@ -28,10 +32,14 @@ def table(runs: tuple[str, ...], form: str, columns: str | None, protocol: str |
     from dmlbench.results import prepare_folder, write_whole
 
     chosen = [name.strip() for name in columns.split(",") if name.strip()] if columns else []
-    text = FORMATS[form](of_runs(runs_named(runs, protocol), chosen))
-    if out is None:
-        click.echo(text, nl=False)
-        return
-    prepare_folder(out.parent)
-    write_whole(out, text.encode())
-    click.echo(str(out))
+    made = of_runs(runs_named(runs, protocol), chosen)
+    if out is not None:
+        prepare_folder(out.parent)
+        write_whole(out, FORMATS[form](made).encode())
+    if as_json:
+        rows = [{"model": name, "cells": [asdict(cell) for cell in cells]} for name, cells in made.rows]
+        print_json({"columns": made.columns, "rows": rows, "caption": made.caption, "file": out and str(out)})
+    elif out is None:
+        click.echo(FORMATS[form](made), nl=False)
+    else:
+        click.echo(str(out))

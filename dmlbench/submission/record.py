@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dmlbench.board.row import Percent, Sha256, Text, Url, plain_text
 from dmlbench.checkpoints import ID, Checkpoint, DatasetRef
+from dmlbench.metrics import CLEAN
 from dmlbench.plain import read_yaml
 from dmlbench.registry import suggest
 from dmlbench.results import DatasetInfo, Environment, Evaluation, Measurement, ModelInfo
@@ -138,10 +139,6 @@ def _moment(text: str) -> str:
     if datetime.datetime.fromisoformat(text).tzinfo is None:
         raise ValueError("has no time zone")
     return text
-
-
-CLEAN = ("recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "map", "map_at_r", "nmi", "ami")
-"""The clean metrics that every run has."""
 
 
 def _every_clean(found: dict[str, float]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dmlbench.board.row import EXTRA_COLUMNS, PARTS
 from dmlbench.checkpoints import first_problem
 from dmlbench.errors import UsageError
+from dmlbench.metrics import CLEAN
 from dmlbench.registry import suggest
 
 if sys.version_info >= (3, 11):
@@ -40,8 +41,7 @@ DEFAULT_DROPS: Mapping[str, float] = {
 }
 """Points that a metric may lose; ``any`` is any attack part of a protocol but clustering."""
 
-BENIGN = ("recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "map", "map_at_r", "nmi", "ami")
-GATED = ("ers", "any", *BENIGN, *EXTRA_COLUMNS)
+GATED = ("ers", "any", *CLEAN, *EXTRA_COLUMNS)
 
 
 class Gate(BaseModel):

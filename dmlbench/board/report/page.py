@@ -15,21 +15,12 @@ from markupsafe import Markup
 
 from dmlbench.board.report.charts import PALETTE, Bar, Line, bars, curves, length_255, plane
 from dmlbench.board.report.pictures import data_uri, magnified
+from dmlbench.metrics import CLEAN
 from dmlbench.results import Evaluation, Measurement
 from dmlbench.run.closeup import names_of
 
 STRIPS = 4
 """Queries shown for each part."""
-BENIGN = (
-    ("recall_at_1", "R@1"),
-    ("recall_at_2", "R@2"),
-    ("recall_at_4", "R@4"),
-    ("recall_at_8", "R@8"),
-    ("map", "mAP"),
-    ("map_at_r", "MAP@R"),
-    ("nmi", "NMI"),
-    ("ami", "AMI"),
-)
 _RAW_DECIMALS = {"target_cosine": 3, "embedding_shift": 3}
 
 
@@ -91,7 +82,7 @@ def page(runs: Sequence[Run]) -> str:
         runs=runs,
         first=runs[0],
         e=first,
-        benign=[(label, [run.evaluation.benign.get(key) for run in runs]) for key, label in BENIGN],
+        benign=[(label, [run.evaluation.benign.get(key) for run in runs]) for key, label in CLEAN.items()],
         parts=[(m, _raw(m)) for m in first.measurements],
         chart=Markup(bars([_bar(m, i) for i, m in enumerate(first.measurements)])),
         comparison=_comparison(runs),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from dmlbench.checkpoints import PACKAGE, checkpoint, checkpoints, sha256_of
@@ -441,3 +442,43 @@ def test_an_output_without_arrows_changes_no_exit_code(run) -> None:
     found = run("attacks", "show", "CA+", env=env)
     assert len(found.out) > 50
     assert run("models", "show", "→", env=env, code=2).err.startswith("Error: unknown model '>'")
+
+
+@pytest.mark.parametrize("group", [(), ("leaderboard",), ("models",), ("submit",)])
+def test_a_group_without_a_command_is_help(typed, group: tuple[str, ...]) -> None:
+    done = typed(*group)
+    assert done.out == typed(*group, "--help").out and "Commands:" in done.out and done.err == ""
+
+
+def test_what_is_no_bundle_or_no_model_is_told_in_one_line(typed, tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(2)}, tmp_path / "mine.pth")
+    (tmp_path / "net.py").write_text("raise RuntimeError('run')")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/evaluation.json").write_text("{}")
+    for args, words in (
+        (("validate", "mine.pth"), "submit pack"),
+        (("validate", "run"), "submit pack"),
+        (("evaluate", "--model", "net.py"), "python:net.py:FUNCTION"),
+        (("evaluate", "--model", "gone.py"), "python:gone.py:FUNCTION"),
+    ):
+        done = typed(*args, code=2)
+        assert words in done.err and done.err.count("\n") == 1 and done.out == ""
+
+
+def test_the_packaged_board_has_a_site_anywhere_and_is_not_written(typed, tmp_path: Path) -> None:
+    from dmlbench.board.build import board_folder
+
+    before = {f: f.stat().st_mtime_ns for f in board_folder().rglob("*.csv")}
+    said = typed("leaderboard", "build", "--site", "site", "--json").json
+    assert said["board"] == str(board_folder()) and said["site"]["pages"] > 1
+    assert (tmp_path / "site/index.html").is_file() and not (tmp_path / "leaderboard").exists()
+    assert {f: f.stat().st_mtime_ns for f in board_folder().rglob("*.csv")} == before
+    typed("leaderboard", "build", code=2)  # without a site there is nothing to do here
+
+
+def test_a_person_is_told_what_to_do_next_and_a_log_is_not(typed, monkeypatch) -> None:
+    quick = ("evaluate", "--model", DEFAULT, "--limit", "8", "--attacks", "GTM")
+    assert "next:" not in typed(*quick).err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert "--out FOLDER" in typed(*quick).err
+    assert "dmlbench report 'my run'" in typed(*quick, "--out", "my run").err

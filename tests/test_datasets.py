@@ -659,6 +659,16 @@ def test_names_that_differ_in_case_or_unicode_form(tmp_path: Path, root: Path) -
     assert letters.class_names == ["A", "a", "b"] and "different classes" in letters.notes[0]
 
 
+@pytest.mark.parametrize("below", ["", "images"])
+def test_a_folder_that_has_an_id_of_its_own_says_so(tmp_path: Path, root: Path, below: str) -> None:
+    for c in ("001.Albatross", "002.Auklet"):
+        picture(tmp_path / "CUB_200_2011/images" / c / "1.png", seed=len(c))
+    assert load_dataset(f"folder:{tmp_path}/CUB_200_2011/images", preprocess=SMALL).notes == []
+    (tmp_path / "CUB_200_2011/image_class_labels.txt").write_text("1 1\n2 2\n")
+    got = load_dataset(f"folder:{tmp_path}/CUB_200_2011/{below}", preprocess=SMALL)
+    assert sum("--dataset cub" in note for note in got.notes) == 1
+
+
 def test_pictures_are_known_by_content_and_what_is_passed_over_is_counted(tmp_path: Path, root: Path) -> None:
     mine = tmp_path / "mine"
     for c in "ab":

@@ -374,7 +374,7 @@ def test_an_ensemble_averages_squared_distances(tmp_path: Path) -> None:
     square = [torch.cdist(m(images), m(images)) ** 2 for m in (one, two, both)]
     torch.testing.assert_close(square[2], (square[0] + square[1]) / 2, atol=1e-5, rtol=1e-3)
     write_weights(tmp_path / "c.safetensors", seeded(conv3()))
-    with pytest.raises(UsageError, match="fed or compared differently"):
+    with pytest.raises(UsageError, match=r"fed or compared differently: size \(8, 8\) and \(28, 28\)"):
         open_model(f"ensemble:{tmp_path}/0.safetensors,{tmp_path}/c.safetensors")
     with pytest.raises(UsageError, match="at least two"):
         open_model(f"ensemble:{tmp_path}/0.safetensors")

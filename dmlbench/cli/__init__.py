@@ -22,6 +22,8 @@ from dmlbench.errors import DataError, DmlbenchError
 from dmlbench.registry import suggest
 from dmlbench.version import __version__
 
+_BARE: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
+"""What click since 8.2 raises for a group without a command; before, it prints the help itself."""
 INTERRUPTED = 130
 INTERNAL = 70
 """A defect of dmlbench (EX_SOFTWARE of sysexits.h); 1 is the answer no of ``compare``, ``validate`` and others."""
@@ -142,6 +144,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.stdout.flush()
     except click.exceptions.Exit as stop:
         raise SystemExit(stop.exit_code) from None
+    except _BARE as error:  # a group without a command is asked what it has
+        click.echo(error.ctx.get_help())
+        raise SystemExit(0) from None
     except click.ClickException as error:
         if debug:
             raise

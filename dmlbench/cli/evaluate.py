@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dmlbench.cli.kinds import print_clustering, print_findings, print_strict
 from dmlbench.cli.model_options import MODEL_HELP, load_subject, model_options
-from dmlbench.cli.output import console, json_option, print_json, progress
+from dmlbench.cli.output import console, hint, json_option, print_json, progress
 from dmlbench.errors import DmlbenchError, Interrupted, ShardDone, UsageError
 from dmlbench.results import Evaluation, held, load, prepare_folder, refuse_partial, save
 
@@ -309,6 +309,11 @@ def present(evaluation: Evaluation, out: Path | None, csv: Path | None, as_json:
             print_evaluation(evaluation)
             if out:
                 click.echo(f"run folder: {out}", err=True)
+                hint(
+                    f"dmlbench report {shlex.quote(str(out))}  (a page of it; docs/submitting.md puts it on the board)"
+                )
+            else:
+                hint("the same with --out FOLDER keeps every query's outcome, for report, table, plot and compare")
     finally:
         if csv:
             from dmlbench.board import add_row

@@ -60,13 +60,19 @@ def show(
 @_BOARD
 @json_option
 def build(check: bool, site: Path | None, board: Path | None, as_json: bool) -> int:
-    """Make the board's CSV files from its submissions."""
+    """Make the board's CSV files from its submissions.
+
+    Where the current folder has no leaderboard, --site shows the packaged one as it is.
+    """
+    from dmlbench.board.build import board_folder, differences, load_boards
     from dmlbench.board.build import build as make
-    from dmlbench.board.build import differences, load_boards
     from dmlbench.errors import UsageError
 
     folder = board or Path("leaderboard")
-    if not (folder / "submissions").is_dir():
+    packaged = board is None and not check and site is not None and not folder.exists()
+    if packaged:
+        folder = board_folder()
+    elif not (folder / "submissions").is_dir():
         raise UsageError(f"{folder} has no folder submissions: run this at the repository's root, or name --board")
     facts: dict[str, object] = {"board": str(folder)}
 
@@ -81,7 +87,7 @@ def build(check: bool, site: Path | None, board: Path | None, as_json: bool) -> 
         for line in found:
             say(f"differs: {line}")
         say(f"{folder}: {'run `dmlbench leaderboard build`' if found else 'up to date'}")
-    else:
+    elif not packaged:
         changed = make(folder)
         rows = sum(map(len, load_boards(folder).values()))
         facts |= {"changed": [str(folder / name) for name in changed], "rows": rows}

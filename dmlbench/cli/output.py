@@ -35,6 +35,12 @@ def console() -> Console:
     return Console(file=sys.stdout, highlight=False)
 
 
+def hint(line: str) -> None:
+    """What a person may do next, on stderr, where one is looking: logs and pipes get none."""
+    if sys.stderr.isatty():
+        click.echo(f"next: {line}", err=True)
+
+
 def print_json(value: Any) -> None:
     """JSON on stdout, UTF-8, NaN refused."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dmlbench.cli.output import json_option, print_json, print_list
+from dmlbench.cli.output import hint, json_option, print_json, print_list
 from dmlbench.errors import UsageError
 from dmlbench.run.parallel import World
 from dmlbench.run.subject import resolve_device
@@ -165,3 +166,4 @@ def train(
         f"{chosen.id}: {last.iteration} steps, loss {last.loss:.4f}, training R@1 {last.recall_at_1:.1f} "
         f"(quick attack {last.attacked_recall_at_1:.1f}); {out / 'last.safetensors'}"
     )
+    hint(f"dmlbench evaluate --model {shlex.quote(str(out))} --out {shlex.quote(str(out))}-scored")

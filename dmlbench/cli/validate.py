@@ -8,7 +8,7 @@ from dmlbench.cli.output import json_option, print_json, progress
 
 EPILOG = """Example: dmlbench validate mine.zip --level 3
 
-Exit codes: 0 accepted; 1 refused, with the level, the field and the reason; 4 the bundle or the data set is not at hand."""
+Exit codes: 0 accepted; 1 refused, with the level, the field and the reason; 2 a weights file or a run folder; 4 the bundle or the data set is not at hand."""
 
 
 @click.command(epilog=EPILOG)
@@ -53,12 +53,17 @@ def validate(
     as_json: bool,
 ) -> int:
     """Check BUNDLE, a zip file or a folder. Nothing in it is unpacked, unpickled or executed."""
-    from dmlbench.errors import DataError
+    from dmlbench.errors import DataError, UsageError
+    from dmlbench.models.files import SUFFIXES
     from dmlbench.submission.validate import LEVELS
     from dmlbench.submission.validate import validate as run
 
     if not bundle.exists():
         raise DataError(f"{bundle} does not exist")
+    if bundle.suffix in SUFFIXES or (bundle / "evaluation.json").is_file():
+        raise UsageError(
+            f"{bundle} is not a bundle: `dmlbench submit init` and `submit pack` make one of a run folder and its weights"
+        )
     if board is not None and not (board / "submissions").is_dir():
         raise DataError(f"--board {board} has no folder submissions: it is not a board")
 

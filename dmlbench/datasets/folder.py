@@ -31,6 +31,13 @@ PARTS = {
     "query": "query", "queries": "query", "gallery": "gallery",
 }  # fmt: skip
 """Folders that are a part of a data set, not a class, in any case, and which; of several test parts the first here is read."""
+OTHERS = {
+    "image_class_labels.txt": "cub",
+    "Ebay_train.txt": "sop",
+    "cars_annos.mat": "cars",
+    "list_eval_partition.txt": "inshop",
+}
+"""Files by which a data set that has an id of its own is known, and the id."""
 _MADE_BY_SYSTEMS = ("__MACOSX", "@eaDir", "lost+found")
 
 
@@ -61,6 +68,12 @@ def class_folder(path: str, split: str, preprocess: Preprocess) -> RetrievalData
         raise UsageError(f"folder:{path} is not a folder")
     found = Found()
     root = _within(named, found)
+    for file, known in OTHERS.items():
+        if any((folder / file).is_file() for folder in (named, root, root.parent)):
+            found.notes.append(
+                f"this looks like the data set {known}, as it has {file}: --dataset {known} reads its classes and the "
+                "field's test split; here each class is a folder and, without a folder 'test', all are tested on"
+            )
     parts = _parts(root)
     here = {part for part, _ in parts}
     apart: list[str] = [part for part in ("query", "gallery") if part in here]

@@ -285,11 +285,9 @@ def _ensemble(rest: str, options: ModelOptions) -> Embedder:
     if not members[0].distance.normalized:
         raise UsageError("members of an ensemble are compared by direction, so --no-normalize does not go with it")
     for member in members[1:]:
-        if member.preprocess != members[0].preprocess or member.distance != members[0].distance:
+        if differing := _differing(members[0], member):
             raise UsageError(
-                f"ensemble members {members[0].name!r} and {member.name!r} are fed or compared differently: "
-                f"{members[0].input_shape} in space {members[0].distance.space} and "
-                f"{member.input_shape} in space {member.distance.space}"
+                f"ensemble members {members[0].name!r} and {member.name!r} are fed or compared differently: {differing}"
             )
     whole = Embedder(
         Ensemble(members),
@@ -305,6 +303,12 @@ def _ensemble(rest: str, options: ModelOptions) -> Embedder:
     return whole
 
 
+def _differing(a: Embedder, b: Embedder) -> str:
+    """What two models are fed or compared by and do not share, both values of each."""
+    facts = [{**vars(m.preprocess), "space": m.distance.space} for m in (a, b)]
+    return ", ".join(f"{key} {facts[0][key]} and {facts[1][key]}" for key in facts[0] if facts[0][key] != facts[1][key])
+
+
 def open_model(name: str, options: ModelOptions | None = None) -> Embedder:
     """A ready :class:`Embedder` from what ``--model`` says; ``notes`` and ``doubts`` tell what was found.
 
@@ -318,6 +322,8 @@ def open_model(name: str, options: ModelOptions | None = None) -> Embedder:
     kind, colon, rest = name.partition(":")
     if colon and kind in FORMS:
         embedder = FORMS[kind](rest, options)
+    elif name.endswith(".py"):
+        raise UsageError(f"{name} is code: --model python:{name}:FUNCTION calls its function that makes the model")
     elif name in checkpoints():
         embedder = registered(name, options)
     elif is_weights(path):

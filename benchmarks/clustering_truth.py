@@ -24,7 +24,8 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from dmlbench import evaluate, load_dataset, load_model, load_protocol
-from dmlbench.kinds.clustering import numbers, readings
+from dmlbench.kinds.clustering.search import readings
+from dmlbench.kinds.clustering.summary import numbers
 from dmlbench.run.subject import Subject, prepare
 from dmlbench.threat import length
 

@@ -4,6 +4,8 @@ The command line prints the message of a :class:`DmlbenchError` as one line and 
 ``exit_code``. Anything else that escapes is a defect of dmlbench, exit code 70.
 """
 
+from typing import NamedTuple
+
 
 class DmlbenchError(Exception):
     """Base of every error that a user can mend. ``exit_code`` is what the command exits with."""
@@ -37,3 +39,14 @@ class Interrupted(DmlbenchError):
     """The user stopped a run that can be gone on with. Exit code 130."""
 
     exit_code = 130
+
+
+class Problem(NamedTuple):
+    """One reason to refuse a submission: at which level, which field of which file, why."""
+
+    level: int
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"level {self.level}: {self.field}: {self.reason}"

@@ -23,7 +23,7 @@ from dmlbench.fast.compiled import Steps
 from dmlbench.fast.exact import true_float32
 from dmlbench.fast.rounded import settled
 from dmlbench.intervals import VERSION, Intervals
-from dmlbench.kinds import clustering, strict
+from dmlbench.kinds.table import KINDS
 from dmlbench.metrics import CLEAN, RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.models import load_model
 from dmlbench.protocol import Chosen, Component, Protocol, ers_of, load_protocol, score_intervals
@@ -132,6 +132,7 @@ def evaluate(
         else dataset
     )
     rules = protocol if isinstance(protocol, Protocol) else load_protocol(protocol or default_protocol(dataset))
+    kind = KINDS[rules.kind]
     chosen = rules.chosen(attacks, dataset.images.shape)
     official = rules
     eot = None if eot == rules.threat.get("eot", 1) else eot  # what it would be anyway
@@ -143,12 +144,12 @@ def evaluate(
 
     other: Embedder | None = None  # whose gradients are made as is said of the model
     if surrogate is not None:
-        if rules.kind in RUNNERS and chosen.runner:
+        if kind.run and chosen.runner:
             raise UsageError(f"protocol {rules.name!r} has no transfer: name attacks, such as WM@apgd, with --attacks")
         other = load_model(surrogate) if not isinstance(surrogate, torch.nn.Module) else as_embedder(surrogate)
     if until is not None:
         others = {"--limit": limit, "--attacks": attacks, "--shard": work.shard}
-        require_stoppable(rules, dataset.labels[dataset.query], until, others)
+        require_stoppable(rules, kind.mean, dataset.labels[dataset.query], until, others)
     stored = work.units.configuration() if work.units else None
     size = (
         batch_size
@@ -212,8 +213,8 @@ def evaluate(
     seconds, nonfinite = found.seconds, found.nonfinite
     arrays, sample = {**arrays, **found.arrays}, {**sample, **found.sample}
     parts, outcome = list(chosen.own), None
-    if rules.kind in RUNNERS and chosen.runner:
-        outcome = RUNNERS[rules.kind](subject, rules, base, size, progress, sample_positions(subject), work)
+    if kind.run and chosen.runner:
+        outcome = kind.run(subject, rules, base, size, progress, sample_positions(subject), work)
     if work.shard:
         raise ShardDone("; ".join([*notes_of(subject), f"shard {work.shard.index}/{work.shard.count} is finished"]))
     if outcome:
@@ -226,19 +227,19 @@ def evaluate(
         if outcome and rules.audit and work.world.leads
         else []
     )
-    used = {search.optimizer for search in planned} | (own_optimizers(rules) if outcome else set())
+    used = {search.optimizer for search in planned} | (kind.optimizers(rules) if outcome else set())
     doubts = [f.flag() for f in findings if f.verdict in ("warn", "fail")]
     if used and work.world.leads and not (outcome and rules.audit):
         doubts += glance(subject, arrays["benign/recall_at_1"], used, size)
     why = reasons(official, chosen, dataset, attacks, limit, seed, eot, other.name if other else None, until)
     whole = complete(rules, chosen)
     sure = sure_intervals(parts, arrays, looked["looks"][-1]["level"]) if looked else None
-    measurements, ers, ers_interval = scores(parts, arrays, seconds, complete=rules.kind == "ers" and whole, sure=sure)
+    measurements, ers, ers_interval = scores(parts, arrays, seconds, complete=kind.mean and whole, sure=sure)
     measurements += scores(chosen.extra, arrays, seconds, complete=False)[0]
-    extras: dict[str, Any] = dict(outcome.extras) if outcome else {}
+    extras: dict[str, Any] = {kind.name: outcome.summary} if outcome else {}
     if looked:
         extras["until"] = looked
-    if rules.kind != "clustering":  # whose recall is within the attacked set
+    if not kind.within:
         extras["retention"] = retention(measurements, benign)
     if findings:
         extras["audit"] = [asdict(f) for f in findings]
@@ -299,19 +300,9 @@ def notes_of(subject: Subject) -> tuple[str, ...]:
     )
 
 
-RUNNERS = {"strict": strict.run, "clustering": clustering.run}
-"""What runs the protocols of other kinds than components."""
-
-
-def own_optimizers(rules: Protocol) -> set[str]:
-    """What the protocol's own run searches with, where its kind has one."""
-    threshold = {rules.threshold.optimizer} if rules.threshold else set()
-    return {step.optimizer for step in rules.steps} | threshold if rules.kind == "strict" else {"pgd"}
-
-
 def complete(rules: Protocol, chosen: Chosen) -> bool:
     """Is everything chosen that the protocol itself measures?"""
-    return chosen.runner if rules.kind in RUNNERS else len(chosen.own) == len(rules.components)
+    return chosen.runner if KINDS[rules.kind].run else len(chosen.own) == len(rules.components)
 
 
 def reasons(

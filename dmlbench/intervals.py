@@ -242,3 +242,64 @@ def cluster_median(
         return None, None
     found = cluster_medians(values[known][:, None], clusters[known])[:, 0]
     return float(found[0]), stretched(found[1:], float(found[0]), len(np.unique(clusters[known])), level)
+
+
+def nmi_interval(
+    label: Integer[np.ndarray, " q"],
+    first: Integer[np.ndarray, "q s"],
+    second: Integer[np.ndarray, "q t"],
+    seed: int = 0,
+    draws: int = DRAWS,
+    shown: float | None = None,
+) -> Ends:
+    """Interval of the difference in NMI of two clusterings of the same queries (second - first), classes resampled, means over
+    clustering seeds; None where there are fewer than two classes.
+
+    ``shown`` is the difference itself, where that is of more images than the queries: NMI of the clean gallery in a
+    run with ``--limit``. The queries then say how far it spreads, and not where it lies; fewer images spread more.
+    """
+    _, label = np.unique(label, return_inverse=True)
+    groups = int(label.max()) + 1
+    if groups < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(groups, np.full(groups, 1 / groups), size=draws).astype(np.float64)
+    weights = np.concatenate([np.ones((1, groups)), weights])  # the first is the estimate itself
+
+    def mean_nmi(clusters: np.ndarray) -> np.ndarray:
+        return np.mean([nmi_by_weight(label, c, weights) for c in clusters.T], axis=0)
+
+    difference = mean_nmi(second) - mean_nmi(first)
+    middle = float(difference[0]) if shown is None else shown
+    return stretched(difference[1:] + (middle - difference[0]), middle, groups)
+
+
+def nmi_by_weight(
+    label: Integer[np.ndarray, " q"], cluster: Integer[np.ndarray, " q"], weights: Float[np.ndarray, "d g"]
+) -> Float[np.ndarray, " d"]:
+    """NMI (arithmetic mean, percent) of a clustering where each query counts as often as its class's weight.
+
+    Args:
+        label: classes 0 to g-1.
+        weights: by draw and class.
+    """
+    from scipy import sparse
+
+    _, cluster = np.unique(cluster, return_inverse=True)
+    table = sparse.csr_matrix((np.ones(len(label)), (label, cluster)), shape=(weights.shape[1], cluster.max() + 1))
+    size = np.asarray(table.sum(1))[:, 0]  # (g,)
+    total = weights @ size  # (d,)
+    by_class = weights * size / total[:, None]  # (d, g)
+    by_cluster = (table.T @ weights.T).T / total[:, None]  # (d, k)
+    # the joint entropy is a sum over classes: each cell is weight * n / total
+    cells = table.tocoo()
+    inner = np.bincount(cells.row, cells.data * np.log(cells.data), minlength=weights.shape[1])  # (g,) sum n log n
+    joint = -(weights @ inner + _xlogx(weights) @ size) / total + np.log(total)
+    of_class, of_cluster = -_xlogx(by_class).sum(1), -_xlogx(by_cluster).sum(1)
+    mutual = of_class + of_cluster - joint
+    mean = (of_class + of_cluster) / 2
+    return np.where(mean > 1e-12, 100.0 * np.maximum(mutual, 0.0) / np.maximum(mean, 1e-12), 100.0)
+
+
+def _xlogx(x: np.ndarray) -> np.ndarray:
+    return x * np.log(np.where(x > 0, x, 1.0))

@@ -18,15 +18,12 @@ import numpy as np
 import torch
 
 from dmlbench.attacks import ATTACKS, Attack, aim, craft, measure
-from dmlbench.cluster_attacks import CLUSTER_ATTACKS
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
 from dmlbench.errors import UsageError
-from dmlbench.evaluate import RUNNERS
 from dmlbench.fast.compiled import ready as ready_to_attack
-from dmlbench.kinds.clustering import components as cluster_components
-from dmlbench.kinds.clustering import restarts
-from dmlbench.kinds.threshold import halvings
+from dmlbench.kinds.base import Job
+from dmlbench.kinds.table import KINDS
 from dmlbench.metrics import retrieval
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Protocol
@@ -151,17 +148,6 @@ def stage(embedder: Embedder, dataset: RetrievalDataset, device: torch.device, b
     return Stage(ready, images, scene, Rng(0, torch.from_numpy(rows).to(device)))
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A search to be planned: its row without cost, and what is timed for it, ``weight`` times."""
-
-    row: dict[str, object]
-    attack: Attack
-    optimizer: str
-    threat: Threat
-    weight: float = 1.0
-
-
 def plan_of(
     embedder: Embedder,
     dataset: RetrievalDataset,
@@ -186,7 +172,7 @@ def plan_of(
     where = resolve_device(device)
     if eot is not None:
         protocol = protocol.model_copy(update={"threat": {**protocol.threat, "eot": eot}})
-    if surrogate is not None and protocol.kind in RUNNERS and protocol.chosen(attacks, dataset.images.shape).runner:
+    if surrogate is not None and KINDS[protocol.kind].run and protocol.chosen(attacks, dataset.images.shape).runner:
         raise UsageError(f"protocol {protocol.name!r} has no transfer: name attacks, such as WM@apgd, with --attacks")
     size = batch_size or auto_batch(dataset, where, embedder)
     queries = protocol.measured(len(dataset.query), limit)
@@ -201,7 +187,8 @@ def plan_of(
     for job in _jobs(protocol, dataset, queries, attacks):
         seconds, peak = on.cost(job.attack, job.optimizer, job.threat)
         peak = before + (peak - before) * min(size, queries) / probe if where.type == "cpu" else peak
-        rows.append({**job.row, **_cost(job.weight * seconds * queries / probe, peak)})
+        row = _row(job.name, job.called, job.optimizer, job.eps, queries, dataset, job.steps, job.passes)
+        rows.append({**row, **_cost(job.weight * seconds * queries / probe, peak)})
     total = {"id": "total", **dict.fromkeys(("attack", "optimizer", "eps"), ""), "queries": queries}
     total |= {"gallery": len(dataset.gallery), "steps": 0}
     total |= {key: sum(int(str(row[key])) for row in rows) for key in ("gradients", "values")}
@@ -264,46 +251,13 @@ def _row(
     }
 
 
-def _jobs(protocol: Protocol, dataset: RetrievalDataset, queries: int, attacks: Sequence[str] | None) -> Iterator[_Job]:
+def _jobs(protocol: Protocol, dataset: RetrievalDataset, queries: int, attacks: Sequence[str] | None) -> Iterator[Job]:
     """Every search of the protocol."""
-    chosen = protocol.chosen(attacks, dataset.images.shape)
-    for search in searches(protocol, [*chosen.own, *chosen.extra]):
-        threat = search.threat
-        passes = OPTIMIZERS[search.optimizer].passes(threat)
-        row = _row(
-            search.name, search.attack, search.optimizer, str(threat.eps), queries, dataset, threat.steps, passes
-        )
-        yield _Job(row, ATTACKS[search.attack], search.optimizer, threat)
-    if chosen.runner and protocol.kind in RUNNERS:
-        yield from _runner_jobs(protocol, dataset, queries)
-
-
-def _runner_jobs(protocol: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[_Job]:
-    """Those of a protocol with a runner of its own; gradients are the most that can be needed."""
-    others = len(np.unique(dataset.labels[dataset.gallery])) - 1
-    grid = protocol.eps_for(dataset.images.shape)
-    for eps in grid:
-        for step in protocol.steps:
-            threat = protocol.threat_at(eps, step.threat)
-            times = step.rounds if step.rounds > 1 else max(1, min(step.aims, others))
-            passes = tuple(times * n for n in OPTIMIZERS[step.optimizer].passes(threat))
-            row = _row(
-                f"{step.name}@{eps}", step.attack, step.optimizer, eps, queries, dataset,
-                threat.queries if OPTIMIZERS[step.optimizer].by_queries else threat.steps, (passes[0], passes[1]),
-            )  # fmt: skip
-            one = replace(ATTACKS[step.attack], k=1) if ATTACKS[step.attack].targets else ATTACKS[step.attack]
-            yield _Job(row, one, step.optimizer, threat, float(times))
-    if (rule := protocol.threshold) is not None:
-        threat, most = protocol.threat_at(grid[-1], rule.threat), halvings(rule)
-        gradients, values = (most * n for n in OPTIMIZERS[rule.optimizer].passes(threat))
-        row = _row("smallest eps", rule.attack, rule.optimizer, "", queries, dataset, threat.steps, (gradients, values))
-        yield _Job(row, ATTACKS[rule.attack], rule.optimizer, threat, float(most))
-    for part in cluster_components(protocol, dataset.images.shape) if protocol.kind == "clustering" else ():
-        threat, way = protocol.threat_of(part), CLUSTER_ATTACKS[part.attack]
-        if way.way == "union":  # k-means alone
-            continue
-        often = restarts(protocol, part)
-        gradients = often * threat.steps * threat.eot
-        passes = (gradients, gradients if way.moving else 0)
-        row = _row(part.name, part.attack, "pgd", str(threat.eps), queries, dataset, often * threat.steps, passes)
-        yield _Job(row, ATTACKS["ES"], "pgd", threat, often * (1.5 if way.moving else 1.0))
+    chosen, kind = protocol.chosen(attacks, dataset.images.shape), KINDS[protocol.kind]
+    for s in searches(protocol, [*chosen.own, *chosen.extra]):
+        yield Job(
+            name=s.name, called=s.attack, attack=ATTACKS[s.attack], optimizer=s.optimizer, threat=s.threat,
+            passes=OPTIMIZERS[s.optimizer].passes(s.threat), steps=s.threat.steps, eps=str(s.threat.eps),
+        )  # fmt: skip
+    if chosen.runner and kind.run:
+        yield from kind.jobs(protocol, dataset, queries)

@@ -22,7 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from dmlbench.attacks import ATTACKS, parse
 from dmlbench.checkpoints import PACKAGE, first_problem
-from dmlbench.cluster_attacks import CLUSTER_ATTACKS
 from dmlbench.errors import DataError, UsageError
 from dmlbench.intervals import ANY, LEVEL, PERCENT, Intervals, Range, class_intervals
 from dmlbench.metrics import READOUTS
@@ -188,14 +187,12 @@ class Joint(_Record):
 class Protocol(_Record):
     """A named, versioned set of attacks and the threat they share.
 
-    Kinds: "ers", components whose mean score is ERS; "parts", components without a common score;
-    "strict", ``steps`` run one after another on the survivors at every eps of the ``grid``;
-    "clustering", all images moved before k-means by each of ``attacks``, at every eps of the ``grid``.
+    ``kind`` names a record of :data:`dmlbench.kinds.table.KINDS`, which says which of the fields it is run by.
     """
 
     name: str
     version: str
-    kind: Literal["ers", "parts", "strict", "clustering"] = "ers"
+    kind: str = "ers"
     title: str
     seed: int = 0
     threat: dict[str, Any]
@@ -213,9 +210,11 @@ class Protocol(_Record):
     """queries on which the audit looks at the model as well; 0: no audit"""
     clustering_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     attacks: tuple[str, ...] = FIRST_ATTACKS
-    """of kind clustering: names of CLUSTER_ATTACKS, in the order in which they are run"""
+    """names of CLUSTER_ATTACKS, in the order in which they are run"""
     joint: Joint | None = None
-    """of kind clustering: how those of its attacks search that need all images at once"""
+    """how those of the attacks search that need all images at once"""
+    settings: dict[str, Any] = {}
+    """what a kind of another package is run by"""
     superseded_by: str | None = None
 
     def __repr__(self) -> str:
@@ -275,7 +274,7 @@ class Protocol(_Record):
         Raises:
             UsageError: a name that is neither, or two components of one name.
         """
-        if twice := _repeated(c.name for c in self.components):
+        if twice := repeated(c.name for c in self.components):
             raise UsageError(f"protocol {self.name!r} has two components {twice!r}: one would overwrite the other")
         if names is None:
             return Chosen(self.components, (), True)
@@ -326,7 +325,7 @@ def _once(components: Sequence[Component]) -> tuple[Component, ...]:
     return tuple({c.name: c for c in components}.values())
 
 
-def _repeated(names: Iterable[str]) -> str | None:
+def repeated(names: Iterable[str]) -> str | None:
     """The first name that is there more than once."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
@@ -345,12 +344,11 @@ class Chosen(NamedTuple):
     runner: bool
 
 
-GRID_KINDS = ("strict", "clustering")
-"""Kinds of protocol that run at every eps of a grid."""
-
-UNREAD = {"strict": ("eps",), "clustering": ("eps", "step", "start", "restarts", "queries")}
-"""By kind, keys of [threat] that nothing reads: eps comes from the grid; clustering starts from the clean images, once,
-with steps of 2.5 eps / steps."""
+OF_A_KIND = {
+    "components": "[[components]]", "steps": "[[steps]]", "grid": "[grid]", "together": "together",
+    "threshold": "[threshold]", "audit": "audit", "attacks": "attacks", "joint": "[joint]", "settings": "[settings]",
+}  # fmt: skip
+"""The fields that only some kinds are run by, and how a file writes them."""
 
 
 def read_protocol(path: Path) -> Protocol:
@@ -366,9 +364,9 @@ def read_protocol(path: Path) -> Protocol:
             _check_component(c, protocol)
         for step in protocol.steps:
             _check_step(step, protocol)
-        if twice := _repeated(c.name for c in protocol.components):
+        if twice := repeated(c.name for c in protocol.components):
             raise UsageError(f"two components have the name {twice!r}: one would overwrite the other")
-        if twice := _repeated(step.name for step in protocol.steps):
+        if twice := repeated(step.name for step in protocol.steps):
             raise UsageError(f"two steps have the name {twice!r}: one would overwrite the other")
         for side, grid in protocol.grid.items():
             radii = [protocol.threat_at(eps).radius for eps in grid]
@@ -386,48 +384,24 @@ def read_protocol(path: Path) -> Protocol:
 
 def _check_kind(protocol: Protocol) -> None:
     """That the file has what its kind is run by, and nothing that its kind does not look at."""
-    kind = protocol.kind
-    if kind in GRID_KINDS:
-        if not protocol.grid:
-            raise UsageError(f"kind {kind!r} needs a [grid]")
-        if protocol.components:
-            raise UsageError(f"[[components]] do nothing in kind {kind!r}")
-    elif not protocol.components:
-        raise UsageError(f"kind {kind!r} needs [[components]]")
-    if kind == "strict" and not protocol.steps:
-        raise UsageError("kind 'strict' needs [[steps]]")
-    if kind != "strict":
-        for name in ("steps", "threshold"):
-            if getattr(protocol, name):
-                raise UsageError(f"[{name}] do nothing in kind {kind!r}".replace("[steps]", "[[steps]]"))
+    from dmlbench.kinds.table import KINDS  # which stands on this module
+
+    kind = KINDS[protocol.kind]
+    plain = type(protocol).model_fields
+    for name, shown in OF_A_KIND.items():
+        there = getattr(protocol, name) != plain[name].default
+        if there and name not in (*kind.needs, *kind.reads):
+            raise UsageError(f"{shown} {'do' if shown.startswith('[[') else 'does'} nothing in kind {kind.name!r}")
+        if not there and name in kind.needs:
+            raise UsageError(f"kind {kind.name!r} needs {shown}")
     for name in ("queries", "together"):
         if (value := getattr(protocol, name)) is not None and value < 1:
             raise UsageError(f"{name} {value} must be 1 or more")
-    repeated = any(step.rounds > 1 for step in protocol.steps)
-    if repeated != (protocol.together > 1):
-        raise UsageError("together, and a step with rounds above 1, do nothing without each other")
     if protocol.threshold is not None:
         _check_threshold(protocol.threshold, protocol)
-    if kind != "clustering" and (protocol.attacks != FIRST_ATTACKS or protocol.joint):
-        raise UsageError(f"attacks and [joint] do nothing in kind {kind!r}")
-    if kind == "clustering":
-        _check_clustering(protocol)
-    unread = [key for key in UNREAD.get(kind, ()) if key in protocol.threat]
-    if unread:
-        raise UsageError(f"[threat] {unread[0]} does nothing in kind {kind!r}")
-
-
-def _check_clustering(protocol: Protocol) -> None:
-    """That its attacks are known, each once, what chooses of others' images after some, and the search of all at once said."""
-    ways = [CLUSTER_ATTACKS[name].way for name in protocol.attacks]
-    if not any(CLUSTER_ATTACKS[name].labelled for name in protocol.attacks) or ways[0] == "union":
-        raise UsageError("attacks must hold one that knows the labels, and begin with one that makes images")
-    if twice := _repeated(protocol.attacks):
-        raise UsageError(f"attacks hold {twice!r} twice: one would overwrite the other")
-    if ways.count("union") > 1:
-        raise UsageError("attacks hold two that choose of the others' images, which stand before a single one")
-    if (protocol.joint is not None) != any(way != "alone" for way in ways):
-        raise UsageError("[joint], and attacks that need all images at once, do nothing without each other")
+    kind.check(protocol)
+    if unread := [key for key in kind.unread if key in protocol.threat]:
+        raise UsageError(f"[threat] {unread[0]} does nothing in kind {kind.name!r}")
 
 
 def _check_component(c: Component, protocol: Protocol) -> None:

@@ -34,14 +34,17 @@ class Plugins:
         """Look for plugins again at the next look-up."""
         self.begun, self.problem = False, ""
 
-    def load(self) -> None:
+    def load(self, now: bool = False) -> None:
         """Import them, once; not while a file of dmlbench is itself being imported, which a plugin would find half made.
+
+        Args:
+            now: even then, for a file that no plugin imports.
 
         Raises:
             DataError: one of them cannot be imported.
         """
         with self.lock:
-            if not self.begun and not _importing():
+            if not self.begun and (now or not _importing()):
                 self.begun = True  # a plugin may itself look something up
                 for point in entry_points(group=self.group):
                     try:

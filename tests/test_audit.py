@@ -20,7 +20,7 @@ from dmlbench.checkpoints import PACKAGE, checkpoint, packaged
 from dmlbench.doubts.audit import CHECKS, Evidence, _broken_beyond, black_beats_white, examine
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.evaluate import evaluate
-from dmlbench.kinds.strict import run
+from dmlbench.kinds.strict.search import run
 from dmlbench.optimizers import OPTIMIZERS, Optimizer, apgd
 from dmlbench.run.subject import prepare
 

@@ -15,8 +15,8 @@ from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.embedding import DISTANCES
 from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate
-from dmlbench.kinds import clustering
-from dmlbench.kinds.clustering import attacked, centroids, pairwise_f1, worst
+from dmlbench.kinds.clustering import search as clustering
+from dmlbench.kinds.clustering.search import attacked, centroids, pairwise_f1, worst
 from dmlbench.metrics import agreement, assignments
 from dmlbench.protocol import FOLDER, Joint, load_protocol
 from dmlbench.rng import Rng

@@ -7,7 +7,8 @@ import torch
 from sklearn.metrics import normalized_mutual_info_score
 
 import dmlbench
-from dmlbench.kinds import clustering
+from dmlbench.kinds.clustering import search as clustering
+from dmlbench.kinds.clustering import summary
 from dmlbench.run.subject import prepare
 
 
@@ -40,4 +41,4 @@ def test_a_short_hunt_lowers_nmi() -> None:
     clean = clustering.readings(subject, subject.scene.clean, subject.scene.labels.numpy(), (0, 1))
     labels = subject.scene.labels.numpy()
     assert low == min(lows) and len(lows) == 2
-    assert low < clustering.numbers(labels, clean["clusters"], np.zeros(80))["nmi"] - 5
+    assert low < summary.numbers(labels, clean["clusters"], np.zeros(80))["nmi"] - 5

@@ -16,11 +16,12 @@ from synthetic import ENDS, evaluation, outcomes, rescale
 from dmlbench.board import add_row, from_evaluation
 from dmlbench.board.compare import Gate, as_junit, as_markdown, as_text, compare, compare_rows, sources
 from dmlbench.board.compare.gate import metric_name, named_gate, parse_drop, project_gate
-from dmlbench.board.compare.paired import nmi_by_weight, nmi_interval, pair, worst_clusters
+from dmlbench.board.compare.paired import pair
 from dmlbench.board.compare.sources import find
-from dmlbench.board.row import extra_numbers
 from dmlbench.errors import DataError, NotComparable, UsageError
-from dmlbench.intervals import PERCENT, paired_intervals
+from dmlbench.intervals import PERCENT, nmi_by_weight, nmi_interval, paired_intervals
+from dmlbench.kinds.clustering.record import worst_clusters
+from dmlbench.kinds.table import numbers_of
 from dmlbench.protocol import load_protocol
 from dmlbench.results import Flag, Measurement, load, save
 
@@ -632,7 +633,7 @@ def test_the_nmi_of_attacked_clusters_is_paired_and_parts_within_the_set_are_not
     rows = [r for r in base.extras["clustering"]["attacks"] if r["eps"] == eps and r["labelled"]]
     assert attack == min(rows, key=lambda r: r["nmi"])["attack"]
     true = [normalized_mutual_info_score(base.arrays["label"], c) for c in base.arrays[low].T]
-    assert 100 * np.mean(true) == pytest.approx(dict(extra_numbers(base))["clustering_nmi_attacked"], abs=1e-3)
+    assert 100 * np.mean(true) == pytest.approx(dict(numbers_of(base))["clustering_nmi_attacked"], abs=1e-3)
     better = undefended_under("clustering").with_arrays(
         {**base.arrays, low: np.repeat(base.arrays["label"][:, None], base.arrays[low].shape[1], 1)}
     )
@@ -695,7 +696,7 @@ def test_an_extra_part_is_none_of_the_worst_case_curve():
 
 def test_numbers_of_a_set_of_queries_are_left_out_where_the_sets_differ():
     base = undefended_under("clustering")
-    names = [n for n in extra_numbers(base) if n.startswith("clustering_")]
+    names = [n for n in numbers_of(base) if n.startswith("clustering_")]
     assert len(names) == 4
     c = compare(limited(base, 300), base, Gate(fail_on_inconclusive=True))
     for name in (*names, *(m.component for m in base.measurements)):
@@ -737,7 +738,7 @@ def test_nmi_of_the_gallery_lies_inside_its_interval_whichever_queries_were_meas
     assert found.difference == pytest.approx(second.benign["nmi"] - first.benign["nmi"])
     moved = found.difference - (of_queries[1] - of_queries[0])
     i = np.arange(48)
-    around = nmi_interval(first, second, ("benign/clusters", "benign/clusters"), i, i, 0, 2000)
+    around = nmi_interval(first.arrays["label"][i], *(e.arrays["benign/clusters"][i] for e in (first, second)), 0, 2000)
     assert found.interval == pytest.approx((around[0] + moved, around[1] + moved), abs=1e-3)
     assert found.interval[0] < found.difference < found.interval[1]
     whole = metric(compare(stored("none"), stored("hm-lga-ics")), "nmi")

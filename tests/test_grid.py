@@ -15,7 +15,7 @@ import dmlbench
 from dmlbench import results
 from dmlbench.errors import DataError, ShardDone
 from dmlbench.evaluate import asked, evaluate
-from dmlbench.kinds.strict import BATCHES, Field, begin, run, settle
+from dmlbench.kinds.strict.search import BATCHES, Field, begin, run, settle
 from dmlbench.protocol import load_protocol
 from dmlbench.run.parallel import World
 from dmlbench.run.record import told

@@ -13,9 +13,9 @@ from synthetic import evaluation
 
 import dmlbench
 from dmlbench.board import add_row, from_csv
-from dmlbench.board.row import extra_numbers
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError
+from dmlbench.kinds.table import numbers_of
 from dmlbench.results import load, save
 
 MODEL = "digits-smallcnn-triplet-none"
@@ -165,7 +165,7 @@ def test_numbers_of_no_query_are_empty_wherever_they_are_read(typed, own, tmp_pa
     typed("compare", "run", "run")
     typed("report", "run", "--out", "run.html")
     unread = evaluation(extras={"strict": {"curve": [{"recall_at_1": None}], "area": float("nan")}})
-    assert extra_numbers(unread) == {}
+    assert numbers_of(unread) == {}
 
 
 def test_a_network_that_fails_on_a_batch_is_told_in_one_line(typed, own, tmp_path) -> None:

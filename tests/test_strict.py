@@ -10,8 +10,8 @@ from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate
-from dmlbench.kinds import strict
-from dmlbench.kinds.strict import CARRIED, CLEAN_WRONG, SURVIVED, area, attempt
+from dmlbench.kinds.strict import search as strict
+from dmlbench.kinds.strict.search import CARRIED, CLEAN_WRONG, SURVIVED, area, attempt
 from dmlbench.models import ARCHITECTURES
 from dmlbench.protocol import load_protocol, read_protocol
 from dmlbench.results import load, save

@@ -17,16 +17,17 @@ import dmlbench
 from dmlbench.board.compare.paired import pair
 from dmlbench.board.row import from_evaluation
 from dmlbench.board.table import rank
-from dmlbench.cli.kinds import print_strict
+from dmlbench.cli.kinds import print_kind
 from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.embedding import Embedder
 from dmlbench.errors import ShardDone, UsageError
 from dmlbench.evaluate import evaluate
 from dmlbench.intervals import cluster_median, cluster_medians
-from dmlbench.kinds import strict
-from dmlbench.kinds.rounds import groups, missed, rounds_run
-from dmlbench.kinds.strict import CARRIED, CLEAN_WRONG, SMALLEST, attempt
-from dmlbench.kinds.threshold import bracket, halvings, ladder
+from dmlbench.kinds.strict import search as strict
+from dmlbench.kinds.strict.record import STRICT
+from dmlbench.kinds.strict.rounds import groups, missed, rounds_run
+from dmlbench.kinds.strict.search import CARRIED, CLEAN_WRONG, SMALLEST, attempt
+from dmlbench.kinds.strict.threshold import bracket, halvings, ladder
 from dmlbench.objectives import margin_to_entry
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import FOLDER, Component, Step, Threshold
@@ -355,7 +356,7 @@ def test_without_a_right_query_there_is_no_headline(whole, clean) -> None:
     nobody = whole.model_copy(update={"extras": {**whole.extras, "strict": extras}})
     assert from_evaluation(nobody.with_arrays(whole.arrays, whole.sample)).headline is None
     out = Console(file=io.StringIO(), width=200)
-    print_strict(extras, out)
+    print_kind(STRICT.tables(extras), out)
     assert "median –" in out.file.getvalue()
 
 

@@ -11,9 +11,10 @@ from bundles import MODEL, edit_arrays, edit_json, edit_yaml, put, valid, zipped
 import dmlbench
 from dmlbench.board import build
 from dmlbench.board.row import shown as cell
-from dmlbench.board.row import within
 from dmlbench.intervals import PERCENT, VERSION, class_intervals
-from dmlbench.kinds import clustering, strict
+from dmlbench.kinds.clustering import search as clustering
+from dmlbench.kinds.strict import search as strict
+from dmlbench.kinds.strict.record import within
 from dmlbench.protocol import load_protocol
 from dmlbench.results import Evaluation, Flag, save
 from dmlbench.submission import rerun

@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Bool
 from scipy.special import stdtrit
 
-from dmlbench.board.row import headline, worst_case_by_query
+from dmlbench.board.row import headline
 from dmlbench.intervals import LEVEL, PERCENT, Ends, Range, cluster_medians, paired_intervals, stretched
+from dmlbench.kinds.table import kind_of, numbers
 from dmlbench.protocol import counted, packaged_protocol
 from dmlbench.results import Evaluation
 
@@ -54,11 +55,8 @@ def outcomes(e: Evaluation) -> Outcomes | None:
             return None
         parts = [c.rescale(arrays[f"{c.name}/value"].astype(np.float64)) for c in rules.components]
         values, ranges = counted(np.stack(parts, axis=1)), tuple(c.limits for c in rules.components)
-    elif name == "smallest_eps" and "smallest_eps/value" in arrays:
-        largest = e.extras["strict"]["smallest_eps"]["largest"]
-        values = np.minimum(arrays["smallest_eps/value"].astype(np.float64), largest)[:, None]
-    elif name in (worst := worst_case_by_query(e) or {}):
-        values = worst[name][:, None]
+    elif name in (own := kind_of(e).by_query(e)):
+        values = own[name][:, None]
     else:
         return None
     order = arrays["query"].argsort(kind="stable")
@@ -78,7 +76,8 @@ def better_than(runs: Sequence[Evaluation]) -> list[int | None]:
     usual = max(known, key=known.count)
     alike = [position for position, kind in enumerate(kinds) if kind == usual]
     same = [o for o, kind in zip(held, kinds, strict=True) if o is not None and kind == usual]
-    won = holm(len(same), _medians(same) if same[0].metric == "smallest_eps" else _means(same)).sum(1)
+    number = numbers().get(same[0].metric)
+    won = holm(len(same), _medians(same) if number and number.median else _means(same)).sum(1)
     found: list[int | None] = [None] * len(runs)
     for position, count in zip(alike, won, strict=True):
         found[position] = int(count)

@@ -17,9 +17,10 @@ import numpy as np
 from dmlbench.board.compare import compare
 from dmlbench.board.compare.render import escape_markdown
 from dmlbench.board.compare.verdict import components_of
-from dmlbench.board.row import EXECUTED, extra_numbers, shown, superseded
+from dmlbench.board.row import EXECUTED, shown, superseded
 from dmlbench.errors import NotComparable, UsageError
 from dmlbench.intervals import PERCENT, Ends, class_intervals
+from dmlbench.kinds.table import KINDS, numbers_of
 from dmlbench.metrics import CLEAN
 from dmlbench.protocol import score_intervals
 from dmlbench.registry import suggest
@@ -51,15 +52,17 @@ class Table:
 
 
 def header(column: str) -> str:
-    """A column's name as a reader sees it: "worst_case_area" is "worst case area", "strict@8/255" is "R@1, eps 8/255"."""
-    if column.startswith("strict@"):
-        return f"R@1, eps {column.partition('@')[2]}"
+    """A column's name as a reader sees it: "worst_case_area" is "worst case area"; a part that has its kind's name, as
+    kinds do with one part for each eps, is "R@1, eps 8/255"."""
+    kind, _, eps = column.partition("@")
+    if eps and kind in KINDS:
+        return f"R@1, eps {eps}"
     return HEADERS.get(column, column if "@" in column else column.replace("_", " "))
 
 
 def numbers(e: Evaluation) -> dict[str, float | None]:
     """Every number that a table can show, by its metric's name: clean metrics, parts' scores, the protocol's own, ERS."""
-    found: dict[str, float | None] = {**e.benign, **{m.component: m.score for m in e.measurements}, **extra_numbers(e)}
+    found: dict[str, float | None] = {**e.benign, **{m.component: m.score for m in e.measurements}, **numbers_of(e)}
     return found if e.ers is None else {**found, "ers": e.ers}
 
 

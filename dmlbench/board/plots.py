@@ -22,6 +22,7 @@ from dmlbench.board.row import headline
 from dmlbench.datasets import load_dataset
 from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.intervals import Ends
+from dmlbench.kinds.table import kind_of
 from dmlbench.models import load_model
 from dmlbench.protocol import counted, scored
 from dmlbench.registry import Registry, suggest
@@ -113,34 +114,27 @@ def _ends(found: Sequence[Ends]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def eps(runs: Runs, metric: str | None = None, part: str | None = None) -> Figure:
-    """Robustness against eps, [0, 1] scale: worst-case R@1 of strict runs, the lowest NMI of clustering runs, and for
-    parts a run at each eps, whose scores are joined by model.
+    """Robustness against eps, [0, 1] scale: the curve of a kind of protocol that has a grid of eps, and for parts a run at
+    each eps, whose scores are joined by model.
 
     Raises:
         UsageError: there is nothing along eps to draw.
     """
-    kinds = {next((k for k in ("strict", "clustering") if k in e.extras), "") for _, e in runs}
-    if len(kinds) > 1:
+    curves = [kind_of(e).curve(e) for _, e in runs]
+    titles = {curve and curve.title for curve in curves}
+    if len(titles) > 1:
         raise NotComparable("the runs are of several kinds of protocol: their curves have no axis in common")
-    if kinds == {""}:
+    if titles == {None}:
         return _runs_by_eps(runs, metric)
     _alike(runs)
     series = []
-    for name, (_, e) in zip(names_of(runs), runs, strict=True):
-        if kinds == {"strict"}:
-            ends = intervals_of(e)
-            points = [(0.0, e.benign.get("recall_at_1"), ends.get("recall_at_1"))]
-            for row in e.extras["strict"]["curve"]:
-                points.append((length(row["eps"]), row["recall_at_1"], ends.get(f"strict@{row['eps']}")))
-        else:
-            found = e.extras["clustering"]
-            points = [(0.0, found["clean"]["nmi"], None)]
-            points += [(length(row["eps"]), row["nmi"], None) for row in found["worst"] if row["labelled"]]
-        low, high = _ends([p[2] for p in points])
-        value = np.array([np.nan if p[1] is None else p[1] for p in points], dtype=np.float64)
-        series.append(Series(name, np.array([p[0] for p in points]), value, low, high))
-    title = "worst-case R@1, %" if kinds == {"strict"} else "NMI under attack, %"
-    return Figure("eps", "eps, in 1/255", title, tuple(series), limits=(0.0, 100.0))
+    for name, (_, e), curve in zip(names_of(runs), runs, curves, strict=True):
+        assert curve is not None
+        ends = intervals_of(e)
+        low, high = _ends([ends.get(p.part) if p.part else None for p in curve.points])
+        value = np.array([np.nan if p.value is None else p.value for p in curve.points], dtype=np.float64)
+        series.append(Series(name, np.array([length(p.eps) for p in curve.points]), value, low, high))
+    return Figure("eps", "eps, in 1/255", str(titles.pop()), tuple(series), limits=(0.0, 100.0))
 
 
 def _runs_by_eps(runs: Runs, metric: str | None) -> Figure:
@@ -149,7 +143,7 @@ def _runs_by_eps(runs: Runs, metric: str | None) -> Figure:
     there = [v for v in values if v[2] is not None]
     if len({round(v[1], 4) for v in there}) < 2:
         raise UsageError(
-            "these runs hold no curve over eps: name runs of protocol strict or clustering, or runs at several eps"
+            "these runs hold no curve over eps: name runs of a protocol with a grid of eps (strict, clustering), or runs at several eps"
         )
     series = []
     for model in dict.fromkeys(v[0] for v in there):

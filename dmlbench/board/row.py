@@ -6,15 +6,18 @@ browser would read as HTML is refused, so a cell can be shown anywhere.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from dmlbench.checkpoints import Checkpoint, checkpoints
 from dmlbench.intervals import PERCENT, VERSION, Ends, class_intervals
+from dmlbench.kinds.base import Count, Percent
+from dmlbench.kinds.table import KINDS, kind_of, numbers, numbers_of
 from dmlbench.protocol import packaged_protocol, score_intervals
+from dmlbench.registry import PLUGINS
 from dmlbench.results import Evaluation
 from dmlbench.threat import length
 
@@ -82,13 +85,11 @@ Text = Annotated[str, Field(max_length=300), AfterValidator(plain_text)]
 ModelName = Annotated[Text, AfterValidator(without_at)]
 Url = Annotated[str, Field(max_length=500), AfterValidator(web_address)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Percent = Annotated[float, Field(ge=0, le=100)]
-Count = Annotated[int, Field(ge=0)]
 Status = Literal["local", "claimed", "reproduced", "verified", "disputed", "stale", "retracted"]
 
 
-class Row(BaseModel):
-    """One model under one protocol on one data set."""
+class _Before(BaseModel):
+    """The columns before those of the kinds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -142,25 +143,22 @@ class Row(BaseModel):
     ers_lo: float | None = None
     ers_hi: float | None = None
     worst_part: Text | None = None
-    worst_case_recall_at_1: Percent | None = None
-    worst_case_recall_at_1_lo: float | None = None
-    worst_case_recall_at_1_hi: float | None = None
-    smallest_eps: Annotated[float, Field(gt=0)] | None = None
-    """median over the queries that are right when clean of the smallest eps found that breaks it, [0, 1] scale; the
-    largest eps of the grid where it is beyond that: then smallest_eps_hi is empty and smallest_eps_lo is that too"""
-    smallest_eps_lo: Annotated[float, Field(ge=0)] | None = None
-    smallest_eps_hi: Annotated[float, Field(ge=0)] | None = None
-    """empty where it is beyond the largest eps of the grid"""
-    worst_case_missed_at_most: Percent | None = None
-    """upper bound of the points that ten times the rounds would take from worst_case_recall_at_1"""
-    worst_case_area: Percent | None = None
-    """version 1: mean height of the curve of worst-case R@1 from eps 0 to the largest"""
-    worst_case_area_lo: float | None = None
-    worst_case_area_hi: float | None = None
-    clustering_nmi: Percent | None = None
-    clustering_nmi_attacked: Percent | None = None
-    clustering_ami: float | None = None
-    clustering_ami_attacked: float | None = None
+
+
+if TYPE_CHECKING:
+    _Columns = _Before
+else:
+    PLUGINS.load(now=True)  # a kind that came later would have no columns
+    _Columns = create_model("_Columns", __base__=_Before, **{
+        name: (column.annotation, column)
+        for kind in KINDS.values()
+        for name, column in (kind.columns.model_fields if kind.columns else {}).items()
+    })  # fmt: skip
+
+
+class Row(_Columns):
+    """One model under one protocol on one data set; the columns of each kind of protocol are those that its record names."""
+
     claimed_ers: float | None = None
     claim_gap: float | None = None
     """measured minus claimed ERS: below zero where the claim was too high"""
@@ -198,22 +196,24 @@ class Row(BaseModel):
 
     @property
     def headline(self) -> float | None:
-        """What rows are ranked by: ERS; under a protocol without one the smallest eps that breaks a query, or
-        AMI of the attacked clusters."""
+        """What rows are ranked by: ERS, or under a protocol without one the number that its kind ranks by."""
         return next((getattr(self, n) for n in HEADLINES if getattr(self, n) is not None), None)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The interval of :attr:`headline`; the smallest eps may have no upper end."""
+        """The interval of :attr:`headline`; a length may have no upper end."""
         name = next((n for n in HEADLINES if getattr(self, n) is not None), "")
         low, high = getattr(self, f"{name}_lo", None), getattr(self, f"{name}_hi", None)
-        if name == "smallest_eps" and low is not None and high is None:
+        if name in LENGTHS and low is not None and high is None:
             high = np.inf
         return None if low is None or high is None else (low, high)
 
 
-HEADLINES = ("ers", "smallest_eps", "worst_case_area", "clustering_ami_attacked")
+HEADLINES = ("ers", *(number.name for number in numbers().values() if number.ranks))
 """What a row is ranked by: the first of these that it has."""
+
+LENGTHS = {f"{n.name}{end}" for n in numbers().values() if n.length for end in ("", "_lo", "_hi")}
+"""Columns that hold lengths on the [0, 1] scale of pixels."""
 
 COLUMNS: tuple[str, ...] = tuple(Row.model_fields)
 """Every column, in the order of the CSV."""
@@ -230,12 +230,12 @@ _SMALL = ("tma_raw", "es_d_raw", "eps")
 
 def shown(column: str, value: Any) -> str:
     """A cell as a person reads it: one digit after the point, three where the whole scale is about 1, and three digits of
-    the smallest eps, which lies on a log scale."""
+    a length, which lies on a log scale."""
     if value is None:
         return "–" if column == "better_than" else ""
     if not isinstance(value, float):
         return str(value)
-    return f"{value:#.3g}" if column.startswith("smallest_eps") else f"{value:.{3 if column in _SMALL else 1}f}"
+    return f"{value:#.3g}" if column in LENGTHS else f"{value:.{3 if column in _SMALL else 1}f}"
 
 
 def _neat(value: float | None, digits: int = 4) -> float | None:
@@ -247,9 +247,8 @@ def _eps(evaluation: Evaluation) -> float | None:
     rules = packaged_protocol(evaluation.protocol.name, evaluation.protocol.sha256)
     if rules is None:
         return None
-    grid = evaluation.extras.get("strict", {}).get("curve") or evaluation.extras.get("clustering", {}).get("worst")
-    if grid:
-        return length(grid[-1]["eps"])
+    if (curve := kind_of(evaluation).curve(evaluation)) is not None:
+        return length(curve.points[-1].eps)
     eps = rules.threat.get("eps")
     return None if eps is None else length(eps)
 
@@ -312,7 +311,7 @@ def from_evaluation(
             claimed_ers = stated[0] if stated else None
     else:
         columns |= {"arch": e.model.arch, "loss": e.model.loss, "defense": e.model.defense}
-    columns |= _extra_columns(e)
+    columns |= _kind_columns(e)
     ends = _ers_interval(e)
     return Row(
         **columns,
@@ -346,60 +345,24 @@ def from_evaluation(
     )
 
 
-EXTRA_COLUMNS = (
-    "smallest_eps",
-    "worst_case_recall_at_1",
-    "worst_case_area",
-    "clustering_nmi",
-    "clustering_nmi_attacked",
-    "clustering_ami",
-    "clustering_ami_attacked",
-)
-"""Numbers that protocols of kind strict and clustering give."""
-
-
-def extra_numbers(e: Evaluation) -> dict[str, float]:
-    """:data:`EXTRA_COLUMNS` of an evaluation, those that it has: at the largest eps of the grid, which is the
-    field's; clustering attacks that know the labels. A number of nothing, as where no query has a positive, is left out."""
-    found: dict[str, float | None] = {}
-    if strict := e.extras.get("strict"):
-        found["worst_case_recall_at_1"] = strict["curve"][-1]["recall_at_1"]
-        found["worst_case_area"] = strict.get("area")
-        if (smallest := strict.get("smallest_eps")) and (strict["clean"] or 0.0) > 0:  # of queries that are right
-            found["smallest_eps"] = within(smallest["median"], smallest)
-    if clustering := e.extras.get("clustering"):
-        known = [row for row in clustering["worst"] if row["labelled"]]
-        for name in ("nmi", "ami"):
-            found[f"clustering_{name}"] = clustering["clean"][name]
-            found[f"clustering_{name}_attacked"] = known[-1][name]
-    return {name: float(value) for name, value in found.items() if value is not None and np.isfinite(value)}
-
-
-def within(value: float | None, smallest: Mapping[str, Any]) -> float:
-    """A number of ``extras.strict.smallest_eps``, or the largest eps of the grid where it is beyond that."""
-    return float(smallest["largest"] if value is None else value)
-
-
 def headline(e: Evaluation) -> tuple[str, float] | None:
     """What the evaluation's row is ranked by: column and number; None where it has none."""
-    numbers = {**extra_numbers(e), **({} if e.ers is None else {"ers": e.ers})}
-    return next(((name, numbers[name]) for name in HEADLINES if name in numbers), None)
+    found = {**numbers_of(e), **({} if e.ers is None else {"ers": e.ers})}
+    return next(((name, found[name]) for name in HEADLINES if name in found), None)
 
 
-def _extra_columns(e: Evaluation) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        name: _neat(value, 6 if name == "smallest_eps" else 4) for name, value in extra_numbers(e).items()
-    }
-    if "worst_case_recall_at_1" in found:
-        for name, values in (worst_case_by_query(e) or {}).items():
+def _kind_columns(e: Evaluation) -> dict[str, Any]:
+    """The columns of the result's kind, and the intervals of those of its numbers that are means over queries."""
+    kind = kind_of(e)
+    if kind.columns is None:
+        return {}
+    found: dict[str, float | None] = {**kind.read(e)}
+    for number in kind.numbers:
+        values = None if number.median else kind.by_query(e).get(number.name)
+        if values is not None and f"{number.name}_lo" in kind.columns.model_fields:
             ends = class_intervals(values[:, None], e.arrays["label"], [PERCENT]).columns[0]
-            found[f"{name}_lo"], found[f"{name}_hi"] = map(_neat, ends or (None, None))
-        if (smallest := e.extras["strict"].get("smallest_eps")) and smallest["interval"]:
-            low, high = smallest["interval"]
-            found["smallest_eps_lo"] = _neat(within(low, smallest), 6)
-            found["smallest_eps_hi"] = _neat(high, 6)
-        found["worst_case_missed_at_most"] = _neat(e.extras["strict"]["curve"][-1].get("missed_at_most"))
-    return found
+            found[f"{number.name}_lo"], found[f"{number.name}_hi"] = ends or (None, None)
+    return {name: _neat(value, 6 if name in LENGTHS else 4) for name, value in found.items()}
 
 
 def _ers_interval(e: Evaluation) -> Ends:
@@ -409,27 +372,3 @@ def _ers_interval(e: Evaluation) -> Ends:
         return e.ers_interval
     rules = packaged_protocol(e.protocol.name, e.protocol.sha256)
     return e.ers_interval if rules is None else score_intervals(rules.components, e.arrays).mean
-
-
-def strict_columns(e: Evaluation) -> list[str]:
-    """The components of the worst-case curve, by ascending eps; extra parts are none of it."""
-    return [f"strict@{row['eps']}" for row in e.extras["strict"]["curve"]]
-
-
-def worst_case_by_query(e: Evaluation) -> dict[str, np.ndarray] | None:
-    """What each query adds to ``worst_case_recall_at_1`` and, where there is one, ``worst_case_area``, (Q,) each, whose means
-    they are; None for other protocols and without the queries' outcomes.
-
-    The area is linear in the outcomes, so each query has one of its own.
-    """
-    if "strict" not in e.extras:
-        return None
-    names = strict_columns(e)
-    keys = ["benign/recall_at_1", *(f"{name}/value" for name in names)]
-    if "label" not in e.arrays or any(key not in e.arrays for key in keys):
-        return None
-    radii = np.array([0.0, *(length(name.rpartition("@")[2]) for name in names)])
-    curve = np.stack([e.arrays[key].astype(np.float64) for key in keys], axis=1)
-    areas: np.ndarray = (np.diff(radii) * (curve[:, 1:] + curve[:, :-1]) / 2).sum(1) / radii[-1]
-    found = {"worst_case_recall_at_1": curve[:, -1], "worst_case_area": areas}
-    return {name: values for name, values in found.items() if name in extra_numbers(e)}

@@ -10,6 +10,7 @@ from typing import Any
 
 from dmlbench.board.row import COLUMNS, NUMBERS, Row, shown
 from dmlbench.errors import UsageError
+from dmlbench.kinds.table import KINDS
 from dmlbench.registry import Registry, suggest
 
 DEFAULT_COLUMNS = (
@@ -26,25 +27,8 @@ DEFAULT_COLUMNS = (
     "status",
     "flags",
 )
-OWN_COLUMNS = (
-    "ers",
-    "ers_lo",
-    "ers_hi",
-    "worst_part",
-    "claimed_ers",
-    "smallest_eps",
-    "smallest_eps_lo",
-    "smallest_eps_hi",
-    "worst_case_recall_at_1",
-    "worst_case_missed_at_most",
-    "worst_case_area",
-    "worst_case_area_lo",
-    "worst_case_area_hi",
-    "clustering_ami",
-    "clustering_ami_attacked",
-    "clustering_nmi",
-    "clustering_nmi_attacked",
-)
+OF_ERS = ("ers", "ers_lo", "ers_hi", "worst_part", "claimed_ers")
+OWN_COLUMNS = (*OF_ERS, *(column for kind in KINDS.values() for column in kind.shown))
 """Columns that belong to protocols of one kind: shown at first where a row has a value."""
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "!=": operator.ne,

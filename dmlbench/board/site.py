@@ -22,6 +22,7 @@ from dmlbench.board.row import shown as cell_text
 from dmlbench.board.show import DEFAULT_COLUMNS
 from dmlbench.checkpoints import PACKAGE
 from dmlbench.doubts.audit import FLAGS
+from dmlbench.kinds.table import numbers
 from dmlbench.protocol import load_protocol, protocol_names
 from dmlbench.results import prepare_folder, write_whole
 from dmlbench.submission.record import read_submission
@@ -37,14 +38,8 @@ TITLES = {
     "ers": "ERS measured",
     "claimed_ers": "ERS claimed",
     "claim_gap": "Gap",
-    "smallest_eps": "Smallest eps that breaks a query",
-    "worst_case_recall_at_1": "Worst-case R@1 %",
+    **{name: number.title for name, number in numbers().items()},
     "worst_case_missed_at_most": "Missed at most, points",
-    "worst_case_area": "Area of the worst-case curve %",
-    "clustering_ami": "AMI clean %",
-    "clustering_ami_attacked": "AMI attacked %",
-    "clustering_nmi": "NMI clean %",
-    "clustering_nmi_attacked": "NMI attacked %",
     "worst_part": "Weakest part",
     "status": "Status",
     "flags": "Flags",
@@ -54,8 +49,6 @@ TITLES = {
 }
 """Titles of columns; the others are called by their name in the CSV."""
 
-WORST_CASE = ("smallest_eps", "worst_case_recall_at_1", "worst_case_area")
-CLUSTERS = ("clustering_ami_attacked", "clustering_nmi_attacked", "clustering_ami", "clustering_nmi")
 FIRST = (
     "rank",
     "model",
@@ -64,13 +57,12 @@ FIRST = (
     "ers",
     "claimed_ers",
     "claim_gap",
-    *WORST_CASE,
-    *CLUSTERS,
+    *numbers(),
     "better_than",
 )
-SHOWN = {*DEFAULT_COLUMNS, *WORST_CASE, *CLUSTERS, "claim_gap"} - {"ers_lo", "ers_hi"}
-STRICT = ("strict", "strict-fast")
-"""The protocols whose worst-case R@1 stands beside ERS; Euclidean balls are another question."""
+SHOWN = {*DEFAULT_COLUMNS, *numbers(), "claim_gap"} - {"ers_lo", "ers_hi"}
+BESIDE = tuple(name for name, number in numbers().items() if number.beside_ers)
+"""What stands beside ERS on the board of the same images."""
 LEFT_OUT = ("protocol", "dataset", "schema_version")
 ORDER = (*FIRST, *(c for c in COLUMNS if c not in FIRST and c not in LEFT_OUT))
 _WIDTH = (40.0, 350.0)
@@ -152,9 +144,12 @@ def _board(
     name: str, rows: Sequence[Row], boards: Mapping[str, Sequence[Row]], sources: Mapping[str, tuple[str, str]]
 ) -> dict[str, Any]:
     protocol, _, dataset = name.partition("/")
-    worst = _worst_case(dataset, boards)
+    beside = {column: _lowest(column, dataset, boards) for column in BESIDE}
     rows = [
-        r.model_copy(update={"worst_case_recall_at_1": worst.get(r.model)}) if r.ers is not None else r for r in rows
+        r.model_copy(update={column: found.get(r.model) for column, found in beside.items()})
+        if r.ers is not None
+        else r
+        for r in rows
     ]
     shown = {c for c in ORDER if _shown(c, rows)}
     columns = [{"name": c, "title": TITLES.get(c, c), "shown": c in shown, "number": c in NUMBERS} for c in ORDER]
@@ -171,25 +166,18 @@ def _board(
 
 
 def _plots(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """What the board ranks by against clean R@1 (or clean AMI), and ERS against worst-case R@1."""
-    if any(r.smallest_eps is not None for r in rows):
-        title = "smallest eps that breaks a query"
-        return [_plot(rows, "recall_at_1", "smallest_eps", "R@1, clean, %", title, "Worst case against clean R@1", "")]
-    if any(r.worst_case_area is not None for r in rows):
-        title = "area of the worst-case curve, %"
-        return [
-            _plot(rows, "recall_at_1", "worst_case_area", "R@1, clean, %", title, "Worst case against clean R@1", "")
-        ]
-    if any(r.clustering_ami_attacked is not None for r in rows):
-        titles = "AMI, clean, %", "AMI, attacked, %"
-        return [_plot(rows, "clustering_ami", "clustering_ami_attacked", *titles, "AMI attacked against clean", "")]
-    return [
-        _plot(rows, "recall_at_1", "ers", "R@1, clean, %", "ERS", "ERS against clean R@1", "No row has both ERS and R@1."),
-        _plot(
-            rows, "worst_case_recall_at_1", "ers", "worst-case R@1, %", "ERS", "ERS against worst-case R@1",
-            "ERS against worst-case R@1: no model here has been measured under a strict protocol on this data set yet.",
-        ),
-    ]  # fmt: skip
+    """What the board ranks by against a clean number, and ERS against what stands beside it."""
+    for name, number in numbers().items():
+        if number.ranks and any(getattr(r, name) is not None for r in rows):
+            clean = TITLES[number.against]
+            return [_plot(rows, number.against, name, clean, number.title, f"{number.title} against {clean}", "")]
+    clean = TITLES["recall_at_1"]
+    found = [_plot(rows, "recall_at_1", "ers", clean, "ERS", "ERS against clean R@1", "No row has both ERS and R@1.")]
+    for column in BESIDE:
+        caption = f"ERS against {TITLES[column]}"
+        empty = f"{caption}: no model here has been measured for it on this data set yet."
+        found.append(_plot(rows, column, "ers", TITLES[column], "ERS", caption, empty))
+    return found
 
 
 def _shown(column: str, rows: Sequence[Row]) -> bool:
@@ -201,13 +189,16 @@ def _shown(column: str, rows: Sequence[Row]) -> bool:
     return column in SHOWN and any(getattr(r, column) is not None for r in rows)
 
 
-def _worst_case(dataset: str, boards: Mapping[str, Sequence[Row]]) -> dict[str, float]:
-    """By model: worst-case R@1 on this data set, the lowest where several of :data:`STRICT` looked for it."""
+def _lowest(column: str, dataset: str, boards: Mapping[str, Sequence[Row]]) -> dict[str, float]:
+    """By model: the lowest value of a column on this data set, of the protocols whose ball is that of ERS; Euclidean balls
+    are another question."""
     found: dict[str, float] = {}
-    for protocol in STRICT:
-        for r in boards.get(f"{protocol}/{dataset}", ()):
-            if r.worst_case_recall_at_1 is not None:
-                found[r.model] = min(r.worst_case_recall_at_1, found.get(r.model, r.worst_case_recall_at_1))
+    for name, rows in boards.items():
+        protocol, _, images = name.partition("/")
+        if images == dataset and protocol in protocol_names() and load_protocol(protocol).threat.get("norm") == "linf":
+            for r in rows:
+                if r.ers is None and (value := getattr(r, column)) is not None:
+                    found[r.model] = min(value, found.get(r.model, value))
     return found
 
 

@@ -49,10 +49,14 @@ def audit(
     """
     import dmlbench
     from dmlbench.errors import UsageError
+    from dmlbench.kinds.table import KINDS
 
     rules = dmlbench.load_protocol(protocol)
-    if rules.kind != "strict":
-        raise UsageError(f"protocol {protocol!r} is of kind {rules.kind!r}: the audit builds on one of kind 'strict'")
+    kinds = [name for name, kind in KINDS.items() if "audit" in kind.reads]
+    if rules.kind not in kinds:
+        raise UsageError(
+            f"protocol {protocol!r} is of kind {rules.kind!r}: the audit builds on one of kind {' or '.join(map(repr, kinds))}"
+        )
     embedder, images = load_subject(model, options, dataset, "test")
     rules = rules.model_copy(update={"audit": queries})
     with progress() as bars:
@@ -70,7 +74,7 @@ def audit(
                 "queries": evaluation.dataset.n_queries,
                 "verdict": verdict,
                 "findings": findings,
-                "curve": evaluation.extras["strict"]["curve"],
+                "curve": evaluation.extras[rules.kind]["curve"],
             }
         )
         return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from dmlbench.cli.kinds import print_clustering, print_findings, print_strict
+from dmlbench.cli.kinds import print_findings, print_kind
 from dmlbench.cli.model_options import MODEL_HELP, load_subject, model_options
 from dmlbench.cli.output import console, hint, json_option, print_json, progress
 from dmlbench.errors import DmlbenchError, Interrupted, ShardDone, UsageError
@@ -374,8 +374,10 @@ def print_evaluation(e: Evaluation) -> None:
         f"[bold]{e.model.id}[/bold] on {d.name} ({d.split}): {d.n_queries} queries, {d.n_gallery} gallery images, "
         f"{d.n_classes} classes; protocol {e.protocol.name} v{e.protocol.version} ({e.protocol.sha256[:8]})"
     )
+    from dmlbench.kinds.table import kind_of
     from dmlbench.metrics import CLEAN
 
+    kind = kind_of(e)
     benign = Table(box=None, pad_edge=False, title="benign, %", title_justify="left")
     shown = [name for name in CLEAN if name in e.benign]
     for name in shown:
@@ -406,17 +408,15 @@ def print_evaluation(e: Evaluation) -> None:
     if not out.is_terminal:  # the lines of a file or a pipe may be as long as they need
         out.width = max(out.width, out.measure(parts, options=out.options.update(max_width=1000)).maximum)
     out.print(parts)
-    if "strict" in e.extras:
-        print_strict(e.extras["strict"], out)
-    if "clustering" in e.extras:
-        print_clustering(e.extras["clustering"], out)
+    if kind.name in e.extras:
+        print_kind(kind.tables(e.extras[kind.name]), out)
     if "audit" in e.extras:
         print_findings(e.extras["audit"], out)
     if e.ers is not None:
         partial = f"  (partial: {', '.join(e.partial)})" if e.partial else ""
         out.print(f"[bold]ERS {e.ers:.1f}[/bold]  95 % interval {_interval(e.ers_interval)}{partial}")
     elif e.partial:
-        score = "" if e.extras.keys() & {"strict", "clustering"} else "ERS –  "
+        score = "" if kind.run else "ERS –  "
         out.print(f"{score}(partial: {', '.join(e.partial)})")
     elif any(m.value is None for m in e.measurements):
         out.print("ERS –  (a part has no value)")

@@ -15,12 +15,14 @@ def schemas() -> dict[str, tuple[type[BaseModel], str]]:
     from dmlbench.checkpoints import CheckpointFile
     from dmlbench.protocol import Protocol
     from dmlbench.results import Evaluation
+    from dmlbench.submission.extras import Extras
     from dmlbench.submission.record import Submission
     from dmlbench.submission.rerun import Verification
 
     return {
         "row": (Row, "a row of leaderboard/<protocol>/<dataset>.csv"),
         "evaluation": (Evaluation, "evaluation.json of a run folder"),
+        "extras": (Extras, "extras in evaluation.json of a full run, what is each kind's under its name"),
         "submission": (Submission, "submission.yaml of a bundle"),
         "verification": (Verification, "verification.json of a submission"),
         "comparison": (Comparison, "what compare --json gives"),

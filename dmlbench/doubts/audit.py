@@ -22,7 +22,7 @@ from dmlbench.attacks import AttackLoss
 from dmlbench.doubts.checks import COLLAPSE, spread
 from dmlbench.doubts.checks import FLAGS as OTHER_FLAGS
 from dmlbench.doubts.unseen import Survey, history, joined, survey
-from dmlbench.kinds.strict import CLEAN_WRONG, SURVIVED, attempt
+from dmlbench.kinds.strict.search import CLEAN_WRONG, SURVIVED, attempt
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import margin
 from dmlbench.optimizers import OPTIMIZERS, autograd, watched

@@ -76,11 +76,12 @@ def reach(interval: tuple[float, float] | None, value: float | None) -> float:
 
 
 def require_stoppable(
-    rules: Protocol, labels: Int[np.ndarray, " Q"], points: float, others: Mapping[str, object]
+    rules: Protocol, scored: bool, labels: Int[np.ndarray, " Q"], points: float, others: Mapping[str, object]
 ) -> None:
     """Refuse what cannot be stopped at ``points``.
 
     Args:
+        scored: whether the protocol has an ERS.
         labels: of all queries.
         others: options that decide otherwise what is measured, by name; None where one was not given.
 
@@ -92,7 +93,7 @@ def require_stoppable(
         raise UsageError(f"--until {points:g} must be above 0: it is points of ERS")
     if given:
         raise UsageError(f"--until and {given[0]} both say what is measured: leave one out")
-    if rules.kind != "ers":
+    if not scored:
         raise UsageError(f"--until stops where ERS is sure enough, and protocol {rules.name!r} has none")
     if whole := [c.name for c in rules.components if OPTIMIZERS[c.optimizer].whole_set]:
         raise UsageError(f"--until does not fit part {whole[0]}, which is of all queries at once")

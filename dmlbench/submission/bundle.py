@@ -27,10 +27,11 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from dmlbench.errors import Problem
 from dmlbench.plain import read_json
 
 MANIFEST = "manifest.json"
@@ -62,17 +63,6 @@ _BROKEN: tuple[type[Exception], ...] = (
     OSError, ValueError, IndexError,
 )  # fmt: skip
 """What Python's zipfile raises for broken or strange archives."""
-
-
-class Problem(NamedTuple):
-    """One reason to refuse: at which level, which field of which file, why."""
-
-    level: int
-    field: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"level {self.level}: {self.field}: {self.reason}"
 
 
 class Refused(Exception):

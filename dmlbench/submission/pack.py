@@ -9,14 +9,14 @@ import numpy as np
 import yaml
 from pydantic import ValidationError
 
-from dmlbench.board.row import extra_numbers
 from dmlbench.checkpoints import PACKAGE, Checkpoint, checkpoints, first_problem, sha256_of
 from dmlbench.errors import DataError, UsageError
+from dmlbench.kinds.table import numbers_of
 from dmlbench.plain import read_json
 from dmlbench.results import Evaluation, json_bytes, load, narrowed, npz_bytes, stacked, write_whole
 from dmlbench.run.subject import query_order
 from dmlbench.submission.bundle import LEAST_SAMPLE, LIMITS, MANIFEST, make_manifest, zip_bytes
-from dmlbench.submission.record import FILL_IN, LICENSES, STATED_EXTRA
+from dmlbench.submission.record import FILL_IN, LICENSES, RANKING
 from dmlbench.submission.static import WEIGHTS
 
 HEAD = f"""# What you submit. `dmlbench submit pack` puts it into the bundle; `dmlbench validate` checks it.
@@ -57,7 +57,7 @@ def draft(run: Path, checkpoint: Checkpoint | None = None, authors: Sequence[str
             "weights_sha256": e.model.weights_sha256,
             "recall_at_1": e.benign["recall_at_1"],
             "ers": e.ers,
-            **{name: value for name, value in extra_numbers(e).items() if name in STATED_EXTRA},
+            **{name: value for name, value in numbers_of(e).items() if name in RANKING},
         },
         "checkpoint": _record(card, known) if card else _blank(e),
     }

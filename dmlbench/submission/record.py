@@ -3,17 +3,19 @@
 import datetime
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from dmlbench.board.row import Percent, Sha256, Text, Url, plain_text
+from dmlbench.board.row import Percent, Row, Sha256, Text, Url, plain_text
 from dmlbench.checkpoints import ID, Checkpoint, DatasetRef
+from dmlbench.errors import Problem
+from dmlbench.kinds.table import numbers
 from dmlbench.metrics import CLEAN
 from dmlbench.plain import read_yaml
 from dmlbench.registry import suggest
 from dmlbench.results import DatasetInfo, Environment, Evaluation, Measurement, ModelInfo
-from dmlbench.submission.bundle import Problem, Refused, refuse
+from dmlbench.submission.bundle import Refused, refuse
 
 LICENSES = (
     "Apache-2.0",
@@ -49,8 +51,8 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Stated(_Record):
-    """What the submitter says the run shows; checked against the run."""
+class _Stated(_Record):
+    """What is stated of a run of any kind."""
 
     protocol: Text
     protocol_sha256: Sha256
@@ -59,13 +61,17 @@ class Stated(_Record):
     weights_sha256: Sha256
     recall_at_1: Percent
     ers: float | None = None
-    smallest_eps: float | None = None
-    worst_case_area: Percent | None = None
-    clustering_ami_attacked: float | None = None
 
 
-STATED_EXTRA = ("smallest_eps", "worst_case_area", "clustering_ami_attacked")
-"""What a submission states where its protocol has no ERS."""
+RANKING = {name: number for name, number in numbers().items() if number.ranks}
+"""What a submission states where its protocol has no ERS, by its column."""
+
+if TYPE_CHECKING:
+    Stated = _Stated
+else:
+    Stated = create_model("Stated", __base__=_Stated, __doc__="What the submitter says the run shows; checked against the run.", **{
+        name: (Row.model_fields[name].annotation, None) for name in RANKING
+    })  # fmt: skip
 
 Id = Annotated[str, Field(pattern=ID)]
 """The name of a model or a submission, which is also a folder's, and is typed in commands."""

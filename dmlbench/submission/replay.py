@@ -1,39 +1,25 @@
 """Level 2: the stored adversarial images are looked at again, and everything clean is measured again.
 
-Under a strict protocol each stored image is the one that a query's last search stopped at, so it shows
-whether the query was broken. Under a clustering protocol an image's outcome hangs on where all others
-went, so only ball, range and norm can be seen of an attacked one, and the clean clusters are made again.
+What an image shows is another thing for each kind of protocol, whose record says it.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from dmlbench.attacks import ATTACKS, measure
-from dmlbench.cluster_attacks import CLUSTER_ATTACKS
 from dmlbench.datasets import RetrievalDataset, load_dataset
 from dmlbench.embedding import Embedder
-from dmlbench.kinds import clustering, strict
+from dmlbench.errors import Problem
+from dmlbench.kinds.base import AGREE, CLUSTERS_AGREE, DIFFER, QUERIES, RUN, SAMPLE, Kept
+from dmlbench.kinds.table import KINDS
 from dmlbench.metrics import RECALL_AT, agreement, assignments, retrieval
-from dmlbench.protocol import Component
 from dmlbench.results import Evaluation
-from dmlbench.run.search import aimed, searches
 from dmlbench.run.subject import Subject, prepare, sample_positions
-from dmlbench.submission.bundle import LEAST_SAMPLE, Problem, Refused, refuse
-from dmlbench.submission.static import QUERIES, RUN, SAMPLE, Checked
+from dmlbench.submission.bundle import LEAST_SAMPLE, Refused, refuse
+from dmlbench.submission.static import Checked
 from dmlbench.threat import Threat
-
-AGREE = 1.0
-"""Points by which a mean over rerun queries may always differ: other hardware rounds otherwise, and 32
-signed steps turn rounding into other pixels."""
-CLUSTERS_AGREE = 3.0
-"""The same of NMI and AMI: k-means falls otherwise where points have moved by a rounding."""
-RECALL_AGREE = 2.0
-"""The same of R@1 within an attacked set, where every image moves and not the query alone."""
-DIFFER = 0.02
-"""Share of replayed outcomes that may differ (a tie broken by rounding); one always may."""
 
 
 def dataset_of(checked: Checked, embedder: Embedder, level: int) -> RetrievalDataset:
@@ -70,11 +56,8 @@ def replay(checked: Checked, embedder: Embedder, device: str = "auto") -> None:
     images = list(_image_problems(checked, clean, keep))
     problems += images
     sound = not any(p.field.startswith(SAMPLE) for p in images)
-    if rules.kind == "clustering" and sound:
-        problems += _cluster_problems(checked, subject)
-    elif sound:  # no image outside its ball is embedded
-        look = _strict_problems if rules.kind == "strict" else _part_problems
-        problems += look(checked, subject, clean, keep)
+    if sound:  # no image outside its ball is embedded
+        problems += KINDS[rules.kind].replay(checked.stated, Kept(subject, keep, clean))
     if problems:
         raise Refused(problems)
 
@@ -96,71 +79,6 @@ def _image_problems(checked: Checked, clean: torch.Tensor, keep: np.ndarray) -> 
             yield Problem(2, f"{QUERIES} {c.name}/norm", "are not the norms of the stored images")
 
 
-def _part_problems(checked: Checked, subject: Subject, clean: torch.Tensor, keep: np.ndarray) -> Iterator[Problem]:
-    """Do the stored images of each attack score the same?"""
-    e, rules = checked.evaluation, checked.protocol
-    for search in searches(rules, rules.components):
-        scene = aimed(subject, search, rules.seed)[torch.from_numpy(keep).to(subject.device)]
-        for c in search.components:
-            adversarial = torch.from_numpy(e.sample[c.name].copy()).to(subject.device)
-            found = measure(subject.embedder, ATTACKS[search.attack], search.threat, adversarial, clean, scene)
-            yield from _replay_problems(e, c, found, keep)
-
-
-def _strict_problems(checked: Checked, subject: Subject, clean: torch.Tensor, keep: np.ndarray) -> Iterator[Problem]:
-    """Is each stored image misranked exactly where its query is broken, and the last of a smaller eps where that
-    broke it? R@2 to MAP@R are the lowest over all searches, so never above those of the stored image."""
-    e, rules = checked.evaluation, checked.protocol
-    scene = subject.scene[torch.from_numpy(keep).to(subject.device)]
-    before: np.ndarray | None = None
-    for c in checked.parts:
-        images, by = e.sample[c.name], e.arrays[f"{c.name}/broken_by"][keep]
-        if before is not None:
-            changed = (by == strict.CARRIED) & (images != before).reshape(len(images), -1).any(1)
-            if changed.any():
-                said = f"{int(changed.sum())} images are not those of the smaller eps that broke the query"
-                yield Problem(2, f"{SAMPLE} {c.name}", said)
-        before = images
-        found = strict.read(subject, scene, rules.threat_of(c), torch.from_numpy(images.copy()).to(clean.device), clean)
-        yield from _replay_problems(e, c, found, keep)
-        for proxy in strict.PROXIES:
-            above = e.arrays[f"{c.name}/{proxy}"][keep] > found[proxy] + AGREE
-            if above.sum() > max(1, DIFFER * len(keep)):
-                said = f"{int(above.sum())} of {len(keep)} stored images score lower than stated"
-                yield Problem(2, f"{QUERIES} {c.name}/{proxy}", said)
-
-
-def _cluster_problems(checked: Checked, subject: Subject) -> Iterator[Problem]:
-    """The clusters of the clean embeddings, and R@1 among them; the images of a union are those that it chose."""
-    e, labels = checked.evaluation, subject.scene.labels.cpu().numpy()
-    found = clustering.readings(subject, subject.scene.clean, labels, checked.protocol.clustering_seeds)
-    yield from clusters_differ(2, "clustering/clean", e, found, labels)
-    kept = np.isin(e.arrays["query"], e.sample["rows"])
-    for c in checked.parts:
-        if CLUSTER_ATTACKS[c.attack].way == "union":
-            others = np.stack([e.sample[other.name] for other in clustering.before(checked.parts, c)])
-            wanted = others[e.arrays[f"{c.name}/choice"][kept], np.arange(others.shape[1])]
-            if not np.array_equal(wanted, e.sample[c.name]):
-                yield Problem(2, f"{SAMPLE} {c.name}", "holds other images than those that were chosen")
-
-
-def clusters_differ(
-    level: int, name: str, e: Evaluation, found: Mapping[str, np.ndarray], labels: np.ndarray
-) -> Iterator[Problem]:
-    """Numbers of one set of clusters that are not the stated ones within the tolerance."""
-    stated, again = (
-        clustering.numbers(labels, arrays["clusters"], arrays["value"])
-        for arrays in ({k: e.arrays[f"{name}/{k}"] for k in ("clusters", "value")}, found)
-    )
-    for key, allowed in (("nmi", CLUSTERS_AGREE), ("ami", CLUSTERS_AGREE), ("recall_at_1", RECALL_AGREE)):
-        if not abs(again[key] - stated[key]) <= allowed:
-            file = f"{QUERIES} {name}/{'value' if key == 'recall_at_1' else 'clusters'}"
-            said = (
-                f"give {key} {stated[key]:.2f}, measured again it is {again[key]:.2f} ({allowed:g} points are allowed)"
-            )
-            yield Problem(level, file, said)
-
-
 def _outside(adversarial: torch.Tensor, clean: torch.Tensor, threat: Threat) -> str | None:
     flat = adversarial.flatten(1)
     if not bool(torch.isfinite(flat).all()):
@@ -172,18 +90,6 @@ def _outside(adversarial: torch.Tensor, clean: torch.Tensor, threat: Threat) -> 
         far = float(threat.ball.size(adversarial - clean).max())
         return f"{int((~inside).sum())} images are outside the {threat.norm} ball of {threat.eps} (up to {far:.4f})"
     return None
-
-
-def _replay_problems(
-    e: Evaluation, c: Component, found: Mapping[str, np.ndarray], keep: np.ndarray
-) -> Iterator[Problem]:
-    stated = e.arrays[f"{c.name}/value"][keep].astype(np.float64)
-    again = found[c.readout].astype(np.float64)
-    points = np.abs(c.rescale(stated) - c.rescale(again))
-    differing = (np.isnan(stated) != np.isnan(again)) | (points > AGREE)
-    if differing.sum() > max(1, DIFFER * len(keep)):
-        said = f"{int(differing.sum())} of {len(keep)} stored images score otherwise than stated"
-        yield Problem(2, f"{QUERIES} {c.name}/value", said)
 
 
 def _clean_problems(e: Evaluation, subject: Subject, seeds: tuple[int, ...]) -> Iterator[Problem]:

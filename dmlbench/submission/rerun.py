@@ -10,7 +10,6 @@ import hashlib
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,24 +18,23 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dmlbench.board.row import headline
 from dmlbench.checkpoints import PACKAGE, sha256_of
-from dmlbench.cluster_attacks import CLUSTER_ATTACKS
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.doubts.audit import GLANCES
 from dmlbench.embedding import Embedder
-from dmlbench.errors import DataError, DmlbenchError
+from dmlbench.errors import DataError, DmlbenchError, Problem
 from dmlbench.evaluate import evaluate
-from dmlbench.fast.exact import true_float32
-from dmlbench.intervals import ANY, PERCENT, paired_intervals
-from dmlbench.kinds import clustering, strict
+from dmlbench.intervals import ANY, PERCENT, Ends, paired_intervals
+from dmlbench.kinds.base import AGREE, RUN, Stated
+from dmlbench.kinds.table import KINDS
 from dmlbench.models import build, check_probe, fill, parameter_count
 from dmlbench.models.fetching import fetch as fetched
 from dmlbench.models.spec import preprocess_of
-from dmlbench.protocol import Component, Protocol, Step, scored
+from dmlbench.protocol import Protocol, scored
 from dmlbench.results import Evaluation
-from dmlbench.run.subject import Progress, Silent, Subject, measured_queries, prepare
-from dmlbench.submission.bundle import LIMITS, Problem, refuse
-from dmlbench.submission.replay import AGREE, clusters_differ, dataset_of
-from dmlbench.submission.static import RUN, WEIGHTS, Checked
+from dmlbench.run.subject import Progress, Silent, measured_queries, prepare
+from dmlbench.submission.bundle import LIMITS, refuse
+from dmlbench.submission.replay import dataset_of
+from dmlbench.submission.static import WEIGHTS, Checked
 
 OCTAVES = 0.125
 """How far the smallest eps may differ on a log scale with base 2: one step between two eps that are asked about."""
@@ -183,28 +181,18 @@ def rerun_share(
     dataset = dataset_of(checked, embedder, 3)
     chosen = secrets.randbits(32) if seed is None else seed
     draw = np.random.default_rng(chosen)
-    if checked.protocol.kind == "clustering":
-        part = checked.parts[draw.integers(len(checked.parts))]
-        return _one_cluster_attack(checked, prepare(embedder, dataset, device=device), part, chosen, progress)
+    kind = KINDS[checked.protocol.kind]
+    if kind.share is not None:
+        subject = prepare(embedder, dataset, device=device)
+        said, problems = kind.share(checked.stated, subject, draw, progress or Silent())
+        return Rerun(said, chosen, None, tuple(problems))
     measured = dataset.query[measured_queries(len(dataset.query), checked.protocol.queries)]
     count = min(len(measured), max(least, int(np.ceil(share * len(measured)))))
     picked = np.sort(draw.choice(measured, size=count, replace=False))
     few = dataclasses.replace(dataset, query=picked)
     rules = checked.protocol.model_copy(update={"audit": 0})  # a share is too few for it
-    rules = rules.model_copy(update={"steps": _as_long(rules, checked.evaluation)})
+    rules = kind.as_long(rules, checked.evaluation)
     return _rerun(checked, embedder, few, rules, 3, chosen, device, progress)
-
-
-def _as_long(rules: Protocol, stated: Evaluation) -> tuple[Step, ...]:
-    """The protocol's steps, with as many rounds as the run took at the most: some queries do not say when all have had enough."""
-    curve = stated.extras.get("strict", {}).get("curve", [])
-    out = []
-    for index, step in enumerate(rules.steps):
-        if step.rounds > 1:
-            most = max([2, *(len(row["steps"][index]["rounds"]) for row in curve)])
-            step = step.model_copy(update={"rounds": most, "fewest": most})
-        out.append(step)
-    return tuple(out)
 
 
 def rerun_all(checked: Checked, embedder: Embedder, *, device: str = "auto", progress: Progress | None = None) -> Rerun:
@@ -225,36 +213,10 @@ def _rerun(
 ) -> Rerun:
     found = evaluate(embedder, dataset, rules, device=device, progress=progress)
     at = np.searchsorted(checked.evaluation.arrays["query"], found.arrays["query"])
-    compare = _cluster_disagreements if rules.kind == "clustering" else _disagreements
-    problems = [*compare(checked, found, at, level), *(_new_flags(checked, found) if level == 4 else ())]
+    compare = KINDS[rules.kind].disagree or _disagreements
+    problems = [*compare(checked.stated, found, at, level), *(_new_flags(checked, found) if level == 4 else ())]
     said = f"attacked {len(at)} queries again"
     return Rerun(said, seed, headline(found), tuple(problems))
-
-
-@true_float32()
-def _one_cluster_attack(
-    checked: Checked, subject: Subject, part: Component, seed: int, progress: Progress | None
-) -> Rerun:
-    """One attack at one eps on all images, and its clusters."""
-    rules, labels, progress = checked.protocol, subject.scene.labels.cpu().numpy(), progress or Silent()
-    own = clustering.groups(subject, rules)
-
-    def again(part: Component) -> dict[str, np.ndarray]:
-        if CLUSTER_ATTACKS[part.attack].way == "union":
-            return clustering.union(subject, rules, own[True], list(map(again, clustering.before(checked.parts, part))))
-        progress.start(part.name, len(labels) * rules.threat_of(part).steps * clustering.restarts(rules, part))
-        return clustering.measured(subject, rules, part, own, rules.seed, partial(progress.advance, part.name))[1]
-
-    found = again(part)
-    problems = clusters_differ(3, part.name, checked.evaluation, found, labels)
-    return Rerun(f"attacked all {len(labels)} images again by {part.name}", seed, None, tuple(problems))
-
-
-def _cluster_disagreements(checked: Checked, found: Evaluation, at: np.ndarray, level: int) -> Iterator[Problem]:
-    """Attacks whose clusters are not the stated ones within the tolerance."""
-    for name in ("clustering/clean", *(c.name for c in checked.parts)):
-        again = {key: found.arrays[f"{name}/{key}"] for key in ("clusters", "value")}
-        yield from clusters_differ(level, name, checked.evaluation, again, checked.evaluation.arrays["label"][at])
 
 
 def _new_flags(checked: Checked, found: Evaluation) -> Iterator[Problem]:
@@ -266,41 +228,44 @@ def _new_flags(checked: Checked, found: Evaluation) -> Iterator[Problem]:
             yield Problem(4, f"{RUN} warnings.{f.flag}", f"is missing; the audit says again: {f.message}")
 
 
-def _disagreements(checked: Checked, found: Evaluation, at: np.ndarray, level: int) -> Iterator[Problem]:
-    """Parts (and ERS, or the area of the worst-case curve, or the smallest eps) whose mean over the same queries differs by
-    more than :data:`AGREE` points (:data:`OCTAVES`) and whose paired interval excludes zero."""
-    stated, rules, parts = checked.evaluation, checked.protocol, checked.parts
+def _disagreements(checked: Stated, found: Evaluation, at: np.ndarray, level: int) -> Iterator[Problem]:
+    """Parts, and the number that is ranked by, whose mean over the same queries differs by more than :data:`AGREE` points, the
+    number by half of that (a length by :data:`OCTAVES`), and whose paired interval excludes zero."""
+    stated, parts, kind = checked.evaluation, checked.parts, KINDS[checked.rules.kind]
     first, second = scored(parts, stated.arrays)[at], scored(parts, found.arrays)
     # single queries, not classes, are the unit: the model is the same, only rounding can differ
     single = np.arange(len(at))
     intervals = paired_intervals(first, second, single, [c.limits for c in parts], PERCENT)
     means = np.nanmean(second - first, axis=0)
-    whole, ends, name, unit = float(means.mean()), intervals.mean, "ers", "ERS"
-    if rules.threshold is not None:
-        largest = rules.threat_of(parts[-1]).radius
-        smallest = [  # beyond the largest counts as a little more than that
-            np.log2(np.minimum(e.arrays[strict.SMALLEST][rows], largest * 2**OCTAVES))
-            for e, rows in ((stated, at), (found, np.arange(len(at))))
-        ]
-        ends = paired_intervals(smallest[0][:, None], smallest[1][:, None], single, [ANY]).columns[0]
-        whole = float(np.nanmean(smallest[1] - smallest[0]))
-        if abs(whole) > OCTAVES and (ends is None or ends[0] > 0 or ends[1] < 0):
-            said = f"attacking {len(at)} queries again gave {2**whole:.2f} times the smallest eps that is stated"
-            yield Problem(level, f"{RUN} extras.strict.smallest_eps", said)
-    if rules.kind == "strict" and rules.threshold is None:
-        radii = [0.0, *(rules.threat_of(c).radius for c in parts)]
-        share = np.array([strict.area(radii, [0.0, *one]) for one in np.eye(len(parts))])  # the area is linear
-        of_area = paired_intervals((first @ share)[:, None], (second @ share)[:, None], single, [PERCENT]).columns[0]
-        whole, ends, name, unit = float(means @ share), of_area, "extras.strict.area", "the area"
     rows = [
-        (f"measurements.{c.name}", mean, of_part, AGREE, "score")
-        for c, mean, of_part in zip(parts, means, intervals.columns, strict=True)
+        (f"measurements.{c.name}", mean, ends, AGREE, "score")
+        for c, mean, ends in zip(parts, means, intervals.columns, strict=True)
     ]
-    if rules.threshold is None:
-        rows.append((name, whole, ends, AGREE / 2, unit))
-    for field, mean, found_ends, allowed, of in rows:
-        if abs(mean) > allowed and (found_ends is None or found_ends[0] > 0 or found_ends[1] < 0):
+    if kind.mean:
+        rows.append(("ers", float(means.mean()), intervals.mean, AGREE / 2, "ERS"))
+    before, after = kind.by_query(stated), kind.by_query(found)
+    for number in kind.numbers:
+        if not number.ranks or number.name not in before or number.name not in after:
+            continue
+        sides = np.stack([before[number.name][at], after[number.name]])
+        if number.length:
+            ends = paired_intervals(np.log2(sides[0])[:, None], np.log2(sides[1])[:, None], single, [ANY]).columns[0]
+            octaves = float(np.nanmean(np.diff(np.log2(sides), axis=0)))
+            if abs(octaves) > OCTAVES and _sure(ends):
+                said = f"attacking {len(at)} queries again gave {2**octaves:.2f} times the {number.name} that is stated"
+                yield Problem(level, f"{RUN} extras.{kind.name}.{number.name}", said)
+        else:
+            ends = paired_intervals(sides[0][:, None], sides[1][:, None], single, [PERCENT]).columns[0]
+            mean = float(np.nanmean(np.diff(sides, axis=0)))
+            rows.append((f"extras.{kind.name}.{number.name}", mean, ends, AGREE / 2, number.name))
+    for field, mean, ends, allowed, of in rows:
+        if abs(mean) > allowed and _sure(ends):
             yield Problem(level, f"{RUN} {field}", _said(mean, len(at), f"points of {of}"))
+
+
+def _sure(ends: Ends) -> bool:
+    """Whether zero is no part of the interval; where there is none, nothing says that it is."""
+    return ends is None or ends[0] > 0 or ends[1] < 0
 
 
 def _said(mean: float, queries: int, unit: str) -> str:

@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from dmlbench.board.row import Row, Status, extra_numbers, from_evaluation
+from dmlbench.board.row import Row, Status, from_evaluation
 from dmlbench.checkpoints import checkpoints
 from dmlbench.datasets import DATASETS, load_dataset
+from dmlbench.errors import Problem
 from dmlbench.intervals import VERSION, Ends
+from dmlbench.kinds.base import CLOSE, LENGTHS_CLOSE, QUERIES, RUN, SAMPLE, Stated
+from dmlbench.kinds.table import KINDS, numbers_of
 from dmlbench.metrics import READOUTS
 from dmlbench.plain import read_json
 from dmlbench.protocol import (
@@ -31,9 +34,8 @@ from dmlbench.results import Evaluation, unstacked, widened
 from dmlbench.run.record import counts
 from dmlbench.run.subject import measured_queries
 from dmlbench.submission import extras
-from dmlbench.submission.bundle import SUBMISSIONS, Bundle, Problem, Refused, manifest_of, read_arrays, read_bundle
-from dmlbench.submission.extras import CLOSE, QUERIES, RUN, SAMPLE
-from dmlbench.submission.record import STATED_EXTRA, Submission, SubmittedRun, read_submission
+from dmlbench.submission.bundle import SUBMISSIONS, Bundle, Refused, manifest_of, read_arrays, read_bundle
+from dmlbench.submission.record import RANKING, Submission, SubmittedRun, read_submission
 from dmlbench.threat import TOLERANCE
 
 WEIGHTS = "weights.safetensors"
@@ -61,6 +63,11 @@ class Checked(Opened):
     protocol: Protocol
     parts: tuple[Component, ...]
     row: Row
+
+    @property
+    def stated(self) -> Stated:
+        """What the kind of its protocol looks at."""
+        return Stated(self.evaluation, self.protocol, self.parts)
 
 
 def open_bundle(path: Path) -> Opened:
@@ -91,10 +98,11 @@ def check_static(path: Path, board: Path | None = None, aged: bool = False) -> C
     submission, evaluation = opened.submission, opened.evaluation
     rules = _protocol(evaluation, aged)
     parts = extras.parts_of(rules, evaluation)
-    shapes = [*_shape_problems(evaluation, rules, parts), *extras.shape_problems(evaluation, rules, parts)]
+    stated = Stated(evaluation, rules, tuple(parts))
+    shapes = [*_shape_problems(evaluation, rules, parts), *extras.shape_problems(stated)]
     problems = [*shapes, *_identity_problems(submission, evaluation)]
     if not shapes:
-        problems += _number_problems(evaluation, rules, parts)
+        problems += _number_problems(stated)
     if path.is_dir() and path.resolve().parent.name == SUBMISSIONS and path.resolve().name != submission.id:
         said = f"is {submission.id!r}, its folder is called {path.resolve().name!r}"
         problems.append(Problem(0, "submission.yaml id", said))
@@ -212,15 +220,13 @@ def _identity_problems(s: Submission, e: Evaluation) -> Iterator[Problem]:
     for name, (said, found) in pairs.items():
         if said != found:
             yield Problem(0, f"{file} stated.{name}", f"says {said!r}, the run {found!r}")
-    ran_extra = extra_numbers(e)
-    for name, number, ran in (
-        ("recall_at_1", stated.recall_at_1, e.benign.get("recall_at_1")),
-        ("ers", stated.ers, e.ers),
-        *((name, getattr(stated, name), ran_extra.get(name)) for name in STATED_EXTRA),
-    ):
-        close = extras.LENGTHS_CLOSE if name == "smallest_eps" else CLOSE
-        if (number is None) != (ran is None) or abs((number or 0.0) - (ran or 0.0)) > close:
-            yield Problem(0, f"{file} stated.{name}", f"says {number}, the run {ran}")
+    ran = numbers_of(e)
+    numbers = {"recall_at_1": e.benign.get("recall_at_1"), "ers": e.ers, **{name: ran.get(name) for name in RANKING}}
+    for name, number in numbers.items():
+        told = getattr(stated, name)
+        close = LENGTHS_CLOSE if name in RANKING and RANKING[name].length else CLOSE
+        if (told is None) != (number is None) or abs((told or 0.0) - (number or 0.0)) > close:
+            yield Problem(0, f"{file} stated.{name}", f"says {told}, the run {number}")
     card = s.checkpoint
     if not card.files or card.files[0].sha256 != e.model.weights_sha256:
         said = "is missing" if not card.files else f"says {str(card.files[0].sha256)[:12]}…"
@@ -307,12 +313,13 @@ def _shape_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) 
         yield Problem(0, f"{SAMPLE} rows", "are not rows of queries")
 
 
-def _number_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) -> Iterator[Problem]:
+def _number_problems(stated: Stated) -> Iterator[Problem]:
     """Does every stated number come out again, and is every one possible?"""
+    e, rules, parts, kind = stated.evaluation, stated.rules, stated.parts, KINDS[stated.rules.kind]
     outcomes = [*_benign_problems(e), *_outcome_problems(e, rules, parts)]
-    outcomes += extras.outcome_problems(e, rules, parts) if not outcomes else []
+    outcomes += kind.outcome_problems(stated) if not outcomes else []
     yield from outcomes
-    if outcomes and rules.kind in extras.ARRAYS:  # sums of what is wrong would be wrong in many more lines
+    if outcomes and kind.run:  # sums of what is wrong would be wrong in many more lines
         return
     for m, c in zip(e.measurements, parts, strict=True):
         where = f"{RUN} measurements.{c.name}"
@@ -325,20 +332,19 @@ def _number_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component])
             yield Problem(0, f"{where}.n", f"says {m.n}, the arrays hold {len(kept)} outcomes")
         yield from _same(f"{where}.value", m.value, float(kept.mean()) if len(kept) else None)
         yield from _same(f"{where}.score", m.score, float(c.rescale(kept.mean())) if len(kept) else None)
-        within = rules.kind == "clustering"  # R@1 within the attacked set may rise
-        if m.value is not None and c.readout == "recall_at_1" and m.score is not None and not within:
+        if m.value is not None and c.readout == "recall_at_1" and m.score is not None and not kind.within:
             clean, high = e.benign.get("recall_at_1", 100.0), m.interval[1] if m.interval else m.score
             if m.score - (high - m.score) > clean + CLOSE:
                 yield Problem(0, f"{where}.value", f"R@1 of {m.value:.2f} under attack is above the clean {clean:.2f}")
     if parts:
         intervals = score_intervals(parts, e.arrays)
-        mean = ers_of([m.score for m in e.measurements]) if rules.kind == "ers" else None
+        mean = ers_of([m.score for m in e.measurements]) if kind.mean else None
         yield from _same(f"{RUN} ers", e.ers, mean)
-        stated = [(f"measurements.{m.component}.interval", m.score, m.interval) for m in e.measurements]
+        said = [(f"measurements.{m.component}.interval", m.score, m.interval) for m in e.measurements]
         found = [*intervals.columns, None if mean is None else intervals.mean]
-        for (field, score, ends), again in zip([*stated, ("ers_interval", e.ers, e.ers_interval)], found, strict=True):
+        for (field, score, ends), again in zip([*said, ("ers_interval", e.ers, e.ers_interval)], found, strict=True):
             yield from _end_problems(f"{RUN} {field}", score, ends, again, e.interval_version == VERSION)
-    yield from extras.number_problems(e, rules, parts)
+    yield from extras.number_problems(stated)
 
 
 def _outcome_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) -> Iterator[Problem]:

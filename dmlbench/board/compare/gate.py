@@ -19,9 +19,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dmlbench.board.row import EXTRA_COLUMNS, PARTS
+from dmlbench.board.row import PARTS
 from dmlbench.checkpoints import first_problem
 from dmlbench.errors import UsageError
+from dmlbench.kinds.table import numbers
 from dmlbench.metrics import CLEAN
 from dmlbench.registry import suggest
 
@@ -34,14 +35,12 @@ DEFAULT_DROPS: Mapping[str, float] = {
     "ers": 1.0,
     "recall_at_1": 1.0,
     "nmi": 1.0,
-    "worst_case_recall_at_1": 1.0,
-    "worst_case_area": 1.0,
-    "clustering_nmi_attacked": 3.0,
+    **{name: number.drop for name, number in numbers().items() if number.drop is not None},
     "any": 3.0,
 }
-"""Points that a metric may lose; ``any`` is any attack part of a protocol but clustering."""
+"""Points that a metric may lose; ``any`` is any attack part, but for those whose R@1 is within the attacked set."""
 
-GATED = ("ers", "any", *CLEAN, *EXTRA_COLUMNS)
+GATED = ("ers", "any", *CLEAN, *numbers())
 
 
 class Gate(BaseModel):

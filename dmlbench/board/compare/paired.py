@@ -14,12 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Integer
-from scipy import sparse
+from jaxtyping import Float
 
-from dmlbench.board.row import extra_numbers, worst_case_by_query
 from dmlbench.errors import DataError, NotComparable
-from dmlbench.intervals import DRAWS, PERCENT, Ends, cluster_medians, paired_intervals, stretched
+from dmlbench.intervals import DRAWS, PERCENT, Ends, cluster_medians, nmi_interval, paired_intervals, stretched
+from dmlbench.kinds.table import kind_of, numbers_of
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Component, counted, ers_of
 from dmlbench.results import Evaluation
@@ -119,7 +118,7 @@ def pair(
 
     first, second = columns(base, i), columns(candidate, j)
     loose = set() if same_queries(base, candidate) else of_the_set(base, candidate)
-    p, gated = len(parts), "clustering" not in base.extras  # R@1 within an attacked set may rise as well as fall
+    p, gated = len(parts), not kind_of(base).within  # R@1 within an attacked set may rise as well as fall
     nowhere = np.isnan(first) | np.isnan(second)  # a query without an outcome in one run counts in neither
     own = [_mean(first[:, c]) for c in range(first.shape[1])]
     first, second = np.where(nowhere, np.nan, first), np.where(nowhere, np.nan, second)
@@ -148,11 +147,11 @@ def pair(
         if name in base.benign:
             values = base.benign[name], candidate.benign.get(name)
             interval = None
-            if name == "nmi" and values[1] is not None:
-                shown = values[1] - values[0]
-                interval = nmi_interval(base, candidate, (CLUSTERS, CLUSTERS), i, j, seed, draws, shown)
+            if name == "nmi" and values[1] is not None and CLUSTERS in base.arrays and CLUSTERS in candidate.arrays:
+                clusters = base.arrays[CLUSTERS][i], candidate.arrays[CLUSTERS][j]
+                interval = nmi_interval(label, *clusters, seed, draws, values[1] - values[0])
             out.append(Paired(name, False, *values, interval))
-    return [*out, *_extra(base, candidate, i, j, seed, draws)]
+    return [*out, *_numbers(base, candidate, i, j, seed, draws)]
 
 
 def same_queries(base: Evaluation, candidate: Evaluation) -> bool:
@@ -163,7 +162,7 @@ def same_queries(base: Evaluation, candidate: Evaluation) -> bool:
 def of_the_set(base: Evaluation, candidate: Evaluation) -> set[str]:
     """The parts whose outcomes for a query depend on which others are measured with it: recall within an attacked
     set, and perturbations that all queries share."""
-    own = "clustering" in base.extras
+    own = kind_of(base).within
     return {
         m.component
         for e in (base, candidate)
@@ -177,60 +176,47 @@ def _left_out(metric: str, is_part: bool = False) -> Paired:
     return Paired(metric, is_part, None, None, None, left_out=True)
 
 
-def _extra(
+def _numbers(
     base: Evaluation, candidate: Evaluation, i: np.ndarray, j: np.ndarray, seed: int, draws: int
 ) -> list[Paired]:
-    """The numbers of protocols of kind strict, from the common queries' own columns, and of kind clustering, which
-    are of the whole set."""
-    numbers, other = extra_numbers(base), extra_numbers(candidate)
-    worst = worst_case_by_query(base), worst_case_by_query(candidate)
+    """The numbers of the runs' kind: those that are made of the queries' own from the common ones, the others, which are
+    of the whole set, as they are."""
+    kind, given, other = kind_of(base), numbers_of(base), numbers_of(candidate)
+    first, second = kind.by_query(base), kind.by_query(candidate)
     out = []
-    for name in numbers:
-        if name == "smallest_eps" and name in other:
-            out.append(_smallest(base, candidate, i, j, seed, draws))
-        elif worst[0] is not None and worst[1] is not None and name in worst[0]:
-            first, second = worst[0][name][i], worst[1][name][j]
-            ends = paired_intervals(first[:, None], second[:, None], base.arrays["label"][i], [PERCENT]).columns[0]
-            both = ~np.isnan(first + second)
-            equal = bool((first == second)[both].all())
-            out.append(Paired(name, False, _mean(first[both]), _mean(second[both]), ends, equal))
+    for number in kind.numbers:
+        name = number.name
+        if name not in given:
+            continue
+        if name in first and name in second and name in other:
+            pair = first[name][i], second[name][j]
+            out.append((_medians if number.median else _means)(name, *pair, base.arrays["label"][i], seed, draws))
         elif not same_queries(base, candidate):
             out.append(_left_out(name))
         else:
-            interval = None
-            if name == "clustering_nmi_attacked" and name in other:
-                keys = (worst_clusters(base), worst_clusters(candidate))
-                interval = nmi_interval(base, candidate, keys, i, j, seed, draws)
-            out.append(Paired(name, False, numbers[name], other.get(name), interval))
+            ends = number.between(base, candidate, i, j, seed, draws) if number.between and name in other else None
+            out.append(Paired(name, False, given[name], other.get(name), ends))
     return out
 
 
-def _smallest(base: Evaluation, candidate: Evaluation, i: np.ndarray, j: np.ndarray, seed: int, draws: int) -> Paired:
-    """The medians of the smallest eps, each over the common queries that its model gets right when clean, [0, 1] scale;
-    what is beyond the largest eps of the grid counts as that."""
-    table = np.stack(
-        [
-            np.minimum(e.arrays["smallest_eps/value"][rows], e.extras["strict"]["smallest_eps"]["largest"])
-            for e, rows in ((base, i), (candidate, j))
-        ],
-        axis=1,
-    )
-    label = base.arrays["label"][i]
+def _means(name: str, first: np.ndarray, second: np.ndarray, label: np.ndarray, seed: int, draws: int) -> Paired:
+    ends = paired_intervals(first[:, None], second[:, None], label, [PERCENT]).columns[0]
+    both = ~np.isnan(first + second)
+    equal = bool((first == second)[both].all())
+    return Paired(name, False, _mean(first[both]), _mean(second[both]), ends, equal)
+
+
+def _medians(name: str, first: np.ndarray, second: np.ndarray, label: np.ndarray, seed: int, draws: int) -> Paired:
+    """The medians, each over the common queries that its model has a value for."""
+    table = np.stack([first, second], axis=1)
     known = ~np.isnan(table)
     if not known.any(0).all():
-        return Paired("smallest_eps", False, None, None, None)
+        return Paired(name, False, None, None, None)
     found = cluster_medians(table, label, seed, draws)
     groups = int(min(len(np.unique(label[k])) for k in known.T))
     difference = found[:, 1] - found[:, 0]
     interval = stretched(difference[1:], float(difference[0]), groups)
-    return Paired("smallest_eps", False, float(found[0, 0]), float(found[0, 1]), interval)
-
-
-def worst_clusters(e: Evaluation) -> str:
-    """The per-query array of the clusters after the attack of lowest NMI at the largest eps, labels known."""
-    rows = [row for row in e.extras["clustering"]["attacks"] if row["labelled"]]
-    low = min((row for row in rows if row["eps"] == rows[-1]["eps"]), key=lambda row: float(row["nmi"]))
-    return f"{low['attack']}@{low['eps']}/clusters"
+    return Paired(name, False, float(found[0, 0]), float(found[0, 1]), interval)
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -240,68 +226,3 @@ def _mean(values: np.ndarray) -> float | None:
 
 CLUSTERS = "benign/clusters"
 """Per-query array (Q, seeds): the k-means cluster each query fell into, by clustering seed."""
-
-
-def nmi_interval(
-    base: Evaluation,
-    candidate: Evaluation,
-    keys: tuple[str, str],
-    i: np.ndarray,
-    j: np.ndarray,
-    seed: int,
-    draws: int,
-    shown: float | None = None,
-) -> Ends:
-    """Interval of the difference in NMI, classes resampled, averaged over clustering seeds; None where a run
-    does not say into which clusters its queries fell, or there are fewer than two classes.
-
-    ``shown`` is the difference itself, where that is of more images than the queries: NMI of the clean gallery in a
-    run with ``--limit``. The queries then say how far it spreads, and not where it lies; fewer images spread more.
-    ``keys`` names the array (Q, seeds) of clusters in each run. Under attack it is that of each model's worst
-    attack, which is not chosen anew on every resample.
-    """
-    if keys[0] not in base.arrays or keys[1] not in candidate.arrays:
-        return None
-    _, label = np.unique(base.arrays["label"][i], return_inverse=True)
-    groups = int(label.max()) + 1
-    if groups < 2:
-        return None
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(groups, np.full(groups, 1 / groups), size=draws).astype(np.float64)
-    weights = np.concatenate([np.ones((1, groups)), weights])  # the first is the estimate itself
-
-    def mean_nmi(clusters: np.ndarray) -> np.ndarray:
-        return np.mean([nmi_by_weight(label, c, weights) for c in clusters.T], axis=0)
-
-    difference = mean_nmi(candidate.arrays[keys[1]][j]) - mean_nmi(base.arrays[keys[0]][i])
-    middle = float(difference[0]) if shown is None else shown
-    return stretched(difference[1:] + (middle - difference[0]), middle, groups)
-
-
-def nmi_by_weight(
-    label: Integer[np.ndarray, " q"], cluster: Integer[np.ndarray, " q"], weights: Float[np.ndarray, "d g"]
-) -> Float[np.ndarray, " d"]:
-    """NMI (arithmetic mean, percent) of a clustering where each query counts as often as its class's weight.
-
-    Args:
-        label: classes 0 to g-1.
-        weights: by draw and class.
-    """
-    _, cluster = np.unique(cluster, return_inverse=True)
-    table = sparse.csr_matrix((np.ones(len(label)), (label, cluster)), shape=(weights.shape[1], cluster.max() + 1))
-    size = np.asarray(table.sum(1))[:, 0]  # (g,)
-    total = weights @ size  # (d,)
-    by_class = weights * size / total[:, None]  # (d, g)
-    by_cluster = (table.T @ weights.T).T / total[:, None]  # (d, k)
-    # the joint entropy is a sum over classes: each cell is weight * n / total
-    cells = table.tocoo()
-    inner = np.bincount(cells.row, cells.data * np.log(cells.data), minlength=weights.shape[1])  # (g,) sum n log n
-    joint = -(weights @ inner + _xlogx(weights) @ size) / total + np.log(total)
-    of_class, of_cluster = -_xlogx(by_class).sum(1), -_xlogx(by_cluster).sum(1)
-    mutual = of_class + of_cluster - joint
-    mean = (of_class + of_cluster) / 2
-    return np.where(mean > 1e-12, 100.0 * np.maximum(mutual, 0.0) / np.maximum(mean, 1e-12), 100.0)
-
-
-def _xlogx(x: np.ndarray) -> np.ndarray:
-    return x * np.log(np.where(x > 0, x, 1.0))

@@ -15,9 +15,11 @@ from markupsafe import Markup
 
 from dmlbench.board.report.charts import PALETTE, Bar, Line, bars, curves, length_255, plane
 from dmlbench.board.report.pictures import data_uri, magnified
+from dmlbench.kinds.table import kind_of
 from dmlbench.metrics import CLEAN
 from dmlbench.results import Evaluation, Measurement
 from dmlbench.run.closeup import names_of
+from dmlbench.threat import length
 
 STRIPS = 4
 """Queries shown for each part."""
@@ -87,7 +89,7 @@ def page(runs: Sequence[Run]) -> str:
         chart=Markup(bars([_bar(m, i) for i, m in enumerate(first.measurements)])),
         comparison=_comparison(runs),
         curve=_curve(runs),
-        strict=_strict(runs),
+        kinds=_curves_of_kinds(runs),
         closeups=[_closeup(first, i, name) for i, name in enumerate(names_of(first.sample)[0])],
         command=shlex.join(first.environment.argv) if first.environment.argv else "",
     )
@@ -146,28 +148,23 @@ def _curve(runs: Sequence[Run]) -> Markup | None:
     return Markup(curves(lines, "ERS"))
 
 
-def _strict(runs: Sequence[Run]) -> Markup | None:
-    """Worst-case R@1 against eps, for runs of a protocol with a grid of eps."""
-    lines: list[Line] = []
+def _curves_of_kinds(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
+    """The title and the curve over eps of each kind of protocol that has one, a line for each run; where no query has an
+    outcome when clean, there is nothing to draw."""
+    lines: dict[str, list[Line]] = {}
     for run in runs:
-        found = run.evaluation.extras.get("strict")
-        if not found or found["clean"] is None or np.isnan(found["clean"]):
-            continue  # not a strict run, or one without a query that has a positive
-        by_name = {m.component: m for m in run.evaluation.measurements}
-        points: list[tuple[float, float, tuple[float, float] | None]] = [(0.0, float(found["clean"]), None)]
-        for row, (name, m) in zip(found["curve"], by_name.items(), strict=False):
-            norms = run.evaluation.arrays.get(f"{name}/norm")
-            reached = float(np.nanmax(norms)) if norms is not None and norms.size else _eps(row["eps"])
-            points.append((reached, float(row["recall_at_1"]), m.interval))
-        lines.append(Line(run.name, points, PALETTE[len(lines) % len(PALETTE)]))
-    return Markup(curves(lines, "worst-case R@1")) if lines else None
-
-
-def _eps(text: Any) -> float:
-    """A length written as a number or a fraction."""
-    from dmlbench.threat import length
-
-    return length(text)
+        e = run.evaluation
+        curve, intervals = kind_of(e).curve(e), {m.component: m.interval for m in e.measurements}
+        if curve is None or curve.points[0].value is None or np.isnan(curve.points[0].value):
+            continue
+        points: list[tuple[float, float, tuple[float, float] | None]] = []
+        for p in curve.points:
+            norms = e.arrays.get(f"{p.part}/norm")
+            reached = float(np.nanmax(norms)) if norms is not None and norms.size else length(p.eps)
+            points.append((reached, float("nan" if p.value is None else p.value), intervals.get(p.part or "")))
+        here = lines.setdefault(curve.title, [])
+        here.append(Line(run.name, points, PALETTE[len(here) % len(PALETTE)]))
+    return [(title, Markup(curves(found, title))) for title, found in lines.items()]
 
 
 def _closeup(e: Evaluation, index: int, name: str) -> dict[str, Any]:

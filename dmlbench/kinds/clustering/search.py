@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +23,9 @@ from dmlbench.cluster_attacks import CLUSTER_ATTACKS, ClusterAttack, SharedInfor
 from dmlbench.embedding import require_finite
 from dmlbench.errors import UsageError
 from dmlbench.fast.kmeans import nearest_centre
-from dmlbench.kinds.outcome import Outcome
-from dmlbench.metrics import agreement, assignments, kmeans, mean, retrieval
+from dmlbench.kinds.base import Outcome
+from dmlbench.kinds.clustering.summary import before, components, restarts, summary
+from dmlbench.metrics import agreement, assignments, kmeans, retrieval
 from dmlbench.objectives import Objective
 from dmlbench.optimizers import autograd, watched
 from dmlbench.protocol import Component, Joint, Protocol
@@ -50,20 +50,6 @@ def centroids(e: Float[Tensor, "N D"], groups: Integer[Tensor, " N"], k: int) ->
     total = e.new_zeros(k, e.shape[1]).index_add_(0, groups, e)
     size = e.new_zeros(k).index_add_(0, groups, torch.ones_like(e[:, 0]))
     return total / size.clamp_min(1.0)[:, None]
-
-
-def pairwise_f1(labels: Integer[np.ndarray, " N"], clusters: Integer[np.ndarray, " N"]) -> float:
-    """Harmonic mean of pair precision and pair recall, percent: pairs of one cluster against pairs of one class."""
-    _, a = np.unique(labels, return_inverse=True)
-    _, b = np.unique(clusters, return_inverse=True)
-    table = np.zeros((a.max() + 1, b.max() + 1), dtype=np.int64)
-    np.add.at(table, (a, b), 1)
-
-    def pairs(n: np.ndarray) -> float:
-        return float((n * (n - 1) // 2).sum())
-
-    both, by_cluster, by_class = pairs(table), pairs(table.sum(0)), pairs(table.sum(1))
-    return 200.0 * both / (by_cluster + by_class) if by_cluster + by_class else 0.0
 
 
 def _embedded(subject: Subject, images: Tensor, eot: int) -> Tensor:
@@ -255,14 +241,6 @@ def readings(subject: Subject, e: Tensor, labels: np.ndarray, seeds: tuple[int, 
     return {"clusters": clusters, "value": retrieval(subject.scene.among_themselves(e), (1,))["recall_at_1"]}
 
 
-def numbers(
-    labels: Integer[np.ndarray, " N"], clusters: Integer[np.ndarray, "N seeds"], recall: Float[np.ndarray, " N"]
-) -> dict[str, float]:
-    """NMI, AMI and pair F1 (means over the k-means seeds) and R@1 within the set, percent."""
-    f1 = float(np.mean([pairwise_f1(labels, c) for c in clusters.T]))
-    return {**agreement(labels, clusters), "f1": f1, "recall_at_1": mean(recall)}
-
-
 def run(
     subject: Subject,
     protocol: Protocol,
@@ -318,34 +296,9 @@ def run(
     arrays = {f"{name}/{key}": done[name][key] for name in done for key in READ if key in done[name]}
     sample = {part.name: done[part.name]["images"] for part in parts}
     seconds = {part.name: float(done[part.name]["seconds"].sum()) for part in parts}
-    extras = {"clustering": summary(protocol, protocol.eps_for(shape), labels, arrays)}
+    said = summary(protocol, protocol.eps_for(shape), labels, arrays)
     nonfinite = sum(int(done[part.name]["nonfinite"].sum()) for part in alone)
-    return Outcome(parts, seconds, arrays, sample, extras, nonfinite=nonfinite)
-
-
-def components(protocol: Protocol, shape: Sequence[int]) -> list[Component]:
-    """One column for each eps of the grid and each attack, for images of this shape (channels, height, width)."""
-
-    def threat(name: str, eps: str) -> dict[str, Any]:
-        joint = CLUSTER_ATTACKS[name].way == "joint" and protocol.joint
-        return {"eps": eps, **({"steps": joint.steps} if joint else {})}
-
-    return [
-        Component(name=f"{name}@{eps}", attack=name, readout="recall_at_1", worst=0, best=100, threat=threat(name, eps))
-        for eps in protocol.eps_for(shape)
-        for name in protocol.attacks
-    ]
-
-
-def restarts(protocol: Protocol, part: Component) -> int:
-    """How often an attack begins anew, at the most."""
-    return protocol.joint.restarts if protocol.joint and CLUSTER_ATTACKS[part.attack].way == "joint" else 1
-
-
-def before(parts: Sequence[Component], union: Component) -> list[Component]:
-    """Of which attacks' images one that is a union chooses: those that stand before it, at the same eps."""
-    same = [part for part in parts if part.threat["eps"] == union.threat["eps"]]
-    return same[: same.index(union)]
+    return Outcome(parts, seconds, arrays, sample, said, nonfinite=nonfinite)
 
 
 def groups(subject: Subject, protocol: Protocol, work: Work | None = None) -> dict[bool, np.ndarray]:
@@ -406,36 +359,3 @@ def union(
     e = embeddings[torch.from_numpy(at), torch.from_numpy(choice)].to(subject.device)
     norm = np.stack([found["norm"] for found in others])[choice, at]
     return {**readings(subject, e, subject.scene.labels.cpu().numpy(), seeds), "norm": norm, "choice": choice}
-
-
-def summary(
-    protocol: Protocol, grid: Sequence[str], labels: Integer[np.ndarray, " N"], arrays: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    """All that a run says of its images' clusters: what goes into ``extras.clustering``.
-
-    Args:
-        arrays: ``clusters`` (N, seeds) and ``value`` (N,) of ``clustering/clean/`` and of each ``<attack>@<eps>/``.
-    """
-
-    def of(name: str) -> dict[str, float]:
-        return numbers(labels, arrays[f"{name}/clusters"], arrays[f"{name}/value"])
-
-    table = [
-        {"eps": eps, "attack": name, "labelled": CLUSTER_ATTACKS[name].labelled, **of(f"{name}@{eps}")}
-        for eps in grid
-        for name in protocol.attacks
-    ]
-    seeds = list(protocol.clustering_seeds)
-    return {"clean": of("clustering/clean"), "attacks": table, "worst": worst(table), "seeds": seeds}
-
-
-def worst(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each eps the lowest of every number, over the attacks that know the labels and the others apart."""
-    out = []
-    for eps in dict.fromkeys(row["eps"] for row in table):
-        for labelled in (True, False):
-            rows = [r for r in table if r["eps"] == eps and r["labelled"] == labelled]
-            if rows:
-                low = {key: min(r[key] for r in rows) for key in ("nmi", "ami", "f1", "recall_at_1")}
-                out.append({"eps": eps, "labelled": labelled, **low})
-    return out

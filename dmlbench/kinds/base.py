@@ -1,0 +1,299 @@
+"""What a kind of protocol is: one record, from which all the rest reads what it has to know of it.
+
+A kind says which fields of a protocol's file it is run by, what it runs, which numbers and columns it gives, how they are
+shown, and what a submitted run of it must hold. Evaluations keep what is its own under its name in
+:attr:`~dmlbench.results.Evaluation.extras`; everything that has a default may be left out (docs/extend.md has a whole one).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
+
+from dmlbench.attacks import Attack
+from dmlbench.datasets import RetrievalDataset
+from dmlbench.errors import Problem
+from dmlbench.intervals import Ends
+from dmlbench.protocol import Component, Protocol
+from dmlbench.results import Evaluation
+from dmlbench.run.subject import Progress, Subject
+from dmlbench.run.units import Work
+from dmlbench.threat import Threat
+
+RUN = "run/evaluation.json"
+QUERIES = "run/per_query.npz"
+SAMPLE = "run/adversarial_sample.npz"
+
+CLOSE = 1e-3
+"""How far a stated number may be from the one computed again, in points: rounding of sums."""
+LENGTHS_CLOSE = 1e-6
+"""The same for lengths on the [0, 1] scale of pixels."""
+AGREE = 1.0
+"""Points by which a mean over rerun queries may always differ: other hardware rounds otherwise, and 32
+signed steps turn rounding into other pixels."""
+CLUSTERS_AGREE = 3.0
+"""The same of NMI and AMI: k-means falls otherwise where points have moved by a rounding."""
+DIFFER = 0.02
+"""Share of replayed outcomes that may differ (a tie broken by rounding); one always may."""
+
+Percent = Annotated[float, Field(ge=0, le=100)]
+Points = Annotated[float, Field(ge=0, le=100 + CLOSE)]
+"""A percentage as a run states it."""
+Count = Annotated[int, Field(ge=0)]
+Cost = Annotated[float, Field(ge=0)]
+Shape = Sequence[int]
+"""(channels, height, width)"""
+Tables = Callable[[dict[str, Any]], Iterator["Sheet | Line"]]
+
+
+class Form(BaseModel):
+    """A part of what a kind keeps in ``extras``, nothing missing and nothing more."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that a kind's own run measured.
+
+    Attributes:
+        components: the columns, each with ``<name>/value`` (Q,) in ``arrays``.
+        seconds: by component.
+        arrays: per-query arrays by name.
+        sample: adversarial images of the sampled queries by component.
+        summary: what goes into :attr:`~dmlbench.results.Evaluation.extras` under the kind's name.
+        broken_by: where the audit can look at the run: by eps, how each query ended.
+        nonfinite: gradients of single images that were NaN or infinite in the searches, and taken as zero.
+    """
+
+    components: list[Component]
+    seconds: dict[str, float]
+    arrays: dict[str, np.ndarray]
+    sample: dict[str, np.ndarray]
+    summary: dict[str, Any]
+    broken_by: dict[str, np.ndarray] = field(default_factory=dict)
+    nonfinite: int = 0
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that a kind gives beside its parts' scores; larger is more robust.
+
+    Attributes:
+        name: its column.
+        title: what a person reads above it.
+        ranks: rows are ranked by it, if they have none that stands before it.
+        drop: points that a candidate may lose in ``compare``; None: it is shown and gates nothing.
+        against: of a number that ranks: the column that it is drawn against.
+        median: it is a median over queries; else the mean of what each adds to it, or of the whole set.
+        length: a length on the [0, 1] scale of pixels; else points of 100.
+        beside_ers: it stands beside ERS on the board of the same images.
+        between: of a number of the set: the interval of its difference between two runs, from the positions of the
+            common queries in both, a seed and a number of resamples.
+    """
+
+    name: str
+    title: str
+    ranks: bool = False
+    drop: float | None = None
+    against: str = "recall_at_1"
+    median: bool = False
+    length: bool = False
+    beside_ers: bool = False
+    between: Callable[[Evaluation, Evaluation, np.ndarray, np.ndarray, int, int], Ends] | None = None
+
+
+class Point(NamedTuple):
+    """One point of a curve over eps; ``part`` is the component whose score it is, or the clean metric, where it is one's."""
+
+    eps: str
+    value: float | None
+    part: str | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A number against eps: its title, and the points, the first of eps 0, ascending."""
+
+    title: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table for the screen: columns of text, then ``columns`` of numbers; ``bold`` are positions of rows."""
+
+    title: str
+    names: tuple[str, ...]
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    bold: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line for the screen: its head stands out."""
+
+    text: str
+    head: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A search that ``--plan`` times: what it is called, the most passes a query (gradients, values) costs, and what is timed
+    for it, ``weight`` times."""
+
+    name: str
+    attack: Attack
+    optimizer: str
+    threat: Threat
+    passes: tuple[int, int]
+    steps: int
+    eps: str = ""
+    called: str = ""
+    """the attack's name in the plan"""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Stated:
+    """A submitted run: the result, its protocol, and the columns that such a run has."""
+
+    evaluation: Evaluation
+    rules: Protocol
+    parts: tuple[Component, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What the stored adversarial images are looked at with: the model and its queries, the ``positions`` of those whose
+    images are stored, and their clean images."""
+
+    subject: Subject
+    positions: np.ndarray
+    clean: Any
+
+
+def own_components(rules: Protocol, shape: Shape) -> list[Component]:
+    """The components that the protocol's file lists."""
+    return list(rules.components)
+
+
+def nothing(*_: Any, **__: Any) -> Iterator[Any]:
+    """No line, no problem."""
+    return iter(())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One kind of protocol.
+
+    What a file of the kind holds:
+        name: what ``kind`` in the file says, and the key in ``extras``.
+        title: one line for a person.
+        needs, reads: the protocol's fields that it must have, and may have, beside those of every kind.
+        unread: keys of [threat] that would do nothing.
+        check: raises UsageError where they do not fit one another.
+
+    What is measured:
+        run: the whole run, (subject, rules, seed, batch size, progress, positions of the sampled queries, work) to an
+            :class:`Outcome`, or None where ``work`` is a shard; None: the components are searched one after another.
+        components: the parts of a run on images of a shape.
+        mean: the mean of the parts' scores is ERS.
+        within: R@1 of its parts is within the attacked set, so it may rise as well as fall.
+        optimizers: what the run searches with.
+        jobs: what ``--plan`` times, for a protocol, a data set and a number of queries.
+
+    What it gives:
+        form: the type of its part of ``extras``.
+        numbers: beside the parts' scores, in the order in which they are shown.
+        columns: the types of its columns in a row of a board, in their order.
+        read: the values of those columns, None for a missing one.
+        by_query: by name of a number what each query (Q,) adds to it: the number is their mean, or their median.
+        curve: what a plot over eps draws.
+        shown: the columns that a board shows at first.
+        tables: what is printed.
+        page: paragraphs of docs/protocols.md about one protocol.
+
+    What a submitted run must hold:
+        arrays: by name, for each query, the kind of number ("i" or "f") and how many of them (1: an array (Q,)).
+        outcome_problems: which of its arrays do not fit one another.
+        number_problems: which numbers do not come out of the arrays again; asked where the arrays have no problem.
+        replay: what the stored images of the sample contradict.
+        as_long: the protocol under which a share of the queries is searched for as long as all were.
+        share: where a share of the queries says nothing: what to measure again instead, (stated, subject, random
+            numbers, progress) to what it was, in words, and the problems.
+        disagree: of two runs of the same queries, (stated, found, positions, level): what differs; by default every part,
+            and the number that is ranked by.
+    """
+
+    name: str
+    title: str
+    needs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    check: Callable[[Protocol], None] = lambda rules: None
+    run: Callable[[Subject, Protocol, int, int, Progress, np.ndarray, Work], Outcome | None] | None = None
+    components: Callable[[Protocol, Shape], list[Component]] = own_components
+    mean: bool = False
+    within: bool = False
+    optimizers: Callable[[Protocol], set[str]] = lambda rules: set()
+    jobs: Callable[[Protocol, RetrievalDataset, int], Iterator[Job]] = nothing
+    form: type[BaseModel] | None = None
+    numbers: tuple[Number, ...] = ()
+    columns: type[BaseModel] | None = None
+    read: Callable[[Evaluation], Mapping[str, float | None]] = lambda evaluation: {}
+    by_query: Callable[[Evaluation], Mapping[str, Float[np.ndarray, " Q"]]] = lambda evaluation: {}
+    curve: Callable[[Evaluation], Curve | None] = lambda evaluation: None
+    shown: tuple[str, ...] = ()
+    tables: Tables = nothing
+    page: Callable[[Protocol], Iterator[str]] = nothing
+    arrays: Callable[[Protocol, Sequence[Component]], Mapping[str, tuple[str, int]]] = lambda rules, parts: {}
+    outcome_problems: Callable[[Stated], Iterator[Problem]] = nothing
+    number_problems: Callable[[Stated], Iterator[Problem]] = nothing
+    replay: Callable[[Stated, Kept], Iterator[Problem]] = nothing
+    as_long: Callable[[Protocol, Evaluation], Protocol] = lambda rules, evaluation: rules
+    share: Callable[[Stated, Subject, np.random.Generator, Progress], tuple[str, Iterable[Problem]]] | None = None
+    disagree: Callable[[Stated, Evaluation, np.ndarray, int], Iterator[Problem]] | None = None
+
+
+def count_problems(bad: Any, field: str, said: str) -> Iterator[Problem]:
+    """A problem with how many queries are ``bad`` (Q,), where any is."""
+    if np.any(bad):
+        yield Problem(0, f"{QUERIES} {field}", f"{int(np.sum(bad))} {said}")
+
+
+def differences(where: str, stated: Any, found: Any, close: float = CLOSE) -> Iterator[Problem]:
+    """Where two trees of lists, mappings and values differ, numbers by more than ``close``."""
+    if isinstance(stated, dict) and isinstance(found, dict):
+        for key in sorted({*stated, *found}):
+            yield from differences(f"{where}.{key}", stated.get(key), found.get(key), close)
+    elif isinstance(stated, list) and isinstance(found, list) and len(stated) == len(found):
+        for n, (a, b) in enumerate(zip(stated, found, strict=True)):
+            yield from differences(f"{where}.{n}", a, b, close)
+    elif isinstance(stated, int | float) and isinstance(found, float):
+        if not abs(stated - found) <= close:
+            yield Problem(0, f"{RUN} {where}", f"says {stated}, the queries' own outcomes give {found}")
+    elif stated != found:
+        yield Problem(0, f"{RUN} {where}", f"says {stated!r}, the queries' own outcomes give {found!r}")
+
+
+def outcomes_differ(
+    e: Evaluation, c: Component, found: Mapping[str, np.ndarray], positions: np.ndarray
+) -> Iterator[Problem]:
+    """A problem where too many stored images of a part score otherwise than the run states of the queries at ``positions``."""
+    stated = e.arrays[f"{c.name}/value"][positions].astype(np.float64)
+    again = found[c.readout].astype(np.float64)
+    points = np.abs(c.rescale(stated) - c.rescale(again))
+    differing = (np.isnan(stated) != np.isnan(again)) | (points > AGREE)
+    if differing.sum() > max(1, DIFFER * len(positions)):
+        said = f"{int(differing.sum())} of {len(positions)} stored images score otherwise than stated"
+        yield Problem(2, f"{QUERIES} {c.name}/value", said)
+
+
+def text_of(value: float | None, digits: int = 1) -> str:
+    """A number as a table shows it; a run folder holds no NaN but null."""
+    return "–" if value is None or not np.isfinite(value) else f"{value:.{digits}f}"

@@ -1,0 +1,33 @@
+"""Protocols that are a list of components, each searched for itself: with a mean that is ERS, or without one."""
+
+from collections.abc import Iterator
+
+import torch
+
+from dmlbench.attacks import ATTACKS, measure
+from dmlbench.errors import Problem
+from dmlbench.kinds.base import Kept, Kind, Stated, outcomes_differ
+from dmlbench.protocol import Protocol
+from dmlbench.run.search import aimed, searches
+
+
+def page(p: Protocol) -> Iterator[str]:
+    """What the mean is called."""
+    yield "Score: ERS, the mean of the parts' scores, 0 to 100, higher is more robust.\n"
+
+
+def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
+    """Do the stored images of each attack score the same?"""
+    e, rules, subject = stated.evaluation, stated.rules, kept.subject
+    for search in searches(rules, rules.components):
+        scene = aimed(subject, search, rules.seed)[torch.from_numpy(kept.positions).to(subject.device)]
+        for c in search.components:
+            adversarial = torch.from_numpy(e.sample[c.name].copy()).to(subject.device)
+            found = measure(subject.embedder, ATTACKS[search.attack], search.threat, adversarial, kept.clean, scene)
+            yield from outcomes_differ(e, c, found, kept.positions)
+
+
+ERS = Kind(
+    name="ers", title="components whose mean score is ERS", needs=("components",), mean=True, page=page, replay=replay
+)
+PARTS = Kind(name="parts", title="components without a common score", needs=("components",), replay=replay)

@@ -163,8 +163,8 @@ def plan_of(
     """The searches that ``evaluate`` would run, each with its expected ``seconds`` and ``peak_mib``.
 
     ``gradients`` (a pass forward and back) and ``values`` (a pass forward) are what the searches spend on all queries,
-    on the surrogate where there is one. The first row is the clean metrics, the last the total. Searches of kind
-    "strict" are taken at their most, as if every query survived.
+    on the surrogate where there is one. The first row is the clean metrics, the last the total. Searches on
+    survivors alone are taken at their most, as if every query survived.
 
     Raises:
         UsageError: an unknown name, or a surrogate under a protocol that has no transfer.

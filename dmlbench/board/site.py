@@ -39,7 +39,7 @@ TITLES = {
     "claimed_ers": "ERS claimed",
     "claim_gap": "Gap",
     **{name: number.title for name, number in numbers().items()},
-    "worst_case_missed_at_most": "Missed at most, points",
+    **{name: column.title for name, column in Row.model_fields.items() if column.title},
     "worst_part": "Weakest part",
     "status": "Status",
     "flags": "Flags",

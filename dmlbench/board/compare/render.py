@@ -4,12 +4,13 @@ import html
 import xml.etree.ElementTree as ET
 
 from dmlbench.board.compare.verdict import Comparison, Difference
+from dmlbench.board.row import LENGTHS
 
 MARK = {"better": "▲", "same": "=", "worse": "▼", "inconclusive": "?"}
 
 
 def _cells(m: Difference) -> tuple[str, ...]:
-    form = ".3g" if m.metric == "smallest_eps" else ".2f"  # a length, on the [0, 1] scale of pixels
+    form = ".3g" if m.metric in LENGTHS else ".2f"
 
     def number(value: float | None, sign: str = "") -> str:
         return "–" if value is None else f"{value:{sign}{form}}"

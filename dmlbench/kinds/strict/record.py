@@ -101,7 +101,7 @@ class Columns(BaseModel):
     smallest_eps_lo: Annotated[float, Field(ge=0)] | None = None
     smallest_eps_hi: Annotated[float, Field(ge=0)] | None = None
     """empty where it is beyond the largest eps of the grid"""
-    worst_case_missed_at_most: Percent | None = None
+    worst_case_missed_at_most: Percent | None = Field(None, title="Missed at most, points")
     """upper bound of the points that ten times the rounds would take from worst_case_recall_at_1"""
     worst_case_area: Percent | None = None
     """version 1: mean height of the curve of worst-case R@1 from eps 0 to the largest"""

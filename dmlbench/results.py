@@ -387,7 +387,7 @@ def prepare_folder(folder: Path) -> None:
     """Make a folder for results, prove that it can be written, before any work is done, and sweep what killed writers left."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
+        probe = folder / f".probe.{os.getpid()}.part"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:

@@ -249,6 +249,7 @@ def _write_report(out: Path, folders: list[Path]) -> None:
     from dmlbench.board.report import Run, write_page
 
     target = out / "report.html"
+    prepare_folder(out)
     write_page([Run(folder.name, load(folder)) for folder in folders], target)
     click.echo(f"report: {target}", err=True)
 

@@ -1,9 +1,17 @@
-"""Copies what lies at the repository root and belongs in the wheel, so that there is one source of it."""
+"""What setup.cfg cannot say: data at the repository root that belong in the wheel, and addresses.
+
+``DMLBENCH_REPOSITORY`` is the address of the repository that a release is made from, ``DMLBENCH_DOCS`` that of its
+documentation (.github/workflows/release.yml sets both): a package index then has project links, and the README's links
+lead there. Without them none is made up.
+"""
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
@@ -44,4 +52,23 @@ class BuildWithRootData(build_py):
                 shutil.copy2(source, target / name)
 
 
-setup(cmdclass={"build_py": BuildWithRootData})
+def addresses() -> dict[str, Any]:
+    """The project's links, and the README with absolute ones; nothing where the repository is not known."""
+    repository, docs = (os.environ.get(f"DMLBENCH_{name}", "").rstrip("/") for name in ("REPOSITORY", "DOCS"))
+    if not repository:
+        return {}
+    readme = (Path(__file__).resolve().parent / "README.md").read_text(encoding="utf-8")
+    links = {
+        "Source": repository,
+        "Issues": f"{repository}/issues",
+        "Changelog": f"{repository}/blob/HEAD/CHANGELOG.md",
+        "Documentation": docs or f"{repository}/tree/HEAD/docs",
+    }
+    return {
+        "url": repository,
+        "project_urls": links,
+        "long_description": re.sub(r"\]\((?!https?:|#)", f"]({repository}/blob/HEAD/", readme),
+    }
+
+
+setup(cmdclass={"build_py": BuildWithRootData}, **addresses())

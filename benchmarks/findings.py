@@ -347,12 +347,12 @@ def report() -> None:
     import matplotlib.pyplot as plt
 
     table = collected()
-    lines: list[str] = []
+    lines = ["# Tables of the findings", ""]
     for group, title in GROUPS.items():
         if any(key[0] == group for key in table):
-            lines += [f"### {title}", "", *markdown(table, group), ""]
+            lines += [f"## {title}", "", *markdown(table, group), ""]
     if any(key[0] == "grid" for key in table):
-        lines += ["### Spread of HM[S,D], 300 steps, one value per seed", "", *grid_markdown(table), ""]
+        lines += ["## Spread of HM[S,D], 300 steps, one value per seed", "", *grid_markdown(table), ""]
     write_whole(ROOT / "docs" / "findings-tables.md", ("\n".join(lines)).encode())
 
     matplotlib.rcParams["svg.hashsalt"] = "findings"

@@ -457,7 +457,9 @@ def replay(attack: Attack, repository: Path, files: Files) -> tuple[int, str]:
 def said(printed: str) -> str:
     """The first reason, as a cell of a table."""
     lines = [line for line in printed.splitlines() if line.startswith("REFUSED")] or printed.splitlines()[-1:] or [""]
-    text = lines[0].removeprefix("REFUSED ").replace("|", r"\|").replace("`", "'").replace("<", "&lt;")
+    text = (
+        lines[0].removeprefix("REFUSED ").replace("|", r"\|").replace("`", "'").replace("<", "&lt;").replace("[", r"\[")
+    )
     return text[:180] + ("…" if len(text) > 180 else "")
 
 

@@ -2,7 +2,7 @@
 
 The file to show a visitor. :func:`craft` searches, :func:`measure` looks at what came out (the harness
 measures, never the attack). A new attack is an objective in ``objectives.py`` and a line in
-:data:`ATTACKS`; another package adds its own through the entry point group ``dmlbench.attacks``.
+:data:`ATTACKS`; another package adds its own through the entry point group ``dmlbench.plugins``.
 """
 
 from collections.abc import Mapping

@@ -93,7 +93,7 @@ def evaluate(
         model: an :class:`Embedder`, a registry id, or a module with an ``input_shape`` attribute.
         dataset: a data set or its id; by default the one whose training split the model learnt from.
         protocol: a protocol, its name or its file; by default the data set's.
-        attacks: only these: components of the protocol, which leaves ERS empty, and any attack@optimizer,
+        attacks: only these: components of the protocol, which leaves ERS empty, and any ``attack@optimizer``,
             which is an extra part that never counts in ERS; "all" stands for all that the protocol measures.
         limit: only this many queries, which marks the result partial.
         until: only as many queries as bring the 95 % interval of ERS within this many points of it, in the order of

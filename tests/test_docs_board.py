@@ -1,4 +1,4 @@
-"""The pages about the board and CI: every command in them runs and prints what they show.
+"""The pages about the board and CI, and the tutorials: every command in them runs and prints what they show.
 
 Lines that begin with ``$`` in a ``console`` block are commands, what follows is their output, and ``exit N``
 after it a code other than 0. Words must be the same; a number may differ by a point and a quarter (by five points and
@@ -22,6 +22,7 @@ BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 NUMBER = re.compile(r"(?<![\w.])[-+−]?\d+(?:\.\d+)?(?![\w.]*[a-z_])")
 PROGRESS = re.compile(r".*: [\d,]+ of [\d,]+, .* a second, about \d+ (?:s|min) left")
 """What long work says from time to time where there is no terminal: more of it on a slow machine."""
+TUTORIALS = ["tutorials/model.md", "tutorials/gate.md", "tutorials/attack.md", "tutorials/defence.md"]
 UPDATE = os.environ.get("DMLBENCH_UPDATE_DOCS") == "1"
 
 
@@ -99,7 +100,7 @@ def tamper(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["submitting.md", "ci.md", "leaderboard.md"])
+@pytest.mark.parametrize("name", ["submitting.md", "ci.md", "leaderboard.md", *TUTORIALS])
 def test_the_page_tells_the_truth(name, folder, typed):
     path = ROOT / "docs" / name
     text = path.read_text(encoding="utf-8")
@@ -112,7 +113,7 @@ def test_the_page_tells_the_truth(name, folder, typed):
             printed = execute(command, folder, typed)
             lines.append(f"$ {command}\n" + (printed + "\n" if printed else ""))
             if not UPDATE:
-                words, far = alike(shown, printed, 5.0 if name == "submitting.md" else 1.0)
+                words, far = alike(shown, printed, 1.0 if name in ("ci.md", "leaderboard.md") else 5.0)
                 assert words[0] == words[1], f"{command}\n{printed}"
                 assert not far, f"{command}\n{printed}"
         updated = updated.replace(block[0], "```console\n" + "".join(lines) + "```", 1)

@@ -91,6 +91,12 @@ class Comparison(_Record):
     notes: tuple[str, ...] = ()
     fail_on_inconclusive: bool = False
 
+    def __str__(self) -> str:
+        """The table that ``dmlbench compare`` prints."""
+        from dmlbench.board.compare.render import as_text
+
+        return as_text(self)
+
     @property
     def exit_code(self) -> int:
         """0 passed, 1 the gate failed, 5 nothing worse than inconclusive under --fail-on-inconclusive."""

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dmlbench.intervals import ANY, CORRELATION, PERCENT, WEIGHT, class_intervals, paired_intervals, stretched
+from dmlbench.intervals import (
+    ANY,
+    CORRELATION,
+    PERCENT,
+    WEIGHT,
+    class_intervals,
+    cluster_medians,
+    paired_intervals,
+    stretched,
+)
 
 
 def slow(values, clusters, bottom, top):
@@ -212,3 +221,23 @@ def test_resampled_classes_are_stretched_by_the_t_quantile_over_the_normal_one(g
     factor = stats.t.ppf(0.975, groups - 1) / 1.959964 * math.sqrt(groups / (groups - 1))
     low, high = stretched(np.linspace(-1, 1, 2001), 0.2, groups)
     assert (low, high) == pytest.approx((0.2 - 1.15 * factor, 0.2 + 0.75 * factor), rel=1e-5)
+
+
+def test_resamples_in_which_nothing_counts_say_nothing():
+    """Two classes of five have a value: without both a resample has no median, which is neither 0 nor any other number."""
+    label = np.repeat(np.arange(5), 4)
+    values = np.where(label < 2, 40.0 + np.arange(20.0), np.nan)
+    drawn = cluster_medians(values[:, None], label, seed=7, draws=300)[:, 0]
+    again = np.random.default_rng(7).multinomial(5, np.full(5, 1 / 5), size=300)
+    plain = []
+    for weights in [[1] * 5, *again.tolist()]:
+        counted = sorted(v for v, c in zip(values, label, strict=True) for _ in range(weights[c]) if not math.isnan(v))
+        plain.append(counted[(len(counted) - 1) // 2] if counted else math.nan)
+    np.testing.assert_array_equal(drawn, plain)
+    kept = [v for v in plain[1:] if not math.isnan(v)]
+    assert 10 < 300 - len(kept) < 40  # (3/5)^5 of them
+    factor = stats.t.ppf(0.975, 1) / stats.norm.ppf(0.975) * math.sqrt(2)
+    low, high = np.quantile(kept, [0.025, 0.975])
+    wanted = plain[0] + (low - plain[0]) * factor, plain[0] + (high - plain[0]) * factor
+    assert stretched(drawn[1:], drawn[0], 2) == pytest.approx(wanted)
+    assert stretched(np.full(3, np.nan), 1.0, 2) is None

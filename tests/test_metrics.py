@@ -46,6 +46,22 @@ def test_readout_is_that_of_the_plain_loop(name: str, space: str, seed: int) -> 
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("space", list(DISTANCES))
+@pytest.mark.parametrize("nearer", range(5))
+@pytest.mark.parametrize("ties", range(5))
+def test_entries_as_near_as_the_target_push_it_out_of_the_top_4(space: str, nearer: int, ties: int) -> None:
+    """On the axes, where distances tie exactly: the own entry, the target, what is nearer, what ties, and what is farther."""
+    query, target, *tied = torch.eye(6)
+    entries = [query, target, *[torch.tensor([0.8, 0.6, 0, 0, 0, 0])] * nearer, *tied[:ties], *[-query] * 4]
+    X = torch.stack(entries)
+    gallery, own = Gallery(X, torch.arange(len(X))), torch.zeros(1, dtype=torch.long)
+    scene = Scene(DISTANCES[space], gallery, X[:1], own, own, own[:, None] + 1)
+    d = to_all(space, query.double().numpy(), X.double().numpy())
+    ahead = sum(d[j] <= d[1] for j in range(2, len(d)))
+    assert ahead == nearer + ties
+    assert READOUTS["kept_in_top_4"].read(X[:1], scene).tolist() == [100.0 * (ahead < 4)]
+
+
 def population(seed: int, n: int = 90, classes: int = 9, spread: float = 1.0) -> Scene:
     rng = Rng(seed, torch.arange(n))
     y = torch.arange(n) % classes

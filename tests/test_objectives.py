@@ -1,5 +1,7 @@
 """Each objective against a plain loop, in every embedding space, and its gradient against differences."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -139,6 +141,28 @@ def test_the_published_shift_takes_torchs_first_step(space: str) -> None:
         assert bool((cosine > 0.999).all()), cosine
         if space != "C":
             torch.testing.assert_close(g, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["shift", "shift_published", "approach_published"])
+@pytest.mark.parametrize("length", [0.01, 100.0])
+@pytest.mark.parametrize("share", [0.1, 10.0])
+def test_rounding_is_as_large_as_embeddings_are_long(name: str, length: float, share: float) -> None:
+    """Space E: only a shift below 1e-5 of the gallery's root mean square length counts as none."""
+    scene, moved = scene_of("E")
+    X = scene.gallery.embeddings * length
+    rms = math.sqrt(sum(float(v) ** 2 for v in X.flatten()) / len(X))
+    scene = Scene(scene.distance, Gallery(X, scene.gallery.labels), X[:B], scene.labels, scene.row, scene.row[:, None])
+    away = torch.nn.functional.normalize(moved, dim=1) * share * 1e-5 * rms
+    e = (scene.clean + away).requires_grad_(True)
+    (found,) = torch.autograd.grad(OBJECTIVES[name](e, scene).sum(), e)
+    for g, image, reference in zip(found.numpy(), e.detach().numpy(), scene.clean.numpy(), strict=True):
+        moved_by = np.float32(1e-7 if name == "shift_published" else 0)
+        difference = image - reference if share > 1 else reference - (reference + moved_by)
+        along = difference + (0 if name == "shift" else 1e-6)
+        if name == "shift" and share < 1:
+            along = -np.ones(D)
+        expected = along / np.linalg.norm(along) * (1 if name == "approach_published" else -1)
+        np.testing.assert_allclose(g, expected, atol=5e-3)
 
 
 @pytest.mark.parametrize("space", ["N", "E"])

@@ -232,3 +232,255 @@ def test_every_optimizer_spends_what_it_states(name: str, changes, kind) -> None
 def test_square_refuses_triplets() -> None:
     with pytest.raises(UsageError, match="needs images"):
         OPTIMIZERS["square"](lambda x: x.flatten(1).sum(1), torch.rand(2, 3, 1, 4, 4), Threat(), rows(2))
+
+
+# --- the published algorithms once more, picture by picture in numpy -------------------------------------------
+
+
+class Wavy:
+    """Pictures of three channels, and for each a bowl with waves in it, in float64: once for torch, once for numpy."""
+
+    def __init__(self, side: int, waves: float = 0.2, count: int = 3) -> None:
+        draw = rows(count, 21)
+        self.clean, self.low = (draw.uniform(3, side, side).double() for _ in range(2))
+        self.weight, self.waves = 0.1 + draw.uniform(3, side, side).double(), waves
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.weight * ((x - self.low) ** 2 + self.waves * torch.cos(20 * x))).flatten(1).sum(1)
+
+    def one(self, i: int):
+        """The picture i, the value of its loss and the slope: (3, h, w) to a number and to (3, h, w)."""
+        low, weight = self.low[i].numpy(), self.weight[i].numpy()
+        return (
+            self.clean[i].numpy(),
+            lambda x: float((weight * ((x - low) ** 2 + self.waves * np.cos(20 * x))).sum()),
+            lambda x: weight * (2 * (x - low) - 20 * self.waves * np.sin(20 * x)),
+        )
+
+
+def size(delta, threat: Threat) -> float:
+    return float(np.abs(delta).max() if threat.norm == "linf" else np.sqrt((delta**2).sum()))
+
+
+def back(x, clean, threat: Threat):
+    """The nearest picture of the ball, and of those in [0, 1]."""
+    delta = x - clean
+    if threat.norm == "linf":
+        delta = np.clip(delta, -threat.radius, threat.radius)
+    elif size(delta, threat) > threat.radius:
+        delta = delta * threat.radius / size(delta, threat)
+    return np.clip(clean + delta, 0, 1)
+
+
+def steepest(slope, threat: Threat):
+    return np.sign(slope) if threat.norm == "linf" else slope / size(slope, threat)
+
+
+def plain_pgd(clean, value, slope, threat, draw, saw):
+    x = clean
+    for _ in range(threat.steps):
+        x = back(x - threat.stride * steepest(slope(x), threat), clean, threat)
+    return x
+
+
+def plain_fgsm(clean, value, slope, threat, draw, saw):
+    return back(clean - threat.radius * steepest(slope(clean), threat), clean, threat)
+
+
+def plain_r_fgsm(clean, value, slope, threat, draw, saw):
+    x = back(clean + threat.radius / 2 * steepest(draw("normal", *clean.shape), threat), clean, threat)
+    return back(x - threat.radius / 2 * steepest(slope(x), threat), clean, threat)
+
+
+def plain_mi_fgsm(clean, value, slope, threat, draw, saw):
+    """Dong et al., algorithm 1: g <- g + slope / |slope|_1."""
+    x, g = clean, np.zeros_like(clean)
+    for _ in range(threat.steps):
+        g = g + slope(x) / np.abs(slope(x)).sum()
+        if size(steepest(g, threat) - steepest(slope(x), threat), threat) > 0.1:
+            saw.add("another way than the slope")
+        x = back(x - threat.stride * steepest(g, threat), clean, threat)
+    return x
+
+
+def plain_apgd(clean, value, slope, threat, draw, saw):
+    """Croce and Hein, algorithm 1, minimising; the step is halved, and the search goes on from the best image, where
+
+    1. fewer than 75 % of the steps since the last checkpoint lowered the loss, or
+    2. at that checkpoint the step was not halved, and the lowest loss is still what it was there.
+    """
+    x = last = best = clean
+    step, marks, mark, gains, halved, lowest_then = 2 * threat.radius, checkpoints(threat.steps), 0, 0, True, value(x)
+    for k in range(1, threat.steps + 1):
+        z = back(x - step * steepest(slope(x), threat), clean, threat)
+        new = z if k == 1 else back(x + 0.75 * (z - x) + 0.25 * (x - last), clean, threat)
+        gains += value(new) < value(x)
+        last, x = x, new
+        if value(x) < value(best):
+            best = x
+        if k in marks:
+            first, second = gains < 0.75 * (k - mark), not halved and value(best) == lowest_then
+            saw.add(f"first {first}, second {second}")
+            mark, gains, halved, lowest_then = k, 0, first or second, value(best)
+            if halved:
+                step, x = step / 2, best
+    return best
+
+
+def plain_cw(clean, value, slope, threat, draw, saw):
+    """Carlini and Wagner, section VI: Adam on w with x = (tanh w + 1) / 2, and a search for the weight c of the loss."""
+    low, high, c, best = 0.0, math.inf, 1.0, clean
+    for _ in range(6):
+        w = np.arctanh(0.98 * (2 * clean - 1))
+        mean, square = np.zeros_like(w), np.zeros_like(w)
+        for i in range(1, threat.steps + 1):
+            x = (np.tanh(w) + 1) / 2
+            if size(x - clean, threat) <= threat.radius and value(x) < value(best):
+                best = x
+            past = np.abs(x - clean) > threat.radius  # Linf: the slope of the sum of what passes eps
+            pull = np.sign(x - clean) * past if threat.norm == "linf" else 2 * (x - clean)
+            g = (pull + c * slope(x)) * (1 - np.tanh(w) ** 2) / 2
+            mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g**2
+            w = w - 5 / threat.steps * (mean / (1 - 0.9**i)) / (np.sqrt(square / (1 - 0.999**i)) + 1e-8)
+        x = (np.tanh(w) + 1) / 2
+        if value(back(x, clean, threat)) < value(best):
+            best = back(x, clean, threat)
+        if size(x - clean, threat) <= threat.radius:
+            low = c
+        else:
+            high = c
+        saw.add("raised" if high == math.inf else "bisected")
+        c = c * 10 if high == math.inf else (low + high) / 2
+    return best
+
+
+def plain_estimate(value, probe: float, noise):
+    """The slope from 50 mirrored pairs of probes, clipped to [0, 1]."""
+
+    def slope(x):
+        total = np.zeros_like(x)
+        for _ in range(50):
+            u = noise()
+            total += (value(np.clip(x + probe * u, 0, 1)) - value(np.clip(x - probe * u, 0, 1))) / (2 * probe) * u / 50
+        return total
+
+    return slope
+
+
+def plain_nes(clean, value, slope, threat, draw, saw):
+    """Normal noise of sigma 2 eps; at 224x224 each number of a 32x32 picture fills 7x7 pixels."""
+
+    def noise():
+        if clean.shape != (3, 224, 224):
+            return draw("normal", *clean.shape)
+        return np.stack([np.kron(channel, np.ones((7, 7))) for channel in draw("normal", 3, 32, 32)])
+
+    return plain_pgd(clean, value, plain_estimate(value, 2 * threat.radius, noise), threat, draw, saw)
+
+
+def plain_spsa(clean, value, slope, threat, draw, saw):
+    guessed = plain_estimate(value, 0.01, lambda: draw("signs", *clean.shape))
+    return plain_pgd(clean, value, guessed, threat, draw, saw)
+
+
+def plain_square(clean, value, slope, threat, draw, saw):
+    """Andriushchenko et al., algorithms 1 and 2: stripes, then windows of one colour; each channel has a sign of its own."""
+    channels, height, width = clean.shape
+    stripes, x = draw("signs", channels, 1, width), clean.copy()
+    for c in range(channels):
+        for column in range(width):
+            x[c, :, column] += threat.radius * stripes[c, 0, column]
+    best = back(x, clean, threat)
+    for query in range(1, threat.queries):
+        s = side(query, threat.queries, height, width)
+        top, left = int(draw("integers", height - s + 1)), int(draw("integers", width - s + 1))
+        signs, x = draw("signs", channels, 1, 1)[:, 0, 0], best.copy()
+        for c in range(channels):
+            window = (c, slice(top, top + s), slice(left, left + s))
+            x[window] = clean[window] + threat.radius * signs[c]
+        if value(back(x, clean, threat)) < value(best):
+            best = back(x, clean, threat)
+            saw.add("one sign" if len(set(signs)) == 1 else "two signs")
+    return best
+
+
+def plain_noise(clean, value, slope, threat, draw, saw):
+    """In turn uniform in the ball, and as far out as it goes: the signs of normal noise (Linf) or its direction (L2)."""
+    tries = []
+    for i in range(threat.queries):
+        if i % 2:
+            delta = threat.radius * steepest(draw("normal", *clean.shape), threat)
+        elif threat.norm == "linf":
+            delta = threat.radius * (2 * draw("uniform", *clean.shape) - 1)
+        else:
+            direction = steepest(draw("normal", *clean.shape), threat)
+            delta = threat.radius * direction * draw("uniform") ** (1 / clean.size)
+        tries.append(back(clean + delta, clean, threat))
+    best = min(range(threat.queries), key=lambda i: value(tries[i]))
+    saw.add("corner" if best % 2 else "inside")
+    return tries[best]
+
+
+TWINS = [
+    *[
+        (twin, norm, *case)
+        for norm in ("linf", "l2")
+        for twin, *case in (
+            (plain_pgd, 6, 0.2, {}, set()),
+            (plain_fgsm, 6, 0.2, {}, set()),
+            (plain_r_fgsm, 6, 0.2, {}, set()),
+            (plain_mi_fgsm, 6, 0.2, {}, {"another way than the slope"}),
+            (plain_nes, 4, 0.2, {"steps": 2}, set()),
+            (plain_spsa, 4, 0.2, {"steps": 2}, set()),
+            (plain_noise, 1, 0.0, {"queries": 6}, {"inside", "corner"}),
+        )
+    ],
+    (plain_apgd, "linf", 4, 0.1, {"steps": 20}, {"first False, second True"}),
+    (plain_apgd, "l2", 4, 0.5, {"steps": 20, "eps": 0.5}, {"first False, second True"}),
+    (plain_cw, "linf", 2, 0.2, {"steps": 16}, {"raised", "bisected"}),
+    (plain_cw, "l2", 2, 0.05, {"steps": 8}, {"raised", "bisected"}),
+    (plain_nes, "linf", 224, 0.2, {"steps": 1}, set()),
+    (plain_square, "linf", 6, 0.2, {"queries": 12}, {"two signs"}),
+]
+"""A twin of an optimizer, the norm, the width of the pictures, the height of the waves, what the threat says, and what must
+happen to some picture for the case to tell the search from a lesser one."""
+
+
+def written(twin) -> str:
+    """The optimizer that a function here is the twin of."""
+    return twin.__name__.removeprefix("plain_").replace("_", "-")
+
+
+@pytest.mark.parametrize(
+    ("twin", "norm", "width", "waves", "threat", "happens"),
+    TWINS,
+    ids=[f"{written(t)}-{n}-{w}" for t, n, w, *_ in TWINS],
+)
+def test_a_search_is_that_of_the_plain_loop(twin, norm: str, width: int, waves: float, threat, happens) -> None:
+    loss, saw = Wavy(width, waves, count=3 if width < 224 else 1), set()
+    threat = Threat(**{"norm": norm, "eps": 0.2 if norm == "linf" else 1.0, "step": 0.05, "steps": 5, **threat})
+    found = OPTIMIZERS[written(twin)](loss, loss.clean, threat, rows(len(loss.clean), 8))
+    for i, picture in enumerate(found.numpy()):
+        rng = Rng(8, torch.tensor([i]))
+        plain = twin(*loss.one(i), threat, lambda kind, *of, rng=rng: getattr(rng, kind)(*of)[0].numpy(), saw)
+        np.testing.assert_allclose(picture, plain, atol=1e-6)
+    assert happens <= saw
+
+
+@pytest.mark.parametrize("norm", list(BALLS))
+def test_the_shared_perturbation_is_that_of_the_plain_loop(norm: str) -> None:
+    loss, threat = Wavy(4), Threat(norm=norm, eps=0.2 if norm == "linf" else 1.0, step=0.15, steps=9)
+    found = OPTIMIZERS["universal"](loss, loss.clean, threat, rows(3))
+    pictures = [loss.one(i) for i in range(3)]
+    shared = np.zeros_like(pictures[0][0])
+    for _ in range(threat.steps):
+        total = sum(slope(back(clean + shared, clean, threat)) for clean, _, slope in pictures)
+        shared = shared - threat.stride * steepest(total, threat)
+        shared = shared * min(1, threat.radius / size(shared, threat)) if norm == "l2" else shared.clip(-0.2, 0.2)
+    for i, (clean, _, _) in enumerate(pictures):
+        np.testing.assert_allclose(found[i].numpy(), back(clean + shared, clean, threat), atol=1e-6)
+
+
+def test_every_optimizer_has_a_twin() -> None:
+    """That of cosine is in test_strict_rounds.py, where the runs are made of it; restarts are PGD's, with a test above."""
+    assert {written(twin) for twin, *_ in TWINS} | {"universal", "cosine", "pgd-restarts"} == set(OPTIMIZERS)

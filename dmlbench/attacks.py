@@ -2,11 +2,12 @@
 
 The file to show a visitor. :func:`craft` searches, :func:`measure` looks at what came out (the harness
 measures, never the attack). A new attack is an objective in ``objectives.py`` and a line in
-:data:`ATTACKS`; another package adds its own through the entry point group ``dmlbench.plugins``.
+:data:`ATTACKS`; another package adds its own through the entry point group ``dmlbench.plugins``, and a file
+of the user's is named as it is (:func:`own_attacks`).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,10 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dmlbench.embedding import Embedder, require_finite
+from dmlbench.errors import UsageError
 from dmlbench.fast.exact import true_float32
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import OBJECTIVES, Objective
 from dmlbench.optimizers import OPTIMIZERS, Run
+from dmlbench.own_code import OwnCode, own_code
 from dmlbench.registry import Registry
 from dmlbench.rng import Rng
 from dmlbench.scene import Scene
@@ -48,6 +51,12 @@ class Attack:
     k: int = 1
     note: str = ""
     ends: tuple[tuple[int | float, int | float], ...] = ((0, 100),)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.readouts, str) or len(self.ends) != len(self.readouts):
+            raise UsageError(
+                f"attack {self.title!r}: readouts {self.readouts!r} must be a tuple, and ends {self.ends!r} a pair for each"
+            )
 
 
 _ECCV = "Zhou et al., ECCV 2020, arXiv 2002.11293"
@@ -128,6 +137,64 @@ def parse(name: str) -> tuple[str, str]:
     ATTACKS[attack]
     OPTIMIZERS[optimizer or "pgd"]
     return attack, optimizer or "pgd"
+
+
+def own_attacks(names: Sequence[str]) -> list[str]:
+    """``names``, with the name that its table has it by for each ``FILE.py:NAME[@optimizer]``, which is read and added here.
+
+    NAME is an :class:`Attack`, whose objective may be a function of the same file, or an objective: then the attack aims at
+    nobody and is read by R@1.
+
+    Raises:
+        UsageError: no such file or name. DataError: it is neither, or fails.
+    """
+    return [_own(name) if ".py:" in name and name.partition("@")[0] not in ATTACKS else name for name in names]
+
+
+def _own(text: str) -> str:
+    where, _, rest = text.rpartition(".py:")
+    if "@" in where:
+        raise UsageError(f"{text}: a file whose path has an '@' cannot be told from ATTACK@OPTIMIZER")
+    name, at, optimizer = rest.partition("@")
+    own = own_code(f"{where}.py:{name}")
+    if own.label in ATTACKS:
+        return f"{own.label}{at}{optimizer}"
+    found = own.value
+    if isinstance(found, Attack):
+        if found.objective not in OBJECTIVES and hasattr(own.module, found.objective):
+            found = replace(found, objective=_objective(own_code(f"{where}.py:{found.objective}")))
+        (
+            OBJECTIVES[found.objective],
+            found.targets and TARGETS[found.targets],
+            [READOUTS[name] for name in found.readouts],
+        )
+    else:
+        found = Attack(f"own objective {name}", _objective(own), "", ("recall_at_1",), own.label)
+    ATTACKS.add(own.label, found)
+    own.called(own.label)
+    return f"{own.label}{at}{optimizer}"
+
+
+def _objective(own: OwnCode) -> str:
+    """The name of the user's own objective in its table, where whatever it does wrong ends in one line."""
+    if own.label in OBJECTIVES:
+        return own.label
+    own.require_takes(2, "(embeddings, scene), nor an Attack")
+
+    def guarded(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+        loss = own.call(e, scene)
+        told = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        right = isinstance(loss, Tensor) and loss.shape == (len(e),) and loss.is_floating_point()
+        own.require(right, f"gave {told}, not one float loss for each of {len(e)} images")
+        sloped = loss.requires_grad or not e.requires_grad
+        own.require(
+            sloped, "gave a loss without a gradient: of the optimizers only square, noise, nes and spsa do without"
+        )
+        return loss  # type: ignore[no-any-return]
+
+    guarded.__doc__ = own.value.__doc__
+    OBJECTIVES.add(own.label, guarded)
+    return own.label
 
 
 def aim(attack: Attack, scene: Scene, rng: Rng) -> Scene:

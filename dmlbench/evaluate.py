@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmlbench.attacks import ATTACKS, aim
+from dmlbench.attacks import ATTACKS, aim, own_attacks
 from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
 from dmlbench.doubts.audit import examine, glance
 from dmlbench.doubts.checks import doubts_about
@@ -26,6 +26,7 @@ from dmlbench.intervals import VERSION, Intervals
 from dmlbench.kinds.table import KINDS
 from dmlbench.metrics import CLEAN, RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.models import load_model
+from dmlbench.own_code import RUN, require_named
 from dmlbench.protocol import Chosen, Component, Protocol, ers_of, load_protocol, score_intervals
 from dmlbench.results import Evaluation, Measurement, ProtocolInfo, finite
 from dmlbench.rng import Rng
@@ -94,7 +95,8 @@ def evaluate(
         dataset: a data set or its id; by default the one whose training split the model learnt from.
         protocol: a protocol, its name or its file; by default the data set's.
         attacks: only these: components of the protocol, which leaves ERS empty, and any ``attack@optimizer``,
-            which is an extra part that never counts in ERS; "all" stands for all that the protocol measures.
+            which is an extra part that never counts in ERS; "all" stands for all that the protocol measures,
+            and ``FILE.py:NAME`` for one's own.
         limit: only this many queries, which marks the result partial.
         until: only as many queries as bring the 95 % interval of ERS within this many points of it, in the order of
             :func:`~dmlbench.run.looks.even_order`, looked at more than once and made up for (:mod:`dmlbench.run.looks`);
@@ -133,6 +135,7 @@ def evaluate(
     )
     rules = protocol if isinstance(protocol, Protocol) else load_protocol(protocol or default_protocol(dataset))
     kind = KINDS[rules.kind]
+    attacks = own_attacks(attacks) if attacks else attacks
     chosen = rules.chosen(attacks, dataset.images.shape)
     official = rules
     eot = None if eot == rules.threat.get("eot", 1) else eot  # what it would be anyway
@@ -216,7 +219,11 @@ def evaluate(
     if kind.run and chosen.runner:
         outcome = kind.run(subject, rules, base, size, progress, sample_positions(subject), work)
     if work.shard:
-        raise ShardDone("; ".join([*notes_of(subject), f"shard {work.shard.index}/{work.shard.count} is finished"]))
+        told = [
+            *notes_of(subject, [*chosen.own, *chosen.extra]),
+            f"shard {work.shard.index}/{work.shard.count} is finished",
+        ]
+        raise ShardDone("; ".join(told))
     if outcome:
         parts, seconds, nonfinite = outcome.components, {**seconds, **outcome.seconds}, nonfinite + outcome.nonfinite
         arrays, sample = {**arrays, **outcome.arrays}, {**sample, **outcome.sample}
@@ -259,7 +266,7 @@ def evaluate(
             argv,
             precision=configuration["gradient_precision"],
             compiled=embedder.compiled,
-            notes=notes_of(subject),
+            notes=notes_of(subject, [*chosen.own, *chosen.extra]),
         ),
         partial=why,
         benign={name: value for name, value in benign.items() if np.isfinite(value)},
@@ -289,12 +296,16 @@ class Clock:
         self._since = now
 
 
-def notes_of(subject: Subject) -> tuple[str, ...]:
-    """How the run differed from what was asked for, where that changes no more than its speed, and what did not count."""
+def notes_of(subject: Subject, components: Sequence[Component]) -> tuple[str, ...]:
+    """How the run differed from what was asked for, where that changes no more than its speed, what did not count, and
+    which of the user's own code was run."""
     models = [subject.embedder, *([subject.surrogate.embedder] if subject.surrogate else [])]
     apart = "gallery images that share a group with a query (camera, sequence or the very same picture) did not count for it"
     trouble = [m.steps.trouble for m in models if isinstance(m.steps, Steps) and m.steps.trouble]
+    named = [*(part for m in models for part in (m.arch or "").split("+")), subject.dataset.name]
+    named += [component.attack for component in components]
     return (
+        *(RUN[name] for name in dict.fromkeys(named) if name in RUN),
         *(f"--compile: gradient steps ran uncompiled, since {why}" for why in trouble),
         *([apart] if subject.scene.groups is not None else []),
     )
@@ -442,6 +453,7 @@ def default_dataset(embedder: Embedder) -> str:
     """The data set that the model's checkpoint names."""
     if embedder.card is None:
         raise UsageError(f"model {embedder.name!r} is not registered with a data set: name one with --dataset")
+    require_named("data set", embedder.card.dataset.name, f"model {embedder.name!r}", "with --dataset")
     return embedder.card.dataset.name
 
 

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dmlbench.errors import UsageError
 from dmlbench.fast.kmeans import lloyd, mutual_information
 from dmlbench.fast.ranking import average_precisions, negatives_ahead, recalled
 from dmlbench.objectives import KEPT
-from dmlbench.registry import Registry
+from dmlbench.registry import Registry, suggest
 from dmlbench.scene import Scene
 
 RECALL_AT = (1, 2, 4, 8)
@@ -40,6 +41,10 @@ class Readout:
 
     read: Callable[[Tensor, Scene], Tensor]
     unit: str
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise UsageError(f"unknown unit {self.unit!r} of a read-out{suggest(self.unit, UNITS)}")
 
     @property
     def limits(self) -> tuple[float, float]:

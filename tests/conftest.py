@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import dmlbench
+from dmlbench.own_code import RUN
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # pytest runs as many workers as there are cores
@@ -50,6 +52,13 @@ class Ran:
     @property
     def json(self):
         return json.loads(self.out)
+
+
+@pytest.fixture(autouse=True)
+def no_code_of_a_users_own() -> Iterator[None]:
+    """What one test ran is not blamed in the next."""
+    yield
+    RUN.clear()
 
 
 @pytest.fixture

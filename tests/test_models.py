@@ -348,7 +348,7 @@ def test_a_users_own_code(tmp_path: Path) -> None:
     assert "is your own code and was run" in embedder.notes[0]
     for name, said in (
         ("mkae", "has no function 'mkae'"),
-        ("number", "has no function 'number'"),
+        ("number", "is of type int, not a function"),
         ("fails", "failed: RuntimeError: no such dataset"),
         ("none", "gave a NoneType"),
         ("flat", r"input_shape \(3, 32\) is not \(channels, height, width\)"),

@@ -24,6 +24,7 @@ from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.intervals import Ends
 from dmlbench.kinds.table import kind_of
 from dmlbench.models import load_model
+from dmlbench.own_code import require_named
 from dmlbench.protocol import counted, scored
 from dmlbench.registry import Registry, suggest
 from dmlbench.results import Evaluation, conditions, prepare_folder, write_whole
@@ -253,6 +254,8 @@ def tsne(runs: Runs, metric: str | None = None, part: str | None = None) -> Figu
     part = part or sampled[-1]
     if part not in sampled:
         raise UsageError(f"the sample of {label} has no part {part!r}{suggest(part, sampled)}")
+    for what, name in (("model", e.model.id), ("data set", e.dataset.name)):
+        require_named(what, name, label, "which t-SNE has no option for")
     model = load_model(e.model.id).eval()
     if e.model.weights_sha256 and model.weights_sha256 != e.model.weights_sha256:
         raise DataError(f"model {e.model.id!r} has other weights here than {label} was measured with")

@@ -19,6 +19,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from dmlbench.errors import DataError, DmlbenchError
+from dmlbench.own_code import blame
 from dmlbench.registry import suggest
 from dmlbench.version import __version__
 
@@ -168,6 +169,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except Exception as error:
         if debug:
             raise
+        if own := blame(error):
+            _fail(own, DataError.exit_code)
         said = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
         _fail(f"internal error: {said}; please report it, --debug shows the traceback", INTERNAL)
     raise SystemExit(code if isinstance(code, int) else 0)

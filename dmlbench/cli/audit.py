@@ -26,7 +26,9 @@ SOUND = {
 @click.command(epilog=EPILOG)
 @click.argument("model")
 @click.option(
-    "--dataset", help="A data set's id, folder:PATH or csv:FILE; by default the one that the model was trained on."
+    "--dataset",
+    help="A data set's id, folder:PATH, csv:FILE, or python:FILE.py:FUNCTION (runs that code); by default the one that the "
+    "model was trained on.",
 )
 @click.option("--protocol", default="strict", show_default=True, help="Whose searches the checks build on.")
 @click.option("--queries", default=256, show_default=True, type=click.IntRange(min=1), help="Queries looked at.")

@@ -13,7 +13,7 @@ from rich.table import Table
 from dmlbench.cli.kinds import print_findings, print_kind
 from dmlbench.cli.model_options import MODEL_HELP, load_subject, model_options
 from dmlbench.cli.output import console, hint, json_option, print_json, progress
-from dmlbench.errors import DmlbenchError, Interrupted, ShardDone, UsageError
+from dmlbench.errors import Interrupted, ShardDone, UsageError
 from dmlbench.results import Evaluation, held, load, prepare_folder, refuse_partial, save
 
 if TYPE_CHECKING:
@@ -28,19 +28,21 @@ ARROW = {"higher": "↑", "lower": "↓"}
 EPILOG = "Example: dmlbench evaluate --model digits-smallcnn-triplet-hm-lga-ics --out runs/digits --csv mine.csv"
 
 
-def _names(text: str | None) -> list[str] | None:
-    """``"CA+,QA-"`` as a list; the minus signs of the papers (− and –) count as hyphens.
+def named(text: str | None) -> list[str] | None:
+    """``"CA+,QA-"`` as a list; the minus signs of the papers (− and –) count as hyphens, and one's own code is read.
 
     Raises:
         UsageError: nothing is named.
     """
+    from dmlbench.attacks import own_attacks
+
     if text is None:
         return None
     plain = text.replace("−", "-").replace("–", "-")
     names = [name.strip() for name in plain.split(",") if name.strip()]
     if not names:
         raise UsageError(f"--attacks {text!r} names nothing: e.g. CA+,QA-, or all for what the protocol measures")
-    return names
+    return own_attacks(names)
 
 
 def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
@@ -54,7 +56,9 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
 @click.command(epilog=EPILOG)
 @click.option("--model", required=True, help=MODEL_HELP)
 @click.option(
-    "--dataset", help="A data set's id, folder:PATH or csv:FILE; by default the one that the model was trained on."
+    "--dataset",
+    help="A data set's id, folder:PATH, csv:FILE, or python:FILE.py:FUNCTION (runs that code); by default the one that the "
+    "model was trained on.",
 )
 @click.option("--split", default="test", type=click.Choice(["test", "train"]), show_default=True)
 @click.option(
@@ -62,7 +66,8 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
 )
 @click.option(
     "--attacks",
-    help="Only these parts, e.g. CA+,QA-; any attack@optimizer, e.g. QA+@square, is an extra part; all: the protocol's.",
+    help="Only these parts, e.g. CA+,QA-; any attack@optimizer, e.g. QA+@square, is an extra part, and so is FILE.py:NAME "
+    "(runs that code); all: the protocol's.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:n.")
 @click.option(
@@ -124,7 +129,7 @@ def evaluate(
     if (resume or shard) and out is None:
         raise UsageError(f"{'--resume' if resume else '--shard'} needs --out, the run folder")
     part = Shard.parse(shard) if shard else None
-    wanted = _names(attacks)
+    wanted = named(attacks)
     world, device = _join(device)
     embedder, images = load_subject(model, options, dataset, split, ready=not plan, small=preview)
     several = [
@@ -233,7 +238,7 @@ def _measured(
     except ShardDone as finished:
         click.echo(f"{finished}; when all are: dmlbench merge {out} … --out RUN", err=True)
         return None
-    except DmlbenchError:
+    except Exception:
         if units and world.leads and not begun and not units.searched():  # nothing is lost, and the folder stays free
             with suppress(OSError):
                 units.remove()

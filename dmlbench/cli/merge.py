@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dmlbench.cli.evaluate import deliver, foreseen
+from dmlbench.cli.evaluate import deliver, foreseen, named
 from dmlbench.cli.model_options import load_subject, model_options
 from dmlbench.cli.output import json_option, progress
+from dmlbench.errors import UsageError
+from dmlbench.own_code import require_named
 from dmlbench.results import prepare_folder, refuse_partial
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ EPILOG = "Example: dmlbench merge runs/cub-1 runs/cub-2 --out runs/cub"
     "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Write the run folder here."
 )
 @click.option("--model", help="The model, where the shards measured one that is not registered.")
+@click.option("--dataset", help="The data set, where it is of your own code.")
+@click.option("--attacks", help="The attacks of your own code, as the shards were told: they are not run again.")
+@click.option("--surrogate", help="The surrogate, where it is of your own code.")
 @click.option("--protocol", help="The protocol's TOML file, where it is not a packaged one.")
 @click.option("--csv", type=click.Path(path_type=Path, dir_okay=False), help="Add or replace this model's row there.")
 @model_options
@@ -35,6 +40,9 @@ def merge(
     shards: tuple[Path, ...],
     out: Path,
     model: str | None,
+    dataset: str | None,
+    attacks: str | None,
+    surrogate: str | None,
     protocol: str | None,
     csv: Path | None,
     options: "ModelOptions",
@@ -46,13 +54,25 @@ def merge(
     a strict protocol.
     """
     import dmlbench
+    from dmlbench.attacks import ATTACKS
     from dmlbench.protocol import packaged_protocol
     from dmlbench.run.units import Units, Work, collect, shared_by
 
     made = shared_by(shards)
+    made["surrogate"] = surrogate or made["surrogate"]
+    told = {"model": model or made["model"], "dataset": dataset or made["dataset"], "surrogate": made["surrogate"]}
+    for option, given in (("model", model), ("dataset", dataset), ("surrogate", surrogate)):
+        require_named(option, "" if given else told[option], shards[0], f"with --{option}")
+    named(attacks)
+    if unknown := [name for name in made["attacks"] or () if ".py:" in name and name.partition("@")[0] not in ATTACKS]:
+        raise UsageError(
+            f"{shards[0]} was made with the attack {unknown[0]}, your own code: name its file with --attacks"
+        )
     rules = packaged_protocol(made["protocol"], made.get("protocol_sha256", "")) if protocol is None else None
     rules = rules or dmlbench.load_protocol(protocol or made["protocol"])
-    embedder, images = load_subject(model or made["model"], options, made["dataset"], made["split"], ready=True)
+    embedder, images = load_subject(
+        model or made["model"], options, dataset or made["dataset"], made["split"], ready=True
+    )
     refuse_partial(out, foreseen(embedder, images, rules, csv, **{key: made[key] for key in ASKED}))
     prepare_folder(out)
     units = Units(out / "units")

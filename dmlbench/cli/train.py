@@ -13,8 +13,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from dmlbench.cli.output import hint, json_option, print_json, print_list
 from dmlbench.errors import UsageError
+from dmlbench.own_code import RUN
 from dmlbench.run.parallel import World
 from dmlbench.run.subject import resolve_device
+from dmlbench.training.defenses import own_defense
 from dmlbench.training.loop import Progress as Row
 from dmlbench.training.loop import train as run_training
 from dmlbench.training.recipe import Recipe, changed, load_recipe, make_recipe, packaged_recipes, slug
@@ -70,7 +72,10 @@ def gather(recipe: str | None, changes: dict[str, Any], named: dict[str, Any]) -
 @click.command(epilog=EXAMPLE)
 @click.argument("recipe", required=False)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Run folder (needed to train).")
-@click.option("--defense", help="Defence, e.g. none, est, act, hm, eat; instead of a RECIPE, or over it.")
+@click.option(
+    "--defense",
+    help="Defence, e.g. none, est, act, hm, eat, or FILE.py:NAME (runs that code); instead of a RECIPE, or over it.",
+)
 @click.option("--dataset", help="Data set to train on.")
 @click.option("--arch", help="Architecture.")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of everything random.")
@@ -111,6 +116,9 @@ def train(
         print_list(found, ("id", "title"), as_json)
         return
     named = {key: value for key, value in options.items() if value is not None}
+    if ".py:" in named.get("defense", ""):
+        named["defense"] = own_defense(named["defense"])
+        click.echo(f"note: {RUN[named['defense']]}", err=True)
     chosen = gather(recipe, settings(pairs), named)
     if out is None:
         raise UsageError("--out is needed: the folder that the run is written to")

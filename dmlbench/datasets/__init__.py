@@ -1,6 +1,7 @@
 """The data sets, by id: :func:`load_dataset` and the :data:`DATASETS` table.
 
-A user's own pictures need no entry: ``folder:PATH`` and ``csv:PATH`` are read wherever an id is.
+A user's own pictures need no entry: ``folder:PATH`` and ``csv:PATH`` are read wherever an id is, and
+``python:FILE.py:FUNCTION`` is called there.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ from dmlbench.datasets.cache import CachedImages, Progress, fitted
 from dmlbench.datasets.folder import class_folder
 from dmlbench.datasets.pictures import Files
 from dmlbench.errors import UsageError
+from dmlbench.own_code import PREFIX, own_code
 from dmlbench.preprocess import Preprocess
 from dmlbench.registry import Registry
 
@@ -65,7 +67,7 @@ class DatasetEntry:
         shape: (C, H, W) that the field feeds a network.
         counts: by split, what a whole data set holds; empty where nobody knows.
         licence: on what terms the pictures come.
-        copies_count: see :class:`RetrievalDataset`; the field's numbers are made so.
+        copies_count: see :class:`RetrievalDataset`; the field's numbers are made so. None: what ``load`` says.
     """
 
     load: Loader
@@ -75,11 +77,12 @@ class DatasetEntry:
     shape: tuple[int, int, int] = (3, 224, 224)
     counts: Mapping[str, Counts] = field(default_factory=dict)
     licence: str = "unknown"
-    copies_count: bool = True
+    copies_count: bool | None = True
 
     def read(self, split: str, preprocess: Preprocess) -> RetrievalDataset:
         """The data set, its counts and files not yet looked at."""
-        return replace(self.load(split, preprocess), copies_count=self.copies_count)
+        dataset = self.load(split, preprocess)
+        return dataset if self.copies_count is None else replace(dataset, copies_count=self.copies_count)
 
 
 def _held(load: Callable[[str], RetrievalDataset]) -> Loader:
@@ -88,7 +91,7 @@ def _held(load: Callable[[str], RetrievalDataset]) -> Loader:
 
 
 def dataset_entry(name: str) -> DatasetEntry:
-    """The entry of an id, or of ``folder:PATH`` or ``csv:PATH``; an unknown id gets a suggestion."""
+    """The entry of an id, or of what :data:`OWN` reads; an unknown id gets a suggestion."""
     kind, colon, path = name.partition(":")
     if not colon:
         return DATASETS[name]
@@ -96,12 +99,13 @@ def dataset_entry(name: str) -> DatasetEntry:
     if not path:
         raise UsageError(f"{name!r} needs a path after the colon")
     return DatasetEntry(
-        lambda split, preprocess: read(path, split, preprocess), f"pictures of {path}", "ers-224", copies_count=False
+        lambda split, preprocess: read(path, split, preprocess), f"pictures of {path}", "ers-224", copies_count=None
     )
 
 
 def load_dataset(name: str, split: str = "test", preprocess: Preprocess | None = None) -> RetrievalDataset:
-    """A data set by id, e.g. ``load_dataset("digits")``, or ``folder:PATH`` or ``csv:PATH``.
+    """A data set by id, e.g. ``load_dataset("digits")``, or what :data:`OWN` reads: ``folder:PATH`` or ``csv:PATH``, or what
+    ``python:FILE.py:FUNCTION`` gives, which runs that code.
 
     Args:
         name: which.
@@ -141,8 +145,19 @@ def _table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
     return table(path, split, preprocess)
 
 
+def _python(rest: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
+    """What the user's own function gives, which takes what it wants of ``split`` and ``preprocess``."""
+    own, name = own_code(rest, PREFIX), f"{PREFIX}{rest}"
+    own.called(name)
+    made = own.call(**own.those_taken(split=split, preprocess=preprocess))
+    own.require(isinstance(made, RetrievalDataset), f"gave a {type(made).__name__}, not a RetrievalDataset")
+    if made.split != split:
+        raise UsageError(f"{name} gave the {made.split} split, where the {split} split is asked for")
+    return replace(made, name=name)
+
+
 OWN: Registry[Callable[[str, str, Preprocess], RetrievalDataset]] = Registry(
-    "kind of data set", {"folder": class_folder, "csv": _table}
+    "kind of data set", {"folder": class_folder, "csv": _table, "python": _python}
 )
 """A user's own pictures: what stands before the colon, and (path, split, preprocess) to the data set."""
 

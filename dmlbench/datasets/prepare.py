@@ -98,7 +98,7 @@ def _prepared(name: str, source: Path | None, heard: Heard) -> str:
 def _own_folder(kind: str, target: Path, source: Path | None, heard: Heard) -> str:
     """Unpack somebody's own archive of class folders."""
     if kind != "folder":
-        raise UsageError("only data sets by id and folder:PATH can be prepared")
+        raise UsageError(f"only data sets by id and folder:PATH can be prepared, not {kind}:")
     if source is None or not source.is_file():
         raise UsageError("folder:PATH needs --from ARCHIVE, which is unpacked there")
     if target.exists():

@@ -13,10 +13,12 @@ a run folder            what ``dmlbench train`` left: its last weights
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dmlbench.checkpoints import checkpoint, checkpoints
 from dmlbench.embedding import DISTANCES, Distance, Embedder
@@ -28,10 +30,10 @@ from dmlbench.models.files import WeightsFile, is_weights, read_file
 from dmlbench.models.heads import head_of
 from dmlbench.models.inspection import best_fit, clip_names, width_of
 from dmlbench.models.layouts import match
-from dmlbench.models.own_code import made_by, stated_shape
 from dmlbench.models.records import build, check_probe, registered, space_of, trained
 from dmlbench.models.spec import ModelOptions, Spec
 from dmlbench.models.weights import fill_from
+from dmlbench.own_code import PREFIX, RUN, own_code
 from dmlbench.preprocess import Preprocess
 from dmlbench.registry import Registry, suggest
 
@@ -255,15 +257,39 @@ def _specified(path: Path, spec: Spec, options: ModelOptions) -> Embedder:
     return embedder
 
 
+def stated_shape(module: nn.Module, name: str) -> tuple[int, int, int] | None:
+    """The (C, H, W) in a module's ``input_shape``, None where it has none.
+
+    Raises:
+        UsageError: it is not three positive integers.
+    """
+    stated = getattr(module, "input_shape", None)
+    if stated is None:
+        return None
+    try:
+        c, h, w = (index(value) for value in stated)
+    except (TypeError, ValueError):
+        c = h = w = 0
+    if min(c, h, w) < 1:
+        raise UsageError(f"{name}: input_shape {stated!r} is not (channels, height, width), three positive integers")
+    return c, h, w
+
+
 def _python(rest: str, options: ModelOptions) -> Embedder:
     """The user's own function: called without arguments, gives a module or an Embedder."""
-    made = made_by(rest)
+    own = own_code(rest, PREFIX)
+    own.called(f"{PREFIX}{rest}")
+    made = own.value
+    if not isinstance(made, nn.Module):
+        own.require_takes(0, "no arguments")
+        made = own.call()
+    own.require(isinstance(made, nn.Module), f"gave a {type(made).__name__}, not a torch.nn.Module")
     if isinstance(made, Embedder):
         embedder = made
         embedder.name = options.name or made.name
     else:
         embedder = _embedder(Built(made, stated_shape(made, f"python:{rest}")), options, f"python:{rest}")
-    notes = [f"python:{rest} is your own code and was run"]
+    notes = [RUN[f"{PREFIX}{rest}"]]
     if options.weights is not None:
         file, chosen = _weights_file(options), _chosen(options)
         found = match(file.tensors, embedder.network.state_dict(), chosen.prefix)

@@ -9,7 +9,10 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from dmlbench.errors import UsageError
+from dmlbench.own_code import own_code
 from dmlbench.registry import Registry, suggest
 from dmlbench.training.defenses.base import Batch, Inner, Learner, Step
 from dmlbench.training.defenses.manipulation import DESTINATIONS, hm
@@ -126,3 +129,32 @@ DEFENSES: Registry[DefenseEntry] = Registry(
         ),
     },
 )
+
+
+def own_defense(text: str) -> str:
+    """The name that :data:`DEFENSES` has it by of ``FILE.py:NAME``, a :data:`Step` or a :class:`DefenseEntry`, which is
+    read and added here.
+
+    Raises:
+        UsageError: no such file or name. DataError: it is neither.
+    """
+    own = own_code(text)
+    if own.label in DEFENSES:
+        return own.label
+    found = own.value
+    if not isinstance(found, DefenseEntry):
+        own.require_takes(3, "(learner, batch, inner, *, parameters), nor a DefenseEntry")
+
+        def step(*args: Any, **params: Any) -> Tensor:
+            loss = own.call(*args, **params)
+            right = isinstance(loss, Tensor) and loss.shape == () and loss.requires_grad
+            own.require(right, "did not give a loss to differentiate, a tensor of no dimensions with a gradient")
+            return loss  # type: ignore[no-any-return]
+
+        step.__signature__ = inspect.signature(found)  # type: ignore[attr-defined]
+        found = DefenseEntry(step, f"own defence {own.name}", losses=())
+    bare = [name for name, default in found.defaults.items() if default is inspect.Parameter.empty]
+    own.require(not bare, f"has a parameter without a default: {', '.join(bare)}")
+    own.called(own.label)
+    DEFENSES.add(own.label, found)
+    return own.label

@@ -21,6 +21,7 @@ from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.models import build, check_probe, fill, load_model, read_weights, write_weights
 from dmlbench.models.registration import read_entry, register
+from dmlbench.preprocess import Preprocess
 from dmlbench.rng import Rng
 from dmlbench.run.parallel import World
 from dmlbench.training import loop as training
@@ -320,7 +321,7 @@ def test_a_resume_mends_lost_weights_and_refuses_another_state(tmp_path: Path) -
         ([HM, "--set", "mean=[0.5,0.5]"], 2, "mean has 2 values for images of 1 channel"),
         ([HM, "--set", "std=[0]"], 2, "std"),
         ([HM, "--set", "defense_params=3", "--set", "defense_params.ics=1"], 2, "not a table"),
-        (["--defense", "act", "--dataset", "folder:x", "--arch", "smallcnn"], 2, "unknown data set 'folder:x'"),
+        (["--defense", "act", "--dataset", "folder:x", "--arch", "smallcnn"], 2, "folder:x is not a folder"),
         ([HM, "--set", "loss_params.swap=true"], 2, "loss_params would do nothing"),
         ([HM, "--set", "defense_params.constant=-0.05"], 2, "constant would do nothing with destination 'LGA'"),
         ([HM, "--set", "defense_params.ics=0", "--set", "defense_params.ics_margin=0.1"], 2, "without ics above 0"),
@@ -498,9 +499,10 @@ def test_two_processes_learn_one_model(tmp_path: Path) -> None:
     r = recipe(iterations=3)
     data = load_dataset("digits", "train")
     labels = np.unique(data.labels, return_inverse=True)[1].astype(np.int64)
-    learner = training.make_learner(r, data)
+    learner, _ = training.make_learner(r, Preprocess.standard((1, 8, 8)), 5)
     optimizer = torch.optim.Adam(learner.embedder.parameters(), r.lr)
-    streams = [list(training.batches(r, data, labels, torch.device("cpu"), rank, 0)) for rank in range(2)]
+    rows = np.arange(len(data))
+    streams = [list(training.batches(r, data.images, rows, labels, torch.device("cpu"), k, 0)) for k in range(2)]
     entry = DEFENSES["hm"]
     for pair in zip(*streams, strict=True):
         optimizer.zero_grad()

@@ -35,7 +35,7 @@ class _Numbers(click.ParamType):
             self.fail(f"{value!r} is not a list of numbers such as 0.485,0.456,0.406", param, ctx)
 
 
-class _Size(click.ParamType):
+class Size(click.ParamType):
     """A side, or height x width."""
 
     name = "size"
@@ -74,7 +74,7 @@ _OPTIONS = (
                  show_default=True, help="Of gradients; results are always float32. tf32: on GPUs that have it; int8 rounds the gallery that attacks see."),
     click.option("--compile", "compiled", is_flag=True,
                  help="Run gradient steps through torch.compile; as without it where that fails."),
-    click.option("--input-size", type=_Size(), help="Side of the images in pixels, or HxW."),
+    click.option("--input-size", type=Size(), help="Side of the images in pixels, or HxW."),
     click.option("--resize", metavar="exact:N|shorter:N|longest:N|none",
                  help="Before the centre crop, or, for the longest side, before padding; by default exact, 8/7 of the size."),
     click.option("--pad", type=click.IntRange(0, 255), help="The grey of the padding; 0 is black."),

@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dmlbench.cli.output import hint, json_option, print_json, print_list
+from dmlbench.cli.model_options import Size
+from dmlbench.cli.output import Bar, hint, json_option, print_json, print_list
 from dmlbench.errors import UsageError
 from dmlbench.own_code import RUN
 from dmlbench.run.parallel import World
@@ -19,12 +20,14 @@ from dmlbench.run.subject import resolve_device
 from dmlbench.training.defenses import own_defense
 from dmlbench.training.loop import Progress as Row
 from dmlbench.training.loop import train as run_training
-from dmlbench.training.recipe import Recipe, changed, load_recipe, make_recipe, packaged_recipes, slug
+from dmlbench.training.recipe import Recipe, changed, load_recipe, make_recipe, packaged_recipes, short_name, slug
+from dmlbench.training.start import architecture_of
 
 EXAMPLE = """\b
 Examples:
   dmlbench train digits-smallcnn-triplet-hm-lga-ics --out runs/mine
   dmlbench train --defense act --dataset digits --arch smallcnn --set eps=40/255 --out runs/act
+  dmlbench train --defense hm --dataset folder:photos --arch timm:resnet18 --init resnet18.pth --out runs/own
   torchrun --nproc-per-node 2 -m dmlbench train my-recipe.toml --out runs/two
 """
 
@@ -59,13 +62,16 @@ def gather(recipe: str | None, changes: dict[str, Any], named: dict[str, Any]) -
     """The recipe of the command line: a file or packaged id, or one made from the options."""
     if recipe is not None:
         return load_recipe(recipe, {**named, **changes})
+    named = {**architecture_of(named.get("init")), **named} if "arch" not in named else named
     missing = [f"--{key}" for key in ("defense", "dataset", "arch") if key not in named]
     if missing:
         raise UsageError(f"name a RECIPE, or give {', '.join(missing)} (dmlbench train --list shows the recipes)")
     if named["defense"] in ("at", "trades", "eat"):
         changes = {"loss": "proxy-anchor", **changes}
-    name = f"{named['dataset']}-{named['arch']}-{changes.get('loss', 'triplet')}-{named['defense']}"
-    table = {"id": slug(name), **named}
+    parts = (short_name(named["dataset"]), short_name(named["arch"]), changes.get("loss", "triplet"), named["defense"])
+    name = slug("-".join(map(str, parts)))
+    name += "-own" if name in packaged_recipes() else ""  # a registered id is no other model's
+    table = {"id": name, **named}
     return make_recipe(changed(table, changes), "the options")
 
 
@@ -76,8 +82,24 @@ def gather(recipe: str | None, changes: dict[str, Any], named: dict[str, Any]) -
     "--defense",
     help="Defence, e.g. none, est, act, hm, eat, or FILE.py:NAME (runs that code); instead of a RECIPE, or over it.",
 )
-@click.option("--dataset", help="Data set to train on.")
-@click.option("--arch", help="Architecture.")
+@click.option(
+    "--dataset",
+    help="Data set whose training split is learnt: an id (dmlbench datasets list), folder:PATH or csv:PATH.",
+)
+@click.option(
+    "--arch", help="Network: smallcnn, conv3, ..., timm:NAME or torchvision:NAME; by default that of a model in --init."
+)
+@click.option("--embed-dim", type=int, help="Width of the last layer; 0 leaves it out (timm, torchvision).")
+@click.option(
+    "--init",
+    metavar="ID|FILE|RUN|pretrained",
+    help="Begin with these weights, all of them: a registered model, a file, a run folder; pretrained: as published.",
+)
+@click.option(
+    "--input-size",
+    type=Size(),
+    help="Side of the images in pixels, or HxW; by default the data set's, 224 of your own.",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of everything random.")
 @click.option("--iterations", type=click.IntRange(min=1), help="Number of steps.")
 @click.option(
@@ -105,7 +127,7 @@ def train(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Train a model by RECIPE: a packaged recipe's id or a TOML file.
+    """Train a model by RECIPE: a packaged recipe's id or a TOML file, or by --defense, --dataset and --arch.
 
     Writes weights (last and best), log.csv, checkpoint.json (the registry entry) and what --resume
     needs. A step's search uses the same optimizers as the attacks.
@@ -128,16 +150,19 @@ def train(
     world = World.join(where)
     stderr = Console(stderr=True)
     try:
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=stderr,
-            disable=not (world.leads and stderr.is_terminal),
-        ) as bars:
+        with (
+            Bar("decoding images") as decoding,
+            Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=stderr,
+                disable=not (world.leads and stderr.is_terminal),
+            ) as bars,
+        ):
             task = bars.add_task(chosen.id, total=chosen.iterations, note="")
 
             def report(row: Row) -> None:
@@ -156,6 +181,8 @@ def train(
                 resume=resume,
                 allow_collapse=allow_collapse,
                 report=report,
+                tell=lambda note: click.echo(f"note: {note}", err=True) if world.leads else None,
+                decoded=decoding.at if world.leads else lambda done, total: None,
                 world=world,
             )
     except KeyboardInterrupt:

@@ -26,6 +26,8 @@ MOST_PARAMETERS = 2_000_000_000
 """Of a network that a record or a spec describes."""
 MOST_MEMBERS = 100
 """Networks of an ensemble."""
+LIBRARIES = ("timm", "torchvision")
+"""Packages whose networks are built by ``PACKAGE:NAME``, without asking a hub."""
 _MOST_TENSORS = 20_000
 _MOST_NUMBER = 1_000_000
 """In an argument of timm's and torchvision's networks: widths, depths, sides."""
@@ -41,6 +43,8 @@ _NOT_OF_THE_NETWORK = (
 def ensemble(member: str = "conv3", members: int = 3, **kwargs: Any) -> nn.Module:
     """``members`` networks of the architecture ``member``; the other arguments are theirs.
 
+    Members that are timm's or torchvision's (``embed_dim`` is then the width of their last layer, 0 for none) begin alike.
+
     Raises:
         UsageError: no number of members, or more than :data:`MOST_MEMBERS`; an ensemble of ensembles.
     """
@@ -48,6 +52,10 @@ def ensemble(member: str = "conv3", members: int = 3, **kwargs: Any) -> nn.Modul
         raise UsageError(f"an ensemble has 1 to {MOST_MEMBERS} members, not {members!r}")
     if member == "ensemble":
         raise UsageError("an ensemble has no ensembles as members")
+    require_known(member)
+    if ":" in member:
+        width = kwargs.pop("embed_dim", None)
+        return Ensemble([build_network(member, embed_dim=width, kwargs=kwargs).network for _ in range(members)])
     return Ensemble([ARCHITECTURES[member](**kwargs) for _ in range(members)])
 
 
@@ -63,6 +71,7 @@ class Built:
         fed: all that its publication says of its pictures; it comes before what is said above.
         stated: how pictures are prepared, where its weights say so.
         notes: sentences for the user.
+        takes: the arguments of one of our own networks.
     """
 
     network: nn.Module
@@ -73,6 +82,7 @@ class Built:
     fed: Fed | None = None
     stated: Preprocess | None = None
     notes: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
 
 
 def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -260,7 +270,7 @@ def build_network(
             if builder in PUBLISHED:
                 fed = PUBLISHED[builder].fed
                 return Built(network, fed.preprocess.shape, fed.mean, fed.std, fed=fed)
-            return Built(network, (given.get("channels", 1), size, size))
+            return Built(network, (given.get("channels", 1), size, size), takes=tuple(signature(make).parameters))
         except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
             raise UsageError(f"architecture {builder!r} does not take these arguments: {_said(error)}") from None
     if kind == "timm":
@@ -272,6 +282,35 @@ def build_network(
     raise UsageError(
         f"unknown architecture {builder!r}: it is a name (such as {', '.join(list(ARCHITECTURES)[:3])}), timm:NAME or torchvision:NAME"
     )
+
+
+def require_known(builder: str) -> None:
+    """Refuse what is no architecture here: of timm's and torchvision's, the name itself is not looked at.
+
+    Raises:
+        UsageError: what it may have been meant to be is named.
+    """
+    kind, colon, _ = builder.partition(":")
+    if colon and kind not in LIBRARIES:
+        raise UsageError(
+            f"unknown architecture {builder!r}: it is a name ({', '.join(list(ARCHITECTURES)[:3])}, ...), timm:NAME or "
+            f"torchvision:NAME{suggest(kind, LIBRARIES).replace('; known: timm, torchvision', '')}"
+        )
+    if not colon and builder not in ARCHITECTURES and (also := known_as(builder)):
+        raise UsageError(f"unknown architecture {builder!r}; did you mean {also!r}?")
+    if not colon:
+        ARCHITECTURES[builder]
+
+
+def sized(built: Built, size: tuple[int, int]) -> dict[str, Any]:
+    """The arguments with which a network that is made for one size of images is made for ``size`` (H, W); empty where it
+    takes any."""
+    network = built.network
+    if built.input_shape is None or size == built.input_shape[1:]:
+        return {}
+    if getattr(getattr(network, "patch_embed", None), "img_size", None):
+        return {"img_size": size}
+    return {"image_size": size[0]} if hasattr(network, "image_size") and size[0] == size[1] else {}
 
 
 def known_as(name: str) -> str | None:

@@ -23,7 +23,15 @@ from torch import nn
 from dmlbench.checkpoints import checkpoint, checkpoints
 from dmlbench.embedding import DISTANCES, Distance, Embedder
 from dmlbench.errors import DataError, UsageError
-from dmlbench.models.architectures import ARCHITECTURES, MOST_PARAMETERS, Built, Ensemble, build_network, known_as
+from dmlbench.models.architectures import (
+    ARCHITECTURES,
+    MOST_PARAMETERS,
+    Built,
+    Ensemble,
+    build_network,
+    known_as,
+    sized,
+)
 from dmlbench.models.assembly import Chosen, assemble, load
 from dmlbench.models.behaviour import probe_images, settle
 from dmlbench.models.files import WeightsFile, is_weights, read_file
@@ -158,11 +166,9 @@ def _unweighted(name: str, options: ModelOptions) -> Embedder:
         return build_network(name, embed_dim=options.embed_dim, pretrained=published, kwargs=kwargs)
 
     built = make()
-    if options.input_size is not None and built.input_shape is not None and options.input_size != built.input_shape[1:]:
-        if getattr(getattr(built.network, "patch_embed", None), "img_size", None):
-            built = make(img_size=options.input_size)
-        elif hasattr(built.network, "image_size") and len(set(options.input_size)) == 1 and not published:
-            built = make(image_size=options.input_size[0])
+    again = {} if options.input_size is None else sized(built, options.input_size)
+    if "img_size" in again or (again and not published):
+        built = make(**again)
     notes: tuple[str, ...] = ()
     if options.weights is None and not hub:
         notes = (f"{name} is untrained: name its weights with --weights FILE, or --weights pretrained",)

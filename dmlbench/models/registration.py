@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dmlbench.checkpoints import ID, Checkpoint, CheckpointFile, first_problem, verified
+from dmlbench.checkpoints import ID, SCHEMA_VERSION, Checkpoint, CheckpointFile, first_problem, verified
 from dmlbench.errors import DataError, UsageError
 from dmlbench.results import json_bytes, write_whole
 
@@ -27,7 +27,8 @@ def read_entry(run: Path) -> tuple[str, Checkpoint]:
 
 
 def register(run: Path, registry: Path, weights: Path, *, url: str | None = None, replace: bool = False) -> str:
-    """Add a run's entry to ``registry`` and its weights to the folder ``weights``; returns the id.
+    """Add a run's entry to ``registry``, which is made where it does not exist, and its weights to the folder ``weights``;
+    returns the id.
 
     Args:
         url: address pattern with ``{name}`` for weights that are fetched; None for packaged ones.
@@ -39,7 +40,9 @@ def register(run: Path, registry: Path, weights: Path, *, url: str | None = None
     """
     name, entry = read_entry(run)
     try:
-        known: dict[str, Any] = json.loads(registry.read_text(encoding="utf-8"))
+        known: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
+        if registry.exists():
+            known = json.loads(registry.read_text(encoding="utf-8"))
         CheckpointFile.model_validate(known)
         held = known.setdefault("checkpoints", {})
     except ValidationError as error:

@@ -80,6 +80,33 @@ def preprocess_of(given: Input) -> Preprocess:
     return replace(plain, interpolation=given.interpolation, order=given.order, box=given.box)
 
 
+def input_of(plain: Preprocess) -> Input:
+    """The record that :func:`preprocess_of` reads as ``plain``, in as few words as will do.
+
+    Raises:
+        UsageError: a record has no words for it: a picture scaled to two sides of its own before the cut.
+    """
+    height, width = plain.size
+    way: dict[str, object] = {}
+    if plain.longest is not None:
+        way = {"resize": plain.longest, "resize_longest_side": True, "pad": plain.pad}
+    elif plain.shorter is not None:
+        way = {"resize": plain.shorter, "resize_shorter_side": True}
+    elif plain.resize != Preprocess.standard(plain.shape).resize:
+        way = {"squash": True} if plain.resize is None else {"resize": plain.resize[0]}
+    said = Input(
+        size=height if height == width else (height, width),
+        channels=plain.channels,
+        interpolation=plain.interpolation,
+        order=plain.order,  # type: ignore[arg-type]
+        box=plain.box,
+        **way,  # type: ignore[arg-type]
+    )
+    if preprocess_of(said) != plain:
+        raise UsageError(f"no record says how these pictures are prepared: {plain}")
+    return said
+
+
 def resized(plain: Preprocess, way: str, pixels: int, pad: int = 0) -> Preprocess:
     """``plain`` with another resize: "exact", "shorter" or "longest" side to ``pixels``."""
     return replace(

@@ -16,15 +16,24 @@ from dmlbench.models.layouts import Match, among, left_out, refuse_unknown, stri
 __all__ = ["WeightsFile", "fill", "fill_from", "listed", "read_file", "read_weights", "strip", "write_weights"]
 
 
-def write_weights(path: Path, network: nn.Module, metadata: dict[str, str] | None = None) -> None:
+def write_weights(path: Path, network: nn.Module, metadata: dict[str, str] | None = None, half: bool = False) -> None:
     """Write a network's tensors as safetensors, whole or not at all.
 
+    Args:
+        half: floating-point numbers as float16.
+
     Raises:
-        DataError: it cannot be written, for example because the disk is full.
+        DataError: it cannot be written, for example because the disk is full; a number is too large for float16.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    if half:
+        rounded = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+        if large := [k for k, v in rounded.items() if bool((v.isinf() & ~tensors[k].isinf()).any())]:
+            raise DataError(f"{path} cannot be written in float16: {listed(large)} holds numbers above 65504")
+        tensors = rounded
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, str(part), metadata)
+        save_file(tensors, str(part), metadata)
         part.replace(path)
     except (SafetensorError, OSError) as error:
         part.unlink(missing_ok=True)

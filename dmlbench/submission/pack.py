@@ -33,11 +33,16 @@ def draft(run: Path, checkpoint: Checkpoint | None = None, authors: Sequence[str
         authors: who submits; a mark to fill in where nobody is named.
 
     Raises:
-        DataError: the run cannot be read. UsageError: it is a partial run, or has no weights to name.
+        DataError: the run cannot be read. UsageError: it is a partial run, of one's own pictures, or has no weights to name.
     """
     e = load(run)
     if e.partial:
         raise UsageError(f"{run} is a partial run ({', '.join(e.partial)}): only a full one can be submitted")
+    if ":" in e.dataset.name:
+        raise UsageError(
+            f"{run} was measured on {e.dataset.name}, which only you have: a board takes what anybody can measure again, "
+            "on a data set of 'dmlbench datasets list'"
+        )
     if e.model.weights_sha256 is None:
         raise UsageError(f"{run} was made with a model in memory: evaluate a registered model or a weights file")
     registered = checkpoints().get(e.model.id)

@@ -25,11 +25,13 @@ from torch import Tensor, nn
 
 from dmlbench import checkpoints as registry
 from dmlbench.checkpoints import sha256_of
-from dmlbench.datasets import RetrievalDataset, load_dataset
+from dmlbench.datasets import Images, decode, load_dataset
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, UsageError
-from dmlbench.models import build, parameter_count, probe_images, write_weights
+from dmlbench.models import build, fill, parameter_count, probe_images, read_weights, write_weights
+from dmlbench.models.spec import input_of
 from dmlbench.optimizers import pgd
+from dmlbench.preprocess import Preprocess
 from dmlbench.results import json_bytes, prepare_folder, write_whole
 from dmlbench.rng import Rng, seed_of
 from dmlbench.run.parallel import World
@@ -37,8 +39,11 @@ from dmlbench.training.defenses import DEFENSES, Batch, Inner, Learner
 from dmlbench.training.losses import build_loss
 from dmlbench.training.recipe import Recipe, command_of, load_recipe
 from dmlbench.training.sampling import check_classes, check_groups, class_batch
+from dmlbench.training.start import Begun, begin, learnable, settled
 
 QUICK_QUERIES = 256
+QUICK_VALUES = 1 << 21
+"""Pixel values that the quick check looks at in one go: all of them up to 32x32, 42 images of 128x128."""
 QUICK_STEPS = 8
 COLLAPSE = 0.02
 """A model whose embeddings are on average nearer than this share of their length has collapsed."""
@@ -86,9 +91,8 @@ class Trained:
     entry: dict[str, Any]
 
 
-def checkpoint_entry(recipe: Recipe, dataset: RetrievalDataset) -> registry.Checkpoint:
-    """The registry's record of a model before its weights exist."""
-    c, h, _ = dataset.images.shape
+def checkpoint_entry(recipe: Recipe, preprocess: Preprocess, begun: str | None = None) -> registry.Checkpoint:
+    """The registry's record of a model before its weights exist; ``begun`` says which weights it began with."""
     defense = DEFENSES[recipe.defense]
     clean = recipe.defense == "none"
     kwargs = recipe.arch_kwargs if ":" in recipe.arch else {"embed_dim": recipe.embed_dim, **recipe.arch_kwargs}
@@ -105,31 +109,45 @@ def checkpoint_entry(recipe: Recipe, dataset: RetrievalDataset) -> registry.Chec
             seed=recipe.seed,
             command=command_of(recipe),
         ),
-        arch=registry.Arch(builder=recipe.arch, kwargs=kwargs, embed_dim=recipe.embed_dim),
-        input=registry.Input(size=h, channels=c),
+        arch=registry.Arch(
+            builder=recipe.arch,
+            kwargs=kwargs,
+            embed_dim=recipe.embed_dim,
+            head=recipe.embed_dim > 0 or ":" not in recipe.arch,
+        ),
+        input=input_of(preprocess),
         normalize=registry.Normalize(mean=recipe.mean, std=recipe.std),
         embedding=registry.Embedding(
             normalized=recipe.space != "E", metric="cosine" if recipe.space == "C" else "euclidean"
         ),
         dataset=registry.DatasetRef(name=recipe.dataset, split="train"),
-        license="Apache-2.0",
+        extra_training_data=begun,
+        license="unknown" if ":" in recipe.dataset else "Apache-2.0",
         paper=registry.Paper(**asdict(defense.paper)) if defense.paper else None,
     )
 
 
-def make_learner(recipe: Recipe, dataset: RetrievalDataset) -> Learner:
-    """The untrained embedder and its losses, from the recipe's seed.
+def make_learner(
+    recipe: Recipe, preprocess: Preprocess, classes: int, load: bool = True
+) -> tuple[Learner, Begun | None]:
+    """The embedder with the weights that it begins with, and its losses, from the recipe's seed.
+
+    Args:
+        preprocess: how its images are prepared.
+        classes: how many there are to learn.
+        load: False leaves it untrained, where an earlier run's weights come into it.
 
     Raises:
-        UsageError: the network does not take its arguments, or the data set's images.
+        UsageError: the network does not take its arguments, or these images; ``init`` names no such weights.
+        DataError: the weights that it names cannot be had, or do not fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(recipe.seed, "init"))
         try:
-            embedder = build(checkpoint_entry(recipe, dataset), recipe.id)
+            embedder = build(checkpoint_entry(recipe, preprocess), recipe.id)
         except TypeError as error:
             raise UsageError(f"arch_kwargs of {recipe.arch!r}: {error}") from None
-        c, h, w = dataset.images.shape
+        c, h, w = preprocess.shape
         for what, values in (("mean", recipe.mean), ("std", recipe.std)):
             if values is not None and len(values) not in (1, c):
                 raise UsageError(f"{what} has {len(values)} values for images of {c} channel{'s' * (c != 1)}")
@@ -144,12 +162,19 @@ def make_learner(recipe: Recipe, dataset: RetrievalDataset) -> Learner:
             raise UsageError(
                 f"network {recipe.arch!r} does not take images of {c}x{h}x{w} of data set {recipe.dataset!r}: {first}"
             ) from None
-        classes = len(np.unique(dataset.labels))
+        begun = begin(embedder, recipe) if load else None
         params = {"margin": recipe.margin} if recipe.loss == "triplet" else {}
         criteria = [
             build_loss(recipe.loss, classes, dim, embedder.distance, {**params, **recipe.loss_params}) for dim in dims
         ]
-    return Learner(embedder.train(), nn.ModuleList(criteria), recipe.loss, recipe.margin)
+    learner = Learner(embedder.train(), nn.ModuleList(criteria), recipe.loss, recipe.margin)
+    if recipe.batch_norm == "frozen":
+        norms = [m for m in embedder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if not norms:
+            raise UsageError(f"batch_norm 'frozen' would do nothing: network {recipe.arch!r} has no batch norm")
+        for norm in norms:
+            norm.eval()
+    return learner, begun
 
 
 def learning_rate(recipe: Recipe, iteration: int) -> float:
@@ -188,14 +213,27 @@ def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def batches(
-    recipe: Recipe, dataset: RetrievalDataset, labels: np.ndarray, device: torch.device, rank: int, start: int
+    recipe: Recipe,
+    images_of: Images,
+    learnt: np.ndarray,
+    labels: np.ndarray,
+    device: torch.device,
+    rank: int,
+    start: int,
 ) -> Iterator[Batch]:
-    """The batches of a run from step ``start``, each fetched while the one before is learnt from."""
+    """The batches of a run from step ``start``, each fetched while the one before is learnt from.
+
+    Args:
+        images_of: of the whole data set.
+        learnt: (n,) the rows of it that are learnt from.
+        labels: (n,) their classes.
+    """
 
     def fetch(iteration: int) -> Batch:
         rng = np.random.default_rng(seed_of(recipe.seed, "batch", rank, iteration))
-        rows = class_batch(labels, recipe.groups, recipe.per_class, rng)
-        images, y = dataset.images[rows], torch.from_numpy(labels[rows])
+        drawn = class_batch(labels, recipe.groups, recipe.per_class, rng)
+        rows = learnt[drawn]
+        images, y = images_of[rows], torch.from_numpy(labels[drawn])
         if device.type == "cuda":
             images, y = images.pin_memory(), y.pin_memory()
         return Batch(
@@ -218,12 +256,23 @@ def batches(
 
 
 def margins(
-    embedder: Embedder, embeddings: Float[Tensor, "b d"], labels: Int[Tensor, " b"], gallery: Float[Tensor, "b d"]
+    embedder: Embedder,
+    embeddings: Float[Tensor, "b d"],
+    labels: Int[Tensor, " n"],
+    gallery: Float[Tensor, "n d"],
+    rows: Int[Tensor, " b"] | None = None,
 ) -> Float[Tensor, " b"]:
-    """Nearest other-class minus nearest same-class distance; image i is gallery entry i, left out."""
+    """Nearest other-class minus nearest same-class distance; image i is gallery entry ``rows[i]``, left out.
+
+    Args:
+        labels: of the gallery.
+        rows: by default all of it in order.
+    """
+    entries = torch.arange(len(labels), device=labels.device)
+    rows = entries if rows is None else rows
     d = embedder.distance.pairwise(embeddings, gallery)
-    same = labels[:, None] == labels[None, :]
-    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    same = labels[rows][:, None] == labels[None, :]
+    itself = rows[:, None] == entries[None, :]
     nearest = torch.where(same & ~itself, d, torch.inf).amin(1)
     return torch.where(same, torch.inf, d).amin(1) - nearest
 
@@ -235,17 +284,23 @@ def quick_check(learner: Learner, recipe: Recipe, images: Tensor, labels: Tensor
     thermometer for the training log, not an evaluation.
     """
     embedder = learner.embedder.frozen()
+    parts = torch.arange(len(images), device=images.device).split(max(1, QUICK_VALUES // images[0].numel()))
     with torch.no_grad():
-        clean = embedder(images)
+        clean = torch.cat([embedder(images[rows]) for rows in parts])
         benign = margins(embedder, clean, labels, clean) > 0
         length = clean.norm(dim=1).mean().clamp_min(1e-12)
         spread = (clean - clean.roll(len(clean) // 2, 0)).norm(dim=1).mean() / length
     threat = recipe.threat.but(steps=QUICK_STEPS, step=2.5 * recipe.threat.radius / QUICK_STEPS, start="clean")
-    rng = Rng(0, torch.arange(len(images), device=images.device))
-    moved = pgd(lambda x: margins(embedder, embedder(x), labels, clean), images, threat, rng)
-    with torch.no_grad():
-        attacked = margins(embedder, embedder(moved), labels, clean) > 0
-    return 100.0 * float(benign.float().mean()), 100.0 * float(attacked.float().mean()), float(spread)
+    right = 0
+    for rows in parts:
+
+        def margin(x: Tensor, rows: Tensor = rows) -> Tensor:
+            return margins(embedder, embedder(x), labels, clean, rows)
+
+        moved = pgd(margin, images[rows], threat, Rng(0, rows))
+        with torch.no_grad():
+            right += int((margin(moved) > 0).sum())
+    return 100.0 * float(benign.float().mean()), 100.0 * right / len(images), float(spread)
 
 
 def collapsed(rows: list[Progress], last: bool) -> bool:
@@ -274,7 +329,14 @@ def log_bytes(rows: list[Progress]) -> bytes:
 
 
 def save_state(
-    folder: Path, recipe: Recipe, learner: Learner, optimizer: Any, rows: list[Progress], best: float, processes: int
+    folder: Path,
+    recipe: Recipe,
+    learner: Learner,
+    optimizer: Any,
+    rows: list[Progress],
+    best: float,
+    processes: int,
+    begun: str | None,
 ) -> None:
     """Everything that a resume needs, as one file."""
     buffer = io.BytesIO()
@@ -286,6 +348,7 @@ def save_state(
             "rows": [asdict(row) for row in rows],
             "best": best,
             "processes": processes,
+            "begun": begun,
         },
         buffer,
     )
@@ -316,12 +379,15 @@ def read_state(folder: Path, recipe: Recipe, processes: int) -> dict[str, Any]:
     return state
 
 
-def finish(folder: Path, recipe: Recipe, dataset: RetrievalDataset, embedder: Embedder) -> dict[str, Any]:
-    """Write ``checkpoint.json``, the registry entry of the last weights, and return it."""
+def finish(
+    folder: Path, recipe: Recipe, preprocess: Preprocess, embedder: Embedder, begun: str | None
+) -> dict[str, Any]:
+    """Write ``checkpoint.json``, the registry entry of the last weights as they are stored, and return it."""
     path = folder / "last.safetensors"
-    entry = checkpoint_entry(recipe, dataset)
+    entry = checkpoint_entry(recipe, preprocess, begun)
     threads = torch.get_num_threads() if embedder.device.type == "cpu" else None
     embedder = embedder.cpu().eval()
+    fill(embedder.network, read_weights(path), str(path))
     probe = probe_images(embedder.input_shape)
     with torch.no_grad():
         embedding = embedder(probe)[0]
@@ -359,6 +425,8 @@ def train(
     resume: bool = False,
     allow_collapse: bool = False,
     report: Callable[[Progress], None] = lambda row: None,
+    tell: Callable[[str], None] = lambda note: None,
+    decoded: Callable[[int, int], None] = lambda done, total: None,
     world: World | None = None,
 ) -> Trained:
     """Train by a recipe into a run folder.
@@ -366,6 +434,8 @@ def train(
     Args:
         recipe: or a packaged recipe's id, or the path of a TOML file.
         report: called with each row of the log.
+        tell: called with each sentence about the images and the weights that it begins with.
+        decoded: called with (images done, images in all) while pictures are decoded.
         world: the processes that train together; one by default.
 
     Raises:
@@ -378,14 +448,17 @@ def train(
     folder = Path(folder)
     world = world or World()
     device = torch.device(device)
-    dataset = load_dataset(recipe.dataset, "train")
-    check_classes(dataset.labels, recipe.per_class, f"data set {recipe.dataset!r}")
-    check_groups(dataset.labels, recipe.groups, recipe.per_class)
-    labels = np.unique(dataset.labels, return_inverse=True)[1].astype(np.int64)
+    recipe, preprocess = settled(recipe)
+    dataset = load_dataset(recipe.dataset, "train", preprocess)
+    learnt, notes = learnable(dataset, recipe.per_class)
+    check_classes(dataset.labels[learnt], recipe.per_class, f"data set {recipe.dataset!r}")
+    check_groups(dataset.labels[learnt], recipe.groups, recipe.per_class)
+    labels = np.unique(dataset.labels[learnt], return_inverse=True)[1].astype(np.int64)
     defense = DEFENSES[recipe.defense]
     params = defense.parameters(recipe.defense_params)
 
-    learner = make_learner(recipe, dataset).to(device)
+    learner, begun = make_learner(recipe, preprocess, int(labels.max()) + 1, load=not resume)
+    learner, told = learner.to(device), begun.told if begun else None
     optimizer = torch.optim.Adam(
         [
             {"params": list(learner.embedder.parameters()), "lr": recipe.lr},
@@ -396,6 +469,10 @@ def train(
     base = [group["lr"] for group in optimizer.param_groups]
     rows: list[Progress] = []
     best = -math.inf
+
+    def store(which: str) -> None:
+        write_weights(folder / f"{which}.safetensors", learner.embedder.network, half=recipe.stored == "float16")
+
     if resume:
         state = read_state(folder, recipe, world.size)
         try:
@@ -403,18 +480,22 @@ def train(
             optimizer.load_state_dict(state["optimizer"])
             rows = [Progress(**row) for row in state["rows"]]
             best = float(state["best"])
+            told = state.get("begun")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"{folder / 'state.pt'} is not the state of such a run: {error}") from None
         if world.leads and not (folder / "last.safetensors").exists():
-            write_weights(folder / "last.safetensors", learner.embedder.network)
+            store("last")
     elif held := [name for name in RUN_FILES if (folder / name).exists()]:
         raise UsageError(f"{folder} already holds a run ({held[0]}): resume it with --resume, or name another folder")
     if world.leads:
         prepare_folder(folder)
     world.share(learner)
 
-    sample = np.random.default_rng(seed_of("quick")).permutation(len(dataset))[:QUICK_QUERIES]
-    seen, seen_labels = dataset.images[sample].to(device), torch.from_numpy(labels[sample]).to(device)
+    for note in (*notes, *(begun.notes if begun else ())):
+        tell(note)
+    decode(dataset, decoded)
+    sample = np.random.default_rng(seed_of("quick")).permutation(len(learnt))[:QUICK_QUERIES]
+    seen, seen_labels = dataset.images[learnt[sample]].to(device), torch.from_numpy(labels[sample]).to(device)
     inner = Inner(recipe.threat)
     mixed = recipe.precision == "mixed" and device.type == "cuda"
     start = rows[-1].iteration if rows else 0
@@ -431,7 +512,7 @@ def train(
     if world.leads:
         write_whole(folder / "recipe.json", json_bytes(recipe.model_dump(mode="json")))
     judge()
-    for batch in batches(recipe, dataset, labels, device, world.rank, start):
+    for batch in batches(recipe, dataset.images, learnt, labels, device, world.rank, start):
         factor = learning_rate(recipe, batch.iteration)
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * factor
@@ -463,12 +544,12 @@ def train(
         rows.append(row)
         report(row)
         if world.leads:
-            write_weights(folder / "last.safetensors", learner.embedder.network)
+            store("last")
             if benign + attacked > best:
                 best = benign + attacked
-                write_weights(folder / "best.safetensors", learner.embedder.network)
+                store("best")
             write_whole(folder / "log.csv", log_bytes(rows))
-            save_state(folder, recipe, learner, optimizer, rows, best, world.size)
+            save_state(folder, recipe, learner, optimizer, rows, best, world.size, told)
         judge()
-    entry = finish(folder, recipe, dataset, learner.embedder) if world.leads else {}
+    entry = finish(folder, recipe, preprocess, learner.embedder, told) if world.leads else {}
     return Trained(folder, tuple(rows), entry)

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dmlbench.checkpoints import ID, PACKAGE, first_problem
-from dmlbench.datasets import DATASETS
+from dmlbench.datasets import OWN, dataset_entry
 from dmlbench.embedding import DISTANCES
 from dmlbench.errors import DataError, UsageError
-from dmlbench.models import ARCHITECTURES
+from dmlbench.models.architectures import require_known
 from dmlbench.registry import suggest
 from dmlbench.threat import Threat
 from dmlbench.training.defenses import DEFENSES
@@ -32,13 +32,15 @@ else:
 RECIPES = PACKAGE / "recipes"
 MOST_IMAGES = 1_000_000
 """In a step."""
+PUBLISHER = "pretrained"
+"""What ``init`` says for the weights that timm or torchvision publish."""
 
 
 class Recipe(BaseModel):
     """One training run. Lengths are on the [0, 1] scale, written as fractions.
 
     A step sees ``groups`` groups of ``per_class`` images of one class; the first image of each group
-    is an anchor.
+    is an anchor. ``dataset`` is an id, or ``folder:PATH`` or ``csv:PATH``; ``init`` the weights to begin with.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -48,7 +50,11 @@ class Recipe(BaseModel):
     dataset: str
     arch: str
     arch_kwargs: dict[str, Any] = {}
-    embed_dim: int = Field(default=64, ge=1)
+    embed_dim: int = Field(default=64, ge=0)
+    init: str | None = Field(default=None, min_length=1)
+    init_without: str = ""
+    batch_norm: Literal["batch", "frozen"] = "batch"
+    input_size: tuple[Annotated[int, Field(ge=1, le=4096)], Annotated[int, Field(ge=1, le=4096)]] | None = None
     space: str = "N"
     mean: tuple[float, ...] | None = None
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
@@ -73,6 +79,7 @@ class Recipe(BaseModel):
     step_factor: float = Field(default=0.1, gt=0, le=1)
     precision: Literal["float32", "mixed"] = "float32"
     check_every: int = Field(default=200, ge=1)
+    stored: Literal["float32", "float16"] = "float32"
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="before")
@@ -84,6 +91,8 @@ class Recipe(BaseModel):
                 raise ValueError(f"{key} is {str(value).lower()}, not a number or text")
             if isinstance(value, dict) and (wrong := [k for k, v in value.items() if _endless(v)]):
                 raise ValueError(f"{key}.{wrong[0]} must be a finite number")
+        if isinstance(table, dict) and isinstance(table.get("input_size"), int):
+            return {**table, "input_size": (table["input_size"],) * 2}
         return table
 
     @property
@@ -97,13 +106,16 @@ class Recipe(BaseModel):
         Raises:
             UsageError: an unknown name (with a suggestion), or a defence that the loss or network cannot serve.
         """
-        DATASETS[self.dataset], DISTANCES[self.space], LOSSES[self.loss]
+        dataset_entry(self.dataset), DISTANCES[self.space], LOSSES[self.loss]
         if self.groups * self.per_class > MOST_IMAGES:
             raise UsageError(
                 f"groups x per_class is {self.groups * self.per_class} images a step, at most {MOST_IMAGES}"
             )
-        if ":" not in self.arch:
-            ARCHITECTURES[self.arch]
+        require_known(self.arch)
+        if self.embed_dim == 0 and not self.of_a_library:
+            raise UsageError(
+                f"embed_dim 0 leaves out the last layer of timm's and torchvision's networks, {self.arch!r} has none to spare"
+            )
         entry = DEFENSES[self.defense]
         entry.parameters(self.defense_params)
         if self.loss_params and "triplet" in entry.losses:
@@ -124,10 +136,21 @@ class Recipe(BaseModel):
         self.threat  # noqa: B018
         return self
 
+    @property
+    def of_a_library(self) -> bool:
+        """Whether the network, or each member of the ensemble, is timm's or torchvision's."""
+        return ":" in (str(self.arch_kwargs.get("member", "")) if self.arch == "ensemble" else self.arch)
+
     def idle(self) -> list[str]:
         """One sentence for each key that was set and would do nothing."""
         given, params = self.defense_params, DEFENSES[self.defense].parameters(self.defense_params)
         out = []
+        if self.init is None and self.init_without:
+            out.append("init_without is of the weights that init names: without init it would do nothing")
+        if self.init is None and self.batch_norm == "frozen":
+            out.append("batch_norm 'frozen' keeps the statistics of given weights: name these with init")
+        if self.init == PUBLISHER and not self.of_a_library:
+            out.append(f"init 'pretrained' is of timm's and torchvision's networks, not of {self.arch!r}")
         if self.loss != "triplet":
             mines = params.get("sampling") == "M" and self.defense not in ("none", "est")
             if self.margin != Recipe.model_fields["margin"].default and not mines:
@@ -233,8 +256,17 @@ def load_recipe(name: str, changes: dict[str, Any] | None = None) -> Recipe:
 
 
 def slug(name: str) -> str:
-    """A name as an id: lower case, and a dash for what an id may not hold."""
-    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).lstrip("._-")
+    """A name as an id: lower case, a dash for what an id may not hold, and no more than that holds."""
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).lstrip("._-")[:100].rstrip("._-")
+
+
+def short_name(name: str) -> str:
+    """What an id calls a data set or a network: what stands after its colon, of a path the last part."""
+    kind, colon, rest = name.partition(":")
+    if not colon:
+        return name
+    path = Path(rest).expanduser().resolve()
+    return path.stem if kind == "csv" else path.name if kind in OWN else rest
 
 
 def command_of(recipe: Recipe) -> str:

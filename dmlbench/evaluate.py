@@ -252,6 +252,10 @@ def evaluate(
         extras["audit"] = [asdict(f) for f in findings]
     if chosen.extra:
         extras["extra_parts"] = [c.name for c in chosen.extra]
+    if own := {
+        c.name: [c.worst, c.best] for c in chosen.extra if c.attack in RUN
+    }:  # no table has them where it is read
+        extras["own_ends"] = own
     if embedder.card is None:  # nothing else says what it was
         extras["fingerprint"] = known
     warnings = (*doubts_about(subject, measurements, nonfinite), *doubts)

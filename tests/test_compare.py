@@ -440,6 +440,9 @@ def test_an_extra_part_is_compared_by_its_score():
     assert (part.base, part.candidate) == pytest.approx((49.0, 19.0), abs=0.01)
     assert part.verdict == "worse" and part.regression
     assert not c.notes  # the extra column has no interval of its own, which says nothing of the classes
+    ers, alone = metric(c, "ers"), metric(compare(evaluation(seed=4), evaluation(seed=4)), "ers")
+    assert (ers.base, ers.candidate, ers.interval) == (alone.base, alone.candidate, alone.interval)
+    assert from_evaluation(with_extra(99.0)).worst_part == from_evaluation(evaluation(seed=4)).worst_part
     unknown = with_extra(50.0)
     named = [m.model_copy(update={"attack": "CA-gone"}) if "@" in m.component else m for m in unknown.measurements]
     with pytest.raises(NotComparable, match="'CA-gone'"):

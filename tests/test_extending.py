@@ -205,8 +205,12 @@ def test_an_objective_of_ones_own_finds_what_the_same_formula_of_ours_does(typed
 
 def test_a_part_of_ones_own_never_counts(typed, own: Path) -> None:
     few = ("evaluate", "--model", MODEL, "--limit", "4", "--json")
-    alone, both = typed(*few).json, typed(*few, "--attacks", "all,mine.py:misrank").json
+    alone, both = typed(*few).json, typed(*few, "--attacks", "all,mine.py:misrank", "--out", "run").json
     assert both["ers"] == alone["ers"] and both["extras"]["extra_parts"] == [both["measurements"][-1]["component"]]
+    forget("attacks.ATTACKS")  # another process knows nothing of it, and compares and draws it as it was scored
+    said = {m["metric"]: m for m in typed("compare", "run", "run", "--json").json["metrics"]}
+    assert said["ers"]["base"] == pytest.approx(alone["ers"])
+    assert said[both["measurements"][-1]["component"]]["base"] == pytest.approx(both["measurements"][-1]["score"])
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,8 @@ def from_evaluation(
             columns[f"{PARTS[m.component]}_score"] = _neat(m.score)
     for name in ("recall_at_1", "recall_at_2", "map", "map_at_r", "nmi", "ami"):
         columns[name] = _neat(e.benign.get(name))
-    scored = [(m.score, m.component) for m in e.measurements if m.score is not None]
+    extra = set(e.extras.get("extra_parts", ()))
+    scored = [(m.score, m.component) for m in e.measurements if m.score is not None and m.component not in extra]
     if card is not None:
         columns |= {"arch": card.arch.builder, "loss": card.train.loss, "defense": defense_text(card)}
         columns["license"] = card.license

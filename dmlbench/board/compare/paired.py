@@ -133,16 +133,18 @@ def pair(
         else Paired(name, c < p and gated, means[0][c], means[1][c], intervals.columns[c], bool(equal[c]))
         for c, name in enumerate([*parts, *(b for b in benign)])
     ]
-    if base.ers is not None and loose & set(parts):
+    extra = set(base.extras.get("extra_parts", ()))
+    counts = [c for c, name in enumerate(parts) if name not in extra]
+    if base.ers is not None and loose & {parts[c] for c in counts}:
         out.insert(0, _left_out("ers"))
     elif base.ers is not None:
-        before, after = (ers_of(side[:p]) for side in means)
+        before, after = (ers_of([side[c] for c in counts]) for side in means)
         after = after if candidate.ers is not None else None
         ends = None
         if before is not None and after is not None:
-            sides = counted(first[:, :p]), counted(second[:, :p])
-            ends = paired_intervals(*sides, label, ranges[:p], PERCENT).mean
-        out.insert(0, Paired("ers", False, before, after, ends, bool(equal[:p].all())))
+            sides = counted(first[:, counts]), counted(second[:, counts])
+            ends = paired_intervals(*sides, label, [ranges[c] for c in counts], PERCENT).mean
+        out.insert(0, Paired("ers", False, before, after, ends, bool(equal[counts].all())))
     for name in ("nmi", "ami"):  # of the whole gallery, whichever queries were measured
         if name in base.benign:
             values = base.benign[name], candidate.benign.get(name)

@@ -162,10 +162,10 @@ def components_of(evaluation: Evaluation, protocol_file: Path | None = None) -> 
             f"the runs were made by another content of protocol {stated.name!r} "
             f"(sha256 {stated.sha256[:12]}…) than the one here ({protocol.sha256[:12]}…)"
         )
-    extra = set(evaluation.extras.get("extra_parts", ()))
+    extra, own = set(evaluation.extras.get("extra_parts", ())), evaluation.extras.get("own_ends", {})
     found = {}
     for m in evaluation.measurements:  # R@1 of the other kinds of protocol is taken as it is
-        worst, best = _ends(m.attack, m.readout) if m.component in extra else (0, 100)
+        worst, best = own.get(m.component) or (_ends(m.attack, m.readout) if m.component in extra else (0, 100))
         found[m.component] = Component(name=m.component, attack=m.attack, readout=m.readout, worst=worst, best=best)
     return found | {c.name: c for c in protocol.components}
 

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from bundles import SUBMISSIONS
+from conftest import shared
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -26,7 +27,7 @@ from dmlbench.submission.pack import draft
 from dmlbench.training import loop
 from dmlbench.training.defenses import DEFENSES
 from dmlbench.training.loop import train
-from dmlbench.training.recipe import load_recipe, make_recipe
+from dmlbench.training.recipe import load_recipe, make_recipe, packaged_recipes
 from dmlbench.training.start import learnable, settled
 
 QUICK = {"groups": 4, "iterations": 2, "check_every": 1, "steps": 1, "input_size": [32, 32]}
@@ -332,3 +333,24 @@ def test_every_defence_learns_from_a_network_with_frozen_statistics(photos: Path
     done = train(table(photos, arch="timm:test_resnet", defense=name, **changes), tmp_path / "r")
     assert all(math.isfinite(row.loss) for row in done.progress)
     assert json.loads((tmp_path / "r" / "recipe.json").read_text())["batch_norm"] == "frozen"
+
+
+@pytest.mark.parametrize("name", [name for name in packaged_recipes() if name.startswith("grocery-")])
+def test_the_recipes_on_grocery_begin_with_imagenets_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every member has the published file's embeddings of pixels prepared and normalised as by ``evaluate``."""
+    weights = shared("weights", "mobilenetv2_imagenet.pt")
+    monkeypatch.setenv("DMLBENCH_CHECKPOINT_BASE", str(weights.parent))
+    plain = load_model("torchvision:mobilenet_v2", weights=weights, embed_dim=0, input_size=(128, 128))
+    registered = load_model("mobilenetv2-imagenet-128")
+    recipe, preprocess = settled(load_recipe(name))
+    learner, begun = loop.make_learner(recipe, preprocess, 31)
+    assert begun is not None and sha256_of(weights) in begun.told and "trained on imagenet" in begun.told
+    embedder = learner.embedder.eval()
+    assert embedder.preprocess == plain.preprocess == registered.preprocess == preprocess
+    images = torch.rand(2, 3, 128, 128)
+    with torch.no_grad():
+        wanted = plain(images)
+        members = getattr(embedder.network, "members", [embedder.network])
+        for member in members:
+            assert torch.equal(embedder.distance.finish(member(embedder.normalise(images))), wanted)
+        assert torch.equal(registered(images), wanted)

@@ -83,7 +83,10 @@ def class_folder(path: str, split: str, preprocess: Preprocess) -> RetrievalData
             f"folder:{path} has {', '.join(shown(f.name) for _, f in parts)}, but nothing for the {split} split"
         )
     if not parts and split == "train":
-        raise UsageError(f"folder:{path} has no folder 'train': all its classes are the test split")
+        raise UsageError(
+            f"folder:{path} has no folder 'train': all its classes are the test split; the classes to learn belong into "
+            f"{shown(root)}/train, others to measure on into {shown(root)}/test"
+        )
     used: list[Path] = []
     for part in wanted if parts else [""]:
         folder = next((f for p, f in parts if p == part), root)

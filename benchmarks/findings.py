@@ -21,7 +21,7 @@ import torch
 
 from dmlbench.errors import DmlbenchError
 from dmlbench.evaluate import evaluate
-from dmlbench.results import write_whole
+from dmlbench.files import write_whole
 from dmlbench.training.loop import train as train_run
 from dmlbench.training.recipe import load_recipe
 

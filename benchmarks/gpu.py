@@ -34,9 +34,10 @@ from dmlbench.embedding import Embedder
 from dmlbench.evaluate import benign_arrays, evaluate
 from dmlbench.fast.compiled import ready as ready_to_attack
 from dmlbench.fast.exact import true_float32
+from dmlbench.files import first_line, prepare_folder, write_whole
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.plan import timed
-from dmlbench.results import json_bytes, prepare_folder, write_whole
+from dmlbench.results import json_bytes
 from dmlbench.rng import Rng
 from dmlbench.run.search import Search, auto_batch, run_search, searches
 from dmlbench.run.subject import Silent, prepare, resolve_device
@@ -154,7 +155,7 @@ class Run:
         try:
             call()
         except Exception as error:  # one network or precision that fails must not end the others
-            self.note(**what, failed=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            self.note(**what, failed=f"{type(error).__name__}: {first_line(error)}")
 
 
 def machine(run: Run) -> None:

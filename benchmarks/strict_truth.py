@@ -34,8 +34,9 @@ from torch import Tensor
 from dmlbench import evaluate, load_dataset, load_model, load_protocol
 from dmlbench.errors import DataError, DmlbenchError, Interrupted, UsageError
 from dmlbench.fast.exact import true_float32
+from dmlbench.files import write_whole
 from dmlbench.metrics import recall_at_1
-from dmlbench.results import Evaluation, json_bytes, load, npz_bytes, read_npz, save, write_whole
+from dmlbench.results import Evaluation, json_bytes, load, npz_bytes, read_npz, save
 from dmlbench.run.subject import Subject, prepare, query_order
 from dmlbench.threat import Threat, length
 

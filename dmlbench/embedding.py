@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from dmlbench.checkpoints import Checkpoint
 from dmlbench.errors import DataError, DmlbenchError
+from dmlbench.files import first_line
 from dmlbench.preprocess import Preprocess
 from dmlbench.registry import Registry
 
@@ -195,7 +196,7 @@ class Embedder(nn.Module):
         except (DmlbenchError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:  # the network is anybody's code, which can fail in any way
-            first = (str(error).strip().splitlines() or ["no reason given"])[0]
+            first = first_line(error, "no reason given")
             shape = "x".join(map(str, images.shape))
             raise DataError(
                 f"model {self.name!r} fails on a batch of {shape}: {type(error).__name__}: {first}"

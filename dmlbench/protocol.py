@@ -7,7 +7,6 @@ attack or a changed number is a new version. ``NAME.toml`` is the current versio
 
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -23,16 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from dmlbench.attacks import ATTACKS, parse
 from dmlbench.checkpoints import PACKAGE, first_problem
 from dmlbench.errors import DataError, UsageError
+from dmlbench.files import read_toml
 from dmlbench.intervals import ANY, LEVEL, PERCENT, Intervals, Range, class_intervals
 from dmlbench.metrics import READOUTS
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.registry import Registry, suggest
 from dmlbench.threat import Threat
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FOLDER = PACKAGE / "protocols"
 COLOUR = "colour"
@@ -358,7 +353,7 @@ def read_protocol(path: Path) -> Protocol:
         DataError: it cannot be read, or holds what is wrong or would do nothing; the file and the key are named.
     """
     try:
-        protocol = Protocol.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        protocol = Protocol.model_validate(read_toml(path))
         _check_kind(protocol)
         for c in protocol.components:
             _check_component(c, protocol)
@@ -378,7 +373,7 @@ def read_protocol(path: Path) -> Protocol:
         return protocol
     except ValidationError as error:
         raise DataError(f"protocol {path}: {first_problem(error)}") from None
-    except (OSError, ValueError, TypeError, UsageError) as error:  # not TOML and not UTF-8 are ValueErrors
+    except (ValueError, TypeError, UsageError) as error:
         raise DataError(f"protocol {path}: {error}") from None
 
 

@@ -2,18 +2,16 @@
 
 A run folder holds ``evaluation.json`` (an :class:`Evaluation`), ``per_query.npz`` (arrays over
 queries), ``adversarial_sample.npz`` (a few adversarial images, losslessly) and ``manifest.json``
-(sizes and sha256 of the others). Files are written under a temporary name and renamed.
+(sizes and sha256 of the others).
 """
 
-import contextlib
 import html
 import io
 import json
 import math
-import os
-import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from dmlbench.checkpoints import first_problem, sha256_of
 from dmlbench.errors import DataError, UsageError
+from dmlbench.files import lock, prepare_folder, write_whole
 from dmlbench.plain import read_json
 
 if TYPE_CHECKING:
@@ -269,20 +268,6 @@ def conditions(partial: Iterable[str]) -> dict[str, str]:
     return said
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, then rename it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
 def npz_bytes(arrays: Mapping[str, np.ndarray], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
     """A compressed npz with the same bytes for the same arrays, whenever it is made.
 
@@ -383,54 +368,13 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make a folder for results, prove that it can be written, before any work is done, and sweep what killed writers left."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}.part"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise DataError(f"{folder} cannot be written: {error.strerror or error}") from None
-    _sweep(folder)
-
-
-ABANDONED = 60.0
-"""Seconds after which an unfinished file of a process that is no more is deleted; writing one takes far less."""
-
-
-def _sweep(folder: Path) -> None:
-    """Delete what killed writers left of files, in a folder and in its units."""
-    if os.name != "posix":  # elsewhere signal 0 is no question
-        return
-    for part in (*folder.glob(".*.part"), *folder.glob("units/.*.part")):
-        pid = part.name.split(".")[-2]
-        with contextlib.suppress(OSError):
-            if pid.isdigit() and time.time() - part.stat().st_mtime > ABANDONED:
-                try:
-                    os.kill(int(pid), 0)
-                except ProcessLookupError:
-                    part.unlink()
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep the run folder from a second run for as long as the block runs; where the system has no such locks, nothing.
+def held(folder: Path) -> AbstractContextManager[bool]:
+    """Keep the run folder from a second run for as long as the block runs; where the file system has no locks, nothing.
 
     Raises:
         UsageError: another process is in it.
     """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            place = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, place)
-            try:
-                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"another run is writing to {folder}: wait for it, or name another --out") from None
-        yield
+    return lock(folder, UsageError(f"another run is writing to {folder}: wait for it, or name another --out"))
 
 
 def refuse_partial(folder: Path, partial: Sequence[str]) -> None:

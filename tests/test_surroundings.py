@@ -51,11 +51,11 @@ def test_a_tilde_is_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path, run) -> None:  # type: ignore[no-untyped-def]
-    pytest.importorskip("fcntl")
     with held(tmp_path):
         with pytest.raises(UsageError, match="another run is writing"), held(tmp_path):
             pass
         command = ("evaluate", "--model", "digits-smallcnn-triplet-hm-lga-ics", "--limit", "4", "--attacks", "CA+")
         assert "another run is writing" in run(*command, "--out", str(tmp_path), code=2).err
     with held(tmp_path):
-        assert not list(tmp_path.iterdir())
+        pass
+    assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dmlbench import results
-from dmlbench.results import prepare_folder
+from dmlbench.files import prepare_folder
 
 
 def test_what_dead_writers_left_is_swept_and_nothing_else(tmp_path, monkeypatch):

@@ -14,9 +14,10 @@ from dmlbench.board.row import PARTS, Row, Status, superseded
 from dmlbench.board.table import from_csv, rank, ranked, to_csv
 from dmlbench.checkpoints import ID, checkpoints, packaged
 from dmlbench.errors import DataError
+from dmlbench.files import write_whole
 from dmlbench.plain import read_json
 from dmlbench.protocol import load_protocol, packaged_protocol, protocol_names
-from dmlbench.results import Evaluation, write_whole
+from dmlbench.results import Evaluation
 from dmlbench.submission.bundle import SUBMISSIONS, VERIFICATIONS, Refused, verification_of
 from dmlbench.submission.rerun import Verification
 from dmlbench.submission.static import Opened, check_static

@@ -21,13 +21,14 @@ from dmlbench.board.report.page import Run
 from dmlbench.board.row import headline
 from dmlbench.datasets import load_dataset
 from dmlbench.errors import DataError, NotComparable, UsageError
+from dmlbench.files import prepare_folder, write_whole
 from dmlbench.intervals import Ends
 from dmlbench.kinds.table import kind_of
 from dmlbench.models import load_model
 from dmlbench.own_code import require_named
 from dmlbench.protocol import counted, scored
 from dmlbench.registry import Registry, suggest
-from dmlbench.results import Evaluation, conditions, prepare_folder, write_whole
+from dmlbench.results import Evaluation, conditions
 from dmlbench.run.closeup import names_of as closeup_names
 from dmlbench.run.subject import embed
 from dmlbench.threat import length

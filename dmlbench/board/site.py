@@ -22,9 +22,9 @@ from dmlbench.board.row import shown as cell_text
 from dmlbench.board.show import DEFAULT_COLUMNS
 from dmlbench.checkpoints import PACKAGE
 from dmlbench.doubts.audit import FLAGS
+from dmlbench.files import prepare_folder, write_whole
 from dmlbench.kinds.table import numbers
 from dmlbench.protocol import load_protocol, protocol_names
-from dmlbench.results import prepare_folder, write_whole
 from dmlbench.submission.record import read_submission
 
 TEMPLATES = PACKAGE / "templates"

@@ -3,11 +3,9 @@
 UTF-8, LF, one fixed order of columns, numbers as numbers, an empty cell where a number is missing.
 """
 
-import contextlib
 import csv
 import io
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,9 @@ from pydantic import ValidationError
 from dmlbench.board.row import COLUMNS, RANKED, Row, from_evaluation, partial_text, superseded
 from dmlbench.checkpoints import first_problem
 from dmlbench.errors import DataError
+from dmlbench.files import lock, write_whole
 from dmlbench.registry import suggest
-from dmlbench.results import Evaluation, write_whole
+from dmlbench.results import Evaluation
 
 MOST_BYTES = 64 << 20
 
@@ -154,22 +153,6 @@ def from_csv(path: Path) -> list[Row]:
     return rows
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes that add rows in this folder waiting."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no flock; two writers at one moment are then the user's affair
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def add_row(evaluation: Evaluation, path: Path) -> Row:
     """Add the evaluation's row to a CSV file, in place of an earlier one of the same :attr:`Row.key`.
 
@@ -182,7 +165,7 @@ def add_row(evaluation: Evaluation, path: Path) -> Row:
     """
     row = _allowed(path, lambda: from_evaluation(evaluation))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path.parent):
+    with lock(path):
         write_whole(path, to_csv(rank([*_beside(row, path), row])))
     return row
 

@@ -62,7 +62,8 @@ def compare(
     from dmlbench.board.compare.sources import find
     from dmlbench.board.compare.verdict import as_row, compare_rows, components_of
     from dmlbench.errors import DataError
-    from dmlbench.results import Evaluation, json_bytes, prepare_folder, write_whole
+    from dmlbench.files import prepare_folder, write_whole
+    from dmlbench.results import Evaluation, json_bytes
 
     outputs = [p for p in (markdown, json_file, junit) if p is not None and str(p) != "-"]
     named = [parse_drop(d) for d in drops]

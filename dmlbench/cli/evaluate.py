@@ -14,7 +14,8 @@ from dmlbench.cli.kinds import print_findings, print_kind
 from dmlbench.cli.model_options import MODEL_HELP, load_subject, model_options
 from dmlbench.cli.output import console, hint, json_option, print_json, progress
 from dmlbench.errors import Interrupted, ShardDone, UsageError
-from dmlbench.results import Evaluation, held, load, prepare_folder, refuse_partial, save
+from dmlbench.files import prepare_folder
+from dmlbench.results import Evaluation, held, load, refuse_partial, save
 
 if TYPE_CHECKING:
     from dmlbench.datasets import RetrievalDataset

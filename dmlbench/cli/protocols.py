@@ -6,8 +6,8 @@ import click
 
 from dmlbench.cli.output import json_option, print_facts, print_json, print_list
 from dmlbench.errors import DataError, NotComparable, UsageError
+from dmlbench.files import write_whole
 from dmlbench.protocol import load_protocol, protocol_names, protocol_versions
-from dmlbench.results import write_whole
 
 
 @click.group(epilog="Example: dmlbench protocols list")

@@ -33,7 +33,7 @@ def init(
     import yaml
 
     from dmlbench.errors import UsageError
-    from dmlbench.results import prepare_folder, write_whole
+    from dmlbench.files import prepare_folder, write_whole
     from dmlbench.submission.pack import draft, read_card
     from dmlbench.submission.record import FILL_IN
 
@@ -92,7 +92,7 @@ def pack(
 ) -> int:
     """Put the run folder RUN, its submission.yaml and the weights into one bundle, and check it (level 0)."""
     from dmlbench.errors import UsageError
-    from dmlbench.results import prepare_folder
+    from dmlbench.files import prepare_folder
     from dmlbench.submission import pack as packing
     from dmlbench.submission.bundle import Problem, Refused
     from dmlbench.submission.static import check_static

@@ -29,7 +29,7 @@ def table(
     """
     from dmlbench.board.paper import FORMATS
     from dmlbench.board.paper import table as of_runs
-    from dmlbench.results import prepare_folder, write_whole
+    from dmlbench.files import prepare_folder, write_whole
 
     chosen = [name.strip() for name in columns.split(",") if name.strip()] if columns else []
     made = of_runs(runs_named(runs, protocol), chosen)

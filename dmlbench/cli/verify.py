@@ -27,7 +27,8 @@ Exit codes: 0 it agreed (the row becomes verified); 1 refused, or it did not agr
 def verify(bundle: Path, out: Path | None, weights: Path | None, fetch: bool, device: str, as_json: bool) -> int:
     """Attack every query of BUNDLE again and record whether it agreed: level 4 for the people who keep the board."""
     from dmlbench.errors import DataError, UsageError
-    from dmlbench.results import json_bytes, prepare_folder, write_whole
+    from dmlbench.files import prepare_folder, write_whole
+    from dmlbench.results import json_bytes
     from dmlbench.submission.bundle import SUBMISSIONS, verification_of
     from dmlbench.submission.validate import validate
 

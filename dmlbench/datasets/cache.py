@@ -10,7 +10,6 @@ only when it is whole.
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from torch import Tensor
 from dmlbench.datasets.base import ArrayImages, RetrievalDataset, folder_named, user_folder
 from dmlbench.datasets.pictures import Arrays, Files, Source, Undecodable, each
 from dmlbench.errors import DataError
+from dmlbench.files import lock, written_whole
 from dmlbench.preprocess import Preprocess
 
 REVISION = 1
@@ -112,13 +112,10 @@ class CachedImages:
                 return found
         digests = self.source.digests()
         _folder(remembered.parent)
-        part = remembered.with_name(f".{remembered.name}.{os.getpid()}.part")
         try:
-            with part.open("wb") as stream:
+            with written_whole(remembered) as part, part.open("wb") as stream:
                 np.save(stream, digests)
-            part.replace(remembered)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise _unwritable(remembered.parent, error) from None
         return digests
 
@@ -135,23 +132,20 @@ class CachedImages:
                 f"decoded images need {needed / 1e9:.1f} GB under {path.parent}, where {free / 1e9:.1f} GB are free "
                 "(DMLBENCH_CACHE names another folder)"
             )
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            pixels = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=self._expected)
-            for done, (row, image) in enumerate(each(self._one, len(self)), 1):
-                pixels[row] = image
-                progress(done, len(self))
-            pixels.flush()
-            del pixels
-            part.replace(path)
+            with written_whole(path) as part:
+                pixels = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=self._expected)
+                for done, (row, image) in enumerate(each(self._one, len(self)), 1):
+                    pixels[row] = image
+                    progress(done, len(self))
+                pixels.flush()
+                del pixels
         except OSError as error:
             raise _unwritable(path.parent, error) from None
         except Undecodable as error:
             raise DataError(
                 f"an image cannot be decoded: {error} ('dmlbench datasets verify' lists all such images)"
             ) from None
-        finally:
-            part.unlink(missing_ok=True)
 
     def _one(self, row: int) -> tuple[int, np.ndarray]:
         picture = self.source.picture(row)
@@ -191,20 +185,17 @@ def _unwritable(folder: Path, error: OSError) -> DataError:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Only one process at a time is inside, for one path; the lock goes with its process.
+    """Only one process at a time is inside, for one path.
 
-    Where the system has no such locks two processes may both decode; each still writes its own file.
+    Where the file system has no locks two processes may both decode; each still writes its own file.
     """
     _folder(path.parent)
-    try:
-        lock = path.with_suffix(".lock").open("wb")
-    except OSError as error:
-        raise _unwritable(path.parent, error) from None
-    with lock:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        try:
+            alone = stack.enter_context(lock(path))
+        except OSError as error:
+            raise _unwritable(path.parent, error) from None
+        if alone:
             for left in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed while it wrote
                 left.unlink(missing_ok=True)
         yield

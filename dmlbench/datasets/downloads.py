@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dmlbench.errors import DataError
+from dmlbench.files import first_line
 
 PIECE = 1 << 18
 TIMEOUT = 30.0
@@ -103,5 +104,5 @@ def fetch(file: Download, folder: Path, heard: Heard = lambda done, total: None)
         except requests.RequestException as error:
             reason = f"{url} cannot be reached: {type(error).__name__}"
         except (ValueError, OSError) as error:
-            reason = f"{url}: {str(error).splitlines()[0]}"
+            reason = f"{url}: {first_line(error)}"
     raise DataError(f"{file.name} cannot be downloaded: {reason}")

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 
 from dmlbench.datasets.base import ArrayImages
 from dmlbench.errors import DataError
+from dmlbench.files import first_line
 
 T = TypeVar("T")
 BLOCK = 128
@@ -260,4 +261,4 @@ def reason(error: Exception) -> str:
         return "not an image"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return first_line(error)

@@ -16,6 +16,7 @@ from dmlbench.datasets.folder import PARTS
 from dmlbench.datasets.pictures import shown
 from dmlbench.datasets.unpack import unpack
 from dmlbench.errors import DataError, UsageError
+from dmlbench.files import sweep, written_whole
 
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz")
 
@@ -164,10 +165,10 @@ def _kept(name: str, origin: Origin, target: Path, source: Path | None, heard: H
     if folder is None:
         raise DataError(f"{shown(source)} does not hold {', '.join(f.name for f in origin.downloads)}")
     target.mkdir(parents=True, exist_ok=True)
+    sweep(target)
     for published in _published(folder, origin):
-        part = target / f".{published.name}.part"
-        shutil.copyfile(published, part)
-        part.replace(target / published.name)
+        with written_whole(target / published.name) as part:
+            shutil.copyfile(published, part)
     return f"copied into {shown(target)}"
 
 

@@ -4,7 +4,6 @@ Zip and tar (plain, gzip, bzip2, xz). Every name is checked before it is used, s
 are written, not as the archive states them, and the folder appears only when all of it is there.
 """
 
-import os
 import shutil
 import tarfile
 import zipfile
@@ -15,6 +14,7 @@ from typing import IO
 
 from dmlbench.datasets.pictures import shown
 from dmlbench.errors import DataError
+from dmlbench.files import part_of
 
 MOST_BYTES = 64 << 30
 """More than any data set that dmlbench knows."""
@@ -74,7 +74,7 @@ def unpack(archive: Path, folder: Path, heard: Callable[[int], None] = lambda fi
     """
     if folder.exists():
         raise DataError(f"{shown(folder)} exists already")
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    part = part_of(folder)
     packed = archive.stat().st_size if archive.is_file() else 0
     written = count = 0
     try:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dmlbench.embedding import Embedder
 from dmlbench.fast.rounded import settled
+from dmlbench.files import first_line
 
 Network = Callable[[Tensor], Tensor]
 
@@ -59,8 +60,8 @@ class Steps:
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler, and whatever it calls, can fail in any way
-            lines = str(error).strip().splitlines() or ["no reason given"]
-            self.trouble = f"torch.compile failed ({type(error).__name__}: {lines[0]})"
+            said = first_line(error, "no reason given")
+            self.trouble = f"torch.compile failed ({type(error).__name__}: {said})"
             return
         limits = LIMITS.get(self.precision, EXACT)
         if all(value <= limit for value, limit in zip(found, limits, strict=True)):

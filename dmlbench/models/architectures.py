@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dmlbench.errors import DataError, DmlbenchError, UsageError
+from dmlbench.files import first_line
 from dmlbench.models.heads import require_width, with_head
 from dmlbench.models.published import IMAGENET_MEAN, IMAGENET_STD, PUBLISHED, Fed, published
 from dmlbench.models.small import Ensemble, c2f2, conv3, smallcnn
@@ -159,14 +160,9 @@ def _numbers(value: Any) -> Iterator[float]:
         yield value
 
 
-def _first_line(error: Exception) -> str:
+def _told(error: Exception) -> str:
     """What an error of another package is and says, in one line."""
-    return f"{type(error).__name__}: {_said(error)}"
-
-
-def _said(error: Exception) -> str:
-    """The first line of what it says."""
-    return (str(error).strip().splitlines() or ["no reason given"])[0]
+    return f"{type(error).__name__}: {first_line(error, 'no reason given')}"
 
 
 def _timm(name: str, embed_dim: int | None, pretrained: bool, kwargs: Mapping[str, Any], most: int | None) -> Built:
@@ -184,11 +180,11 @@ def _timm(name: str, embed_dim: int | None, pretrained: bool, kwargs: Mapping[st
     except DmlbenchError:
         raise
     except TypeError as error:
-        raise UsageError(f"timm:{name} does not take these arguments: {_said(error)}") from None
+        raise UsageError(f"timm:{name} does not take these arguments: {first_line(error)}") from None
     except Exception as error:  # a failed download raises whatever the hub's client raises
         if not pretrained and not hub:
-            raise UsageError(f"timm:{name} does not take these arguments: {_first_line(error)}") from None
-        raise DataError(f"timm cannot fetch {name}: {_first_line(error)}") from None
+            raise UsageError(f"timm:{name} does not take these arguments: {_told(error)}") from None
+        raise DataError(f"timm cannot fetch {name}: {_told(error)}") from None
     about = getattr(network, "pretrained_cfg", None) or {}
     channels, *sides = about.get("input_size") or (3, 224, 224)
     sides = kwargs.get("img_size", sides)
@@ -219,11 +215,11 @@ def _torchvision(
     except DmlbenchError:
         raise
     except TypeError as error:
-        raise UsageError(f"torchvision:{name} does not take these arguments: {_said(error)}") from None
+        raise UsageError(f"torchvision:{name} does not take these arguments: {first_line(error)}") from None
     except Exception as error:
         if not pretrained:
-            raise UsageError(f"torchvision:{name} does not take these arguments: {_first_line(error)}") from None
-        raise DataError(f"torchvision cannot fetch {name}: {_first_line(error)}") from None
+            raise UsageError(f"torchvision:{name} does not take these arguments: {_told(error)}") from None
+        raise DataError(f"torchvision cannot fetch {name}: {_told(error)}") from None
     if embed_dim is not None:
         with_head(network, embed_dim)
     size = kwargs.get("image_size", 299 if name == "inception_v3" else 224)
@@ -272,7 +268,7 @@ def build_network(
                 return Built(network, fed.preprocess.shape, fed.mean, fed.std, fed=fed)
             return Built(network, (given.get("channels", 1), size, size), takes=tuple(signature(make).parameters))
         except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-            raise UsageError(f"architecture {builder!r} does not take these arguments: {_said(error)}") from None
+            raise UsageError(f"architecture {builder!r} does not take these arguments: {first_line(error)}") from None
     if kind == "timm":
         return _timm(name, embed_dim, pretrained, arguments, most)
     if kind == "hf-hub":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, UsageError
+from dmlbench.files import first_line
 
 SAME = 1e-5
 """Two forwards of one batch differ by more than this, relative to the largest value: the model is random."""
@@ -169,9 +170,8 @@ def attempt(embedder: Embedder, images: Tensor) -> Any:
     try:
         return embedder.network(embedder.normalise(images))
     except Exception as error:  # the network is anybody's code; whatever it says is for the user
-        first = str(error).strip().splitlines()
         shape = "x".join(map(str, embedder.input_shape))
         raise DataError(
             f"model {embedder.name!r} does not take images of {shape} (channels, height, width): "
-            f"{first[0] if first else type(error).__name__} (--input-size chooses another size)"
+            f"{first_line(error)} (--input-size chooses another size)"
         ) from None

@@ -18,6 +18,7 @@ from dmlbench.datasets.cache import cache_folder
 from dmlbench.datasets.downloads import Download
 from dmlbench.datasets.downloads import fetch as download
 from dmlbench.errors import DataError
+from dmlbench.files import written_whole
 
 BASE = "DMLBENCH_CHECKPOINT_BASE"
 PLACEHOLDER = "{base}/"
@@ -90,9 +91,8 @@ def _remembered(path: Path) -> str | None:
 def _trusted(found: Path, path: Path, name: str, file: File) -> tuple[str, ...]:
     """Keep the sha256 of a file that is fetched for the first time, and say so."""
     sha256 = sha256_of(found)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(f"{sha256}\n", encoding="ascii")
-    part.replace(path)
+    with written_whole(path) as part:
+        part.write_text(f"{sha256}\n", encoding="ascii")
     stated = f"only {file.hash}… is published" if file.hash else "no hash of it is published"
     return (f"{name}: {stated}; trusted on first use with sha256 {sha256}, which later copies have to have",)
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from dmlbench.errors import DataError
+from dmlbench.files import first_line
 
 _DATA_MODULES = (
     "_codecs", "argparse", "array", "collections", "copyreg", "datetime", "decimal", "enum", "fractions", "functools",
@@ -170,4 +171,4 @@ def _what_it_is(path: Path, said: str) -> str:
 def _first(said: str) -> str:
     """What torch says is wrong, without its advice, which does not fit here."""
     told = re.search(r"WeightsUnpickler error: ([^\n]*)", said)
-    return told[1].strip() if told else said.strip().splitlines()[0]
+    return told[1].strip() if told else first_line(said)

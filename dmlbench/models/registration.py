@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from dmlbench.checkpoints import ID, SCHEMA_VERSION, Checkpoint, CheckpointFile, first_problem, verified
 from dmlbench.errors import DataError, UsageError
-from dmlbench.results import json_bytes, write_whole
+from dmlbench.files import write_whole
+from dmlbench.results import json_bytes
 
 
 def read_entry(run: Path) -> tuple[str, Checkpoint]:

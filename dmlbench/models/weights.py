@@ -1,6 +1,5 @@
 """A network's weights: written as safetensors, and loaded strictly from tensors or from a file of any layout."""
 
-import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dmlbench.errors import DataError
+from dmlbench.files import written_whole
 from dmlbench.models.files import WeightsFile, listed, read_file, read_weights
 from dmlbench.models.layouts import Match, among, left_out, refuse_unknown, strip, unknown
 
@@ -25,7 +25,6 @@ def write_weights(path: Path, network: nn.Module, metadata: dict[str, str] | Non
     Raises:
         DataError: it cannot be written, for example because the disk is full; a number is too large for float16.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     if half:
         rounded = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
@@ -33,10 +32,9 @@ def write_weights(path: Path, network: nn.Module, metadata: dict[str, str] | Non
             raise DataError(f"{path} cannot be written in float16: {listed(large)} holds numbers above 65504")
         tensors = rounded
     try:
-        save_file(tensors, str(part), metadata)
-        part.replace(path)
+        with written_whole(path) as part:
+            save_file(tensors, str(part), metadata)
     except (SafetensorError, OSError) as error:
-        part.unlink(missing_ok=True)
         raise DataError(f"{path} cannot be written: {error}") from None
 
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from dmlbench.datasets.cache import cache_folder
 from dmlbench.errors import DataError, NotComparable, UsageError
-from dmlbench.results import json_bytes, npz_bytes, prepare_folder, read_npz, write_whole
+from dmlbench.files import prepare_folder, write_whole
+from dmlbench.results import json_bytes, npz_bytes, read_npz
 from dmlbench.run.fingerprint import differing
 from dmlbench.run.parallel import World
 

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from dmlbench.errors import Problem
+from dmlbench.files import first_line
 from dmlbench.plain import read_json
 
 MANIFEST = "manifest.json"
@@ -276,8 +277,7 @@ def _array(raw: bytes, field: str) -> np.ndarray:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
     except (ValueError, TypeError, tokenize.TokenError, SyntaxError, MemoryError, RecursionError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise refuse(0, field, f"is not an array: {said}") from None
+        raise refuse(0, field, f"is not an array: {first_line(error)}") from None
     if dtype.hasobject or dtype.kind not in "fiubU":
         raise refuse(0, field, f"has type {dtype}, where numbers or plain text are expected; nothing is unpickled")
     if dtype.itemsize == 0:

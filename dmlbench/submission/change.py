@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from dmlbench.checkpoints import ID
 from dmlbench.errors import DataError, UsageError
+from dmlbench.files import first_line
 from dmlbench.submission.bundle import LIMITS, SUBMISSIONS, VERIFICATIONS, Problem
 
 BOARD = "leaderboard"
@@ -65,7 +66,7 @@ def _git(root: Path, *words: str) -> str:
     except OSError as error:
         raise DataError(f"git cannot be run in {root}: {error.strerror}") from None
     if done.returncode:
-        said = (os.fsdecode(done.stderr).strip().splitlines() or ["no such commit, or no history in common"])[0]
+        said = first_line(os.fsdecode(done.stderr), "no such commit, or no history in common")
         raise UsageError(f"git {words[0]} in {root}: {said}")
     return os.fsdecode(done.stdout)
 

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 
 from dmlbench.checkpoints import PACKAGE, Checkpoint, checkpoints, first_problem, sha256_of
 from dmlbench.errors import DataError, UsageError
+from dmlbench.files import write_whole
 from dmlbench.kinds.table import numbers_of
 from dmlbench.plain import read_json
-from dmlbench.results import Evaluation, json_bytes, load, narrowed, npz_bytes, stacked, write_whole
+from dmlbench.results import Evaluation, json_bytes, load, narrowed, npz_bytes, stacked
 from dmlbench.run.subject import query_order
 from dmlbench.submission.bundle import LEAST_SAMPLE, LIMITS, MANIFEST, make_manifest, zip_bytes
 from dmlbench.submission.record import FILL_IN, LICENSES, RANKING

@@ -23,6 +23,7 @@ from dmlbench.doubts.audit import GLANCES
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, DmlbenchError, Problem
 from dmlbench.evaluate import evaluate
+from dmlbench.files import first_line
 from dmlbench.intervals import ANY, PERCENT, Ends, paired_intervals
 from dmlbench.kinds.base import AGREE, RUN, Stated
 from dmlbench.kinds.table import KINDS
@@ -75,7 +76,7 @@ def load_submitted(checked: Checked, weights: Path | None = None, fetch: bool = 
     except DataError as error:
         raise refuse(1, "submission.yaml checkpoint.probe", str(error)) from None
     except Exception as error:  # a network says in any way that it does not take its own images
-        said = f"cannot be compared, the network does not take images of {_sides(embedder.input_shape)}: {_line(error)}"
+        said = f"cannot be compared, the network does not take images of {_sides(embedder.input_shape)}: {first_line(error)}"
         raise refuse(1, "submission.yaml checkpoint.probe", said) from None
     return embedder
 
@@ -106,7 +107,7 @@ def _described(checked: Checked) -> Embedder:
     except DmlbenchError as error:
         raise refuse(1, "submission.yaml checkpoint.arch", str(error)) from None
     except Exception as error:  # what the record says is anybody's
-        raise refuse(1, "submission.yaml checkpoint.arch", f"cannot be built: {_line(error)}") from None
+        raise refuse(1, "submission.yaml checkpoint.arch", f"cannot be built: {first_line(error)}") from None
     count = parameter_count(embedder.network)
     if card.arch.n_params not in (None, count):
         raise refuse(
@@ -117,10 +118,6 @@ def _described(checked: Checked) -> Embedder:
 
 def _sides(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _elsewhere(checked: Checked, weights: Path | None, fetch: bool) -> Path:

@@ -28,11 +28,12 @@ from dmlbench.checkpoints import sha256_of
 from dmlbench.datasets import Images, decode, load_dataset
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, UsageError
+from dmlbench.files import first_line, prepare_folder, write_whole
 from dmlbench.models import build, fill, parameter_count, probe_images, read_weights, write_weights
 from dmlbench.models.spec import input_of
 from dmlbench.optimizers import pgd
 from dmlbench.preprocess import Preprocess
-from dmlbench.results import json_bytes, prepare_folder, write_whole
+from dmlbench.results import json_bytes
 from dmlbench.rng import Rng, seed_of
 from dmlbench.run.parallel import World
 from dmlbench.training.defenses import DEFENSES, Batch, Inner, Learner
@@ -158,9 +159,8 @@ def make_learner(
             with torch.no_grad():
                 dims = [int(part.eval()(probe).shape[1]) for part in parts]
         except Exception as error:  # a network says in any way that it does not take these images
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UsageError(
-                f"network {recipe.arch!r} does not take images of {c}x{h}x{w} of data set {recipe.dataset!r}: {first}"
+                f"network {recipe.arch!r} does not take images of {c}x{h}x{w} of data set {recipe.dataset!r}: {first_line(error)}"
             ) from None
         begun = begin(embedder, recipe) if load else None
         params = {"margin": recipe.margin} if recipe.loss == "triplet" else {}

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,16 +17,12 @@ from dmlbench.checkpoints import ID, PACKAGE, first_problem
 from dmlbench.datasets import OWN, dataset_entry
 from dmlbench.embedding import DISTANCES
 from dmlbench.errors import DataError, UsageError
+from dmlbench.files import read_toml
 from dmlbench.models.architectures import require_known
 from dmlbench.registry import suggest
 from dmlbench.threat import Threat
 from dmlbench.training.defenses import DEFENSES
 from dmlbench.training.losses import LOSSES
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 RECIPES = PACKAGE / "recipes"
 MOST_IMAGES = 1_000_000
@@ -190,10 +185,7 @@ def _table(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe file's keys, over those of the recipe it extends."""
     if path in seen:
         raise DataError(f"recipe {path} extends itself")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"recipe {path} cannot be read: {error}") from None
+    table = read_toml(path)
     parent = table.pop("extends", None)
     if parent is None:
         return table

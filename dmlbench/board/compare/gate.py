@@ -12,7 +12,6 @@ never fail the gate.
 """
 
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,14 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dmlbench.board.row import PARTS
 from dmlbench.checkpoints import first_problem
 from dmlbench.errors import UsageError
+from dmlbench.files import read_toml
 from dmlbench.kinds.table import numbers
 from dmlbench.metrics import CLEAN
 from dmlbench.registry import suggest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 DEFAULT_DROPS: Mapping[str, float] = {
     "ers": 1.0,
@@ -109,10 +104,7 @@ def named_gate(path: Path, parts: Iterable[str] = ()) -> Gate:
 
 
 def _section(path: Path) -> dict[str, Any] | None:
-    try:
-        content: Any = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
+    content: Any = read_toml(path, UsageError)
     for key in ("tool", "dmlbench", "gate"):
         content = content.get(key) if isinstance(content, dict) else None
     return content if isinstance(content, dict) else None

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dmlbench.board.report.page import Run, page
 from dmlbench.errors import UsageError
-from dmlbench.results import Evaluation, prepare_folder, write_whole
+from dmlbench.files import prepare_folder, write_whole
+from dmlbench.results import Evaluation
 
 __all__ = ["Run", "page", "report", "write_page"]
 

@@ -8,13 +8,14 @@ of the user's is named as it is (:func:`own_attacks`).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dmlbench.embedding import Embedder, require_finite
+from dmlbench.embedding import Embedder, passes, require_finite
 from dmlbench.errors import UsageError
 from dmlbench.fast.exact import true_float32
 from dmlbench.metrics import READOUTS
@@ -211,18 +212,21 @@ class AttackLoss:
     ``precision`` is the model's, of gradients.
     """
 
-    def __init__(self, embedder: Embedder, objective: Objective, scene: Scene, eot: int = 1) -> None:
+    def __init__(
+        self, embedder: Embedder, objective: Objective, scene: Scene, eot: int = 1, calls: Tensor | None = None
+    ) -> None:
         self.embedder, self.objective, self.scene, self.eot = embedder, objective, scene, eot
         self.precision = embedder.precision
+        self.calls = scene.labels.new_zeros(len(scene), dtype=torch.int64) if calls is None else calls
 
     def __call__(self, images: Tensor) -> Float[Tensor, " B"]:
-        values = self.objective(self.embedder(images), self.scene)
-        for _ in range(self.eot - 1):
-            values = values + self.objective(self.embedder(images), self.scene)
+        drawn = passes(self.embedder, images, self.eot, "search", self.scene.query, self.calls)
+        values = reduce(torch.add, (self.objective(e, self.scene) for e in drawn))
+        self.calls += 1
         return values / self.eot
 
     def __getitem__(self, index: slice | Tensor) -> "AttackLoss":
-        return AttackLoss(self.embedder, self.objective, self.scene[index], self.eot)
+        return AttackLoss(self.embedder, self.objective, self.scene[index], self.eot, self.calls[index])
 
     @property
     def steady(self) -> bool:
@@ -237,7 +241,7 @@ class AttackLoss:
 
     def thinned(self, alive: Tensor) -> "AttackLoss":
         """The loss of the images that are ``alive`` (B,) alone."""
-        return AttackLoss(self.embedder, self.objective, self.scene.thinned(alive), self.eot)
+        return AttackLoss(self.embedder, self.objective, self.scene.thinned(alive), self.eot, self.calls[alive])
 
 
 def craft(
@@ -262,7 +266,7 @@ def measure(
         inside = threat.contains(adversarial, images)
         if not bool(inside.all()):
             raise AssertionError(f"{int((~inside).sum())} adversarial images are outside the threat {threat}")
-        draws = [embedder(adversarial) for _ in range(threat.eot)]
+        draws = list(passes(embedder, adversarial, threat.eot, rows=scene.query))
         for e in draws:
             require_finite(e, embedder.name, "perturbed images")
         out = {

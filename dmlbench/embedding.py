@@ -7,7 +7,7 @@ Euclidean; the default), ``C`` (L2-normalised, 1 - cosine), ``E`` (not normalise
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from dmlbench.errors import DataError, DmlbenchError
 from dmlbench.files import first_line
 from dmlbench.preprocess import Preprocess
 from dmlbench.registry import Registry
+from dmlbench.rng import Pass, passing
 
 _TINY = 1e-12
 
@@ -132,6 +133,9 @@ class Embedder(nn.Module):
         steps: the network as gradient steps run it, None for ``network`` itself.
         notes: sentences about how it was loaded.
         doubts: (flag, sentence) of what makes its numbers mean less than they say.
+        front: what is done to images (b, C, H, W) in [0, 1] before mean and std: to (b, C, H, W), or to (b k, C, H, W),
+            of which the network's outputs are averaged for each image. See :mod:`dmlbench.models.defended`.
+        eot: passes that an attack averages unless it is told otherwise, where ``front`` is random; else None.
     """
 
     mean: Tensor
@@ -163,6 +167,8 @@ class Embedder(nn.Module):
         self.steps: Callable[[Tensor], Tensor] | None = None
         self.notes: tuple[str, ...] = ()
         self.doubts: tuple[tuple[str, str], ...] = ()
+        self.front: Callable[[Tensor], Tensor] | None = None
+        self.eot: int | None = None
         self.identity = mean is None and std is None
         self.register_buffer("mean", torch.tensor(mean or [0.0] * channels).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std or [1.0] * channels).view(1, -1, 1, 1))
@@ -176,12 +182,16 @@ class Embedder(nn.Module):
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         stepping = torch.is_grad_enabled() and images.requires_grad
         network = self.steps if self.steps is not None and stepping else self.network
+        shown = images if self.front is None else self.front(images)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=stepping and self.precision == "bfloat16"):
-            raw = self._through(network, images)
+            raw = self._through(network, shown)
         if not isinstance(raw, Tensor) or raw.dim() != 2:
             what = f"shape {tuple(raw.shape)}" if isinstance(raw, Tensor) else f"a {type(raw).__name__}"
             raise DataError(f"model {self.name!r} gave {what}, where embeddings (batch, d) are expected")
-        return self.distance.finish(raw.float())
+        raw = raw.float()
+        if len(shown) != len(images):
+            raw = raw.unflatten(0, (len(images), -1)).mean(1)
+        return self.distance.finish(raw)
 
     def _through(self, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """What the network makes of the images.
@@ -261,6 +271,22 @@ def _folded(network: nn.Module, shape: tuple[int, int, int], device: torch.devic
         return fused if torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())) else network
     except Exception:  # tracing refuses many kinds of module for many reasons; the unfolded network is right too
         return network
+
+
+def passes(
+    embedder: Callable[[Tensor], Tensor],
+    images: Float[Tensor, "b c h w"],
+    count: int,
+    purpose: str = "read",
+    rows: Tensor | None = None,
+    calls: Tensor | None = None,
+) -> Iterator[Float[Tensor, "b d"]]:
+    """The embeddings of ``count`` passes, each with draws of its own where the model's defence is random: see
+    :class:`~dmlbench.rng.Pass`."""
+    for turn in range(count):
+        with passing(Pass(purpose, turn, rows, calls)):
+            e = embedder(images)
+        yield e
 
 
 def require_finite(embeddings: Float[Tensor, "b d"], name: str, images: str = "images") -> None:

@@ -26,6 +26,7 @@ from dmlbench.intervals import VERSION, Intervals
 from dmlbench.kinds.table import KINDS
 from dmlbench.metrics import CLEAN, RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.models import load_model
+from dmlbench.models.defended import averaged
 from dmlbench.own_code import RUN, require_named
 from dmlbench.protocol import Chosen, Component, Protocol, ers_of, load_protocol, score_intervals
 from dmlbench.results import Evaluation, Measurement, ProtocolInfo, finite
@@ -138,6 +139,11 @@ def evaluate(
     attacks = own_attacks(attacks) if attacks else attacks
     chosen = rules.chosen(attacks, dataset.images.shape)
     official = rules
+    if embedder.eot is not None and rules.kind == "clustering":
+        raise UsageError(
+            f"model {embedder.name!r} is random: protocol {rules.name!r} has no attack that averages its draws"
+        )
+    eot = averaged(embedder, eot)
     eot = None if eot == rules.threat.get("eot", 1) else eot  # what it would be anyway
     if eot is not None:
         rules = rules.model_copy(update={"threat": {**rules.threat, "eot": eot}})
@@ -150,6 +156,10 @@ def evaluate(
         if kind.run and chosen.runner:
             raise UsageError(f"protocol {rules.name!r} has no transfer: name attacks, such as WM@apgd, with --attacks")
         other = load_model(surrogate) if not isinstance(surrogate, torch.nn.Module) else as_embedder(surrogate)
+        if other.eot is not None and eot is None:
+            raise UsageError(
+                f"surrogate {other.name!r} is random: say how many passes its gradients average, --eot {other.eot}"
+            )
     if until is not None:
         others = {"--limit": limit, "--attacks": attacks, "--shard": work.shard}
         require_stoppable(rules, kind.mean, dataset.labels[dataset.query], until, others)

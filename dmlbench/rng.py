@@ -7,9 +7,13 @@ batch size, on any device, in any order of attacks and after a resume, and a bat
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -76,3 +80,52 @@ class Rng:
         """(b, *shape) int64, uniform on [0, high); ``high`` a number or a tensor that broadcasts."""
         u = self.uniform(*shape).double()
         return (u * high).long()
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """Which pass through a model this is: what a model that is random by the harness's streams draws from.
+
+    Attributes:
+        purpose: "read" or "search". An adversary does not know the draws that it will be read with.
+        turn: which of the passes that are averaged, from 0.
+        rows: (b,) data set rows of the images; None where nobody said.
+        calls: (b,) how many values the search has seen of each image before.
+    """
+
+    purpose: str = "read"
+    turn: int = 0
+    rows: Tensor | None = None
+    calls: Tensor | None = None
+
+
+_OUTSIDE = Pass()
+_PASS: ContextVar[Pass] = ContextVar("pass", default=_OUTSIDE)
+
+
+@contextmanager
+def passing(now: Pass) -> Iterator[None]:
+    """Within it, :func:`own_streams` are those of this pass."""
+    token = _PASS.set(now)
+    try:
+        yield
+    finally:
+        _PASS.reset(token)
+
+
+def own_streams(images: Float[Tensor, "b c h w"]) -> Rng:
+    """A stream for each image of the pass that is going on.
+
+    It belongs to the image's row and to how often the search has looked at it, so it is the same in any batch. Where no
+    row is known it belongs to the very pixels: outside a run a model that draws from it is one function of an image.
+    """
+    now = _PASS.get()
+    if now.rows is None:
+        pixels = images.detach().float().contiguous().cpu().flatten(1).numpy()
+        found = [
+            int.from_bytes(hashlib.blake2b(p.tobytes(), digest_size=8).digest(), "big", signed=True) for p in pixels
+        ]
+        ids = torch.tensor(found, dtype=torch.int64, device=images.device)
+    else:
+        ids = now.rows if now.calls is None else now.rows + (now.calls << 36)
+    return Rng(seed_of("own", now.purpose, now.turn, "pixels" if now.rows is None else "rows"), ids)

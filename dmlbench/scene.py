@@ -112,6 +112,7 @@ class Scene:
         groups: (B, G) int64 where the gallery has groups too, else None: entries of one of an image's groups do not
             count for it.
         abreast: how many images blocks of the gallery are cut for; 0 for as many as there are.
+        query: (B,) the images' rows in the data set, by which a random defence draws; None where nobody said.
     """
 
     distance: Distance
@@ -122,6 +123,7 @@ class Scene:
     chosen: Tensor
     groups: Tensor | None = None
     abreast: int = 0
+    query: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -134,6 +136,7 @@ class Scene:
             row=self.row[index],
             chosen=self.chosen[index],
             groups=None if self.groups is None else self.groups[index],
+            query=None if self.query is None else self.query[index],
         )
 
     def aimed(self, chosen: Int[Tensor, "B K"]) -> "Scene":

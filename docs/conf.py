@@ -24,7 +24,17 @@ from dmlbench.version import __version__
 CONTENTS = {
     "Tutorials": [f"tutorials/{name}" for name in ("model", "gate", "submit", "attack", "defence")],
     "Notebooks": ["notebooks/score_your_model", "notebooks/write_an_attack"],
-    "Measure": ["protocols", "models", "datasets", "corruptions", "strict", "intervals", "audit", "running"],
+    "Measure": [
+        "protocols",
+        "models",
+        "datasets",
+        "corruptions",
+        "strict",
+        "defended",
+        "intervals",
+        "audit",
+        "running",
+    ],
     "Report": ["report", "paper", "ci"],
     "Train": ["training", "findings", "findings-tables"],
     "Board": ["leaderboard", "submitting", "forgeries", "published"],

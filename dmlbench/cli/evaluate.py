@@ -124,6 +124,7 @@ def evaluate(
     """
     import dmlbench
     from dmlbench.evaluate import default_protocol
+    from dmlbench.models.defended import averaged
     from dmlbench.plan import plan_of
     from dmlbench.run.units import Shard
 
@@ -133,6 +134,7 @@ def evaluate(
     wanted = named(attacks)
     world, device = _join(device)
     embedder, images = load_subject(model, options, dataset, split, ready=not plan, small=preview)
+    eot = averaged(embedder, eot)
     several = [
         dmlbench.load_protocol(name.strip())
         for name in (protocol or default_protocol(images)).split(",")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MODEL_HELP = (
     "A registered id, timm:NAME, torchvision:NAME, hf-hub:NAME, weights (a file, a folder of the hub), a run folder of "
-    "dmlbench train, python:FILE.py:FUNCTION (runs that code), or ensemble:A,B."
+    "dmlbench train, python:FILE.py:FUNCTION (runs that code), ensemble:A,B, or defended:WRAPPER(VALUES):MODEL."
 )
 
 

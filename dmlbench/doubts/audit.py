@@ -22,6 +22,7 @@ from dmlbench.attacks import AttackLoss
 from dmlbench.doubts.checks import COLLAPSE, spread
 from dmlbench.doubts.checks import FLAGS as OTHER_FLAGS
 from dmlbench.doubts.unseen import Survey, history, joined, survey
+from dmlbench.embedding import passes
 from dmlbench.kinds.strict.search import CLEAN_WRONG, SURVIVED, attempt
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import margin
@@ -151,8 +152,8 @@ def randomness(evidence: Evidence) -> Finding:
 def _gap(subject: Subject, images: Tensor, scene: Scene) -> float:
     """The largest difference of :data:`PASSES` passes from the first, relative to the embeddings' root mean square length."""
     with torch.no_grad():
-        first = subject.embedder(images)
-        largest = torch.stack([(subject.embedder(images) - first).abs().amax() for _ in range(PASSES - 1)]).amax()
+        first, *others = passes(subject.embedder, images, PASSES, rows=scene.query)
+        largest = torch.stack([(e - first).abs().amax() for e in others]).amax()
     return float(largest / scene.gallery.scale.clamp_min(1e-30))
 
 

@@ -16,6 +16,7 @@ SAMPLED = 512
 """Entries that the median is of, at most."""
 FLAGS = {
     "randomised": "Two passes of one batch differ: attack scores are too high unless the attack averages over them.",
+    "naive-attack": "A defence at test time was attacked as if nobody knew it: attack scores are too high.",
     "batch-dependent": "An image's embedding depends on the other images of its batch: no number means what it says.",
     "collapsed": "The embeddings are nearly constant. Nothing can be moved, so attack scores look high and say nothing "
     "about robustness.",

@@ -7,6 +7,7 @@ weights                 a file, or a folder of the hub: with ``--spec``, or of a
 a run folder            what ``dmlbench train`` left: its last weights
 ``python:WHERE:NAME``   the user's own function; WHERE is a module or a ``.py`` file. Only this form runs code
 ``ensemble:A,B``        several of these, their embeddings side by side
+``defended:WRAPPER:M``  one of these behind a test-time defence, see ``defended.py``
 ======================  ===========================================================================
 """
 
@@ -34,6 +35,7 @@ from dmlbench.models.architectures import (
 )
 from dmlbench.models.assembly import Chosen, assemble, load
 from dmlbench.models.behaviour import probe_images, settle
+from dmlbench.models.defended import FORM, defended, split
 from dmlbench.models.files import WeightsFile, is_weights, read_file
 from dmlbench.models.heads import head_of
 from dmlbench.models.inspection import best_fit, clip_names, width_of
@@ -309,6 +311,10 @@ def _python(rest: str, options: ModelOptions) -> Embedder:
 def _ensemble(rest: str, options: ModelOptions) -> Embedder:
     """Members by comma; the squared distance of the whole is the mean of the members' squared distances."""
     names = [name.strip() for name in rest.split(",") if name.strip()]
+    if FORM in rest:
+        raise UsageError(
+            f"a defence stands before the ensemble, whose members see one picture: {FORM}WRAPPER:ensemble:A,B"
+        )
     if len(names) < 2:
         raise UsageError("ensemble: needs at least two models, e.g. ensemble:ID,ID")
     if options.weights or options.spec or options.output_key:
@@ -341,6 +347,12 @@ def _differing(a: Embedder, b: Embedder) -> str:
     return ", ".join(f"{key} {facts[0][key]} and {facts[1][key]}" for key in facts[0] if facts[0][key] != facts[1][key])
 
 
+def _defended(rest: str, options: ModelOptions) -> Embedder:
+    """A model behind a wrapper; the options are the model's."""
+    wrapper, model = split(rest)
+    return defended(open_model(model, options), wrapper)
+
+
 def open_model(name: str, options: ModelOptions | None = None) -> Embedder:
     """A ready :class:`Embedder` from what ``--model`` says; ``notes`` and ``doubts`` tell what was found.
 
@@ -354,6 +366,8 @@ def open_model(name: str, options: ModelOptions | None = None) -> Embedder:
     kind, colon, rest = name.partition(":")
     if colon and kind in FORMS:
         embedder = FORMS[kind](rest, options)
+        if f"{kind}:" == FORM:  # what follows has been done to the model that is defended
+            return embedder
     elif name.endswith(".py"):
         raise UsageError(f"{name} is code: --model python:{name}:FUNCTION calls its function that makes the model")
     elif name in checkpoints():
@@ -388,6 +402,7 @@ FORMS: Registry[Callable[[str, ModelOptions], Embedder]] = Registry(
         "hf-hub": lambda rest, options: _library(f"hf-hub:{rest}", options),
         "python": _python,
         "ensemble": _ensemble,
+        "defended": _defended,
     },
 )
 """What stands before the colon, and (what stands after it, options) to the model."""

@@ -18,6 +18,7 @@ from dmlbench.embedding import DISTANCES, Embedder, require_finite
 from dmlbench.errors import UsageError
 from dmlbench.fast.compiled import ready as ready_to_attack
 from dmlbench.fast.exact import true_float32
+from dmlbench.models.defended import Front
 from dmlbench.rng import Rng, seed_of
 from dmlbench.run.fingerprint import exact
 from dmlbench.run.loading import Loader
@@ -202,6 +203,8 @@ def prepare(
         raise UsageError(f"--limit {limit} must be 1 or more")
     where = resolve_device(device)
     ready = ready_to_attack(embedder, len(dataset.gallery), where, gradients)
+    if isinstance(ready.front, Front):
+        ready.front = ready.front.seeing(dataset.images, dataset.gallery)
     wanted = measured_queries(len(dataset.query), limit) if order is None else order
     everyone = np.union1d(dataset.gallery, dataset.query)
 
@@ -235,6 +238,7 @@ def prepare(
         row=column(dataset.own_entry[wanted]),
         chosen=column(np.zeros((len(rows), 0), dtype=np.int64)),
         groups=None if apart is None else column(apart[rows]),
+        query=column(rows),
     )
     return Subject(ready, dataset, rows, scene)
 

@@ -13,6 +13,7 @@ from dmlbench.checkpoints import PACKAGE, Checkpoint, checkpoints, first_problem
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import write_whole
 from dmlbench.kinds.table import numbers_of
+from dmlbench.models.defended import FORM
 from dmlbench.plain import read_json
 from dmlbench.results import Evaluation, json_bytes, load, narrowed, npz_bytes, stacked
 from dmlbench.run.subject import query_order
@@ -46,6 +47,10 @@ def draft(run: Path, checkpoint: Checkpoint | None = None, authors: Sequence[str
         )
     if e.model.weights_sha256 is None:
         raise UsageError(f"{run} was made with a model in memory: evaluate a registered model or a weights file")
+    if e.model.id.startswith(FORM):
+        raise UsageError(
+            f"{run} measures {e.model.id!r}: a bundle holds a network, and has no place for a defence before it"
+        )
     registered = checkpoints().get(e.model.id)
     card = checkpoint or registered
     known = registered is not None and any(file.sha256 == e.model.weights_sha256 for file in registered.files)

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dmlbench.attacks import ATTACKS, Attack, aim
-from dmlbench.embedding import Embedder, require_finite
+from dmlbench.embedding import Embedder, passes, require_finite
 from dmlbench.errors import DataError, UsageError
 from dmlbench.fast.exact import true_float32
 from dmlbench.fast.sweep import nearest_entries
@@ -110,10 +110,7 @@ class Misrank:
         self.at = torch.arange(len(scene), device=log.first.device) if at is None else at
 
     def __call__(self, images: Tensor) -> Float[Tensor, " n"]:
-        values, margins = self._once(images)
-        for _ in range(self.eot - 1):
-            more, more_margins = self._once(images)
-            values, margins = values + more, margins + more_margins
+        values, margins = self._summed(images)
         self.log.spend(self.eot * len(images), images.requires_grad)
         if images.requires_grad and (self.precision in ROUGH or self.embedder.steps is not None):
             margins = self._confirmed(images.detach(), margins)
@@ -131,15 +128,19 @@ class Misrank:
             return margins
         again = self[at]
         with torch.no_grad(), true_float32():
-            exact = again._once(images[at])[1]
-            for _ in range(self.eot - 1):
-                exact = exact + again._once(images[at])[1]
+            exact = again._summed(images[at])[1]
         self.log.spend(self.eot * len(at), False)
         return margins.index_copy(0, at, exact)
 
-    def _once(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss (n,) and the margin (n,) of one forward pass, from one table of distances."""
-        e, scene = self.embedder(images), self.scene
+    def _summed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss (n,) and the margin (n,), sums over ``eot`` passes."""
+        drawn = passes(self.embedder, images, self.eot, "search", self.scene.query, self.log.calls[self.at])
+        values, margins = zip(*map(self._once, drawn), strict=True)
+        return reduce(torch.add, values), reduce(torch.add, margins)
+
+    def _once(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss (n,) and the margin (n,) of the embeddings (n, d) of one forward pass, from one table of distances."""
+        scene = self.scene
         with torch.no_grad():
             self.log.unknown += (~torch.isfinite(e)).any(1).sum()
         positive, negative, of_target = nearest_entries(e.detach(), scene, self.objective == "margin_to_class")
@@ -248,7 +249,7 @@ def read(subject: Subject, scene: Scene, threat: Threat, images: Tensor, clean: 
     inside = threat.contains(images, clean)
     if not bool(inside.all()):
         raise AssertionError(f"{int((~inside).sum())} adversarial images are outside the threat {threat}")
-    embeddings = [subject.embedder(images) for _ in range(threat.eot)]
+    embeddings = list(passes(subject.embedder, images, threat.eot, rows=scene.query))
     for e in embeddings:
         require_finite(e, subject.embedder.name, "perturbed images")
     draws = [retrieval(replace(scene, clean=e), RECALL_AT) for e in embeddings]

@@ -109,7 +109,8 @@ def test_a_plan_counts_averaged_passes_and_times_the_surrogate(typed) -> None:
     assert transfer["surrogate's embeddings"]["queries"] == 896
     assert transfer["total"]["gradients"] == plain["total"]["gradients"]
     refused = ["evaluate", "--model", DEFAULT, "--protocol", "strict", "--surrogate", DEFAULT]
-    assert typed(*refused, "--plan", code=2).err == typed(*refused, code=2).err
+    plan, run = (typed(*refused, *more, code=2).err.strip() for more in (["--plan"], []))
+    assert plan == run  # but for the line that older versions of rich leave where a bar was
     assert "unknown model" in typed(*asked, "--surrogate", "none-such", code=2).err
 
 

@@ -137,7 +137,8 @@ def test_hostile_names(runs: list[tuple[str, Evaluation]]) -> None:
     assert "<m>" not in markdown[2] and r"\_b" in markdown[2]
     cells = list(csv.DictReader(io.StringIO(as_csv(found))))
     assert [row["model"][:5] for row in cells] == ["a_b%c", "'=cmd", "digit"]
-    assert float(cells[2]["ers"]) == runs[2][1].ers and float(cells[2]["ers_lo"]) == runs[2][1].ers_interval[0]
+    assert float(cells[2]["ers"]) == pytest.approx(runs[2][1].ers)
+    assert float(cells[2]["ers_lo"]) == pytest.approx(runs[2][1].ers_interval[0])
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")

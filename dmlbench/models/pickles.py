@@ -60,6 +60,10 @@ def _stand_in(name: str, base: type) -> type:
     return type(name, (base,), {"named": name, "__module__": "stand_in", "__qualname__": name})
 
 
+_UNFIT = re.compile(r"<class 'stand_in\.([\w.]+)'>|^'([\w.]+)' object does not support item assignment")
+"""Which stand-in the reader could not fill, and, as older versions of torch say it, that it is to be a mapping."""
+
+
 def _numpy_types() -> list[tuple[Any, str]]:
     """numpy's arrays, scalars and every kind of element, under the names of both its generations."""
     allowed: list[tuple[Any, str]] = [(np.ndarray, "numpy.ndarray"), (np.dtype, "numpy.dtype")]
@@ -111,8 +115,8 @@ def torch_content(path: Path) -> tuple[Any, tuple[str, ...]]:
                 raise would_run(path, name) from None
             kinds[name] = [_Mapping, _Sequence]
             standing[name] = _stand_in(name, StandIn)
-        elif (wrong := re.search(r"<class 'stand_in\.([\w.]+)'>", text)) and kinds.get(wrong[1]):
-            standing[wrong[1]] = _stand_in(wrong[1], kinds[wrong[1]].pop(0 if "SETITEM" in text else -1))
+        elif (wrong := _UNFIT.search(text)) and kinds.get(name := wrong[1] or wrong[2]):
+            standing[name] = _stand_in(name, kinds[name].pop(0 if wrong[2] or "SETITEM" in text else -1))
         else:
             raise DataError(f"weights file {path} cannot be read: {_what_it_is(path, text)}") from None
 

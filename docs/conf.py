@@ -36,7 +36,7 @@ CONTENTS = {
         "running",
     ],
     "Report": ["report", "paper", "ci"],
-    "Train": ["training", "findings", "findings-tables"],
+    "Train": ["training", "defended", "findings", "findings-tables"],
     "Board": ["leaderboard", "submitting", "forgeries", "published"],
     "Extend": ["extend", "architecture", "benchmarks"],
     "Reference": ["reference", "commands/index"],

@@ -65,6 +65,11 @@ def test_links_between_the_pages_are_found() -> None:
     assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []
 
 
+def test_every_page_is_in_the_contents() -> None:
+    contents = (DOCS / "conf.py").read_text(encoding="utf-8")
+    assert [page.name for page in DOCS.glob("*.md") if f'"{page.stem}"' not in contents and page.stem != "index"] == []
+
+
 def test_a_package_index_shows_absolute_links() -> None:
     pytest.importorskip("setuptools")
     address = "https://example.org/who/dmlbench"

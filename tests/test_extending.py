@@ -373,8 +373,8 @@ def test_only_what_the_user_names_is_run(typed, own: Path) -> None:
 [[components]]\nname = "A"\nattack = "mine.py:misrank"\nreadout = "recall_at_1"\nworst = 0\nbest = 100\n"""
     Path("x.toml").write_text(protocol)
     assert "own code runs only where you name it" in typed("evaluate", "--model", "theirs", code=2).err
-    for words in (("train", "recipe.toml", "--out", "r"), ("train", "data.toml", "--out", "r")):
-        assert "unknown d" in typed(*words, code=2).err
+    assert "unknown defence" in typed("train", "recipe.toml", "--out", "r", code=2).err
+    assert "own code runs only where you name it" in typed("train", "data.toml", "--out", "r", code=2).err
     assert "unknown attack" in typed(*SHORT, "--protocol", "x.toml", code=4).err
     assert not Path("mine.py.ran").exists()
 

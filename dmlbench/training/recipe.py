@@ -19,6 +19,7 @@ from dmlbench.embedding import DISTANCES
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import read_toml
 from dmlbench.models.architectures import require_known
+from dmlbench.own_code import require_named
 from dmlbench.registry import suggest
 from dmlbench.threat import Threat
 from dmlbench.training.defenses import DEFENSES
@@ -242,6 +243,8 @@ def load_recipe(name: str, changes: dict[str, Any] | None = None) -> Recipe:
             raise UsageError(f"recipe file {name} does not exist")
         raise UsageError(f"unknown recipe {name!r}{suggest(name, packaged_recipes())}")
     table = _table(path)
+    if "dataset" not in (changes or {}):
+        require_named("data set", str(table.get("dataset")), f"recipe {name}", "with --dataset")
     if "id" in table:
         raise UsageError(f"recipe {name}: the file's name is its id; a key id would do nothing")
     return make_recipe(changed({**table, "id": slug(path.stem)}, changes or {}), f"recipe {name}")

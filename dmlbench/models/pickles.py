@@ -4,17 +4,24 @@ A checkpoint often holds more beside its tensors: class names, a date, the optio
 Plain values of numpy are read. Any other type of another package is never imported: a stand-in takes its place,
 which holds nothing and does nothing, so that the tensors beside it can be read. What only code that runs could
 mean, such as a function of the operating system, ends the reading.
+
+What takes more work, or claims more memory, than its bytes are worth is refused; ``tests/test_hostile_weights.py``
+holds the rest to work that is linear in the bytes.
 """
 
 import builtins
 import importlib
+import io
+import pickletools
 import re
 import sys
 import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -29,6 +36,14 @@ _DATA_MODULES = (
 """Of Python itself: what they define are values (or, as a logger, nothing that a number needs)."""
 _MOST_TYPES = 100
 """Types of other packages in one file."""
+_MOST_STEPS = 3_000_000
+"""Steps of the pickles in one file: a tensor takes about 36, a name two."""
+_MOST_WORK = 10_000_000
+"""Steps times readings: the file is read again for each type of another package."""
+_MOST_DEEP = 1_000
+"""Values that are begun and not yet ended."""
+_MOST_CLAIMED = 16
+"""Bytes that all tensors together may have for each byte of the file, beyond the first 64 MiB: views share bytes."""
 
 
 class StandIn:
@@ -94,19 +109,26 @@ def torch_content(path: Path) -> tuple[Any, tuple[str, ...]]:
     """What a file of ``torch.save`` holds, and the types in it that stand-ins replace.
 
     Raises:
-        DataError: the file is broken, or holds what would have to be run.
+        DataError: the file is broken, holds what would have to be run, or more than its bytes are worth.
     """
     standing: dict[str, type] = {}
     kinds: dict[str, list[type]] = {}
+    steps, done = _steps(path), 0
     while True:
+        done += steps
+        if done > _MOST_WORK:
+            raise _too_much(path, f"{len(standing)} types of other packages among {steps:,} values")
         try:
             names: list[Any] = [*_numpy_types(), *((kind, name) for name, kind in standing.items())]
             with torch.serialization.safe_globals(names), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 content = torch.load(path, map_location="cpu", weights_only=True)
+            _refuse_claims(path, content)
             return content, tuple(
                 name for name in standing if name.partition(".")[0] not in ("builtins", *_DATA_MODULES)
             )
+        except DataError:
+            raise
         except Exception as error:  # a pickle, a zip or a tensor can be broken in many ways; each is told below
             text = str(error) or type(error).__name__
         if refused := re.search(r"GLOBAL ([\w.]+)", text):
@@ -119,6 +141,80 @@ def torch_content(path: Path) -> tuple[Any, tuple[str, ...]]:
             standing[name] = _stand_in(name, kinds[name].pop(0 if wrong[2] or "SETITEM" in text else -1))
         else:
             raise DataError(f"weights file {path} cannot be read: {_what_it_is(path, text)}") from None
+
+
+def _pickles(path: Path) -> Iterator[IO[bytes]]:
+    """Where the pickles of a file begin, each to be read to its end before the next is asked for.
+
+    Raises:
+        DataError: the archive unpacks to more than it is long; torch.save does not compress.
+    """
+    with path.open("rb") as stream:
+        if stream.read(4) != b"PK\x03\x04":
+            stream.seek(0)
+            for _ in range(5):  # before torch 1.6: a magic number, the version, the machine, the values, the storages
+                yield stream
+            return
+    with zipfile.ZipFile(path) as archive:
+        if any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist()):
+            return  # a TorchScript program, which torch refuses unread
+        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+            raise _too_much(path, "an archive that unpacks to more than its own length")
+        for member in archive.infolist():
+            if member.filename.rpartition("/")[2] == "data.pkl":
+                yield io.BytesIO(archive.read(member))
+
+
+def _steps(path: Path) -> int:
+    """How many steps reading a file's pickles takes, counted without doing any; a broken one ends at its fault.
+
+    Raises:
+        DataError: there are too many, or values are nested too deeply.
+    """
+    steps = 0
+    try:
+        for stream in _pickles(path):
+            deep = 0
+            for operation, _, _ in pickletools.genops(stream):
+                steps += 1
+                if operation.name == "MARK":
+                    deep += 1
+                elif pickletools.markobject in operation.stack_before:
+                    deep -= 1
+                if deep > _MOST_DEEP:
+                    raise _too_much(path, f"values nested more than {_MOST_DEEP:,} deep")
+                if steps > _MOST_STEPS:
+                    raise _too_much(path, f"more than {_MOST_STEPS:,} values")
+    except (ValueError, EOFError, RuntimeError, MemoryError, OverflowError, zipfile.BadZipFile, zlib.error):
+        pass  # torch tells what is wrong
+    return steps
+
+
+def _refuse_claims(path: Path, content: Any) -> None:
+    """Refuse tensors that are far larger than the file: one value that a step of 0 repeats can claim any number of bytes.
+
+    Raises:
+        DataError: they are.
+    """
+    claimed, most = 0, (64 << 20) + _MOST_CLAIMED * path.stat().st_size
+    seen: set[int] = set()
+    left = [content]
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            claimed += value.numel() * value.element_size()
+            if claimed > most:
+                raise _too_much(path, f"tensors of more than {most:,} bytes, the last of shape {tuple(value.shape)}")
+        elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))
+            left += value.values() if isinstance(value, dict) else value
+
+
+def _too_much(path: Path, what: str) -> DataError:
+    return DataError(
+        f"weights file {path} holds {what}, more than its {path.stat().st_size:,} bytes are worth: it is not read; "
+        "save the weights alone: torch.save(model.state_dict(), ...)"
+    )
 
 
 def would_run(path: Path, name: str) -> DataError:

@@ -472,7 +472,8 @@ def default_dataset(embedder: Embedder) -> str:
 
 
 def default_protocol(dataset: RetrievalDataset) -> str:
-    """The data set's own protocol, else by the size of its images."""
+    """The data set's own protocol; else that of small grey pictures (77/255) or, whatever their size, of others (8/255)."""
     if dataset.name in DATASETS:
         return DATASETS[dataset.name].protocol
-    return "ers-28" if dataset.images.shape[1] <= 64 else "ers-224"
+    channels, height, _ = dataset.images.shape
+    return "ers-28" if channels == 1 and height <= 64 else "ers-224"

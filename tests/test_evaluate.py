@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import dmlbench
-from dmlbench.datasets import ArrayImages, RetrievalDataset, TensorImages
+from dmlbench.datasets import DATASETS, ArrayImages, RetrievalDataset, TensorImages
 from dmlbench.errors import DataError, UsageError
-from dmlbench.evaluate import evaluate, scores
+from dmlbench.evaluate import default_protocol, evaluate, scores
 from dmlbench.metrics import mean
 from dmlbench.models import ARCHITECTURES
 from dmlbench.protocol import Component, load_protocol
@@ -264,3 +264,14 @@ def test_a_part_at_the_end_of_its_range_has_an_interval_with_width_and_ers_stays
     arrays = {"x/value": np.zeros(60, np.float32), "label": np.arange(60) % 5}
     found, ers, ends = scores([part], arrays, {}, complete=True)
     assert found[0].interval[0] == 0 == ers and found[0].interval == ends and 0 < ends[1] < 100
+
+
+@pytest.mark.parametrize(("shape", "named"), [
+    ((3, 32, 32), "ers-224"), ((3, 8, 8), "ers-224"), ((3, 224, 224), "ers-224"),
+    ((1, 28, 28), "ers-28"), ((1, 64, 64), "ers-28"), ((1, 128, 128), "ers-224"),
+])  # fmt: skip
+def test_colour_pictures_have_one_threat_whatever_their_size_and_door(shape, named):
+    mine = RetrievalDataset("folder:mine", "test", TensorImages(torch.zeros(2, *shape)), np.array([0, 0]))
+    assert default_protocol(mine) == named
+    colour = {entry.protocol for entry in DATASETS.values() if entry.shape[0] == 3}
+    assert {load_protocol(name).threat["eps"] for name in (*colour, "ers-224")} == {"8/255"}

@@ -4,6 +4,7 @@ import argparse
 import collections
 import datetime
 import functools
+import hashlib
 import json
 import os
 import pickle
@@ -19,11 +20,13 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dmlbench.checkpoints import File, checkpoint
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.models import ModelOptions, load_model, open_model, probe_images, read_file
 from dmlbench.models.inspection import best_fit, describe, fits
 from dmlbench.models.published import PUBLISHED, published
+from dmlbench.models.spec import preprocess_of
 
 TINY = "timm:test_resnet"
 SIZE = (64, 64)
@@ -363,10 +366,37 @@ def test_the_same_file_has_the_same_numbers_by_every_door(tmp_path: Path) -> Non
         open_model("timm:resnet18", ModelOptions(weights=path)),
         open_model("torchvision:resnet18", ModelOptions(weights=path)),
     ]
+    spec = {"arch": {"builder": "torchvision:resnet18", "embed_dim": 16}, "input": {"size": 224, "channels": 3}}
+    spec["normalize"] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    doors.append(open_model(path, ModelOptions(spec=tmp_path / "spec.json")))
     images = probe_images((3, 224, 224), 1)
     for other in doors[1:]:
         assert other.preprocess == doors[0].preprocess and other.weights_sha256 == doors[0].weights_sha256
         torch.testing.assert_close(other(images), doors[0](images))
+    assert any("(bicubic)" in note for note in open_model("timm:resnet18").notes)
+
+
+@pytest.mark.parametrize("kind", ["sha256", "md5"])
+def test_a_registered_models_file_by_another_door_names_the_record_that_feeds_it_otherwise(kind, tmp_path, monkeypatch):
+    network = torchvision.models.resnet18()
+    torch.save(seeded(network).state_dict(), tmp_path / "mine.pth")
+    digits = hashlib.new(kind, (tmp_path / "mine.pth").read_bytes()).hexdigest()[:8]
+    entry = checkpoint("tv-resnet18")
+    mine = {
+        "theirs": entry.model_copy(update={"files": (File(url="https://x.org/mine.pth", hash=f"{kind}:{digits}"),)})
+    }
+    monkeypatch.setattr("dmlbench.models.forms.checkpoints", lambda: mine)
+
+    def said(**options) -> bool:
+        notes = open_model("torchvision:resnet18", ModelOptions(weights=str(tmp_path / "mine.pth"), **options)).notes
+        return any(note.endswith(f"--model theirs --weights {tmp_path / 'mine.pth'}") for note in notes)
+
+    asks = preprocess_of(entry.input)
+    as_asked = {"resize": f"shorter:{asks.shorter}", "interpolation": asks.interpolation, "embed_dim": 0}
+    assert asks.shorter and said() and not said(**as_asked)
+    for other in ({"mean": (0.5,)}, {"distance": "cosine"}, {"embed_dim": None}, {"order": "bgr"}):
+        assert said(**{**as_asked, **other}), other
 
 
 def test_a_file_that_two_doors_would_feed_otherwise_is_asked_about(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dmlbench.checkpoints import checkpoint, checkpoints
+from dmlbench.checkpoints import File, checkpoint, checkpoints, verified
 from dmlbench.embedding import DISTANCES, Distance, Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.models.architectures import (
@@ -41,7 +41,7 @@ from dmlbench.models.heads import head_of
 from dmlbench.models.inspection import best_fit, clip_names, width_of
 from dmlbench.models.layouts import match
 from dmlbench.models.records import build, check_probe, registered, space_of, trained
-from dmlbench.models.spec import ModelOptions, Spec
+from dmlbench.models.spec import ModelOptions, Spec, preprocess_of
 from dmlbench.models.weights import fill_from
 from dmlbench.own_code import PREFIX, RUN, own_code
 from dmlbench.preprocess import Preprocess
@@ -94,12 +94,46 @@ def _filled(builder: str, kwargs: Mapping[str, Any], file: WeightsFile, options:
     if options.embed_dim is None and options.head is None and ":" in builder and last is not None:
         width = width_of(built.network, embedder.input_shape)
         notes.append(f"the last layer ({last}, {width} values) is the embedding; --embed-dim 0 leaves it out")
-    embedder.notes, embedder.weights_sha256, embedder.arch = (*notes, _told(embedder, options)), file.sha256, builder
+    embedder.weights_sha256, embedder.arch = file.sha256, builder
+    embedder.notes = (*notes, _told(embedder), *_on_record(embedder, file))
     return embedder
 
 
-def _told(embedder: Embedder, options: ModelOptions) -> str:
-    """One sentence on how a file's network is fed, and by which options otherwise."""
+def _on_record(embedder: Embedder, file: WeightsFile) -> tuple[str, ...]:
+    """A sentence where the file is a registered model's, and its record feeds or compares it otherwise."""
+    sha256 = file.sha256
+    for name, entry in checkpoints().items():
+        costly = file.parts[0] if entry.arch.builder == embedder.arch and len(file.parts) == 1 else None
+        if any(_is(said, sha256, costly) for said in entry.files):
+            mean, std = entry.normalize.of_unit()
+            asks = Embedder(
+                embedder.network, embedder.input_shape, mean=mean, std=std, distance=DISTANCES[space_of(entry)],
+                preprocess=preprocess_of(entry.input),
+            )  # fmt: skip
+            image, width = probe_images(embedder.input_shape, 1), width_of(embedder.network, embedder.input_shape)
+            same = (asks.preprocess, asks.distance) == (embedder.preprocess, embedder.distance)
+            cut = width in (None, entry.arch.embed_dim)
+            if not (same and cut and torch.equal(asks.normalise(image), embedder.normalise(image))):
+                return (
+                    f"{file.name} is the file of {name}, whose record says otherwise how it is fed, cut and compared: "
+                    f"--model {name} --weights {file.path}",
+                )
+    return ()
+
+
+def _is(said: File, sha256: str, path: Path | None) -> bool:
+    """Whether a record names the file of this hash; by a hash of another kind where its ``path`` is given."""
+    known = said.sha256 or (said.hash or "").removeprefix("sha256:")
+    if "md5:" not in known:
+        return bool(known) and sha256.startswith(known)
+    try:
+        return path is not None and verified(path, said) == path
+    except DataError:
+        return False
+
+
+def _told(embedder: Embedder) -> str:
+    """One sentence on how a network is fed, and by which options otherwise."""
     p = embedder.preprocess
     way = (
         f"the longest side to {p.longest} and padding" if p.longest else
@@ -179,7 +213,7 @@ def _unweighted(name: str, options: ModelOptions) -> Embedder:
     elif options.embed_dim is None and head_of(built.network) is not None:
         notes = (f"{name}: the class scores of its last layer are the embedding; --embed-dim 0 leaves that layer out",)
     embedder = _embedder(built, options, name)
-    embedder.notes, embedder.arch = notes, name
+    embedder.notes, embedder.arch = (*notes, _told(embedder)), name
     return embedder
 
 
@@ -297,6 +331,7 @@ def _python(rest: str, options: ModelOptions) -> Embedder:
         embedder.name = options.name or made.name
     else:
         embedder = _embedder(Built(made, stated_shape(made, f"python:{rest}")), options, f"python:{rest}")
+        embedder.notes = (_told(embedder),)
     notes = [RUN[f"{PREFIX}{rest}"]]
     if options.weights is not None:
         file, chosen = _weights_file(options), _chosen(options)

@@ -5,10 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from plain import average, distance, order, relu, to_all
+from plain import PLAIN, average, distance, order, relu, to_all
+from scenes import big_scene, scene_of
 from scipy.stats import kendalltau
-from test_objectives import PLAIN, scene_of
-from test_targets import big_scene
 
 import dmlbench
 from dmlbench.attacks import ATTACKS, parse

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from conftest import Ran, shared
-from test_models import lightning, resnet18_of_robrank, seeded
+from networks import lightning, resnet18_of_robrank, seeded
 from torch import nn
 from trees import class_tree, cub_from_lists
 

@@ -1,6 +1,7 @@
 """What is imported when: help at once without torch, the package without what only some commands need."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,12 @@ def test_a_plugin_is_imported_after_what_it_imports(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dmlbench", "attacks", "show", "turn"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0 and "turn round" in done.stdout, done.stderr
+
+
+def test_no_test_file_imports_another() -> None:
+    """What two of them need stands in a file of its own, so that a file can be run, moved or removed alone."""
+    imports = re.compile(r"^\s*(?:from|import) (?:tests\.)?(test_\w+)", re.MULTILINE)
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    tests = {file.stem for file in files if file.stem.startswith("test_")}
+    found = {file.name: set(imports.findall(file.read_text(encoding="utf-8"))) & tests for file in files}
+    assert {name: others for name, others in found.items() if others} == {}

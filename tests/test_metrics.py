@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import average, distance, order, to_all
-from test_objectives import B, scene_of
+from scenes import B, scene_of
 
 from dmlbench.embedding import DISTANCES
 from dmlbench.metrics import READOUTS, clustering, kmeans, mean, retrieval

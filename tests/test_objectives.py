@@ -5,74 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from plain import average, distance, relu, to_all
+from plain import PLAIN
+from scenes import B, D, scene_of
 
 from dmlbench.embedding import DISTANCES
 from dmlbench.objectives import OBJECTIVES
-from dmlbench.rng import Rng
 from dmlbench.scene import Gallery, Scene
-
-N, D, B = 14, 5, 6
-
-
-def scene_of(space: str, k: int = 2, seed: int = 0) -> tuple[Scene, torch.Tensor]:
-    """A hand-sized scene (images 0 to 5 of 14, four classes) and moved embeddings of its images."""
-    rng = Rng(seed, torch.arange(N))
-    d = DISTANCES[space]
-    everyone = d.finish(rng.normal(D))
-    labels = torch.arange(N) % 4
-    moved = d.finish(everyone[:B] + 0.5 * rng.normal(D)[:B])
-    chosen = rng.integers(N, k)[:B]
-    return Scene(d, Gallery(everyone, labels), everyone[:B], labels[:B], torch.arange(B), chosen), moved
-
-
-def ca(sign: int):
-    def loss(s: str, i: int, e, X, y, chosen):
-        out = []
-        for q in chosen:
-            c = distance(s, X[q], e)
-            out += [relu(sign * (c - x)) for x in to_all(s, X[q], X)]
-        return average(out)
-
-    return loss
-
-
-def qa(sign: int):
-    def loss(s: str, i: int, e, X, y, chosen):
-        d = to_all(s, e, X)
-        return average([relu(sign * (d[c] - x)) for c in chosen for x in d])
-
-    return loss
-
-
-def ltm(own_counts: bool):
-    def loss(s: str, i: int, e, X, y, chosen):
-        d = to_all(s, e, X)
-        far = max(d[j] for j in range(N) if y[j] != y[i])
-        near = min(d[j] for j in range(N) if y[j] == y[i] and (own_counts or j != i))
-        return relu(far - near)
-
-    return loss
-
-
-def nudged(space: str, a, b) -> float:
-    """The public code's distance: 1e-6 added to each difference, but not to a cosine."""
-    return distance(space, a, b) if space == "C" else float(np.linalg.norm(a - b + 1e-6))
-
-
-PLAIN = {
-    "raise_candidate": ca(1),
-    "lower_candidate": ca(-1),
-    "raise_in_query": qa(1),
-    "lower_in_query": qa(-1),
-    "match": lambda s, i, e, X, y, c: 1 - np.dot(e, X[c[0]]) / np.linalg.norm(e) / np.linalg.norm(X[c[0]]),
-    "shift": lambda s, i, e, X, y, c: -float(np.linalg.norm(e - X[i])),
-    "shift_published": lambda s, i, e, X, y, c: -nudged("N", e, X[i]),
-    "approach_published": lambda s, i, e, X, y, c: nudged(s, e, X[c[0]]),
-    "approach": lambda s, i, e, X, y, c: distance(s, e, X[c[0]]),
-    "spread": ltm(False),
-    "spread_published": ltm(True),
-}
 
 
 @pytest.mark.parametrize("space", list(DISTANCES))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from plain import to_all
+from quick import DEFAULT, shortened
 
 import dmlbench
 from dmlbench.datasets import RetrievalDataset, TensorImages
@@ -11,37 +12,13 @@ from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate
 from dmlbench.kinds.strict import search as strict
-from dmlbench.kinds.strict.search import CARRIED, CLEAN_WRONG, SURVIVED, area, attempt
+from dmlbench.kinds.strict.search import CARRIED, CLEAN_WRONG, SURVIVED, attempt
+from dmlbench.kinds.strict.summary import area
 from dmlbench.models import ARCHITECTURES
 from dmlbench.protocol import load_protocol, read_protocol
 from dmlbench.results import load, save
 from dmlbench.rng import Rng
 from dmlbench.run.subject import prepare
-
-DEFAULT = "digits-smallcnn-triplet-hm-lga-ics"
-
-
-def shortened(name: str = "strict", steps: int = 12, queries: int = 40, audit: int = 0, rounds: int = 6):
-    """A packaged protocol with less of each search: the same code paths."""
-    p = load_protocol(name)
-    few = tuple(
-        s.model_copy(
-            update={
-                "threat": {**s.threat, **({"queries": queries} if "queries" in s.threat else {"steps": steps})},
-                "rounds": min(s.rounds, rounds),
-                "fewest": min(s.fewest, rounds // 2),
-            }
-        )
-        for s in p.steps
-    )
-    changes: dict[str, object] = {"steps": few, "audit": audit, "clustering_seeds": (0,)}
-    if p.threshold:
-        changes["threshold"] = p.threshold.model_copy(
-            update={"threat": {**p.threshold.threat, "steps": steps}, "parts": 2, "octaves": 1}
-        )
-    if p.together > 1:
-        changes["together"] = 20
-    return p.model_copy(update=changes)
 
 
 @pytest.fixture(scope="module")

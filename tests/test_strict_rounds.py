@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quick import DEFAULT, shortened
 from rich.console import Console
 from scipy import integrate, stats
-from test_strict import DEFAULT, shortened
 
 import dmlbench
 from dmlbench.board.compare.paired import pair

@@ -5,21 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from plain import order, to_all
-from test_objectives import scene_of
+from scenes import big_scene, scene_of
 
 from dmlbench.embedding import DISTANCES
 from dmlbench.errors import UsageError
 from dmlbench.rng import Rng
 from dmlbench.scene import Gallery, Scene
 from dmlbench.targets import TARGETS
-
-
-def big_scene(space: str, n: int = 230) -> Scene:
-    rng = Rng(3, torch.arange(n))
-    d = DISTANCES[space]
-    x = d.finish(rng.normal(4))
-    y = torch.arange(n) % 7
-    return Scene(d, Gallery(x, y), x[:40], y[:40], torch.arange(40), torch.zeros(40, 0, dtype=torch.long))
 
 
 @pytest.mark.parametrize("space", list(DISTANCES))

@@ -5,7 +5,7 @@ documentation (.github/workflows/release.yml sets both): a package index then ha
 lead there. Without them none is made up.
 """
 
-import json
+import csv
 import os
 import re
 import shutil
@@ -22,10 +22,13 @@ USUAL = ("ers-28", "ers-224", "ers-digits")
 
 
 def left_out(here: Path) -> Callable[[str, list[str]], set[str]]:
-    """What ``copytree`` is to pass over: adversarial images, and every run but those of active models under
+    """What ``copytree`` is to pass over: adversarial images, and every run but those of the rows that have a rank under
     :data:`USUAL` protocols (docs/leaderboard.md)."""
-    models = json.loads((here / "checkpoints.json").read_text(encoding="utf-8"))["checkpoints"]
-    kept = {f"{name}-{protocol}" for name, m in models.items() if not m.get("superseded_by") for protocol in USUAL}
+    kept = set()
+    for protocol in USUAL:
+        for path in (here / "leaderboard" / protocol).glob("*.csv"):
+            with path.open(encoding="utf-8", newline="") as stream:
+                kept |= {row["submission"] for row in csv.DictReader(stream) if row["rank"]}
 
     def ignored(folder: str, names: list[str]) -> set[str]:
         at = Path(folder)

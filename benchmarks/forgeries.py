@@ -106,10 +106,13 @@ def arrays(name: str, change: Callable[[dict[str, np.ndarray]], Any]) -> Callabl
     """An attack that edits an npz file and seals the bundle."""
 
     def do(repository: Path, files: Files) -> None:
+        from dmlbench.compact import untabulated
         from dmlbench.results import npz_bytes
         from dmlbench.submission.bundle import read_arrays
 
-        found = {k: v.copy() for k, v in read_arrays(files[name], name).items()}
+        stored = read_arrays(files[name], name)
+        stored = untabulated(stored) if name == "run/per_query.npz" else stored
+        found = {k: v.copy() for k, v in stored.items()}
         change(found)
         put(repository, sealed({**files, name: npz_bytes(found)}))
 
@@ -135,12 +138,13 @@ def named(name: str) -> Callable[[Path, Files], None]:
 
 def invented(repository: Path, files: Files) -> None:
     """Outcomes that nobody measured for all queries whose images are not kept, with every sum made anew."""
+    from dmlbench.compact import unstacked, untabulated
     from dmlbench.protocol import ers_of, load_protocol, score_intervals
-    from dmlbench.results import Evaluation, npz_bytes, unstacked, widened
+    from dmlbench.results import Evaluation, npz_bytes
     from dmlbench.submission.bundle import read_arrays
 
     rules = load_protocol("ers-digits")
-    stored = widened(read_arrays(files["run/per_query.npz"], ""))
+    stored = untabulated(read_arrays(files["run/per_query.npz"], ""))
     kept = np.isin(stored["query"], unstacked(read_arrays(files["run/adversarial_sample.npz"], ""))["rows"])
     found = {k: v.copy() for k, v in stored.items()}
     e = json.loads(files["run/evaluation.json"])

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from dmlbench.checkpoints import first_problem, sha256_of
+from dmlbench.compact import unstacked, untabulated
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import lock, prepare_folder, write_whole
 from dmlbench.plain import read_json
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from dmlbench.board.plots import Figure
 
 SCHEMA = 1
+QUERIES = "per_query.npz"
 SAMPLE = "adversarial_sample.npz"
 
 
@@ -284,76 +286,6 @@ def npz_bytes(arrays: Mapping[str, np.ndarray], compression: int = zipfile.ZIP_D
     return buffer.getvalue()
 
 
-def narrowed(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Each array in the smallest type that holds every value of it exactly: whole numbers from 0 up unsigned, others in
-    half floats. :func:`widened` undoes it."""
-    return {name: _narrow(values) for name, values in arrays.items()}
-
-
-def _narrow(values: np.ndarray) -> np.ndarray:
-    if values.dtype.kind in "iu" and values.size and values.min() >= 0:
-        return values.astype(min(np.min_scalar_type(values.max()), values.dtype, key=lambda t: t.itemsize))
-    if values.dtype.kind == "f":
-        with np.errstate(over="ignore"):
-            half = values.astype(np.float16)
-        return half if np.array_equal(half.astype(values.dtype), values, equal_nan=True) else values
-    return values
-
-
-def widened(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What :func:`narrowed` made small, and no run has, in the types that sums and indices are made with: unsigned
-    numbers as int64, half floats as float32."""
-    wide = {"u": np.int64, "f": np.float32}
-    return {
-        name: values.astype(wide[values.dtype.kind])
-        if values.dtype.kind == "u" or values.dtype == np.float16
-        else values
-        for name, values in arrays.items()
-    }
-
-
-def stacked(sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A sample with its adversarial images as one array of indices into the few values that their pixels take.
-
-    Parts share clean images and step lengths, so this is what compresses; :func:`unstacked` gives the same bits back.
-    ``stack/names`` lists the P parts as JSON, ``stack/values`` is float32, ``stack/index`` (S, C, H, W, P).
-    """
-    names = [name for name, values in sample.items() if values.ndim == 4 and values.dtype == np.float32]
-    if not names or len({sample[name].shape for name in names}) > 1:
-        return dict(sample)
-    bits = np.stack([sample[name] for name in names], axis=-1).view(np.uint32)
-    values, index = np.unique(bits, return_inverse=True)
-    return {
-        **{name: kept for name, kept in sample.items() if name not in names},
-        "stack/names": np.frombuffer(json.dumps(names).encode(), dtype=np.uint8),
-        "stack/values": values.view(np.float32),
-        "stack/index": _narrow(index.reshape(bits.shape)),
-    }
-
-
-def unstacked(sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The sample with one array (S, C, H, W) of adversarial images for each part.
-
-    Raises:
-        ValueError: the arrays of the stack do not fit one another.
-    """
-    rest = dict(sample)
-    names, values, index = (rest.pop(f"stack/{key}", None) for key in ("names", "values", "index"))
-    if (names is None) != (values is None) or (names is None) != (index is None):
-        raise ValueError("stack/names, stack/values and stack/index are not all there")
-    if names is None or values is None or index is None:
-        return dict(sample)
-    parts = read_json(names.tobytes())
-    if not isinstance(parts, list) or not all(isinstance(name, str) for name in parts):
-        raise ValueError("stack/names is not a list of texts")
-    if len(set(parts)) < len(parts) or not rest.keys().isdisjoint(parts):
-        raise ValueError("stack/names holds a name twice, or that of another array")
-    fits = index.dtype.kind == "u" and index.ndim == 5 and values.ndim == 1 and values.dtype == np.float32
-    if not fits or len(parts) != index.shape[-1] or index.max(initial=0) >= len(values):
-        raise ValueError("stack/index does not fit stack/names and stack/values")
-    return {**rest, **{name: values[index[..., i]] for i, name in enumerate(parts)}}
-
-
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """Arrays of an npz file; nothing is unpickled."""
     try:
@@ -394,7 +326,7 @@ def save(evaluation: Evaluation, folder: Path) -> Path:
     prepare_folder(folder)
     refuse_partial(folder, evaluation.partial)
     files = {
-        "per_query.npz": npz_bytes(evaluation.arrays),
+        QUERIES: npz_bytes(evaluation.arrays),
         "evaluation.json": json_bytes(evaluation.model_dump(mode="json")),
     }
     if evaluation.sample:
@@ -435,13 +367,13 @@ def load(folder: Path, arrays: bool = True, sample: bool = True) -> Evaluation:
             raise DataError(f"{folder}/manifest.json: files.{name} is {stated!r}, not an object with bytes and sha256")
         if not path.is_file() or sha256_of(path) != stated.get("sha256"):
             raise DataError(f"{path} is missing or differs from the manifest")
-    if arrays:
-        evaluation.with_arrays(widened(read_npz(folder / "per_query.npz")))
-        if SAMPLE in files:
+    for name, whole in ((QUERIES, untabulated), (SAMPLE, unstacked)) if arrays else ():
+        if name == QUERIES or name in files:
             try:
-                evaluation.with_arrays({}, unstacked(read_npz(folder / SAMPLE)))
+                found = whole(read_npz(folder / name))
             except ValueError as error:
-                raise DataError(f"{folder / SAMPLE}: {error}") from None
+                raise DataError(f"{folder / name}: {error}") from None
+            evaluation.with_arrays(*((found,) if name == QUERIES else ({}, found)))
     return evaluation
 
 

@@ -12,9 +12,10 @@ import torch
 import yaml
 
 from dmlbench.checkpoints import PACKAGE, Checkpoint, File, checkpoints
+from dmlbench.compact import unstacked, untabulated
 from dmlbench.models import build, parameter_count, probe_images, write_weights
 from dmlbench.protocol import load_protocol
-from dmlbench.results import load, npz_bytes, read_npz, save, unstacked, widened
+from dmlbench.results import load, npz_bytes, read_npz, save
 from dmlbench.submission.bundle import make_manifest
 from dmlbench.submission.pack import draft, pack
 
@@ -122,7 +123,7 @@ def arrays_of(raw: bytes, folder: Path) -> dict[str, np.ndarray]:
     """The arrays of npz bytes, writable."""
     path = folder / "arrays.npz"
     path.write_bytes(raw)
-    return {k: v.copy() for k, v in widened(unstacked(read_npz(path))).items()}
+    return {k: v.copy() for k, v in untabulated(unstacked(read_npz(path))).items()}
 
 
 def edit_arrays(files, name, folder, change):

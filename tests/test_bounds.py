@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmlbench.compact import unstacked
 from dmlbench.errors import DataError
 from dmlbench.plain import MOST_NODES, read_json, read_yaml
-from dmlbench.results import load, unstacked
+from dmlbench.results import load
 from dmlbench.submission import bundle
 from dmlbench.submission.bundle import Refused, manifest_of, read_arrays
 

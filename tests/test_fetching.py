@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from email.message import Message
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,10 +15,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from dmlbench.checkpoints import File, checkpoint
+from dmlbench.checkpoints import File, checkpoint, checkpoints
 from dmlbench.errors import DataError
 from dmlbench.models import open_model, probe_images
-from dmlbench.models.fetching import fetch, weights_path
+from dmlbench.models.fetching import addresses, fetch, weights_path
 from dmlbench.models.published import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -129,6 +130,27 @@ def test_base_may_be_a_folder_or_an_address(served, monkeypatch: pytest.MonkeyPa
     assert fetch("m", file) == (folder / "m.safetensors", ())
     monkeypatch.setenv("DMLBENCH_CHECKPOINT_BASE", address + "/")
     assert fetch("m", file)[0].read_bytes() == (folder / "m.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, c in checkpoints().items() if any((f.url or "")[:1] == "{" for f in c.files)]
+)
+def test_an_installed_copy_fetches_from_its_source_or_says_which_file_it_lacks(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DMLBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DMLBENCH_CHECKPOINT_BASE", raising=False)
+    monkeypatch.setattr("dmlbench.models.fetching.PACKAGE", tmp_path / "site-packages" / "dmlbench")
+    links = Message()
+    monkeypatch.setattr("dmlbench.models.fetching.metadata", lambda _: links)
+    with pytest.raises(DataError) as failed:
+        weights_path(name, checkpoint(name))
+    said = str(failed.value)
+    assert f"checkpoints/{name}.safetensors" in said and "--weights FILE" in said and "DMLBENCH_CHECKPOINT_BASE" in said
+    links["Project-URL"] = "Issues, https://example.org/dmlbench/issues"
+    links["Project-URL"] = "Source, https://example.org/dmlbench"
+    expected = [f"https://example.org/dmlbench/raw/HEAD/checkpoints/{name}.safetensors"]
+    assert list(addresses(checkpoint(name).files[0])) == expected
 
 
 def test_hashes_of_any_kind_and_length(served) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 from dmlbench.checkpoints import PACKAGE, Checkpoint, File, sha256_of, verified
@@ -27,7 +28,8 @@ PLACEHOLDER = "{base}/"
 def addresses(file: File) -> Iterator[str]:
     """Where to look, in order: the address, then the mirrors, ``{base}`` filled in.
 
-    ``{base}`` is what ``DMLBENCH_CHECKPOINT_BASE`` names, else the checkout's ``checkpoints`` folder.
+    ``{base}`` is what ``DMLBENCH_CHECKPOINT_BASE`` names, else the checkout's ``checkpoints`` folder, else that folder of the
+    repository that the installed release names as its source; an address with none of them is left out.
     """
     for address in (file.url, *file.mirrors):
         if address is None:
@@ -35,9 +37,22 @@ def addresses(file: File) -> Iterator[str]:
         if not address.startswith(PLACEHOLDER):
             yield address
             continue
-        base = os.environ.get(BASE) or str(PACKAGE.parent / "checkpoints")
-        base = base if "://" in base else str(Path(base).expanduser())
-        yield f"{base.rstrip('/')}/{address.removeprefix(PLACEHOLDER)}"
+        base = os.environ.get(BASE) or _checkpoints()
+        if base is not None:
+            base = base if "://" in base else str(Path(base).expanduser())
+            yield f"{base.rstrip('/')}/{address.removeprefix(PLACEHOLDER)}"
+
+
+def _checkpoints() -> str | None:
+    """The repository's ``checkpoints`` folder: the checkout's, or its address where a release says it (``setup.py``)."""
+    if (beside := PACKAGE.parent / "checkpoints").is_dir():
+        return str(beside)
+    try:
+        links = metadata("dmlbench").get_all("Project-URL") or []
+    except PackageNotFoundError:
+        return None
+    source = next((link.removeprefix("Source, ") for link in links if link.startswith("Source, https://")), None)
+    return source and f"{source}/raw/HEAD/checkpoints"
 
 
 _ENDS = {"safetensors": "safetensors", "torch": "pth", "lightning": "ckpt"}
@@ -76,9 +91,13 @@ def fetch(name: str, file: File) -> tuple[Path, tuple[str, ...]]:
             troubles.append(str(error).removeprefix(f"{kept.name} cannot be downloaded: "))
         except OSError as error:
             raise DataError(f"{folder} cannot be written: {error.strerror} (DMLBENCH_CACHE names another)") from None
+    for registered in (file.url, *file.mirrors):
+        if registered is not None and registered.startswith(PLACEHOLDER):
+            inside = f"checkpoints/{registered.removeprefix(PLACEHOLDER)}"
+            troubles.append(f"this package is without them, the repository of dmlbench has them as {inside}")
     raise DataError(
-        f"the weights of {name!r} cannot be had: {'; '.join(troubles)} ({BASE} names an address or a folder that has "
-        "them; --weights FILE takes a copy of your own)"
+        f"the weights of {name!r} cannot be had: {'; '.join(troubles)}; add --weights FILE with a copy of your own, or set "
+        f"{BASE} to a folder or an address that has them"
     )
 
 

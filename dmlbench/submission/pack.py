@@ -9,15 +9,17 @@ import numpy as np
 import yaml
 from pydantic import ValidationError
 
+from dmlbench.board.row import superseded
 from dmlbench.checkpoints import PACKAGE, Checkpoint, checkpoints, first_problem, sha256_of
+from dmlbench.compact import stacked, tabulated
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import write_whole
 from dmlbench.kinds.table import numbers_of
 from dmlbench.models.defended import FORM
 from dmlbench.plain import read_json
-from dmlbench.results import Evaluation, json_bytes, load, narrowed, npz_bytes, stacked
+from dmlbench.results import Evaluation, json_bytes, load, npz_bytes
 from dmlbench.run.subject import query_order
-from dmlbench.submission.bundle import LEAST_SAMPLE, LIMITS, MANIFEST, make_manifest, zip_bytes
+from dmlbench.submission.bundle import LEAST_SAMPLE, LIMITS, MANIFEST, make_manifest, verification_of, zip_bytes
 from dmlbench.submission.record import FILL_IN, LICENSES, RANKING
 from dmlbench.submission.static import WEIGHTS
 
@@ -136,19 +138,9 @@ def pack(
         UsageError: ``sample`` is below :data:`LEAST_SAMPLE`.
     """
     e = load(run)
-    files: dict[str, bytes] = {}
-    for name in LIMITS:
-        if name.startswith("run/"):
-            files[name] = _read(run / name.removeprefix("run/"))
-    files["submission.yaml"] = _read(submission)
+    files = {"run/evaluation.json": _read(run / "evaluation.json"), "submission.yaml": _read(submission)}
     if sample < LEAST_SAMPLE:
         raise UsageError(f"--sample {sample}: a bundle holds the images of at least {LEAST_SAMPLE} queries")
-    outcomes = {name: values for name, values in e.arrays.items() if not name.endswith("/targets")}
-    files["run/per_query.npz"] = npz_bytes(narrowed(outcomes), zipfile.ZIP_LZMA)
-    files["run/adversarial_sample.npz"] = npz_bytes(stacked(shortened(e, sample)), zipfile.ZIP_LZMA)
-    inner = {name.removeprefix("run/"): raw for name, raw in files.items() if name.startswith("run/")}
-    inner.pop(MANIFEST)
-    files["run/manifest.json"] = json_bytes(make_manifest(inner))
     if with_weights:
         path = weights or packaged_weights(e)
         if not path.is_file():
@@ -156,7 +148,44 @@ def pack(
         if sha256_of(path) != e.model.weights_sha256:
             raise DataError(f"{path} is not the file that the run was made with (sha256 differs)")
         files[WEIGHTS] = path.read_bytes()
+    return _sealed(files, e, sample)
+
+
+def _sealed(files: dict[str, bytes], e: Evaluation, sample: int) -> dict[str, bytes]:
+    """These files, with the run's arrays in the least room and both manifests."""
+    outcomes = {name: values for name, values in e.arrays.items() if not name.endswith("/targets")}
+    files = {
+        **files,
+        "run/per_query.npz": npz_bytes(tabulated(outcomes), zipfile.ZIP_LZMA),
+        "run/adversarial_sample.npz": npz_bytes(stacked(shortened(e, sample)), zipfile.ZIP_LZMA),
+    }
+    inner = {name.removeprefix("run/"): raw for name, raw in files.items() if name.startswith("run/")}
+    files["run/manifest.json"] = json_bytes(make_manifest(inner))
     files[MANIFEST] = json_bytes(make_manifest(files))
+    return files
+
+
+STALE_SAMPLE = 1
+"""Queries whose adversarial images a stale bundle keeps: level 0, the last that looks at it, reads their shape."""
+
+
+def repacked(folder: Path) -> dict[str, bytes] | None:
+    """The files of a bundle on the board as they are kept today (docs/leaderboard.md); None where they are so already.
+
+    What was measured is the same, number for number. Of a stale run the images of :data:`STALE_SAMPLE` queries stay.
+
+    Raises:
+        DataError: the bundle cannot be read, or a record of a full rerun speaks of its manifest.
+    """
+    e = load(folder / "run")
+    stale = superseded(e.protocol.name, e.protocol.sha256, e.model.id)
+    kept = {name: _read(folder / name) for name in LIMITS if (folder / name).exists()}
+    files = {n: raw for n, raw in kept.items() if n in ("run/evaluation.json", "submission.yaml", WEIGHTS)}
+    files = _sealed(files, e, STALE_SAMPLE if stale else len(e.sample["rows"]))
+    if files == kept:
+        return None
+    if verification_of(folder).exists():
+        raise DataError(f"{verification_of(folder)} speaks of the manifest of {folder}: pack it before it is verified")
     return files
 
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from dmlbench.board.row import Row, Status, from_evaluation
 from dmlbench.checkpoints import checkpoints
+from dmlbench.compact import unstacked, untabulated
 from dmlbench.datasets import DATASETS, load_dataset
 from dmlbench.errors import Problem
 from dmlbench.intervals import VERSION, Ends
@@ -30,7 +31,7 @@ from dmlbench.protocol import (
     score_intervals,
 )
 from dmlbench.registry import suggest
-from dmlbench.results import Evaluation, unstacked, widened
+from dmlbench.results import Evaluation
 from dmlbench.run.record import counts
 from dmlbench.run.subject import measured_queries
 from dmlbench.submission import extras
@@ -177,11 +178,13 @@ def _evaluation(bundle: Bundle) -> Evaluation:
         raise Refused([Problem(0, RUN, f"is not JSON: {error}")]) from None
     if problems := list(extras.form_problems(evaluation)):
         raise Refused(problems)
-    try:
-        sample = unstacked(read_arrays(files["adversarial_sample.npz"], SAMPLE))
-    except ValueError as error:
-        raise Refused([Problem(0, SAMPLE, str(error))]) from None
-    return evaluation.with_arrays(widened(read_arrays(files["per_query.npz"], QUERIES)), sample)
+    found = []
+    for field, whole in ((QUERIES, untabulated), (SAMPLE, unstacked)):
+        try:
+            found.append(whole(read_arrays(bundle.files[field], field)))
+        except ValueError as error:
+            raise Refused([Problem(0, field, str(error))]) from None
+    return evaluation.with_arrays(*found)
 
 
 def _protocol(e: Evaluation, aged: bool) -> Protocol:

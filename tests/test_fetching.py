@@ -133,7 +133,7 @@ def test_base_may_be_a_folder_or_an_address(served, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, c in checkpoints().items() if any((f.url or "")[:1] == "{" for f in c.files)]
+    "name", [n for n, c in checkpoints().items() if any((f.url or "")[:1] == "{" and not f.mirrors for f in c.files)]
 )
 def test_an_installed_copy_fetches_from_its_source_or_says_which_file_it_lacks(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -151,6 +151,16 @@ def test_an_installed_copy_fetches_from_its_source_or_says_which_file_it_lacks(
     links["Project-URL"] = "Source, https://example.org/dmlbench"
     expected = [f"https://example.org/dmlbench/raw/HEAD/checkpoints/{name}.safetensors"]
     assert list(addresses(checkpoint(name).files[0])) == expected
+
+
+def test_a_file_that_another_publishes_is_not_said_to_be_in_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DMLBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DMLBENCH_CHECKPOINT_BASE", str(tmp_path))
+    with pytest.raises(DataError) as failed:
+        fetch("m", File(url="{base}/m.pt", mirrors=(str(tmp_path / "n.pt"),), manual="inside the wheel of another"))
+    assert "inside the wheel of another" in str(failed.value) and "repository" not in str(failed.value)
 
 
 def test_hashes_of_any_kind_and_length(served) -> None:

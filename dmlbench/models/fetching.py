@@ -91,10 +91,11 @@ def fetch(name: str, file: File) -> tuple[Path, tuple[str, ...]]:
             troubles.append(str(error).removeprefix(f"{kept.name} cannot be downloaded: "))
         except OSError as error:
             raise DataError(f"{folder} cannot be written: {error.strerror} (DMLBENCH_CACHE names another)") from None
-    for registered in (file.url, *file.mirrors):
-        if registered is not None and registered.startswith(PLACEHOLDER):
-            inside = f"checkpoints/{registered.removeprefix(PLACEHOLDER)}"
-            troubles.append(f"this package is without them, the repository of dmlbench has them as {inside}")
+    if file.manual:
+        troubles.append(file.manual)
+    elif file.url is not None and file.url.startswith(PLACEHOLDER) and not file.mirrors:
+        inside = f"checkpoints/{file.url.removeprefix(PLACEHOLDER)}"
+        troubles.append(f"this package is without them, the repository of dmlbench has them as {inside}")
     raise DataError(
         f"the weights of {name!r} cannot be had: {'; '.join(troubles)}; add --weights FILE with a copy of your own, or set "
         f"{BASE} to a folder or an address that has them"

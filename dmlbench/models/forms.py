@@ -331,8 +331,7 @@ def _python(rest: str, options: ModelOptions) -> Embedder:
         embedder.name = options.name or made.name
     else:
         embedder = _embedder(Built(made, stated_shape(made, f"python:{rest}")), options, f"python:{rest}")
-        embedder.notes = (_told(embedder),)
-    notes = [RUN[f"{PREFIX}{rest}"]]
+    notes = [RUN[f"{PREFIX}{rest}"], *([] if embedder is made else [_told(embedder)])]
     if options.weights is not None:
         file, chosen = _weights_file(options), _chosen(options)
         found = match(file.tensors, embedder.network.state_dict(), chosen.prefix)

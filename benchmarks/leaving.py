@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 import dmlbench
-from dmlbench.evaluate import default_dataset, default_protocol
 from dmlbench.fast.exact import true_float32
 from dmlbench.optimizers import gradient
 from dmlbench.run.search import auto_batch, run_search, searches
 from dmlbench.run.subject import Silent, Subject, prepare
+from dmlbench.task import default_dataset, default_protocol
 
 
 @contextmanager

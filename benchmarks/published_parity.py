@@ -22,7 +22,7 @@ from torch import Tensor
 
 import dmlbench
 from dmlbench.datasets import load_dataset
-from dmlbench.evaluate import default_dataset, default_protocol
+from dmlbench.task import default_dataset, default_protocol
 from dmlbench.threat import Threat
 
 MODELS = (

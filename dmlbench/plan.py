@@ -9,7 +9,7 @@ timed and scaled.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,17 +20,16 @@ import torch
 from dmlbench.attacks import ATTACKS, Attack, aim, craft, measure
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
-from dmlbench.errors import UsageError
 from dmlbench.fast.compiled import ready as ready_to_attack
 from dmlbench.kinds.base import Job
-from dmlbench.kinds.table import KINDS
 from dmlbench.metrics import retrieval
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Protocol
 from dmlbench.rng import Rng
-from dmlbench.run.search import LARGE, auto_batch, searches
+from dmlbench.run.search import LARGE, auto_batch
 from dmlbench.run.subject import EMBED_BLOCK, query_order, resolve_device
 from dmlbench.scene import Gallery, Scene
+from dmlbench.task import Task
 from dmlbench.threat import Threat
 
 PROBE = 8
@@ -148,43 +147,25 @@ def stage(embedder: Embedder, dataset: RetrievalDataset, device: torch.device, b
     return Stage(ready, images, scene, Rng(0, torch.from_numpy(rows).to(device)))
 
 
-def plan_of(
-    embedder: Embedder,
-    dataset: RetrievalDataset,
-    protocol: Protocol,
-    *,
-    attacks: Sequence[str] | None = None,
-    limit: int | None = None,
-    device: str = "auto",
-    batch_size: int | None = None,
-    eot: int | None = None,
-    surrogate: Embedder | None = None,
-) -> list[dict[str, object]]:
+def plan_of(task: Task) -> list[dict[str, object]]:
     """The searches that ``evaluate`` would run, each with its expected ``seconds`` and ``peak_mib``.
 
     ``gradients`` (a pass forward and back) and ``values`` (a pass forward) are what the searches spend on all queries,
     on the surrogate where there is one. The first row is the clean metrics, the last the total. Searches on
     survivors alone are taken at their most, as if every query survived.
-
-    Raises:
-        UsageError: an unknown name, or a surrogate under a protocol that has no transfer.
     """
-    where = resolve_device(device)
-    if eot is not None:
-        protocol = protocol.model_copy(update={"threat": {**protocol.threat, "eot": eot}})
-    if surrogate is not None and KINDS[protocol.kind].run and protocol.chosen(attacks, dataset.images.shape).runner:
-        raise UsageError(f"protocol {protocol.name!r} has no transfer: name attacks, such as WM@apgd, with --attacks")
-    size = batch_size or auto_batch(dataset, where, embedder)
-    queries = protocol.measured(len(dataset.query), limit)
+    embedder, dataset, protocol, queries = task.embedder, task.dataset, task.rules, task.queries
+    where = resolve_device(task.options.device)
+    size = task.options.batch_size or auto_batch(dataset, where, embedder)
     large = int(np.prod(dataset.images.shape)) > LARGE and where.type == "cpu"
     probe = min(PROBE if large else size, size, queries)
     on = stage(embedder, dataset, where, probe)
     rows = [_clean(on, dataset, protocol, queries)]
-    if surrogate is not None:
-        on = replace(on, surrogate=stage(surrogate, dataset, where, probe))
+    if task.surrogate is not None:
+        on = replace(on, surrogate=stage(task.surrogate, dataset, where, probe))
         rows.append(_embedded(on, dataset))
     before = peak_mib(where, "VmRSS") if where.type == "cpu" else 0.0
-    for job in _jobs(protocol, dataset, queries, attacks):
+    for job in _jobs(task):
         seconds, peak = on.cost(job.attack, job.optimizer, job.threat)
         peak = before + (peak - before) * min(size, queries) / probe if where.type == "cpu" else peak
         row = _row(job.name, job.called, job.optimizer, job.eps, queries, dataset, job.steps, job.passes)
@@ -251,13 +232,12 @@ def _row(
     }
 
 
-def _jobs(protocol: Protocol, dataset: RetrievalDataset, queries: int, attacks: Sequence[str] | None) -> Iterator[Job]:
+def _jobs(task: Task) -> Iterator[Job]:
     """Every search of the protocol."""
-    chosen, kind = protocol.chosen(attacks, dataset.images.shape), KINDS[protocol.kind]
-    for s in searches(protocol, [*chosen.own, *chosen.extra]):
+    for s in task.planned:
         yield Job(
             name=s.name, called=s.attack, attack=ATTACKS[s.attack], optimizer=s.optimizer, threat=s.threat,
             passes=OPTIMIZERS[s.optimizer].passes(s.threat), steps=s.threat.steps, eps=str(s.threat.eps),
         )  # fmt: skip
-    if chosen.runner and kind.run:
-        yield from kind.jobs(protocol, dataset, queries)
+    if task.chosen.runner and task.kind.run:
+        yield from task.kind.jobs(task.rules, task.dataset, task.queries)

@@ -27,7 +27,7 @@ from dmlbench.intervals import ANY, LEVEL, PERCENT, Intervals, Range, class_inte
 from dmlbench.metrics import READOUTS
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.registry import Registry, suggest
-from dmlbench.threat import Threat
+from dmlbench.threat import Threat, length
 
 FOLDER = PACKAGE / "protocols"
 COLOUR = "colour"
@@ -252,6 +252,33 @@ class Protocol(_Record):
         """The threat at one eps of the grid."""
         return Threat.of({**self.threat, **changes, "eps": eps})
 
+    def at_eps(self, eps: Sequence[str]) -> "Protocol":
+        """With another size of the perturbation, or with a grid of others, for images of every kind; steps of a fixed length
+        are longer or shorter in proportion.
+
+        Raises:
+            UsageError: they are not above 0 and ascending, or several where the protocol has no grid.
+        """
+        radii = [length(one) for one in eps]
+        if not radii or radii[0] <= 0 or radii != sorted(set(radii)):
+            raise UsageError(f"--eps {','.join(eps)} must be above 0 and in ascending order")
+        if self.grid:
+            return self.model_copy(update={"grid": dict.fromkeys(self.grid, tuple(eps))})
+        if "eps" not in self.threat:
+            raise UsageError(f"protocol {self.name!r} has no eps to change")
+        if len(eps) > 1:
+            raise UsageError(f"protocol {self.name!r} has no grid: it is run at one eps at a time")
+        factor = radii[0] / length(self.threat["eps"])
+
+        def scaled(threat: dict[str, Any]) -> dict[str, Any]:
+            return {
+                key: factor * length(value, key) if key in ("eps", "step") else value for key, value in threat.items()
+            }
+
+        parts = tuple(c.model_copy(update={"threat": scaled(c.threat)}) for c in self.components)
+        threat = {**scaled(self.threat), "eps": eps[0]}
+        return self.model_copy(update={"threat": threat, "components": parts})
+
     def component(self, name: str) -> Component:
         """One component by name, or an error with a suggestion."""
         for component in self.components:
@@ -288,8 +315,14 @@ class Protocol(_Record):
 
     def combined(self, name: str, shape: Sequence[int]) -> list[Component]:
         """The columns of any attack@optimizer under this protocol's threat: one for each read-out, and for each eps
-        of the grid, where there is one (in steps of 2.5 eps / steps)."""
+        of the grid, where there is one (in steps of 2.5 eps / steps).
+
+        Raises:
+            UsageError: an unknown name, or the protocol has no adversary, so nothing says how strong it would be.
+        """
         attack, optimizer = parse(name)
+        if not self.grid and "eps" not in self.threat:
+            raise UsageError(f"protocol {self.name!r} has no eps: {name} cannot be run under it")
         plain = name if "@" in name else f"{name}@{optimizer}"
         found = []
         for eps in self.eps_for(shape) if self.grid else (None,):

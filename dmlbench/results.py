@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 
 from dmlbench.checkpoints import first_problem, sha256_of
 from dmlbench.compact import unstacked, untabulated
@@ -117,6 +117,27 @@ class Measurement(_Record):
     seconds: float = 0.0
 
 
+class Conditions(_Record):
+    """What makes another threat of a protocol; None where it is the protocol's own."""
+
+    eot: int | None = None
+    """forward passes averaged"""
+    eps: str | None = None
+    """size of the perturbation, or of a grid several, joined by commas"""
+    surrogate: str | None = None
+    """the model that adversarial images were made on"""
+
+    @staticmethod
+    def of(partial: Iterable[str]) -> "Conditions":
+        """Read from the reasons why a result is partial, with or without their hyphens: as a row of a board has them, and
+        results of before the record kept them."""
+        words = [reason.strip().lstrip("-").partition(" ") for reason in partial]
+        known = {name: value for name, _, value in words if name in Conditions.model_fields and value}
+        if not known.get("eot", "").isdigit():
+            known.pop("eot", None)
+        return Conditions.model_validate(known)
+
+
 class Evaluation(_Record):
     """The result of ``evaluate``. ``arrays`` holds what each query gave, by name, (Q,) or (Q, ...)."""
 
@@ -126,8 +147,8 @@ class Evaluation(_Record):
     protocol: ProtocolInfo
     environment: Environment
     partial: tuple[str, ...] = ()
-    """why this is not a full result, e.g. ("--limit 64",); empty for a full one. Also where the record keeps the
-    passes averaged (``--eot``) and the surrogate, which change the threat: see :func:`conditions`"""
+    """why this is not a full result, e.g. ("--limit 64",); empty for a full one"""
+    conditions: Conditions = Conditions()
     benign: dict[str, float]
     """clean metrics by name: recall_at_1, ..., map, map_at_r, nmi, ami; percent"""
     measurements: tuple[Measurement, ...]
@@ -145,6 +166,14 @@ class Evaluation(_Record):
     """how these seconds are spread: "loading" what is measured, "embedding" everything clean, "clean metrics", "attacks"
     (the measurements' seconds and what is between them), "checks", and "before" where part was finished earlier; they add
     up to ``seconds``. Empty for results of before they were kept."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgraded(cls, said: Any) -> Any:
+        """A result of before ``conditions`` were kept has them in ``partial`` alone."""
+        if isinstance(said, dict) and "conditions" not in said:
+            return {**said, "conditions": Conditions.of(said.get("partial", ()))}
+        return said
 
     _arrays: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)
     _sample: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)
@@ -254,20 +283,6 @@ class Evaluation(_Record):
         self._arrays = {**self._arrays, **arrays}
         self._sample = {**self._sample, **(sample or {})}
         return self
-
-
-CONDITIONS = {"eot": "the protocol's", "surrogate": "no surrogate"}
-"""Options that make another threat of a protocol, and what holds where they were not given."""
-
-
-def conditions(partial: Iterable[str]) -> dict[str, str]:
-    """The :data:`CONDITIONS` of a result, read from its ``partial`` reasons, with or without their leading hyphens."""
-    said = dict(CONDITIONS)
-    for reason in partial:
-        option, _, value = reason.strip().lstrip("-").partition(" ")
-        if option in said and value:
-            said[option] = value
-    return said
 
 
 def npz_bytes(arrays: Mapping[str, np.ndarray], compression: int = zipfile.ZIP_DEFLATED) -> bytes:

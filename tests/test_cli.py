@@ -140,7 +140,8 @@ def test_a_plan_crafts_on_the_surrogate_and_reads_on_the_model() -> None:
         sides[side].network = Watched(sides[side].network, side)
 
     data, rules = load_dataset("digits"), load_protocol("ers-digits")
-    plan_of(sides["model"], data, rules, attacks=["GTM"], limit=8, surrogate=sides["surrogate"], device="cpu")
+    options = Options(attacks=["GTM"], limit=8, surrogate=sides["surrogate"], device="cpu")
+    plan_of(Task.of(sides["model"], data, rules, options))
     assert any(seen["surrogate"]) and seen["model"] and not any(seen["model"])
 
 

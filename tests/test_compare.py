@@ -4,6 +4,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,12 +19,13 @@ from dmlbench.board.compare import Gate, as_junit, as_markdown, as_text, compare
 from dmlbench.board.compare.gate import metric_name, named_gate, parse_drop, project_gate
 from dmlbench.board.compare.paired import pair
 from dmlbench.board.compare.sources import find
+from dmlbench.board.row import partial_text
 from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.intervals import PERCENT, nmi_by_weight, nmi_interval, paired_intervals
 from dmlbench.kinds.clustering.record import worst_clusters
 from dmlbench.kinds.table import numbers_of
 from dmlbench.protocol import load_protocol
-from dmlbench.results import Flag, Measurement, load, save
+from dmlbench.results import Evaluation, Flag, Measurement, load, save
 
 RECALL = ("benign/recall_at_1", "benign/recall_at_2", "benign/recall_at_4", "benign/recall_at_8")
 
@@ -217,16 +219,19 @@ def test_another_threat_is_not_comparable(reason, says):
 
 
 def test_the_threat_is_read_from_what_evaluate_writes():
-    from dmlbench.datasets import load_dataset
-    from dmlbench.evaluate import reasons
-    from dmlbench.models import load_model
-    from dmlbench.results import conditions
+    from dmlbench.results import Conditions
+    from dmlbench.task import Options, Task
 
-    rules, other = load_protocol("ers-digits"), load_model("digits-smallcnn-triplet-act").name
-    chosen = rules.chosen(None, (1, 8, 8))
-    written = reasons(rules, chosen, load_dataset("digits"), None, 64, 3, 4, other)
-    assert conditions(written) == {"eot": "4", "surrogate": "digits-smallcnn-triplet-act"}
-    assert conditions(reasons(rules, chosen, load_dataset("digits"), None, 64, 3, None, None)) == conditions(())
+    model, other = "digits-smallcnn-triplet-none", "digits-smallcnn-triplet-act"
+    plain = Options(limit=64, seed=3)
+    changed = replace(plain, eot=4, eps=("2/255",), surrogate=other)
+    task = Task.of(model, "digits", "ers-digits", changed)
+    assert task.conditions == Conditions.of(task.partial) == Conditions(eot=4, eps="2/255", surrogate=other)
+    assert Conditions.of(partial_text(task.partial).split(";")) == task.conditions  # as a row of a board has it
+    assert Task.of(model, "digits", "ers-digits", plain).conditions == Conditions()
+    old = evaluation(seed=1).model_dump(exclude={"conditions"}) | {"partial": task.partial}
+    assert Evaluation.model_validate(old).conditions == task.conditions
+    assert Conditions.of(["--eot many", "surrogate"]) == Conditions()
 
 
 def test_other_queries_are_not_comparable():

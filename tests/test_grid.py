@@ -14,13 +14,13 @@ import pytest
 import dmlbench
 from dmlbench import results
 from dmlbench.errors import DataError, ShardDone
-from dmlbench.evaluate import asked, evaluate
+from dmlbench.evaluate import evaluate
 from dmlbench.kinds.strict.search import BATCHES, Field, begin, run, settle
 from dmlbench.protocol import load_protocol
 from dmlbench.run.parallel import World
-from dmlbench.run.record import told
 from dmlbench.run.subject import Silent, prepare
 from dmlbench.run.units import Shard, Units, Work, collect
+from dmlbench.task import Options, Task, told
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "digits-smallcnn-triplet-hm-lga-ics"
@@ -347,11 +347,11 @@ def test_what_is_asked_for_is_what_the_finished_record_tells(options, model):
     )
     data = dmlbench.load_dataset("digits")
     done = evaluate(model, data, rules, device="cpu", **options)
-    assert asked(model, data, rules, device="cpu", **options) == told(done)
+    assert Task.of(model, data, rules, Options(device="cpu", **options)).identity == told(done)
 
 
 def test_a_finished_run_of_other_weights_differs(model):
     data, rules = dmlbench.load_dataset("digits"), load_protocol("ers-digits")
     other = dmlbench.load_model("digits-smallcnn-triplet-none")
-    a, b = asked(model, data, rules), asked(other, data, rules)
+    a, b = (Task.of(m, data, rules, Options()).identity for m in (model, other))
     assert {key for key in a if a[key] != b[key]} == {"model", "weights"}

@@ -60,6 +60,8 @@ def test_packaged_protocols_load_and_are_hashed(name: str) -> None:
 RELEASED = {
     "clustering@1": "93d6ae711b7a666db962bac2cb0f62020cd21b80ec53f9b86112cde223715d25",
     "clustering@2": "7493111fbca659dc782f2471d6fdf1104e37c6ebf523de16169b55409f69493c",
+    "corruptions@1": "4aa9aee8b8a144004c339724ea52f6b63e95a1056fcd8caf51be174122867003",
+    "corruptions-everything@1": "749cbf20e71da1e783a24890c11881f766857636ff007977af14dfb2f451b6aa",
     "ers-224@1": "783addc16456acc6639fe2cd1b980adebb3356d5b39b7ec3d14bb0ba6dd23750",
     "ers-224@2": "6d86eaa174ed74d72be4a9282935abff1c0fbc7b22f36a0d95450e40e3b7c8f8",
     "ers-224-published@1": "3abe3f9d4022c938fc8ea4ab803ea04ae1cedf86f110bf84e754969498fce9b8",

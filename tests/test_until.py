@@ -170,7 +170,7 @@ def test_what_cannot_be_stopped_is_refused(typed, tmp_path: Path) -> None:
     assert "--shard" in refused("--until", "1", "--shard", "1/2", "--out", str(tmp_path))
     assert "'clustering' has none" in refused("--until", "1", "--protocol", "clustering")
     with pytest.raises(UsageError, match="two classes"):
-        looks.require_stoppable(load_protocol("ers-digits"), np.zeros(5, dtype=np.int64), 1.0, {})
+        looks.require_stoppable(load_protocol("ers-digits"), True, np.zeros(5, dtype=np.int64), 1.0, {})
 
 
 def test_as_it_is_typed(typed, tmp_path: Path) -> None:

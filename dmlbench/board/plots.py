@@ -28,7 +28,7 @@ from dmlbench.models import load_model
 from dmlbench.own_code import require_named
 from dmlbench.protocol import counted, scored
 from dmlbench.registry import Registry, suggest
-from dmlbench.results import Evaluation, conditions
+from dmlbench.results import Evaluation
 from dmlbench.run.closeup import names_of as closeup_names
 from dmlbench.run.subject import embed
 from dmlbench.threat import length
@@ -297,8 +297,7 @@ def matrix(runs: Runs, metric: str | None = None, part: str | None = None) -> Fi
     metric = _metric(runs, metric)
     found: dict[tuple[str, str], float] = {}
     for label, e in runs:
-        surrogate = conditions(e.partial)["surrogate"]
-        key = e.model.id, e.model.id if surrogate == conditions(())["surrogate"] else surrogate
+        key = e.model.id, e.conditions.surrogate or e.model.id
         if key in found:
             raise UsageError(f"{label}: there are two runs of {key[0]} under images of {key[1]}")
         value = numbers(e).get(metric)

@@ -249,6 +249,8 @@ def _eps(evaluation: Evaluation) -> float | None:
         return None
     if (curve := kind_of(evaluation).curve(evaluation)) is not None:
         return length(curve.points[-1].eps)
+    if evaluation.conditions.eps is not None:
+        return length(evaluation.conditions.eps.rpartition(",")[2])
     eps = rules.threat.get("eps")
     return None if eps is None else length(eps)
 

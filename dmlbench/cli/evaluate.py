@@ -4,8 +4,9 @@ import os
 import shlex
 import sys
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
@@ -18,13 +19,14 @@ from dmlbench.files import prepare_folder
 from dmlbench.results import Evaluation, held, load, refuse_partial, save
 
 if TYPE_CHECKING:
-    from dmlbench.datasets import RetrievalDataset
-    from dmlbench.embedding import Embedder
     from dmlbench.models import ModelOptions
     from dmlbench.protocol import Protocol
     from dmlbench.run.parallel import World
     from dmlbench.run.units import Shard, Units
+    from dmlbench.task import Task
 
+MOST_PARTS = 30
+"""Parts that are listed one by one."""
 ARROW = {"higher": "↑", "lower": "↓"}
 EPILOG = "Example: dmlbench evaluate --model digits-smallcnn-triplet-hm-lga-ics --out runs/digits --csv mine.csv"
 
@@ -84,6 +86,11 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
 @click.option(
     "--preview", is_flag=True, help="A first look: 64 queries, 1,000 gallery images, drawn by class; no result."
 )
+@click.option(
+    "--eps",
+    metavar="EPS[,EPS...]",
+    help="Another size of the perturbation, e.g. 2/255, or several for a curve; marks the result partial.",
+)
 @click.option("--seed", type=int, help="Another seed than the protocol's; marks the result partial.")
 @click.option("--eot", type=click.IntRange(min=1), help="Average this many passes, for models that are random.")
 @click.option("--surrogate", help="Make the adversarial images on this registered model instead (transfer).")
@@ -106,6 +113,7 @@ def evaluate(
     limit: int | None,
     until: float | None,
     preview: bool,
+    eps: str | None,
     seed: int | None,
     eot: int | None,
     surrogate: str | None,
@@ -123,54 +131,49 @@ def evaluate(
     Under torchrun the processes share the queries of each attack, and the first one writes.
     """
     import dmlbench
-    from dmlbench.evaluate import default_protocol
-    from dmlbench.models.defended import averaged
     from dmlbench.plan import plan_of
     from dmlbench.run.units import Shard
+    from dmlbench.task import Options, Task, default_protocol
 
     if (resume or shard) and out is None:
         raise UsageError(f"{'--resume' if resume else '--shard'} needs --out, the run folder")
     part = Shard.parse(shard) if shard else None
-    wanted = named(attacks)
     world, device = _join(device)
     embedder, images = load_subject(model, options, dataset, split, ready=not plan, small=preview)
-    eot = averaged(embedder, eot)
     several = [
         dmlbench.load_protocol(name.strip())
         for name in (protocol or default_protocol(images)).split(",")
         if name.strip()
     ]
-    many = len(several) > 1
     if not several or len({rules.name for rules in several}) < len(several):
         raise UsageError(f"--protocol {protocol!r} names {'a protocol twice' if several else 'no protocol'}")
+    how = Options(
+        attacks=named(attacks), limit=limit, until=until, seed=seed, eot=eot, surrogate=surrogate, device=device,
+        batch_size=batch_size, cache=cache, resume=resume, shared={}, argv=["dmlbench", *sys.argv[1:]],
+    )  # fmt: skip
+    tasks = {
+        name: Task.of(embedder, images, rules, replace(how, eps=sizes))
+        for rules in several
+        for name, sizes in _sizes(rules, eps).items()
+    }
+    many = len(tasks) > 1
     if many and csv:
-        raise UsageError("--csv is a board of one protocol: name one with --protocol, or leave --csv out")
+        raise UsageError("--csv is a board of one protocol: name one with --protocol and --eps, or leave --csv out")
     if plan and until is not None:
         raise UsageError("--plan cannot tell when --until stops: leave --until out for the most that it may cost")
     if plan:
-        other = dmlbench.load_model(surrogate) if surrogate else None
-        plans = {
-            rules.name: plan_of(
-                embedder, images, rules, attacks=wanted, limit=limit, device=device, batch_size=batch_size,
-                eot=eot, surrogate=other,
-            )
-            for rules in several
-        }  # fmt: skip
+        plans = {name: plan_of(task) for name, task in tasks.items()}
         if as_json:
-            print_json(plans if many else plans[several[0].name])
+            print_json(plans if many else next(iter(plans.values())))
             return
         for name, work in plans.items():
             _print_plan(work, f"{name}, " if many else "")
         return
-    asked_for: dict[str, Any] = {
-        "attacks": wanted, "limit": limit, "until": until, "device": device, "seed": seed, "eot": eot, "surrogate": surrogate,
-    }  # fmt: skip
-    how: dict[str, Any] = {"batch_size": batch_size, "cache": cache, "shared": {}}
     done: list[tuple[Path | None, Evaluation]] = []
     try:
-        for rules in several:
-            folder = out / rules.name if out and many else out
-            found = _measured(embedder, images, rules, folder, csv, asked_for, how, resume, part, world)
+        for name, task in tasks.items():
+            folder = out / name if out and many else out
+            found = _measured(task, folder, csv, part, world)
             if found:
                 done.append((folder, found))
                 if not (many and as_json):
@@ -180,62 +183,55 @@ def evaluate(
     if many and world.leads:
         if as_json:
             print_json([found.model_dump(mode="json") for _, found in done])
-        if out and len(done) == len(several):
+        if out and len(done) == len(tasks):
             _write_report(out, [folder for folder, _ in done if folder])
 
 
-def _measured(
-    embedder: "Embedder",
-    images: "RetrievalDataset",
-    rules: "Protocol",
-    out: Path | None,
-    csv: Path | None,
-    asked_for: dict[str, Any],
-    how: dict[str, Any],
-    resume: bool,
-    part: "Shard | None",
-    world: "World",
-) -> Evaluation | None:
-    """The result under one protocol, kept in ``out``; None for a shard, and for all but the first of several processes.
+def _sizes(rules: "Protocol", eps: str | None) -> dict[str, list[str] | None]:
+    """By the name of its folder, the eps of each run: all in one under a protocol with a grid, else one in each.
 
-    Args:
-        asked_for: what makes it another result.
-        how: what does not.
+    Raises:
+        UsageError: ``--eps`` names nothing.
     """
-    import dmlbench
-    from dmlbench.evaluate import asked
-    from dmlbench.run.record import told
-    from dmlbench.run.units import Units, Work, refuse_other
+    if eps is None:
+        return {rules.name: None}
+    sizes = [size.strip() for size in eps.split(",") if size.strip()]
+    if not sizes:
+        raise UsageError(f"--eps {eps!r} names nothing: e.g. 2/255,4/255,8/255")
+    if rules.grid:
+        return {rules.name: sizes}
+    return {f"{rules.name}-eps-{size.replace('/', '-')}": [size] for size in sizes}
 
-    why = foreseen(embedder, images, rules, csv, **{key: value for key, value in asked_for.items() if key != "device"})
+
+def _measured(
+    task: "Task", out: Path | None, csv: Path | None, part: "Shard | None", world: "World"
+) -> Evaluation | None:
+    """The result of one task, kept in ``out``; None for a shard, and for all but the first of several processes."""
+    import dmlbench
+    from dmlbench.run.units import Units, Work, refuse_other
+    from dmlbench.task import told
+
+    foreseen(task, csv)
     if out:
         prepare_folder(out)
         if world.leads:
             click.get_current_context().with_resource(held(out))
     units = Units(out / "units") if out else None
+    resume = task.options.resume
     if out and units and resume and not part and (out / "manifest.json").exists() and units.configuration() is None:
         done = load(out)
-        refuse_other(told(done), asked(embedder, images, rules, **asked_for), out, "name another --out")
+        refuse_other(told(done), task.identity, out, "name another --out")
         if not world.leads:
             return None
         click.echo(f"{out} holds the finished result of this command: nothing is done again", err=True)
         return done
     if out and not part:
-        refuse_partial(out, why)
+        refuse_partial(out, task.partial)
     begun = units is not None and units.configuration() is not None
     try:
         with progress() if world.leads else nullcontext() as bars:
-            evaluation = dmlbench.evaluate(
-                embedder,
-                images,
-                rules,
-                **asked_for,
-                **how,
-                progress=bars,
-                argv=["dmlbench", *sys.argv[1:]],
-                work=Work(units, world, part),
-                resume=resume,
-            )
+            options = replace(task.options, progress=bars, work=Work(units, world, part))
+            evaluation = dmlbench.evaluate(task.embedder, task.dataset, task.official, options)
     except KeyboardInterrupt:
         raise Interrupted(_how_to_go_on(out is not None)) from None
     except ShardDone as finished:
@@ -262,34 +258,19 @@ def _write_report(out: Path, folders: list[Path]) -> None:
     click.echo(f"report: {target}", err=True)
 
 
-def foreseen(
-    embedder: "Embedder",
-    images: "RetrievalDataset",
-    rules: "Protocol",
-    csv: Path | None,
-    *,
-    attacks: list[str] | None,
-    limit: int | None,
-    seed: int | None,
-    eot: int | None,
-    surrogate: str | None,
-    until: float | None = None,
-) -> tuple[str, ...]:
-    """Why the result will not be a full one; what ``--csv`` would refuse after the run is refused here."""
+def foreseen(task: "Task", csv: Path | None) -> None:
+    """Refuse before the run what ``--csv`` would refuse after it."""
     from dmlbench.board import foresee
-    from dmlbench.evaluate import reasons
 
-    chosen = rules.chosen(attacks, images.images.shape)
-    why = reasons(rules, chosen, images, attacks, limit, seed, eot, surrogate, until)
     if csv:
         prepare_folder(csv.parent)
+        rules, embedder, images = task.official, task.embedder, task.dataset
         known = {
             "protocol": rules.name, "protocol_sha256": rules.sha256, "model": embedder.name,
             "weights_sha256": embedder.weights_sha256, "dataset": images.name, "split": images.split,
             "dataset_sha256": images.sha256,
         }  # fmt: skip
-        foresee(csv, why, **known, arch=None if embedder.card else embedder.arch)
-    return why
+        foresee(csv, task.partial, **known, arch=None if embedder.card else embedder.arch)
 
 
 def deliver(evaluation: Evaluation, out: Path | None, csv: Path | None, as_json: bool, units: "Units | None") -> None:
@@ -416,7 +397,8 @@ def print_evaluation(e: Evaluation) -> None:
         )
     if not out.is_terminal:  # the lines of a file or a pipe may be as long as they need
         out.width = max(out.width, out.measure(parts, options=out.options.update(max_width=1000)).maximum)
-    out.print(parts)
+    if len(e.measurements) <= MOST_PARTS or kind.name not in e.extras:  # else the kind's own table says it shorter
+        out.print(parts)
     if kind.name in e.extras:
         print_kind(kind.tables(e.extras[kind.name]), out)
     if "audit" in e.extras:

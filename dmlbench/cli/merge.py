@@ -1,8 +1,9 @@
 """``dmlbench merge``: the units of several shards become one result."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,7 +18,7 @@ from dmlbench.results import refuse_partial
 if TYPE_CHECKING:
     from dmlbench.models import ModelOptions
 
-ASKED = ("attacks", "limit", "seed", "eot", "surrogate")
+ASKED = ("attacks", "limit", "eps", "seed", "eot", "surrogate")
 """What of a configuration makes a result partial."""
 EPILOG = "Example: dmlbench merge runs/cub-1 runs/cub-2 --out runs/cub"
 
@@ -58,6 +59,7 @@ def merge(
     from dmlbench.attacks import ATTACKS
     from dmlbench.protocol import packaged_protocol
     from dmlbench.run.units import Units, Work, collect, shared_by
+    from dmlbench.task import Options, Task
 
     made = shared_by(shards)
     made["surrogate"] = surrogate or made["surrogate"]
@@ -74,24 +76,15 @@ def merge(
     embedder, images = load_subject(
         model or made["model"], options, dataset or made["dataset"], made["split"], ready=True
     )
-    refuse_partial(out, foreseen(embedder, images, rules, csv, **{key: made[key] for key in ASKED}))
+    asked: dict[str, Any] = {name: made.get(name) for name in ASKED}
+    how = Options(**asked, device=made["device"], batch_size=made["batch_size"])
+    task = Task.of(embedder, images, rules, replace(how, argv=["dmlbench", *sys.argv[1:]]))
+    foreseen(task, csv)
+    refuse_partial(out, task.partial)
     prepare_folder(out)
     units = Units(out / "units")
     collect(shards, units)
     with progress() as bars:
-        evaluation = dmlbench.evaluate(
-            embedder,
-            images,
-            rules,
-            attacks=made["attacks"],
-            limit=made["limit"],
-            device=made["device"],
-            batch_size=made["batch_size"],
-            seed=made["seed"],
-            eot=made["eot"],
-            surrogate=made["surrogate"],
-            progress=bars,
-            argv=["dmlbench", *sys.argv[1:]],
-            work=Work(units, gather=True),
-        )
+        gathering = replace(task.options, progress=bars, work=Work(units, gather=True))
+        evaluation = dmlbench.evaluate(embedder, images, rules, gathering)
     deliver(evaluation, out, csv, as_json, units)

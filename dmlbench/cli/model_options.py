@@ -117,8 +117,8 @@ def load_subject(
     from dmlbench.datasets import decode, load_dataset
     from dmlbench.datasets.preview import preview
     from dmlbench.datasets.remarks import remarks
-    from dmlbench.evaluate import default_dataset
     from dmlbench.models import open_model
+    from dmlbench.task import default_dataset
 
     embedder = open_model(model, options)
     for note in embedder.notes:

@@ -203,7 +203,10 @@ class Kind:
             :class:`Outcome`, or None where ``work`` is a shard; None: the components are searched one after another.
         components: the parts of a run on images of a shape.
         mean: the mean of the parts' scores is ERS.
+        moved: its parts are read at images that a search moved within a ball: each query has a norm, and the sample holds the
+            images. Else the sample holds what ``replay`` looks at.
         within: R@1 of its parts is within the attacked set, so it may rise as well as fall.
+        averages: it can be run on a model that is random, by means over several passes (``eot``).
         optimizers: what the run searches with.
         jobs: what ``--plan`` times, for a protocol, a data set and a number of queries.
 
@@ -239,7 +242,9 @@ class Kind:
     run: Callable[[Subject, Protocol, int, int, Progress, np.ndarray, Work], Outcome | None] | None = None
     components: Callable[[Protocol, Shape], list[Component]] = own_components
     mean: bool = False
+    moved: bool = True
     within: bool = False
+    averages: bool = True
     optimizers: Callable[[Protocol], set[str]] = lambda rules: set()
     jobs: Callable[[Protocol, RetrievalDataset, int], Iterator[Job]] = nothing
     form: type[BaseModel] | None = None

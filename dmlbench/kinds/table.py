@@ -4,12 +4,15 @@ import numpy as np
 
 from dmlbench.kinds.base import Kind, Number
 from dmlbench.kinds.clustering.record import CLUSTERING
+from dmlbench.kinds.corruptions.record import CORRUPTED
 from dmlbench.kinds.parts import ERS, PARTS
 from dmlbench.kinds.strict.record import STRICT
 from dmlbench.registry import Registry
 from dmlbench.results import Evaluation
 
-KINDS: Registry[Kind] = Registry("kind of protocol", {kind.name: kind for kind in (ERS, PARTS, STRICT, CLUSTERING)})
+KINDS: Registry[Kind] = Registry(
+    "kind of protocol", {kind.name: kind for kind in (ERS, PARTS, STRICT, CLUSTERING, CORRUPTED)}
+)
 
 
 def numbers() -> dict[str, Number]:

@@ -3,7 +3,6 @@
 import platform
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ import torch
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.datasets.base import DISTRACTOR
 from dmlbench.embedding import Embedder
-from dmlbench.results import DatasetInfo, Environment, Evaluation, ModelInfo
+from dmlbench.results import DatasetInfo, Environment, ModelInfo
 from dmlbench.run.subject import Subject
 from dmlbench.version import __version__
 
@@ -85,27 +84,3 @@ def environment(
         notes=tuple(notes),
         argv=tuple(word for word in argv if word != "--resume"),
     )
-
-
-def told(evaluation: Evaluation) -> dict[str, Any]:
-    """What a finished result says of its configuration; its batch size, for one, it does not."""
-    e = evaluation
-    return {
-        "dmlbench": e.environment.dmlbench,
-        "torch": e.environment.torch,
-        "model": e.model.id,
-        "weights": e.model.weights_sha256,
-        "space": e.model.space,
-        "gradient_precision": e.environment.gradient_precision,
-        "compiled": e.environment.compiled,
-        "dataset": e.dataset.name,
-        "split": e.dataset.split,
-        "dataset_sha256": e.dataset.sha256,
-        "protocol": e.protocol.name,
-        "protocol_sha256": e.protocol.sha256,
-        "seed": e.protocol.seed,
-        "partial": list(e.partial),
-        "extra_parts": list(e.extras.get("extra_parts", ())),
-        **e.extras.get("fingerprint", {}),
-        "device": e.environment.device,
-    }

@@ -44,7 +44,9 @@ def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Pa
 
 
 def _short(value: Any) -> str:
-    """A value as an error message shows it: hashes are cut."""
+    """A value as an error message shows it: a list by its items, hashes cut."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_short, value)) or "nothing"
     text = value if isinstance(value, str) else json.dumps(value)
     return f"{text[:12]}…" if len(text) > 40 else text
 

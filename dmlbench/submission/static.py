@@ -31,7 +31,7 @@ from dmlbench.protocol import (
     score_intervals,
 )
 from dmlbench.registry import suggest
-from dmlbench.results import Evaluation
+from dmlbench.results import Conditions, Evaluation
 from dmlbench.run.record import counts
 from dmlbench.run.subject import measured_queries
 from dmlbench.submission import extras
@@ -273,6 +273,10 @@ def _shape_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) 
     d = e.dataset
     if e.partial:
         yield Problem(0, f"{RUN} partial", f"a partial run ({', '.join(e.partial)}) has no place on the board")
+    if e.conditions != Conditions():
+        yield Problem(
+            0, f"{RUN} conditions", "a run under another threat than the protocol's has no place on the board"
+        )
     if d.n_queries != (due := rules.measured(d.n_queries_full)):
         of = f", of which {rules.name!r} measures {due}" if due != d.n_queries_full else ""
         yield Problem(0, f"{RUN} dataset.n_queries", f"{d.n_queries} of {d.n_queries_full} queries{of}")
@@ -307,7 +311,7 @@ def _shape_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) 
     if found != wanted:
         yield Problem(0, f"{RUN} measurements", f"are {', '.join(found)}; the protocol has {', '.join(wanted)}")
     for c in parts:
-        for kind in ("value", "norm"):
+        for kind in ("value", "norm") if KINDS[rules.kind].moved else ("value",):
             values = e.arrays.get(f"{c.name}/{kind}")
             if values is None or values.shape != query.shape or values.dtype.kind != "f":
                 yield Problem(0, f"{QUERIES} {c.name}/{kind}", "is not one number for each query")
@@ -363,6 +367,8 @@ def _outcome_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]
             yield Problem(0, where, f"{int(bad.sum())} outcomes are outside {low:g} to {high:g}")
         if c.readout in ("recall_at_1", "kept_in_top_4") and not np.isin(values[~missing], (0.0, 100.0)).all():
             yield Problem(0, where, "holds outcomes other than 0 and 100")
+        if not KINDS[rules.kind].moved:
+            continue
         threat = rules.threat_of(c)
         norm = e.arrays[f"{c.name}/norm"]
         limit = threat.radius + TOLERANCE * max(1.0, threat.radius)

@@ -11,7 +11,7 @@ inconclusive     it holds zero, but the difference or the interval is larger: to
 A *regression*, which fails the gate, is a drop beyond what is allowed whose interval excludes zero.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +24,7 @@ from dmlbench.board.row import PARTS, Row, from_evaluation, superseded
 from dmlbench.errors import NotComparable
 from dmlbench.intervals import DRAWS
 from dmlbench.kinds.table import numbers
-from dmlbench.results import Evaluation, conditions
+from dmlbench.results import Conditions, Evaluation
 
 if TYPE_CHECKING:
     from dmlbench.protocol import Component
@@ -199,10 +199,10 @@ def _stale(sides: Sequence[tuple[str, str | None, str]]) -> list[str]:
     return [f"{'both are' if len(names) == 2 else f'the {names[0]} is'} stale: {why}" for why, names in reasons.items()]
 
 
-def _conditions(base: Iterable[str], candidate: Iterable[str]) -> dict[str, tuple[object, object]]:
-    """By key, what each side's ``partial`` reasons say of how the adversarial images were made."""
-    first, second = conditions(base), conditions(candidate)
-    return {key: (first[key], second[key]) for key in first}
+def _conditions(base: Conditions, candidate: Conditions) -> dict[str, tuple[object, object]]:
+    """By key, how each side's adversarial images were made."""
+    said = [{key: value or "the protocol's" for key, value in side.model_dump().items()} for side in (base, candidate)]
+    return {key: (said[0][key], said[1][key]) for key in said[0]}
 
 
 def _short(value: object) -> str:
@@ -240,7 +240,7 @@ def compare(
             "dataset": (base.dataset.name, candidate.dataset.name),
             "split": (base.dataset.split, candidate.dataset.split),
             "dataset_sha256": (base.dataset.sha256, candidate.dataset.sha256),
-            **_conditions(base.partial, candidate.partial),
+            **_conditions(base.conditions, candidate.conditions),
         },
         stale,
     )
@@ -308,7 +308,7 @@ def compare_rows(
     gate = gate or Gate()
     keys = ("protocol", "protocol_version", "protocol_sha256", "dataset", "split", "dataset_sha256", "n_gallery")
     stale = _stale([(row.protocol, row.protocol_sha256, row.model) for row in (base, candidate)])
-    said = [(row.partial or "").split(";") for row in (base, candidate)]
+    said = [Conditions.of((row.partial or "").split(";")) for row in (base, candidate)]
     _differing({k: (getattr(base, k), getattr(candidate, k)) for k in keys} | _conditions(*said), stale)
     queries = base.n_queries or 0, candidate.n_queries or 0
     names = {"ers": "ers"} | {k: f"{v}_score" for k, v in PARTS.items()}

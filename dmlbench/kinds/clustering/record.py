@@ -194,6 +194,7 @@ CLUSTERING = Kind(
     run=run,
     components=components,
     within=True,
+    averages=False,
     optimizers=lambda p: {"pgd"},
     jobs=jobs,
     form=ClusteringForm,

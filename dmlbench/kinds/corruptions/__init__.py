@@ -1,0 +1,1 @@
+"""Retrieval under common corruptions: noise, blur, weather and codecs, without any adversary."""

@@ -1,0 +1,229 @@
+"""The record of kind corruptions: every query under each common corruption, at each severity."""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from dmlbench.corruptions import CORRUPTIONS, SEVERITIES
+from dmlbench.errors import Problem, UsageError
+from dmlbench.kinds import page as md
+from dmlbench.kinds.base import (
+    AGREE,
+    DIFFER,
+    QUERIES,
+    SAMPLE,
+    Count,
+    Form,
+    Kept,
+    Kind,
+    Line,
+    Number,
+    Percent,
+    Points,
+    Sheet,
+    Stated,
+    count_problems,
+    differences,
+    text_of,
+)
+from dmlbench.kinds.corruptions.measure import ALSO, CLEAN, components, parsed, readings, run, summary
+from dmlbench.protocol import Component, Protocol
+from dmlbench.results import Evaluation
+
+SETTINGS = ("gallery", "severities")
+
+
+class Metrics(Form):
+    """Means over the queries."""
+
+    recall_at_1: Points
+    map_at_r: Points
+
+
+class RowForm(Metrics):
+    """One corruption at one severity."""
+
+    corruption: str
+    severity: Count
+    extra: bool
+
+
+class WorstForm(Form):
+    """The corruption under which least is found, severities taken together."""
+
+    corruption: str
+    recall_at_1: Points
+
+
+class CorruptionsForm(Form):
+    """``extras.corruptions``."""
+
+    clean: Metrics
+    table: Annotated[tuple[RowForm, ...], Field(min_length=1)]
+    mean: Metrics
+    worst: WorstForm
+    retention: Annotated[float, Field(ge=0)] | None
+
+
+class Columns(BaseModel):
+    """In a row of a board."""
+
+    corruption_recall_at_1: Percent | None = None
+    """mean over the 15 corruptions and their severities"""
+    corruption_recall_at_1_lo: float | None = None
+    corruption_recall_at_1_hi: float | None = None
+    corruption_retention: Annotated[float, Field(ge=0)] | None = None
+    """the same as a percentage of the clean R@1 of the model"""
+    corruption_worst: Percent | None = None
+    """mean over the severities of the corruption under which least is found, the four extra ones too"""
+    corruption_map_at_r: Percent | None = None
+
+
+NUMBERS = (
+    Number("corruption_recall_at_1", "R@1 under corruptions %", ranks=True, drop=1.0),
+    Number("corruption_retention", "Retention under corruptions %"),
+    Number("corruption_worst", "R@1 under the worst corruption %"),
+    Number("corruption_map_at_r", "MAP@R under corruptions %"),
+)
+
+
+def read(e: Evaluation) -> dict[str, float | None]:
+    """The numbers."""
+    said = e.extras["corruptions"]
+    return {
+        "corruption_recall_at_1": said["mean"]["recall_at_1"],
+        "corruption_retention": said["retention"],
+        "corruption_worst": said["worst"]["recall_at_1"],
+        "corruption_map_at_r": said["mean"]["map_at_r"],
+    }
+
+
+def by_query(e: Evaluation) -> dict[str, np.ndarray]:
+    """What each query adds to the means over the 15 corruptions; empty without the queries' outcomes."""
+    usual = [f"{row['corruption']}@{row['severity']}" for row in e.extras["corruptions"]["table"] if not row["extra"]]
+    if any(f"{name}/{key}" not in e.arrays for name in usual for key in ("value", *ALSO)):
+        return {}
+    found = {}
+    for number, key in (("corruption_recall_at_1", "value"), ("corruption_map_at_r", "map_at_r")):
+        found[number] = np.mean([e.arrays[f"{name}/{key}"].astype(np.float64) for name in usual], axis=0)
+    return found
+
+
+def check(p: Protocol) -> None:
+    """That the settings are known, and severities those that there are.
+
+    Raises:
+        UsageError: they are not.
+    """
+    for key in p.settings:
+        if key not in SETTINGS:
+            raise UsageError(f"[settings] {key} does nothing in kind 'corruptions'; there are {' and '.join(SETTINGS)}")
+    if type(p.settings.get("gallery", False)) is not bool:
+        raise UsageError(f"[settings] gallery {p.settings['gallery']!r} must be true or false")
+    severities = p.settings.get("severities", list(SEVERITIES))
+    known = isinstance(severities, list) and severities and all(s in SEVERITIES and s is not True for s in severities)
+    if not known or sorted(set(severities)) != severities:
+        raise UsageError(f"[settings] severities {severities!r} must be some of {list(SEVERITIES)}, ascending")
+
+
+def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
+    """R@1 by corruption and severity, and the means."""
+    severities = list(dict.fromkeys(row["severity"] for row in said["table"]))
+    rows = []
+    for name in dict.fromkeys(row["corruption"] for row in said["table"]):
+        own = [row for row in said["table"] if row["corruption"] == name]
+        title = f"{name} (extra)" if own[0]["extra"] else name
+        values = [row["recall_at_1"] for row in own]
+        rows.append((title, *map(text_of, values), text_of(float(np.mean(values)))))
+    columns = (*(f"severity {s}" for s in severities), "mean")
+    yield Sheet("R@1 under corruptions, %", ("corruption",), columns, tuple(rows))
+    yield Line(
+        f"of clean {text_of(said['clean']['recall_at_1'])}: {text_of(said['retention'])} % retained. "
+        f"MAP@R {text_of(said['mean']['map_at_r'])} (clean {text_of(said['clean']['map_at_r'])}). "
+        f"Worst: {said['worst']['corruption']}, R@1 {text_of(said['worst']['recall_at_1'])}",
+        f"R@1 under the 15 corruptions {text_of(said['mean']['recall_at_1'])}",
+    )
+
+
+def page(p: Protocol) -> Iterator[str]:
+    """Which corruptions, and what is corrupted."""
+    usual = [name for name, c in CORRUPTIONS.items() if not c.extra]
+    extra = [name for name, c in CORRUPTIONS.items() if c.extra]
+    severities = ", ".join(map(str, p.settings.get("severities", SEVERITIES)))
+    whose = "Queries and gallery are corrupted" if p.settings.get("gallery") else "Queries alone are corrupted"
+    yield (
+        f"{whose}, each picture in its own way (corruptions.md), at severities {severities}. Score: the mean of R@1 over "
+        f"{len(usual)} corruptions ({', '.join(usual)}) and the severities, percent, ↑ robust. Beside them, in no mean: "
+        f"{', '.join(extra)}.\n"
+    )
+    yield from md.table(["number", "what"], [[f"`{n.name}`", n.title] for n in NUMBERS])
+
+
+def arrays(rules: Protocol, parts: Sequence[Component]) -> dict[str, tuple[str, int]]:
+    """What each query has under each corruption beside R@1."""
+    return {f"{c.name}/{key}": ("f", 1) for c in parts for key in ALSO}
+
+
+def outcome_problems(stated: Stated) -> Iterator[Problem]:
+    """Outcomes are there for the queries that have one when clean."""
+    e = stated.evaluation
+    for c in stated.parts:
+        for key, clean in (("value", "recall_at_1"), *((key, key) for key in ALSO)):
+            values = e.arrays[f"{c.name}/{key}"]
+            missing = np.isnan(values) != np.isnan(e.arrays[f"benign/{clean}"])
+            yield from count_problems(
+                missing, f"{c.name}/{key}", "outcomes are missing in one of clean and corrupted alone"
+            )
+            yield from count_problems((values < 0) | (values > 100), f"{c.name}/{key}", "outcomes are outside 0 to 100")
+
+
+def number_problems(stated: Stated) -> Iterator[Problem]:
+    """Does every number come out of the arrays again?"""
+    e = stated.evaluation
+    clean = {key: float(np.nanmean(e.arrays[f"benign/{key}"].astype(np.float64))) for key in ("recall_at_1", *ALSO)}
+    again = summary(stated.parts, clean, e.arrays)
+    yield from differences("extras.corruptions", e.extras["corruptions"], again)
+
+
+def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
+    """The sampled pictures are those of the data set, and corrupted again they find what the run says."""
+    e, subject, rules = stated.evaluation, kept.subject, stated.rules
+    if not np.array_equal(e.sample[CLEAN], kept.clean.cpu().numpy()):
+        yield Problem(2, f"{SAMPLE} {CLEAN}", "are not the pictures of the data set")
+        return
+    few = subject[kept.positions]
+    for c in stated.parts:
+        found = readings(few, rules, *parsed(c), rules.seed)
+        for key in ("value", *ALSO):
+            said = e.arrays[f"{c.name}/{key}"][kept.positions]
+            differ = (np.isnan(said) != np.isnan(found[key])) | (np.abs(said - found[key]) > AGREE)
+            if differ.sum() > max(1, DIFFER * len(said)):
+                words = f"{int(differ.sum())} of {len(said)} pictures find something else than stated"
+                yield Problem(2, f"{QUERIES} {c.name}/{key}", words)
+
+
+CORRUPTED = Kind(
+    name="corruptions",
+    title="every query under each common corruption, at each severity",
+    reads=("settings",),
+    unread=("norm", "eps", "step", "steps", "start", "restarts", "queries", "eot"),
+    check=check,
+    run=run,
+    components=components,
+    moved=False,
+    averages=False,
+    form=CorruptionsForm,
+    numbers=NUMBERS,
+    columns=Columns,
+    read=read,
+    by_query=by_query,
+    shown=("corruption_recall_at_1", "corruption_retention", "corruption_worst", "corruption_map_at_r"),
+    tables=tables,
+    page=page,
+    arrays=arrays,
+    outcome_problems=outcome_problems,
+    number_problems=number_problems,
+    replay=replay,
+)

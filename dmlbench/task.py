@@ -1,0 +1,314 @@
+"""What is to be measured, and what tells its result from others: model, images, protocol and options, resolved and checked.
+
+A :class:`Task` is made before anything is embedded, so what cannot be done is said at once. :data:`IDENTITY` lists, one beside
+the other, what a task and a finished result say of the same thing: who goes on with a run compares them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from dmlbench.attacks import ATTACKS, aim, own_attacks
+from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
+from dmlbench.embedding import Embedder, digest_of
+from dmlbench.errors import UsageError
+from dmlbench.fast.rounded import settled
+from dmlbench.kinds.base import Kind
+from dmlbench.kinds.table import KINDS
+from dmlbench.models import load_model
+from dmlbench.models.defended import averaged
+from dmlbench.own_code import require_named
+from dmlbench.protocol import Chosen, Protocol, load_protocol
+from dmlbench.results import Conditions, Evaluation
+from dmlbench.rng import Rng
+from dmlbench.run.fingerprint import fingerprint
+from dmlbench.run.looks import require_stoppable
+from dmlbench.run.search import Search, auto_batch, searches
+from dmlbench.run.subject import Progress, require_shape, resolve_device, unembedded
+from dmlbench.run.units import Arrays, Work
+from dmlbench.version import __version__
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a model is measured.
+
+    What makes it another result:
+        attacks: only these: components of the protocol, which leaves ERS empty, and any ``attack@optimizer``,
+            which is an extra part that never counts in ERS; "all" stands for all that the protocol measures,
+            and ``FILE.py:NAME`` for one's own.
+        limit: only this many queries, which marks the result partial.
+        until: only as many queries as bring the 95 % interval of ERS within this many points of it, in the order of
+            :func:`~dmlbench.run.looks.even_order`, looked at more than once and made up for (:mod:`dmlbench.run.looks`);
+            marks the result partial.
+        eps: another size of the perturbation than the protocol's, or of a protocol with a grid several in ascending order, with
+            steps that are longer or shorter in proportion; marks the result partial.
+        seed: another seed than the protocol's, which marks the result partial.
+        eot: forward passes averaged for each gradient and read-out, for models that are random; marks the
+            result partial, unless it is the protocol's own number.
+        surrogate: another model to make the adversarial images on (transfer); marks the result partial.
+        device: "auto", "cpu", "cuda" or "cuda:n".
+
+    What does not:
+        batch_size: queries attacked at a time; by default chosen for the device.
+        progress: who is told how far the run is.
+        argv: the command, for the record.
+        on_search: told of each search before it begins.
+        work: who does which unit of the work, and where finished ones are kept; see docs/running.md.
+        resume: go on with the unfinished run that ``work`` keeps.
+        cache: keep the clean embeddings under the cache folder, for later runs of this model on this data set.
+        shared: a dict that is handed to several calls with the same model, data set, surrogate and device, so that
+            everything clean is embedded once for all of them.
+    """
+
+    attacks: Sequence[str] | None = None
+    limit: int | None = None
+    until: float | None = None
+    eps: Sequence[str] | None = None
+    seed: int | None = None
+    eot: int | None = None
+    surrogate: Embedder | torch.nn.Module | str | None = None
+    device: str = "auto"
+    batch_size: int | None = None
+    progress: Progress | None = None
+    argv: Sequence[str] = ()
+    on_search: Callable[[Search], None] | None = None
+    work: Work | None = None
+    resume: bool = False
+    cache: bool = False
+    shared: dict[str, Arrays] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "limit"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value} must be 1 or more")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A model, images, and a protocol as it is run.
+
+    Attributes:
+        official: the protocol, whose hash the result has.
+        rules: the same with the options' eps and averaged passes.
+        surrogate: the model that adversarial images are made on, if it is another.
+    """
+
+    embedder: Embedder
+    dataset: RetrievalDataset
+    official: Protocol
+    rules: Protocol
+    options: Options
+    surrogate: Embedder | None = None
+
+    @staticmethod
+    def of(
+        model: Embedder | torch.nn.Module | str,
+        dataset: RetrievalDataset | str | None,
+        protocol: Protocol | str | None,
+        options: Options,
+    ) -> "Task":
+        """Everything loaded and checked, but nothing embedded.
+
+        Raises:
+            UsageError: an unknown name or a combination that does not fit. DataError: files are missing.
+        """
+        if options.attacks:
+            options = replace(options, attacks=own_attacks(options.attacks))
+        embedder = as_embedder(model)
+        if not isinstance(dataset, RetrievalDataset):
+            dataset = load_dataset(dataset or default_dataset(embedder), preprocess=embedder.preprocess)
+        rules = protocol if isinstance(protocol, Protocol) else load_protocol(protocol or default_protocol(dataset))
+        run = rules if options.eps is None else rules.at_eps(options.eps)
+        if embedder.eot is not None and not KINDS[rules.kind].averages:
+            raise UsageError(
+                f"model {embedder.name!r} is random: nothing in protocol {rules.name!r} averages its draws"
+            )
+        options = replace(options, eot=averaged(embedder, options.eot))
+        if options.eot == rules.threat.get("eot", 1):  # what it would be anyway
+            options = replace(options, eot=None)
+        if options.eot is not None:
+            run = run.model_copy(update={"threat": {**run.threat, "eot": options.eot}})
+        other = None if options.surrogate is None else as_embedder(options.surrogate)
+        if other is not None and other.eot is not None and options.eot is None:
+            said = f"surrogate {other.name!r} is random: say how many passes its gradients average, --eot {other.eot}"
+            raise UsageError(said)
+        task = Task(embedder, dataset, rules, run, options, other)
+        task._check()
+        return task
+
+    def _check(self) -> None:
+        o, rules = self.options, self.rules
+        if self.surrogate is not None and self.kind.run and self.chosen.runner:
+            raise UsageError(f"protocol {rules.name!r} has no transfer: name attacks, such as WM@apgd, with --attacks")
+        if o.until is not None:
+            others = {"--limit": o.limit, "--attacks": o.attacks, "--shard": o.work and o.work.shard}
+            labels = self.dataset.labels[self.dataset.query]
+            require_stoppable(rules, self.kind.mean, labels, o.until, others)
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of the protocol."""
+        return KINDS[self.rules.kind]
+
+    @cached_property
+    def chosen(self) -> Chosen:
+        """Which parts are measured."""
+        return self.rules.chosen(self.options.attacks, self.dataset.images.shape)
+
+    @property
+    def planned(self) -> list[Search]:
+        """The searches that serve them."""
+        return searches(self.rules, [*self.chosen.own, *self.chosen.extra])
+
+    @property
+    def seed(self) -> int:
+        """Of everything that is drawn."""
+        return self.rules.seed if self.options.seed is None else self.options.seed
+
+    @property
+    def queries(self) -> int:
+        """How many are measured, unless the run stops when it is sure enough."""
+        return self.rules.measured(len(self.dataset.query), self.options.limit)
+
+    @property
+    def whole(self) -> bool:
+        """Is everything measured that the protocol itself measures?"""
+        return self.chosen.runner if self.kind.run else len(self.chosen.own) == len(self.rules.components)
+
+    @property
+    def precision(self) -> str:
+        """In which gradients are made."""
+        return settled(self.embedder.precision, len(self.dataset.gallery), resolve_device(self.options.device))
+
+    @property
+    def conditions(self) -> Conditions:
+        """What makes another threat of the protocol."""
+        o = self.options
+        return Conditions(
+            eot=o.eot,
+            eps=None if o.eps is None else ",".join(o.eps),
+            surrogate=None if self.surrogate is None else self.surrogate.name,
+        )
+
+    @property
+    def partial(self) -> tuple[str, ...]:
+        """Why the result will not be a full one; empty where it will."""
+        o, full = self.options, self.official.measured(len(self.dataset.query))
+        why = {
+            "--preview": "" if self.dataset.preview else None,
+            "--limit": o.limit if o.limit is not None and o.limit < full else None,
+            "--until": None if o.until is None else f"{o.until:g}",
+            "--attacks": None if self.whole else ",".join(o.attacks or ()),
+            "--seed": o.seed if o.seed != self.official.seed else None,
+            **{f"--{name}": value for name, value in self.conditions.model_dump().items()},
+        }
+        return tuple(f"{option} {value}".rstrip() for option, value in why.items() if value is not None)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells the finished result from others: :data:`IDENTITY`."""
+        own = fingerprint(self.embedder) if self.embedder.card is None else {}
+        return {**{name: of_task(self) for name, (of_task, _) in IDENTITY.items()}, **own}
+
+    def agree(self, work: Work) -> int:
+        """Compare with what ``work`` keeps, or begin it; the batch size, which stays that of the units that are kept.
+
+        Raises:
+            NotComparable: what is kept is of another configuration.
+        """
+        o, stored = self.options, work.units.configuration() if work.units else None
+        size = (
+            o.batch_size
+            or (stored or {}).get("batch_size")
+            or auto_batch(self.dataset, resolve_device(o.device), self.embedder, work.world)
+        )
+        identity = {
+            name: of_task(self) for name, (of_task, _) in IDENTITY.items() if name not in ("partial", "extra_parts")
+        }
+        other = self.surrogate
+        configuration = {
+            **identity,
+            "weights": self.embedder.weights_sha256 or digest_of(self.embedder),
+            "surrogate": other and other.name,
+            "surrogate_weights": other and (other.weights_sha256 or digest_of(other)),
+            "attacks": list(o.attacks) if o.attacks else None,
+            "limit": o.limit,
+            "eot": o.eot,
+            "batch_size": size,
+            **({} if o.until is None else {"until": o.until}),
+            **({} if o.eps is None else {"eps": list(o.eps)}),
+        }
+        if work.units:
+            theirs = fingerprint(other) if other else {}
+            configuration |= fingerprint(self.embedder) | {f"surrogate_{key}": value for key, value in theirs.items()}
+        work.agree(configuration, o.resume)
+        return int(size)
+
+    def aim(self) -> None:
+        """Refuse what cannot be aimed, or embedded, before anything is.
+
+        Raises:
+            UsageError: images of another shape than the model takes, or an attack without a target.
+        """
+        require_shape(self.embedder, self.dataset)
+        nowhere = unembedded(self.dataset)
+        for search in self.planned:
+            aim(ATTACKS[search.attack], nowhere, Rng(self.seed, torch.from_numpy(self.dataset.query[:1])))
+
+
+IDENTITY: Mapping[str, tuple[Callable[[Task], Any], Callable[[Evaluation], Any]]] = {
+    "dmlbench": (lambda t: __version__, lambda e: e.environment.dmlbench),
+    "torch": (lambda t: torch.__version__, lambda e: e.environment.torch),
+    "model": (lambda t: t.embedder.name, lambda e: e.model.id),
+    "weights": (lambda t: t.embedder.weights_sha256, lambda e: e.model.weights_sha256),
+    "space": (lambda t: t.embedder.distance.space, lambda e: e.model.space),
+    "gradient_precision": (lambda t: t.precision, lambda e: e.environment.gradient_precision),
+    "compiled": (lambda t: t.embedder.compiled, lambda e: e.environment.compiled),
+    "dataset": (lambda t: t.dataset.name, lambda e: e.dataset.name),
+    "split": (lambda t: t.dataset.split, lambda e: e.dataset.split),
+    "dataset_sha256": (lambda t: t.dataset.sha256, lambda e: e.dataset.sha256),
+    "protocol": (lambda t: t.official.name, lambda e: e.protocol.name),
+    "protocol_sha256": (lambda t: t.official.sha256, lambda e: e.protocol.sha256),
+    "seed": (lambda t: t.seed, lambda e: e.protocol.seed),
+    "device": (lambda t: resolve_device(t.options.device).type, lambda e: e.environment.device),
+    "partial": (lambda t: list(t.partial), lambda e: list(e.partial)),
+    "extra_parts": (lambda t: [c.name for c in t.chosen.extra], lambda e: list(e.extras.get("extra_parts", ()))),
+}
+"""By name: what a task says, and what a finished result says; its batch size, for one, it does not."""
+
+
+def told(e: Evaluation) -> dict[str, Any]:
+    """What a finished result says of :attr:`Task.identity`."""
+    return {**{name: of_result(e) for name, (_, of_result) in IDENTITY.items()}, **e.extras.get("fingerprint", {})}
+
+
+def as_embedder(model: Embedder | torch.nn.Module | str) -> Embedder:
+    """The model itself if it is an Embedder, one by its id, or a module wrapped by its own ``input_shape``."""
+    if isinstance(model, Embedder):
+        return model
+    if not isinstance(model, torch.nn.Module):
+        return load_model(model)
+    shape = getattr(model, "input_shape", None)
+    if shape is None:
+        raise UsageError("a plain nn.Module needs an input_shape: dmlbench.load_model(module, input_shape=(C, H, W))")
+    return load_model(model, input_shape=tuple(shape))
+
+
+def default_dataset(embedder: Embedder) -> str:
+    """The data set that the model's checkpoint names."""
+    if embedder.card is None:
+        raise UsageError(f"model {embedder.name!r} is not registered with a data set: name one with --dataset")
+    require_named("data set", embedder.card.dataset.name, f"model {embedder.name!r}", "with --dataset")
+    return embedder.card.dataset.name
+
+
+def default_protocol(dataset: RetrievalDataset) -> str:
+    """The data set's own protocol; else that of small grey pictures (77/255) or, whatever their size, of others (8/255)."""
+    if dataset.name in DATASETS:
+        return DATASETS[dataset.name].protocol
+    channels, height, _ = dataset.images.shape
+    return "ers-28" if channels == 1 and height <= 64 else "ers-224"

@@ -167,13 +167,12 @@ class Evaluation(_Record):
     (the measurements' seconds and what is between them), "checks", and "before" where part was finished earlier; they add
     up to ``seconds``. Empty for results of before they were kept."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _upgraded(cls, said: Any) -> Any:
+    @model_validator(mode="after")
+    def _upgraded(self) -> "Evaluation":
         """A result of before ``conditions`` were kept has them in ``partial`` alone."""
-        if isinstance(said, dict) and "conditions" not in said:
-            return {**said, "conditions": Conditions.of(said.get("partial", ()))}
-        return said
+        if "conditions" not in self.model_fields_set and self.partial:
+            object.__setattr__(self, "conditions", Conditions.of(self.partial))
+        return self
 
     _arrays: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)
     _sample: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)

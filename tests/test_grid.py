@@ -312,9 +312,9 @@ def test_resume_on_a_finished_run_prints_it_and_does_nothing(finished, typed, mo
 
 
 @pytest.mark.parametrize("change,told_apart", [
-    (("--limit", "20"), 'partial (["--limit 24", "--attacks CA+"] there, ["--limit 20", "--attacks CA+"] here)'),
+    (("--limit", "20"), "partial (--limit 24, --attacks CA+ there, --limit 20, --attacks CA+ here)"),
     (("--attacks", "CA-"), "partial ("),
-    (("--attacks", "CA+,CA+@fgsm"), "extra_parts ([] there, ["),
+    (("--attacks", "CA+,CA+@fgsm"), "extra_parts (nothing there, CA+@fgsm here)"),
     (("--seed", "9"), "seed (0 there, 9 here)"),
     (("--eot", "2"), "partial ("),
     (("--protocol", "strict"), "protocol (ers-digits there, strict here)"),

@@ -218,6 +218,9 @@ LENGTHS = {f"{n.name}{end}" for n in numbers().values() if n.length for end in (
 COLUMNS: tuple[str, ...] = tuple(Row.model_fields)
 """Every column, in the order of the CSV."""
 
+OF_KINDS = frozenset(name for kind in KINDS.values() if kind.columns for name in kind.columns.model_fields)
+"""The columns of kinds of protocol, which a file has only where they hold something."""
+
 NUMBERS = frozenset(
     name
     for name, spec in Row.model_json_schema()["properties"].items()

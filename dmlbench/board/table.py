@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dmlbench.board.row import COLUMNS, RANKED, Row, from_evaluation, partial_text, superseded
+from dmlbench.board.row import COLUMNS, OF_KINDS, RANKED, Row, from_evaluation, partial_text, superseded
 from dmlbench.checkpoints import first_problem
 from dmlbench.errors import DataError
 from dmlbench.files import lock, write_whole
@@ -76,13 +76,14 @@ def _has_rank(row: Row) -> bool:
 
 
 def to_csv(rows: Iterable[Row]) -> bytes:
-    """The whole file."""
+    """The whole file: every column, but of those of a kind of protocol the ones that a row has a value in."""
+    contents = [row.model_dump() for row in rows]
+    columns = [c for c in COLUMNS if c not in OF_KINDS or any(content[c] is not None for content in contents)]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        content = row.model_dump()
-        writer.writerow(["" if content[c] is None else _cell(content[c]) for c in COLUMNS])
+    writer.writerow(columns)
+    for content in contents:
+        writer.writerow(["" if content[c] is None else _cell(content[c]) for c in columns])
     return stream.getvalue().encode()
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from synthetic import evaluation
 
-from dmlbench.board.row import OF_KINDS
 from dmlbench.board import COLUMNS, PARTS, Row, add_row, from_csv, from_evaluation, rank, to_csv
 from dmlbench.board.build import differences, load_boards, rows_of
+from dmlbench.board.row import OF_KINDS
 from dmlbench.errors import DataError
 from dmlbench.protocol import load_protocol
 from dmlbench.results import Flag, Measurement

@@ -491,7 +491,7 @@ def test_strict_and_clustering_fill_their_columns():
             "ers": None,
             "ers_interval": None,
             "measurements": tuple(parts),
-            "extras": {"strict": {"curve": curve, "area": area}},
+            "extras": {"strict": {"clean": 100.0, "curve": curve, "area": area}},
         }
     )
     e._arrays.clear()

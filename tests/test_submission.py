@@ -12,6 +12,7 @@ import torch
 from bundles import (
     EST,
     MODEL,
+    NONE,
     arrays_of,
     card,
     edit_arrays,
@@ -28,6 +29,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 import dmlbench
+from dmlbench import protocol
 from dmlbench.checkpoints import checkpoints
 from dmlbench.cli.schema import schemas
 from dmlbench.errors import UsageError
@@ -37,7 +39,7 @@ from dmlbench.results import Evaluation, load, npz_bytes, save
 from dmlbench.run.subject import query_order
 from dmlbench.submission import rerun
 from dmlbench.submission.bundle import LIMITS, Refused, read_arrays
-from dmlbench.submission.pack import pack, write_folder
+from dmlbench.submission.pack import draft, pack, write_folder
 from dmlbench.submission.static import check_static
 from dmlbench.submission.validate import validate
 
@@ -856,3 +858,33 @@ def test_packing_again(made, typed, tmp_path):
     assert (tmp_path / "held" / "weights.safetensors").is_file()
     typed(*options, "--no-weights", "--out", tmp_path / "held")
     assert not (tmp_path / "held" / "weights.safetensors").exists()
+
+
+def test_a_protocol_that_measures_some_of_the_queries_is_packed_and_looked_at_again(tmp_path, monkeypatch) -> None:
+    rules = """name = "few"
+version = "1"
+kind = "parts"
+title = "A hundred of the queries"
+queries = 100
+[threat]
+norm = "linf"
+eps = "40/255"
+step = "10/255"
+steps = 2
+[[components]]
+name = "LTM"
+attack = "LTM"
+readout = "recall_at_1"
+worst = 0
+best = 100
+"""
+    (tmp_path / "few.toml").write_text(rules)
+    monkeypatch.setitem(protocol.PROTOCOLS._entries, "few", tmp_path / "few.toml")
+    done = dmlbench.evaluate(NONE, "digits", "few", device="cpu")
+    assert done.dataset.n_queries == 100 and not done.partial
+    save(done, tmp_path / "run")
+    (tmp_path / "submission.yaml").write_text(draft(tmp_path / "run", authors=["Somebody"]))
+    files = pack(tmp_path / "run", tmp_path / "submission.yaml", with_weights=False)
+    write_folder(files, tmp_path / f"{NONE}-few")
+    report = validate(tmp_path / f"{NONE}-few", 3, seed=0, share=0.1, least=8, device="cpu")
+    assert report.status == "accepted" and report.passed == (0, 1, 2, 3), report.problems

@@ -45,7 +45,7 @@ def replay(checked: Checked, embedder: Embedder, device: str = "auto") -> None:
     """
     e, rules = checked.evaluation, checked.protocol
     dataset = dataset_of(checked, embedder, 2)
-    subject = prepare(embedder, dataset, device=device)
+    subject = prepare(embedder, dataset, limit=rules.measured(len(dataset.query)), device=device)
     if not np.array_equal(subject.rows, e.arrays["query"]):
         raise refuse(2, f"{QUERIES} query", "are not the queries of the data set, in its order")
     problems = list(_clean_problems(e, subject, rules.clustering_seeds))

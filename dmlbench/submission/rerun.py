@@ -180,7 +180,8 @@ def rerun_share(
     draw = np.random.default_rng(chosen)
     kind = KINDS[checked.protocol.kind]
     if kind.share is not None:
-        subject = prepare(embedder, dataset, device=device)
+        measured = checked.protocol.measured(len(dataset.query))
+        subject = prepare(embedder, dataset, limit=measured, device=device)
         said, problems = kind.share(checked.stated, subject, draw, progress or Silent())
         return Rerun(said, chosen, None, tuple(problems))
     measured = dataset.query[measured_queries(len(dataset.query), checked.protocol.queries)]

@@ -89,14 +89,9 @@ def evaluate(
     subject = embedded(task, progress, work)
     clock.done("embedding")
     attacked = partial(
-        run_searches,
-        planned=task.planned,
-        seed=task.seed,
-        batch_size=size,
-        progress=progress,
-        work=work,
+        run_searches, planned=task.planned, seed=task.seed, batch_size=size, progress=progress, work=work,
         on_search=o.on_search,
-    )
+    )  # fmt: skip
     found, looked = None, dict[str, Any]()
     if o.until is not None:
         subject, found, looked = until_sure(subject, task.chosen.own, o.until, attacked)
@@ -108,9 +103,8 @@ def evaluate(
     if task.kind.run and task.chosen.runner:
         outcome = task.kind.run(subject, task.rules, task.seed, size, progress, kept, work)
     if work.shard:
-        raise ShardDone(
-            "; ".join([*notes_of(subject, task), f"shard {work.shard.index}/{work.shard.count} is finished"])
-        )
+        said = f"shard {work.shard.index}/{work.shard.count} is finished"
+        raise ShardDone("; ".join([*notes_of(subject, task), said]))
     clock.done("attacks")
     measured = Measured(task, subject, clean, found, outcome, looked)
     doubts, audit = measured.doubts(size) if work.world.leads else ((), [])

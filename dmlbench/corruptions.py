@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 from scipy.ndimage import convolve1d, distance_transform_edt, gaussian_filter, gaussian_filter1d, map_coordinates
-from scipy.signal import correlate2d, fftconvolve
 from scipy.special import pdtr
 
 from dmlbench.errors import UsageError
@@ -185,6 +184,8 @@ def gaussian_blur(x: Picture, c: Parameters, size: Size, draws: Draws) -> Pictur
 
 def defocus_blur(x: Picture, c: Parameters, size: Size, draws: Draws) -> Picture:
     """The mean over a disk of one radius, its rim softened by a Gaussian; the picture is mirrored at its edges."""
+    from scipy.signal import fftconvolve  # which takes a second
+
     radius, soft = c[0] * size.pixel, c[1] * size.pixel
     reach = 1 if radius <= 8 else 2
     half = math.floor(radius) + reach
@@ -332,6 +333,8 @@ def spatter(x: Picture, c: Parameters, size: Size, draws: Draws) -> Picture:
     the drops, lit from one corner; it is made from the distance to a drop's rim (the published code finds rims by Canny's
     method and equalises the histogram of distances).
     """
+    from scipy.signal import correlate2d
+
     mean, spread, sigma, least, strength, mud = c
     liquid = _blurred(mean + spread * size.pixel * draws.normal(*x.shape[:2]), sigma * size.pixel)
     if mud:

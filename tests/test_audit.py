@@ -22,6 +22,7 @@ from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.evaluate import evaluate
 from dmlbench.kinds.strict.search import run
 from dmlbench.optimizers import OPTIMIZERS, Optimizer, apgd
+from dmlbench.results import load
 from dmlbench.run.subject import prepare
 
 TRAINED = [f"digits-smallcnn-triplet-{d}" for d in ("none", "est", "act", "hm-lga", "hm-lga-ics")]
@@ -101,11 +102,11 @@ def test_masked_models_are_flagged(mask: str) -> None:
 
 def test_a_rugged_loss_is_no_hidden_gradient() -> None:
     """Queries that Square alone is said to have broken, and that gradients break as well in a larger ball."""
-    path = packaged("leaderboard") / "submissions" / f"{TRAINED[0]}-strict" / "run" / "per_query.npz"
+    path = packaged("leaderboard") / "submissions" / f"{TRAINED[0]}-strict" / "run"
     if not path.exists():
         pytest.skip("the board lies in the repository, which is not at hand")
     subject = prepare(dmlbench.load_model(TRAINED[0]), dmlbench.load_dataset("digits"))
-    code = np.load(path)["strict@5|255|broken_by"].astype(np.int64)
+    code = load(path).arrays["strict@5/255/broken_by"].astype(np.int64)
     steps = [s.name for s in dmlbench.load_protocol("strict").steps]
     code[np.flatnonzero(code == 2 + steps.index("W1"))[:10]] = 2 + steps.index("SQ")  # as if W1 had missed them
     by, few = {"5/255": code}, np.arange(16)

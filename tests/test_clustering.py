@@ -16,7 +16,8 @@ from dmlbench.embedding import DISTANCES
 from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate
 from dmlbench.kinds.clustering import search as clustering
-from dmlbench.kinds.clustering.search import attacked, centroids, pairwise_f1, worst
+from dmlbench.kinds.clustering.search import attacked, centroids
+from dmlbench.kinds.clustering.summary import pairwise_f1, worst
 from dmlbench.metrics import agreement, assignments
 from dmlbench.protocol import FOLDER, Joint, load_protocol
 from dmlbench.rng import Rng

@@ -11,7 +11,7 @@ import torch
 import dmlbench
 from dmlbench.datasets import DATASETS, ArrayImages, RetrievalDataset, TensorImages
 from dmlbench.errors import DataError, UsageError
-from dmlbench.evaluate import default_protocol, evaluate, scores
+from dmlbench.evaluate import evaluate, scores
 from dmlbench.metrics import mean
 from dmlbench.models import ARCHITECTURES
 from dmlbench.protocol import Component, load_protocol
@@ -19,6 +19,7 @@ from dmlbench.results import Evaluation, load, save
 from dmlbench.rng import Rng
 from dmlbench.run.search import aimed, searches
 from dmlbench.run.subject import prepare
+from dmlbench.task import default_protocol
 
 DEFAULT = "digits-smallcnn-triplet-hm-lga-ics"
 

@@ -10,7 +10,7 @@ from dmlbench.board.plots import KINDS, classes, draw, eps, matrix, parts, scatt
 from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.intervals import PERCENT, class_intervals
 from dmlbench.protocol import load_protocol
-from dmlbench.results import Evaluation, load, save
+from dmlbench.results import Conditions, Evaluation, load, save
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("triplet-none", "triplet-act")
@@ -99,7 +99,10 @@ def test_classes(runs: list[tuple[str, Evaluation]]) -> None:
 
 def test_matrix(runs: list[tuple[str, Evaluation]]) -> None:
     a, b = (named(e, name) for name, e in zip("AB", (runs[0][1], runs[1][1]), strict=True))
-    moved = [changed(a, partial=(f"--surrogate {s}",), ers=v) for s, v in (("B", 70.0), ("outside", 80.0))]
+    moved = [
+        changed(a, partial=(f"--surrogate {s}",), conditions=Conditions(surrogate=s), ers=v)
+        for s, v in (("B", 70.0), ("outside", 80.0))
+    ]
     found = matrix([("a", a), ("b", b), ("ab", moved[0]), ("ao", moved[1])])
     assert [s.name for s in found.series] == ["A", "B"] and found.ticks == ("A", "B", "outside")
     assert np.array_equal(found.table, [[a.ers, 70.0, 80.0], [np.nan, b.ers, np.nan]], equal_nan=True)

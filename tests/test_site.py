@@ -262,7 +262,7 @@ def test_worst_case_recall_joins_from_the_strict_board(tmp_path):
         (folder / protocol / "digits.csv").write_bytes(to_csv(rank(rows)))
     write_site(folder, tmp_path / "out")
     text = (tmp_path / "out" / "ers-digits" / "digits.html").read_text()
-    assert "worst-case R@1, % 12.0, ERS 40.0" in text and text.count("<svg") == 2
+    assert "Worst-case R@1 % 12.0, ERS 40.0" in text and text.count("<svg") == 2
     assert 'href="#flag-collapsed"' in text and 'id="flag-collapsed"' in text and "nearly constant" in text
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import MODEL, edit_arrays, edit_json, edit_yaml, put, valid, zipped
+from bundles import MODEL, arrays_of, edit_arrays, edit_json, edit_yaml, put, valid, zipped
 
 import dmlbench
 from dmlbench.board import build
@@ -265,11 +265,11 @@ def image(name, of, change):
 
 
 def edit_sample(files, tmp_path, name, change):
-    queries = np.load(io.BytesIO(files[QUERIES]))
+    queries = arrays_of(files[QUERIES], tmp_path)
 
     def edit(a):
         keep = np.isin(queries["query"], a["rows"])
-        change(a, queries[f"{name}/broken_by".replace("/", "|")][keep])
+        change(a, queries[f"{name}/broken_by"][keep])
 
     return edit_arrays(files, SAMPLE, tmp_path, edit)
 

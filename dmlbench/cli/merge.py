@@ -77,7 +77,7 @@ def merge(
         model or made["model"], options, dataset or made["dataset"], made["split"], ready=True
     )
     asked: dict[str, Any] = {name: made.get(name) for name in ASKED}
-    how = Options(**asked, device=made["device"], batch_size=made["batch_size"])
+    how = Options(**asked, device=made.get("device", "auto"), batch_size=made.get("batch_size"))
     task = Task.of(embedder, images, rules, replace(how, argv=["dmlbench", *sys.argv[1:]]))
     foreseen(task, csv)
     refuse_partial(out, task.partial)

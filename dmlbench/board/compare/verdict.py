@@ -201,7 +201,11 @@ def _stale(sides: Sequence[tuple[str, str | None, str]]) -> list[str]:
 
 def _conditions(base: Conditions, candidate: Conditions) -> dict[str, tuple[object, object]]:
     """By key, how each side's adversarial images were made."""
-    said = [{key: value or "the protocol's" for key, value in side.model_dump().items()} for side in (base, candidate)]
+    usual = {"surrogate": "no surrogate"}
+    said = [
+        {key: usual.get(key, "the protocol's") if value is None else value for key, value in side.model_dump().items()}
+        for side in (base, candidate)
+    ]
     return {key: (said[0][key], said[1][key]) for key in said[0]}
 
 

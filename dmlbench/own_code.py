@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from dmlbench.errors import DataError, DmlbenchError, UsageError
+from dmlbench.files import first_line as line_of
 from dmlbench.registry import suggest
 
 PREFIX = "python:"
@@ -28,8 +29,9 @@ _FILES: set[str] = set()
 
 def first_line(error: BaseException) -> str:
     """Kind and first line of an error; of one of dmlbench the sentence alone."""
-    lines = str(error.msg if isinstance(error, SyntaxError) else error).strip().splitlines() or [""]
-    return lines[0] if isinstance(error, DmlbenchError) else f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
+    kind = type(error).__name__
+    line = line_of(error.msg if isinstance(error, SyntaxError) else error, kind)
+    return line if isinstance(error, DmlbenchError) or line == kind else f"{kind}: {line}"
 
 
 def place_of(error: BaseException, files: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ import torch
 import dmlbench
 from dmlbench.board import from_evaluation
 from dmlbench.corruptions import CORRUPTIONS, corrupted
+from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate
 from dmlbench.kinds.base import Kept, Stated
@@ -133,6 +134,15 @@ def test_what_is_stored_is_looked_at_again(done, model, digits) -> None:
     ]
     missing = done.model_copy().with_arrays({"fog@5/map_at_r": np.full(24, np.nan, np.float32)})
     assert list(record.outcome_problems(Stated(missing, rule, stated.parts)))
+
+
+def test_the_packaged_protocol_of_queries_and_gallery(model, digits) -> None:
+    few = np.flatnonzero(np.isin(digits.labels, digits.labels[:1]) | (np.arange(len(digits)) % 16 == 0))[:60]
+    small = RetrievalDataset("few", "test", TensorImages(digits.images[few]), digits.labels[few])
+    both = evaluate(model, small, "corruptions-everything", device="cpu")
+    alone = evaluate(model, small, "corruptions", device="cpu")
+    assert not both.partial and len(both.measurements) == len(alone.measurements) == 18 * 5
+    assert both.benign == alone.benign and both.extras["corruptions"]["mean"] != alone.extras["corruptions"]["mean"]
 
 
 HEAD = 'name = "x"\nversion = "1"\nkind = "corruptions"\ntitle = "t"\n[threat]\n'

@@ -79,6 +79,30 @@ def test_a_curve_as_a_user_types_it(typed, tmp_path) -> None:
     assert row.out and float(cells["eps"]) == pytest.approx(length("10/255"), abs=1e-6) and not cells["rank"]
 
 
+def test_shards_are_merged_at_their_size(typed, tmp_path) -> None:
+    command = [
+        "evaluate",
+        "--model",
+        MODEL,
+        "--attacks",
+        "QA-",
+        "--limit",
+        "12",
+        "--batch-size",
+        "6",
+        "--eps",
+        "10/255",
+    ]
+    shards = [str(tmp_path / name) for name in "ab"]
+    for n, shard in enumerate(shards, 1):
+        typed(*command, "--shard", f"{n}/2", "--out", shard)
+    typed("merge", *shards, "--out", str(tmp_path / "whole"))
+    typed(*command, "--out", str(tmp_path / "direct"))
+    merged, direct = load(tmp_path / "whole"), load(tmp_path / "direct")
+    assert merged.conditions == direct.conditions == Conditions(eps="10/255") and merged.partial == direct.partial
+    np.testing.assert_array_equal(merged.arrays["QA-/value"], direct.arrays["QA-/value"])
+
+
 def test_what_names_nothing_is_refused(typed) -> None:
     assert "names nothing" in typed("evaluate", "--model", MODEL, "--eps", ",", code=2).err
     csv = typed("evaluate", "--model", MODEL, "--eps", "1/255,2/255", "--csv", "x.csv", code=2)

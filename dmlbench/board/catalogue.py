@@ -83,6 +83,8 @@ def render() -> str:
         lines.append("### Superseded versions\n\nKept for the results that were made with them; they still run.\n")
         rows = [[f"`{p.id}`", p.superseded_by or "", f"`{p.sha256[:16]}`"] for p in older]
         lines += table(["protocol", "superseded by", "sha256"], rows)
+    lines.append("## Kinds of protocol\n")
+    lines += table(["kind", "what it is"], [[f"`{name}`", kind.title] for name, kind in KINDS.items()])
     lines.append("## Attacks\n")
     rows = []
     for name, a in ATTACKS.items():

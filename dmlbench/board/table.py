@@ -1,6 +1,6 @@
 """A board as a CSV file: reading it, ranking its rows, adding one, writing it whole.
 
-UTF-8, LF, one fixed order of columns, numbers as numbers, an empty cell where a number is missing.
+UTF-8, LF, one fixed order of columns (those of a kind of protocol only where they hold something), numbers as numbers, an empty cell where a number is missing.
 """
 
 import csv

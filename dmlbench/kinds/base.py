@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from dmlbench.attacks import Attack
 from dmlbench.datasets import RetrievalDataset
@@ -174,7 +175,7 @@ class Kept:
 
     subject: Subject
     positions: np.ndarray
-    clean: Any
+    clean: Tensor
 
 
 def own_components(rules: Protocol, shape: Shape) -> list[Component]:

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from dmlbench.datasets.base import Images
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, DmlbenchError, UsageError
+from dmlbench.files import first_line
 from dmlbench.models.behaviour import probe_images
 from dmlbench.registry import Registry
 from dmlbench.rng import Rng, own_streams
@@ -391,9 +392,8 @@ class Applied:
         except (DmlbenchError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:  # another package's transform, which can fail in any way
-            raise DataError(
-                f"wrapper {self} fails on {tuple(images.shape)}: {type(error).__name__}: {error}"
-            ) from error
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(f"wrapper {self} fails on {tuple(images.shape)}: {said}") from error
         whole = len(found) == len(images) or (self.wrapper.stage == STAGES[-1] and len(found) % len(images) == 0)
         if not whole or found.shape[1:] != images.shape[1:]:
             raise DataError(f"wrapper {self} makes {tuple(found.shape)} of images {tuple(images.shape)}")

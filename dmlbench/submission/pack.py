@@ -190,10 +190,11 @@ def repacked(folder: Path) -> dict[str, bytes] | None:
 
 
 def shortened(e: Evaluation, count: int) -> dict[str, np.ndarray]:
-    """The stored adversarial images of the first ``count`` sampled queries, without what a report shows of them."""
-    measured = query_order(e.dataset.n_queries_full)[
-        : len(e.arrays["query"])
-    ]  # positions, where a protocol takes some alone
+    """The stored adversarial images of the first ``count`` sampled queries, without what a report shows of them.
+
+    The order is that of all queries, of which a protocol may measure the first ones alone.
+    """
+    measured = query_order(e.dataset.n_queries_full)[: len(e.arrays["query"])]
     first = e.arrays["query"][np.searchsorted(np.sort(measured), measured[:count])]
     keep = np.isin(e.sample["rows"], first)
     return {name: values[keep] for name, values in e.sample.items() if not name.startswith("closeup/")}

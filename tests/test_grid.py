@@ -15,7 +15,8 @@ import dmlbench
 from dmlbench import results
 from dmlbench.errors import DataError, ShardDone
 from dmlbench.evaluate import evaluate
-from dmlbench.kinds.strict.search import BATCHES, Field, begin, run, settle
+from dmlbench.kinds.hunting import BATCHES, Field
+from dmlbench.kinds.strict.search import begin, run, settle
 from dmlbench.protocol import load_protocol
 from dmlbench.run.parallel import World
 from dmlbench.run.subject import Silent, prepare

@@ -481,6 +481,115 @@ def test_the_shared_perturbation_is_that_of_the_plain_loop(norm: str) -> None:
         np.testing.assert_allclose(found[i].numpy(), back(clean + shared, clean, threat), atol=1e-6)
 
 
+class Side:
+    """The side of a bent line that a picture of three channels is on, in float64: 0 or less on the far one; it can show such a picture."""
+
+    def __init__(self, shows: bool) -> None:
+        draw = rows(3, 31)
+        self.clean, self.weight = 0.25 + 0.1 * draw.uniform(3, 4, 4).double(), draw.normal(3, 4, 4).double()
+        if shows:
+            self.shown = lambda: (self.clean - 0.6 * self.weight.sign()).clamp(0, 1)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.8 + (self.weight * (x - self.clean) + 0.3 * (x - self.clean) ** 2).flatten(1).sum(1)
+
+    def one(self, i: int):
+        clean, weight = self.clean[i].numpy(), self.weight[i].numpy()
+        return clean, lambda x: 0.8 + (weight * (x - clean) + 0.3 * (x - clean) ** 2).sum() <= 0
+
+
+def plain_hopskipjump(clean, flipped, threat, draw, shown):
+    """Chen, Jordan and Wainwright, algorithm 2, until the queries are spent: (nearest flipped picture, how often it went round)."""
+    pixels, best, left, turns = clean.size, None, threat.queries, 0
+
+    class Spent(Exception):
+        pass
+
+    def ask(x) -> bool:
+        nonlocal best, left
+        if left == 0:
+            raise Spent
+        left -= 1
+        if flipped(x) and (best is None or size(x - clean, threat) < size(best - clean, threat)):
+            best = x
+        return flipped(x)
+
+    def towards(x, alpha):
+        return clean + np.clip(x - clean, -alpha, alpha) if threat.norm == "linf" else (1 - alpha) * clean + alpha * x
+
+    def boundary(x):
+        low, high = 0.0, size(x - clean, threat) if threat.norm == "linf" else 1.0
+        theta = 1 / pixels**2 if threat.norm == "linf" else 1 / (math.sqrt(pixels) * pixels)
+        width = high
+        while high - low > theta * width:
+            middle = (low + high) / 2
+            low, high = (low, middle) if ask(towards(x, middle)) else (middle, high)
+        return towards(x, high)
+
+    try:
+        x = clean
+        if shown is not None:
+            assert ask(shown)
+            x = shown
+        else:
+            tries = [(tried := draw("uniform", *clean.shape), ask(tried)) for _ in range(20)]
+            x = next((tried for tried, hit in tries if hit), clean)
+        for t in range(1, 1000):
+            x = boundary(x)
+            away = size(x - clean, threat)
+            delta = 0.1 if t == 1 else away / pixels
+            steps, signs = [], []
+            for _ in range(int(100 * math.sqrt(t))):
+                u = 2 * draw("uniform", *clean.shape) - 1 if threat.norm == "linf" else draw("normal", *clean.shape)
+                probe = np.clip(x + delta * u / np.sqrt((u**2).sum()), 0, 1)
+                steps.append((probe - x) / delta)
+                signs.append(1.0 if ask(probe) else -1.0)
+            mean = np.mean(signs)
+            if abs(mean) == 1:
+                slope = mean * np.mean(steps, axis=0)
+            else:
+                slope = np.mean([(s - mean) * step for s, step in zip(signs, steps, strict=True)], axis=0)
+            candidates = [np.clip(x + away / math.sqrt(t) / 2**k * steepest(slope, threat), 0, 1) for k in range(10)]
+            x = next((c for c, hit in [(c, ask(c)) for c in candidates] if hit), x)
+            turns += 1
+    except Spent:
+        pass
+    return clean if best is None else best, turns
+
+
+@pytest.mark.parametrize("norm", list(BALLS))
+@pytest.mark.parametrize("shows", [True, False])
+def test_the_search_by_decisions_is_that_of_the_plain_loop(norm: str, shows: bool) -> None:
+    loss = Side(shows)
+    threat = Threat(norm=norm, eps=1.0 if norm == "linf" else 9.0, queries=470)
+    found = OPTIMIZERS["hopskipjump"](loss, loss.clean, threat, rows(3, 8))
+    for i, picture in enumerate(found.numpy()):
+        rng = Rng(8, torch.tensor([i]))
+        shown = loss.shown()[i].numpy() if shows else None
+        plain, turns = plain_hopskipjump(
+            *loss.one(i), threat, lambda kind, *of, rng=rng: getattr(rng, kind)(*of)[0].double().numpy(), shown
+        )
+        assert turns >= 2 and loss.one(i)[1](plain) and size(plain - loss.clean[i].numpy(), threat) > 0
+        np.testing.assert_allclose(picture, plain, atol=1e-6)
+
+
+def test_the_search_by_decisions_comes_near_the_line() -> None:
+    """A straight boundary whose distance is known; what is outside the ball is brought into it, and is then not flipped."""
+    weight = rows(3, 5).normal(3, 4, 4).double()
+    clean = torch.full_like(weight, 0.5)
+    lengths = weight.flatten(1).norm(dim=1)
+
+    def side(x):
+        return 0.3 * lengths + (weight * (x - clean)).flatten(1).sum(1)
+
+    near = Threat(norm="l2", eps=5.0, queries=4000)
+    far = (OPTIMIZERS["hopskipjump"](side, clean, near, rows(3, 2)) - clean).flatten(1).norm(dim=1)
+    assert bool(((far >= 0.3) & (far < 0.33)).all())
+    small = OPTIMIZERS["hopskipjump"](side, clean, near.but(eps=0.2), rows(3, 2))
+    assert bool((side(small) > 0).all()) and bool(near.but(eps=0.2).contains(small, clean).all())
+
+
 def test_every_optimizer_has_a_twin() -> None:
     """That of cosine is in test_strict_rounds.py, where the runs are made of it; restarts are PGD's, with a test above."""
-    assert {written(twin) for twin, *_ in TWINS} | {"universal", "cosine", "pgd-restarts"} == set(OPTIMIZERS)
+    others = {"universal", "cosine", "pgd-restarts", "hopskipjump"}
+    assert {written(twin) for twin, *_ in TWINS} | others == set(OPTIMIZERS)

@@ -23,11 +23,11 @@ from dmlbench.embedding import Embedder
 from dmlbench.errors import ShardDone, UsageError
 from dmlbench.evaluate import evaluate
 from dmlbench.intervals import cluster_median, cluster_medians
+from dmlbench.kinds.smallest import bracket, halvings, ladder
 from dmlbench.kinds.strict import search as strict
 from dmlbench.kinds.strict.record import STRICT
 from dmlbench.kinds.strict.rounds import groups, missed, rounds_run
 from dmlbench.kinds.strict.search import CARRIED, CLEAN_WRONG, SMALLEST, attempt
-from dmlbench.kinds.strict.threshold import bracket, halvings, ladder
 from dmlbench.objectives import margin_to_entry
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import FOLDER, Component, Step, Threshold

@@ -13,8 +13,8 @@ from dmlbench.board import build
 from dmlbench.board.row import shown as cell
 from dmlbench.intervals import PERCENT, VERSION, class_intervals
 from dmlbench.kinds.clustering import search as clustering
+from dmlbench.kinds.smallest import within
 from dmlbench.kinds.strict import search as strict
-from dmlbench.kinds.strict.record import within
 from dmlbench.protocol import load_protocol
 from dmlbench.results import Evaluation, Flag, save
 from dmlbench.submission import rerun

@@ -25,7 +25,8 @@ from dmlbench.fast import rounded
 from dmlbench.fast.compiled import ready
 from dmlbench.fast.exact import in_tf32, settings, true_float32
 from dmlbench.fast.rounded import settled
-from dmlbench.kinds.strict.search import Log, Misrank
+from dmlbench.kinds.hunting import Log
+from dmlbench.kinds.strict.search import Misrank
 from dmlbench.objectives import margin, shift
 from dmlbench.optimizers import autograd
 from dmlbench.rng import Rng

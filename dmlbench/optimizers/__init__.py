@@ -18,6 +18,7 @@ from dmlbench.optimizers.black import POPULATION, nes, noise, spsa
 from dmlbench.optimizers.carlini import ROUNDS, cw
 from dmlbench.optimizers.cosine import cosine
 from dmlbench.optimizers.gradient import fgsm, mi_fgsm, pgd, pgd_restarts, r_fgsm
+from dmlbench.optimizers.hopskipjump import hopskipjump
 from dmlbench.optimizers.square import square
 from dmlbench.optimizers.universal import universal
 from dmlbench.registry import Registry
@@ -37,6 +38,7 @@ __all__ = [
     "cosine",
     "cw",
     "fgsm",
+    "hopskipjump",
     "keep_lower",
     "mi_fgsm",
     "nes",
@@ -72,6 +74,7 @@ class Optimizer:
         by_queries: the search is as long as the threat's queries, not its steps.
         whole_set: it finds one thing for all queries and must be given them at once; its ``block`` says how many go
             through the network at a time.
+        strays: on its way it looks at images outside the ball.
     """
 
     run: Run
@@ -80,6 +83,7 @@ class Optimizer:
     values: Count = _none
     by_queries: bool = False
     whole_set: bool = False
+    strays: bool = False
 
     def __call__(self, loss: Loss, images: Tensor, threat: Threat, rng: Rng, **options: Any) -> Tensor:
         """Adversarial images for clean ``images`` (b, ...), each inside the threat."""
@@ -127,10 +131,15 @@ OPTIMIZERS: Registry[Optimizer] = Registry(
         "cosine": Optimizer(
             cosine, "restarts × steps gradients, 1 value each", lambda t: t.restarts * t.steps, lambda t: t.restarts
         ),
-        "cw": Optimizer(cw, f"{ROUNDS} × steps gradients", lambda t: ROUNDS * t.steps, lambda t: 1 + ROUNDS),
+        "cw": Optimizer(
+            cw, f"{ROUNDS} × steps gradients", lambda t: ROUNDS * t.steps, lambda t: 1 + ROUNDS, strays=True
+        ),
         "nes": Optimizer(nes, f"{POPULATION} × steps values", values=lambda t: _probed(t) if t.radius else 0),
         "spsa": Optimizer(spsa, f"{POPULATION} × steps values", values=_probed),
         "square": Optimizer(square, "queries values", values=lambda t: t.queries, by_queries=True),
+        "hopskipjump": Optimizer(
+            hopskipjump, "queries decisions", values=lambda t: t.queries, by_queries=True, strays=True
+        ),
         "noise": Optimizer(noise, "queries values", values=lambda t: t.queries, by_queries=True),
         "universal": Optimizer(universal, "steps gradients", lambda t: t.steps, whole_set=True),
     },

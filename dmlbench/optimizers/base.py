@@ -70,6 +70,15 @@ class Hunt(Divisible, Protocol):
         ...
 
 
+@runtime_checkable
+class Shown(Protocol):
+    """A loss that knows, for each of its images, another one at which it is 0 or less: where a search by decisions starts."""
+
+    def shown(self) -> Tensor:
+        """(b, ...) such images, in [0, 1]."""
+        ...
+
+
 @dataclass
 class Trouble:
     """Gradients of single images that were NaN or infinite: a number where they are counted, on their device."""

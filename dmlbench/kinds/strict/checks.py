@@ -25,6 +25,7 @@ from dmlbench.kinds.base import (
     differences,
     outcomes_differ,
 )
+from dmlbench.kinds.smallest import bracket, ladder
 from dmlbench.kinds.strict.rounds import groups, rounds_run
 from dmlbench.kinds.strict.search import read
 from dmlbench.kinds.strict.summary import (
@@ -36,7 +37,6 @@ from dmlbench.kinds.strict.summary import (
     outcome,
     summary,
 )
-from dmlbench.kinds.strict.threshold import bracket, ladder
 from dmlbench.protocol import Component, Protocol
 from dmlbench.results import Evaluation
 

@@ -26,14 +26,14 @@ from dmlbench.kinds.base import (
     Sheet,
     text_of,
 )
+from dmlbench.kinds.smallest import SmallestForm, halvings, shown, within
 from dmlbench.kinds.strict import checks
 from dmlbench.kinds.strict.search import run
 from dmlbench.kinds.strict.summary import SMALLEST, components
-from dmlbench.kinds.strict.threshold import halvings
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Protocol
 from dmlbench.results import Evaluation
-from dmlbench.threat import length, written
+from dmlbench.threat import length
 
 
 class StepForm(Form):
@@ -62,18 +62,6 @@ class PointForm(Form):
     missed: Points | None = None
     missed_at_most: Points | None = None
     steps: tuple[StepForm, ...]
-
-
-class SmallestForm(Form):
-    """The smallest eps that breaks a query."""
-
-    norm: Literal["linf", "l2"]
-    median: Cost | None
-    interval: tuple[Cost | None, Cost | None] | None
-    largest: Cost
-    gradients: Count
-    values: Count
-    seconds: Cost
 
 
 class StrictForm(Form):
@@ -131,11 +119,6 @@ def read(e: Evaluation) -> dict[str, float | None]:
             low, high = smallest["interval"]
             found |= {"smallest_eps_lo": within(low, smallest), "smallest_eps_hi": high}
     return found
-
-
-def within(value: float | None, smallest: dict[str, Any]) -> float:
-    """A number of ``extras.strict.smallest_eps``, or the largest eps of the grid where it is beyond that."""
-    return float(smallest["largest"] if value is None else value)
 
 
 def by_query(e: Evaluation) -> dict[str, np.ndarray]:
@@ -230,18 +213,13 @@ def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
         )
     if "smallest_eps" in said:
         found = said["smallest_eps"]
-        ends = f" ({' – '.join(_eps(end, found) for end in found['interval'])})" if found["interval"] else ""
+        ends = f" ({' – '.join(shown(end, found) for end in found['interval'])})" if found["interval"] else ""
         someone = (said["clean"] or 0.0) > 0  # where no query is right, none is broken either
-        head = f"smallest eps that breaks a query, median {_eps(found['median'], found) if someone else text_of(None)}{ends}"
+        head = f"smallest eps that breaks a query, median {shown(found['median'], found) if someone else text_of(None)}{ends}"
     else:
         head = f"area under the curve {text_of(said['area'])}"
     spent = [text_of(said[f"{what}_per_query"], 0) for what in ("gradients", "values")]
     yield Line(f"{spent[0]} gradients and {spent[1]} values a right query and eps", head)
-
-
-def _eps(value: float | None, found: dict[str, Any]) -> str:
-    """A length in a sentence; one that is beyond the largest of the grid is said to be so."""
-    return f"> {written(found['largest'], found['norm'])}" if value is None else written(value, found["norm"])
 
 
 def page(p: Protocol) -> Iterator[str]:

@@ -5,29 +5,27 @@ soon as the negative is not farther than the positive at *any* image that any se
 protocol of kind "strict" lists the searches; each is run on the queries that survived those before it,
 at the smallest eps first: what breaks a query at one eps breaks it at every larger one. A search may be
 repeated in rounds until these break almost nothing (:mod:`dmlbench.kinds.strict.rounds`), and the smallest eps that
-breaks each query may be looked for between those of the grid (:mod:`dmlbench.kinds.strict.threshold`). What counts in
+breaks each query may be looked for between those of the grid (:mod:`dmlbench.kinds.smallest`). What counts in
 the end is the harness's own read-out of the image that a search stopped at (docs/strict.md).
 """
 
-import hashlib
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dmlbench.attacks import ATTACKS, Attack, aim
 from dmlbench.embedding import Embedder, passes, require_finite
-from dmlbench.errors import DataError, UsageError
-from dmlbench.fast.exact import true_float32
+from dmlbench.errors import UsageError
 from dmlbench.fast.sweep import nearest_entries
 from dmlbench.kinds.base import Outcome
+from dmlbench.kinds.hunting import Field, Log, Watch, cost
+from dmlbench.kinds.smallest import between, ladder
 from dmlbench.kinds.strict.rounds import groups, rounds_run
 from dmlbench.kinds.strict.summary import (
     CARRIED,
@@ -39,62 +37,21 @@ from dmlbench.kinds.strict.summary import (
     outcome,
     summary,
 )
-from dmlbench.kinds.strict.threshold import bracket, ladder
 from dmlbench.metrics import RECALL_AT, retrieval
 from dmlbench.objectives import OBJECTIVES, gap
-from dmlbench.optimizers import OPTIMIZERS, watched
+from dmlbench.optimizers import watched
 from dmlbench.protocol import Protocol, Step
-from dmlbench.run.search import batches, halved, joined
-from dmlbench.run.subject import Progress, Subject, query_order
+from dmlbench.run.subject import Progress, Subject
 from dmlbench.run.units import Arrays, Work
 from dmlbench.scene import Scene
 from dmlbench.threat import Threat
 
-BATCHES = 2
-"""Batches in a unit at most: few enough to be dealt out, enough that a batch is not almost empty once few survive."""
-ROUGH = ("tf32", "bfloat16")
-"""Precisions in which the embeddings of a gradient's forward pass are rounded."""
 FOLLOWED = ("recall_at_1", *PROXIES)
 """What is followed at every image that a search stopped at."""
 
 
-class Log:
-    """What a search has seen of each of its images: whether it was misranked, when first, and where.
-
-    Attributes:
-        found: (b, ...) the first misranked image.
-        first: (b,) the count of the loss value at which that was, from 1; 0 where it has not been.
-        gradients, values: backward passes and passes without one that were spent, over all images; ``eot`` counts
-            each of its passes.
-        unknown: () how many embeddings were NaN or infinite.
-    """
-
-    def __init__(self, images: Tensor) -> None:
-        self.found = images.clone()
-        self.first = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        self.calls = torch.zeros_like(self.first)
-        self.gradients = self.values = 0
-        self.unknown = torch.zeros((), dtype=torch.int64, device=images.device)
-
-    def spend(self, passes: int, graph: bool) -> None:
-        """So many more forward passes of one image, each with a backward one if ``graph``."""
-        self.gradients, self.values = self.gradients + graph * passes, self.values + (not graph) * passes
-
-    def note(self, at: Int[Tensor, " n"], margins: Float[Tensor, " n"], images: Tensor) -> None:
-        """One more loss value for the images ``at``."""
-        self.calls[at] += 1
-        fresh = (margins <= 0) & (self.first[at] == 0)  # (n,)
-        self.first[at] = torch.where(fresh, self.calls[at], self.first[at])
-        shape = (-1, *[1] * (images.dim() - 1))
-        self.found[at] = torch.where(fresh.view(shape), images, self.found[at])
-
-
-class Misrank:
-    """An attack's loss that also watches the margin of R@1, whatever it descends.
-
-    A :class:`~dmlbench.optimizers.Hunt`: images that have been misranked once are settled. Where the passes of
-    a gradient are rounded or compiled, an image counts as misranked once a pass as of a read-out says so too.
-    """
+class Misrank(Watch):
+    """An attack's loss that also watches the margin of R@1."""
 
     def __init__(
         self,
@@ -105,38 +62,8 @@ class Misrank:
         at: Int[Tensor, " n"] | None = None,
         eot: int = 1,
     ) -> None:
-        self.embedder, self.objective, self.scene, self.log, self.eot = embedder, objective, scene, log, eot
-        self.precision = embedder.precision
-        self.at = torch.arange(len(scene), device=log.first.device) if at is None else at
-
-    def __call__(self, images: Tensor) -> Float[Tensor, " n"]:
-        values, margins = self._summed(images)
-        self.log.spend(self.eot * len(images), images.requires_grad)
-        if images.requires_grad and (self.precision in ROUGH or self.embedder.steps is not None):
-            margins = self._confirmed(images.detach(), margins)
-        self.log.note(self.at, margins, images.detach())
-        return values / self.eot
-
-    def _confirmed(self, images: Tensor, margins: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """The margins, those of images that seem misranked for the first time made again in float32.
-
-        A pass that is rounded on its way to a gradient can be wrong by more than the margin; a search that stops
-        for it leaves a query that the read-out finds right, and that the rest of the search might have broken.
-        """
-        at = ((margins <= 0) & self.unsettled()).nonzero()[:, 0]
-        if not len(at):
-            return margins
-        again = self[at]
-        with torch.no_grad(), true_float32():
-            exact = again._summed(images[at])[1]
-        self.log.spend(self.eot * len(at), False)
-        return margins.index_copy(0, at, exact)
-
-    def _summed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss (n,) and the margin (n,), sums over ``eot`` passes."""
-        drawn = passes(self.embedder, images, self.eot, "search", self.scene.query, self.log.calls[self.at])
-        values, margins = zip(*map(self._once, drawn), strict=True)
-        return reduce(torch.add, values), reduce(torch.add, margins)
+        super().__init__(embedder, scene, log, at, eot)
+        self.objective = objective
 
     def _once(self, e: Tensor) -> tuple[Tensor, Tensor]:
         """The loss (n,) and the margin (n,) of the embeddings (n, d) of one forward pass, from one table of distances."""
@@ -153,13 +80,6 @@ class Misrank:
         if of_target is not None:
             return gap(e, scene, of_target, positive), margins
         return OBJECTIVES[self.objective](e, scene), margins
-
-    def __getitem__(self, index: Tensor) -> "Misrank":
-        return Misrank(self.embedder, self.objective, self.scene[index], self.log, self.at[index], self.eot)
-
-    def unsettled(self) -> Bool[Tensor, " n"]:
-        """Which images have not been misranked yet."""
-        return self.log.first[self.at] == 0
 
 
 @dataclass(frozen=True)
@@ -213,24 +133,12 @@ def attempt(
         for j in range(count):
             aimed = scene.aimed(scene.chosen[:, j : j + 1]) if count > 1 else scene
             hunt = Misrank(subject.embedder, attack.objective, aimed, log, eot=threat.eot)
-            alive = hunt.unsettled()
-            if not bool(alive.any()):
-                break
-            found = OPTIMIZERS[step.optimizer](hunt[alive], clean[alive], threat, rng.fold("aim", j)[alive])
-            images = images.clone()
-            images[alive] = found
-        if unknown := int(log.unknown):
-            raise DataError(
-                f"model {subject.embedder.name!r} gives NaN or infinite embeddings for {unknown} images that step "
-                f"{step.name} looked at, at eps {threat.eps}: neither right nor wrong can be said of them"
-            )
-        images = torch.where((log.first > 0).view(-1, 1, 1, 1), log.found, images)
+            images = hunt.searched(step.optimizer, clean, threat, rng.fold("aim", j))
+        hunt.require_known(step.name, threat)
+        images = log.stopped(images)
         readouts = read(subject, scene, threat, images, clean)
     broken = readouts["recall_at_1"] < 50.0
-    iteration = np.where(
-        broken, np.where((log.first > 0).cpu().numpy(), log.first.cpu().numpy(), log.calls.cpu().numpy()), 0
-    )
-    return Attempt(images, broken, iteration, readouts, log.gradients, log.values, trouble.count)
+    return Attempt(images, broken, log.looked(broken), readouts, log.gradients, log.values, trouble.count)
 
 
 def most_aims(scene: Scene, attack: Attack) -> int:
@@ -328,7 +236,7 @@ def piece(
     clean = subject.dataset.images[subject.rows[positions]].to(subject.device)
     return {
         "broken": found.broken,
-        "iteration": found.iteration.astype(np.int32),
+        "iteration": found.iteration,
         "norm": threat.ball.size(found.images - clean).cpu().numpy(),
         **{name: found.readouts[name] for name in FOLLOWED},
         "gradients": np.array([found.gradients]),
@@ -336,70 +244,6 @@ def piece(
         "nonfinite": np.array([found.nonfinite]),
         "images": found.images[torch.from_numpy(np.isin(positions, keep)).to(subject.device)].cpu().numpy(),
     }
-
-
-@dataclass(frozen=True)
-class Field:
-    """What every pass over the queries needs to know.
-
-    Attributes:
-        bounds: of the blocks of queries that units are made of, in the order of ``query_order``.
-        keep: the queries whose adversarial images are wanted.
-    """
-
-    subject: Subject
-    seed: int
-    batch_size: int
-    progress: Progress
-    work: Work
-    bounds: tuple[tuple[int, int], ...]
-    order: np.ndarray
-    keep: np.ndarray
-
-    @staticmethod
-    def of(
-        subject: Subject,
-        protocol: Protocol,
-        seed: int,
-        batch_size: int,
-        progress: Progress,
-        work: Work,
-        keep: np.ndarray,
-    ) -> "Field":
-        """Blocks of :data:`BATCHES` batches, but of whole groups of the protocol's."""
-        order = query_order(len(subject.rows))
-        size = max(1, BATCHES * batch_size // protocol.together) * protocol.together
-        return Field(subject, seed, batch_size, progress, work, tuple(batches(len(order), size)), order, keep)
-
-    def over(
-        self, name: str, unit: str, wanted: np.ndarray, search: Callable[[np.ndarray], Arrays]
-    ) -> list[tuple[np.ndarray, Arrays]]:
-        """``search`` of the queries that are ``wanted`` (Q,) bool, in units; by unit the queries' positions and what it gave.
-
-        A unit is made of a fixed block of queries, drawn from all over the set so that blocks thin out alike. Who is
-        wanted is part of its name: what is kept counts for nobody else. Under a shard, units of others are left out.
-        """
-        left = {i: np.sort(self.order[a:b][wanted[self.order[a:b]]]) for i, (a, b) in enumerate(self.bounds)}
-        left = {i: positions for i, positions in left.items() if len(positions)}
-        units = {i: (f"{unit} of {_digest(positions)}", *self.bounds[i]) for i, positions in left.items()}
-
-        def compute(i: int) -> Arrays:
-            def part(a: int, b: int) -> Arrays:
-                return search(left[i][a:b])
-
-            count = len(left[i])
-            ends = np.linspace(0, count, -(-count // self.batch_size) + 1).astype(int).tolist()
-            return joined([halved(part, a, b) for a, b in pairwise(ends)])
-
-        self.progress.start(name, sum(b - a for _, a, b in units.values()))
-        found = self.work.each(name, units, compute, partial(self.progress.advance, name))
-        return [(left[i], arrays) for i, arrays in found.items()]
-
-
-def cost(found: Iterable[tuple[np.ndarray, Arrays]]) -> dict[str, Any]:
-    """What units of :func:`piece` cost together: ``gradients``, ``values``, ``nonfinite`` and ``seconds``."""
-    spent = {key: sum(int(arrays[key].sum()) for _, arrays in found) for key in ("gradients", "values", "nonfinite")}
-    return {**spent, "seconds": float(sum(arrays["seconds"].sum() for _, arrays in found))}
 
 
 def settle(
@@ -431,11 +275,6 @@ def settle(
             keep.update(zip(positions[np.isin(positions, field.keep)].tolist(), arrays["images"], strict=True))
         spent += found
     return cost(spent)
-
-
-def _digest(positions: np.ndarray) -> str:
-    """Short for a list of queries."""
-    return hashlib.sha256(positions.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def run(
@@ -498,38 +337,17 @@ def smallest(
 ) -> tuple[Float[np.ndarray, " Q"], dict[str, Any]]:
     """The smallest eps found that breaks each query, on the [0, 1] scale, and what the search for it cost.
 
-    Between the largest eps of the grid that leaves a query alone and the smallest that breaks it, by halving: queries
-    that ask about the same eps are searched together. inf where the largest eps does not break it, NaN where it is
-    not right when clean.
+    Between the largest eps of the grid that leaves a query alone and the smallest that breaks it, by halving. inf where the
+    largest eps does not break it, NaN where it is not right when clean.
     """
     rule = protocol.threshold
     assert rule is not None
     step = Step(name="smallest eps", attack=rule.attack, optimizer=rule.optimizer, threat=rule.threat)
-    steps, places = ladder([protocol.threat_at(eps).radius for eps in grid], rule)
-    low, high = bracket(broken_by >= CARRIED, places, len(steps))
-    middle, nothing = high, np.zeros(0, dtype=np.int64)
-    spent: list[tuple[np.ndarray, Arrays]] = []
+    radii = [protocol.threat_at(eps).radius for eps in grid]
 
-    def search(positions: np.ndarray) -> Arrays:
-        """One search of each at its own eps."""
-        out = []
-        for place in np.unique(middle[positions]):
-            at = positions[middle[positions] == place]
-            threat = protocol.threat_at("0", rule.threat).but(eps=float(steps[place]))
-            out.append({**piece(field.subject, step, threat, field.seed, nothing, None, at), "at": at})
-        return joined(out)
+    def search(radius: float, positions: np.ndarray) -> Arrays:
+        threat = protocol.threat_at("0", rule.threat).but(eps=radius)
+        return piece(field.subject, step, threat, field.seed, np.zeros(0, dtype=np.int64), None, positions)
 
-    for halving in itertools.count(1):
-        undecided = high - low > 1
-        if not undecided.any():
-            break
-        middle = (low + high) // 2
-        found = field.over(step.name, f"{step.name}, halving {halving}", undecided, search)
-        for _, arrays in found:
-            at, hit = arrays["at"], arrays["broken"]
-            high[at[hit]], low[at[~hit]] = middle[at[hit]], middle[at[~hit]]
-        known = np.concatenate([positions for positions, _ in found]) if found else nothing
-        others = np.setdiff1d(np.flatnonzero(undecided), known)  # of another shard
-        low[others] = high[others] - 1
-        spent += found
-    return np.where(np.isnan(clean) | (clean != 100.0), np.nan, np.append(steps, np.inf)[high]), cost(spent)
+    found, spent = between(field, step.name, ladder(radii, rule), broken_by >= CARRIED, search)
+    return np.where(np.isnan(clean) | (clean != 100.0), np.nan, found), spent

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from dmlbench.intervals import cluster_median
+from dmlbench.kinds.smallest import halfway
 from dmlbench.kinds.strict.rounds import fallen, groups, last_half, missed, rounds_run
-from dmlbench.kinds.strict.threshold import ladder
 from dmlbench.metrics import mean
 from dmlbench.protocol import Component, Protocol
 
@@ -113,37 +112,6 @@ def summary(
         ),
         **{f"{name}_per_query": n / max(1, int(right.sum())) / len(grid) for name, n in passes.items()},
         "codes": codes(protocol),
-    }
-
-
-def halfway(
-    protocol: Protocol,
-    grid: Sequence[str],
-    found: Float[np.ndarray, " Q"],
-    labels: Int[np.ndarray, " Q"],
-    halving: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The median of the smallest eps over the queries that are right when clean, on the [0, 1] scale, and its interval.
-
-    ``median`` and the ends of the ``interval`` are None where they are beyond the largest eps of the grid; there is no interval
-    where a single class says nothing of the spread. Values are of the ladder, and the true one lies between that and the one
-    below: the lower end is therefore one step down.
-    """
-    assert protocol.threshold is not None
-    steps, _ = ladder([protocol.threat_at(eps).radius for eps in grid], protocol.threshold)
-    place = np.searchsorted(steps, found * (1 - 1e-6)).astype(np.float64)  # beyond the last where none was found
-    middle, ends = cluster_median(np.where(np.isnan(found), np.nan, place), labels)
-
-    def at(position: float | None) -> float | None:
-        return None if position is None else ([*steps.tolist(), None, 0.0][int(np.clip(position, -1, len(steps)))])
-
-    cost = {name: halving.get(name, 0) for name in ("gradients", "values", "seconds")}
-    return {
-        "norm": protocol.threat_at(grid[0]).norm,
-        "median": at(middle),
-        "interval": ends and [at(np.floor(ends[0]) - 1), at(np.ceil(ends[1]))],
-        "largest": float(steps[-1]),
-        **cost,
     }
 
 

@@ -1,0 +1,229 @@
+"""What worst-case searches share: what is seen of each image on the way, and passes over those that are left.
+
+A search looks at images one after another; :class:`Watch` is a loss that notes when one of them is what is looked for, whatever
+it descends. What counts in the end is the harness's own read-out of the image that a search stopped at.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial, reduce
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dmlbench.embedding import Embedder, passes
+from dmlbench.errors import DataError
+from dmlbench.fast.exact import true_float32
+from dmlbench.optimizers import OPTIMIZERS
+from dmlbench.protocol import Protocol
+from dmlbench.rng import Rng
+from dmlbench.run.search import batches, halved, joined
+from dmlbench.run.subject import Progress, Subject, query_order
+from dmlbench.run.units import Arrays, Work
+from dmlbench.scene import Scene
+from dmlbench.threat import Threat
+
+BATCHES = 2
+"""Batches in a unit at most: few enough to be dealt out, enough that a batch is not almost empty once few survive."""
+ROUGH = ("tf32", "bfloat16")
+"""Precisions in which the embeddings of a gradient's forward pass are rounded."""
+
+
+class Log:
+    """What a search has seen of each of its images: whether it was found, when first, and where.
+
+    Attributes:
+        found: (b, ...) the first that is what is looked for.
+        first: (b,) the count of the loss value at which that was, from 1; 0 where it has not been.
+        gradients, values: backward passes and passes without one that were spent, over all images; ``eot`` counts
+            each of its passes.
+        unknown: () how many embeddings were NaN or infinite.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        self.found = images.clone()
+        self.first = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        self.calls = torch.zeros_like(self.first)
+        self.gradients = self.values = 0
+        self.unknown = torch.zeros((), dtype=torch.int64, device=images.device)
+
+    def spend(self, passes: int, graph: bool) -> None:
+        """So many more forward passes of one image, each with a backward one if ``graph``."""
+        self.gradients, self.values = self.gradients + graph * passes, self.values + (not graph) * passes
+
+    def note(self, at: Int[Tensor, " n"], margins: Float[Tensor, " n"], images: Tensor) -> None:
+        """One more loss value for the images ``at``."""
+        self.calls[at] += 1
+        fresh = (margins <= 0) & (self.first[at] == 0)  # (n,)
+        self.first[at] = torch.where(fresh, self.calls[at], self.first[at])
+        shape = (-1, *[1] * (images.dim() - 1))
+        self.found[at] = torch.where(fresh.view(shape), images, self.found[at])
+
+    def stopped(self, images: Tensor) -> Tensor:
+        """``images`` (b, ...), with the first found one of each that has one in its place."""
+        return torch.where((self.first > 0).view(-1, *[1] * (images.dim() - 1)), self.found, images)
+
+    def looked(self, found: Bool[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
+        """How many images had been looked at when the first was found, of those that a read-out ``found`` too; else 0."""
+        first, calls = self.first.cpu().numpy(), self.calls.cpu().numpy()
+        return np.where(found, np.where(first > 0, first, calls), 0).astype(np.int32)
+
+
+class Watch:
+    """An attack's loss that also watches a margin, 0 or less where an image is what is looked for, whatever it descends.
+
+    A :class:`~dmlbench.optimizers.Hunt`: images that have been found once are settled. Where the passes of
+    a gradient are rounded or compiled, an image counts as found once a pass as of a read-out says so too.
+    """
+
+    def __init__(
+        self, embedder: Embedder, scene: Scene, log: Log, at: Int[Tensor, " n"] | None = None, eot: int = 1
+    ) -> None:
+        self.embedder, self.scene, self.log, self.eot = embedder, scene, log, eot
+        self.precision = embedder.precision
+        self.at = torch.arange(len(scene), device=log.first.device) if at is None else at
+        self.within: tuple[Threat, Tensor] | None = None
+        """a threat and clean images (b, ...), where images outside the ball are looked at that do not count"""
+
+    def __call__(self, images: Tensor) -> Float[Tensor, " n"]:
+        values, margins = self._summed(images)
+        self.log.spend(self.eot * len(images), images.requires_grad)
+        if images.requires_grad and (self.precision in ROUGH or self.embedder.steps is not None):
+            margins = self._confirmed(images.detach(), margins)
+        if self.within is not None:
+            threat, clean = self.within
+            margins = torch.where(threat.contains(images.detach(), clean[self.at]), margins, torch.inf)
+        self.log.note(self.at, margins, images.detach())
+        return values / self.eot
+
+    def _confirmed(self, images: Tensor, margins: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The margins, those of images that seem found for the first time made again in float32.
+
+        A pass that is rounded on its way to a gradient can be wrong by more than the margin; a search that stops
+        for it leaves a query that the read-out finds right, and that the rest of the search might have broken.
+        """
+        at = ((margins <= 0) & self.unsettled()).nonzero()[:, 0]
+        if not len(at):
+            return margins
+        again = self[at]
+        with torch.no_grad(), true_float32():
+            exact = again._summed(images[at])[1]
+        self.log.spend(self.eot * len(at), False)
+        return margins.index_copy(0, at, exact)
+
+    def _summed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss (n,) and the margin (n,), sums over ``eot`` passes."""
+        drawn = passes(self.embedder, images, self.eot, "search", self.scene.query, self.log.calls[self.at])
+        values, margins = zip(*map(self._once, drawn), strict=True)
+        return reduce(torch.add, values), reduce(torch.add, margins)
+
+    def _once(self, e: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:
+        """The loss (n,) and the margin (n,) of the embeddings of one forward pass; counts for ``log.unknown`` are made."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: Tensor) -> "Watch":
+        twin = copy.copy(self)
+        twin.scene, twin.at = self.scene[index], self.at[index]
+        return twin
+
+    def unsettled(self) -> Bool[Tensor, " n"]:
+        """Which images have not been found yet."""
+        return self.log.first[self.at] == 0
+
+    def searched(self, optimizer: str, clean: Tensor, threat: Threat, rng: Rng) -> Tensor:
+        """Where an optimizer stops that is given every image (b, ...) that is not settled; the clean image of the others."""
+        alive = self.unsettled()
+        if not bool(alive.any()):
+            return clean
+        if OPTIMIZERS[optimizer].strays:
+            self.within = (threat, clean)
+        images = clean.clone()
+        images[alive] = OPTIMIZERS[optimizer](self[alive], clean[alive], threat, rng[alive])
+        return images
+
+    def require_known(self, step: str, threat: Threat) -> None:
+        """Refuse a search that saw embeddings of which nothing can be said.
+
+        Raises:
+            DataError: some were NaN or infinite.
+        """
+        if unknown := int(self.log.unknown):
+            raise DataError(
+                f"model {self.embedder.name!r} gives NaN or infinite embeddings for {unknown} images that step "
+                f"{step} looked at, at eps {threat.eps}: neither right nor wrong can be said of them"
+            )
+
+
+@dataclass(frozen=True)
+class Field:
+    """What every pass over the queries needs to know.
+
+    Attributes:
+        bounds: of the blocks of queries that units are made of, in the order of ``query_order``.
+        keep: the queries whose adversarial images are wanted.
+    """
+
+    subject: Subject
+    seed: int
+    batch_size: int
+    progress: Progress
+    work: Work
+    bounds: tuple[tuple[int, int], ...]
+    order: np.ndarray
+    keep: np.ndarray
+
+    @staticmethod
+    def of(
+        subject: Subject,
+        protocol: Protocol,
+        seed: int,
+        batch_size: int,
+        progress: Progress,
+        work: Work,
+        keep: np.ndarray,
+    ) -> "Field":
+        """Blocks of :data:`BATCHES` batches, but of whole groups of the protocol's."""
+        order = query_order(len(subject.rows))
+        size = max(1, BATCHES * batch_size // protocol.together) * protocol.together
+        return Field(subject, seed, batch_size, progress, work, tuple(batches(len(order), size)), order, keep)
+
+    def over(
+        self, name: str, unit: str, wanted: np.ndarray, search: Callable[[np.ndarray], Arrays]
+    ) -> list[tuple[np.ndarray, Arrays]]:
+        """``search`` of the queries that are ``wanted`` (Q,) bool, in units; by unit the queries' positions and what it gave.
+
+        A unit is made of a fixed block of queries, drawn from all over the set so that blocks thin out alike. Who is
+        wanted is part of its name: what is kept counts for nobody else. Under a shard, units of others are left out.
+        """
+        left = {i: np.sort(self.order[a:b][wanted[self.order[a:b]]]) for i, (a, b) in enumerate(self.bounds)}
+        left = {i: positions for i, positions in left.items() if len(positions)}
+        units = {i: (f"{unit} of {_digest(positions)}", *self.bounds[i]) for i, positions in left.items()}
+
+        def compute(i: int) -> Arrays:
+            def part(a: int, b: int) -> Arrays:
+                return search(left[i][a:b])
+
+            count = len(left[i])
+            ends = np.linspace(0, count, -(-count // self.batch_size) + 1).astype(int).tolist()
+            return joined([halved(part, a, b) for a, b in pairwise(ends)])
+
+        self.progress.start(name, sum(b - a for _, a, b in units.values()))
+        found = self.work.each(name, units, compute, partial(self.progress.advance, name))
+        return [(left[i], arrays) for i, arrays in found.items()]
+
+
+def cost(found: Iterable[tuple[np.ndarray, Arrays]]) -> dict[str, Any]:
+    """What units of :func:`piece` cost together: ``gradients``, ``values``, ``nonfinite`` and ``seconds``."""
+    spent = {key: sum(int(arrays[key].sum()) for _, arrays in found) for key in ("gradients", "values", "nonfinite")}
+    return {**spent, "seconds": float(sum(arrays["seconds"].sum() for _, arrays in found))}
+
+
+def _digest(positions: np.ndarray) -> str:
+    """Short for a list of queries."""
+    return hashlib.sha256(positions.astype("<i8").tobytes()).hexdigest()[:16]

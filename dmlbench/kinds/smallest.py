@@ -1,0 +1,147 @@
+"""The smallest eps that breaks a query: between which two eps of a grid it lies, and where there.
+
+All queries share one list of eps, the grid's own among them, so that those which ask about the same one are searched together.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from dmlbench.intervals import cluster_median
+from dmlbench.kinds.base import Cost, Count, Form
+from dmlbench.kinds.hunting import Field, cost
+from dmlbench.protocol import Protocol, Threshold
+from dmlbench.run.search import joined
+from dmlbench.run.units import Arrays
+from dmlbench.threat import written
+
+Ladder = tuple[Float[np.ndarray, " n"], Int[np.ndarray, " E"]]
+
+
+def ladder(radii: Sequence[float], rule: Threshold) -> Ladder:
+    """Every eps that is asked about, ascending, and where those of the grid stand among them.
+
+    From the smallest of the grid / 2^octaves up, ``parts`` to each octave; then ``parts`` from one of the grid to the next.
+    """
+    below = radii[0] * 2.0 ** (np.arange(-rule.octaves * rule.parts, 0) / rule.parts)
+    share = np.arange(rule.parts) / rule.parts
+    between = [low * (high / low) ** share for low, high in pairwise(radii)]
+    steps = np.concatenate([below, *between, [radii[-1]]])
+    return steps, len(below) + rule.parts * np.arange(len(radii))
+
+
+def halvings(rule: Threshold) -> int:
+    """How many searches a query is given at the most: as many as tell one of the eps up to the smallest of the grid."""
+    return (rule.octaves * rule.parts).bit_length()
+
+
+def bracket(
+    broken: Bool[np.ndarray, "E Q"], places: Int[np.ndarray, " E"], steps: int
+) -> tuple[Int[np.ndarray, " Q"], Int[np.ndarray, " Q"]]:
+    """Between which places on the ladder each query's smallest eps lies: above ``low`` (-1: anywhere below), at most ``high``.
+
+    ``broken`` says at which eps of the grid; a query that none breaks is between the last place and ``steps``, beyond it.
+    """
+    ends = np.concatenate([[-1], places, [steps]])
+    first = np.where(broken.any(0), broken.argmax(0), len(places))
+    low, high = ends[first], ends[first + 1]
+    return np.where(first < len(places), low, steps - 1), high
+
+
+def between(
+    field: Field,
+    name: str,
+    eps: Ladder,
+    broken: Bool[np.ndarray, "E Q"],
+    search: Callable[[float, np.ndarray], Arrays],
+) -> tuple[Float[np.ndarray, " Q"], dict[str, Any]]:
+    """The smallest eps found that breaks each query, [0, 1] scale, inf beyond the grid; and what it cost.
+
+    Args:
+        broken: by eps of the grid, whether it breaks each query; one that the smallest "breaks" of itself is 1 all along.
+        search: one search of the queries at some positions at an eps, with ``broken`` (n,) bool in what it gives.
+    """
+    steps, places = eps
+    low, high = bracket(broken, places, len(steps))
+    middle, nothing = high, np.zeros(0, dtype=np.int64)
+    spent: list[tuple[np.ndarray, Arrays]] = []
+
+    def each(positions: np.ndarray) -> Arrays:
+        """One search of each at its own eps: those that ask about the same one together."""
+        out = []
+        for place in np.unique(middle[positions]):
+            at = positions[middle[positions] == place]
+            out.append({**search(float(steps[place]), at), "at": at})
+        return joined(out)
+
+    for halving in itertools.count(1):
+        undecided = high - low > 1
+        if not undecided.any():
+            break
+        middle = (low + high) // 2
+        found = field.over(name, f"{name}, halving {halving}", undecided, each)
+        for _, arrays in found:
+            at, hit = arrays["at"], arrays["broken"]
+            high[at[hit]], low[at[~hit]] = middle[at[hit]], middle[at[~hit]]
+        known = np.concatenate([positions for positions, _ in found]) if found else nothing
+        others = np.setdiff1d(np.flatnonzero(undecided), known)  # of another shard
+        low[others] = high[others] - 1
+        spent += found
+    return np.append(steps, np.inf)[high], cost(spent)
+
+
+class SmallestForm(Form):
+    """What a run says of it."""
+
+    norm: Literal["linf", "l2"]
+    median: Cost | None
+    interval: tuple[Cost | None, Cost | None] | None
+    largest: Cost
+    gradients: Count
+    values: Count
+    seconds: Cost
+
+
+def halfway(
+    protocol: Protocol,
+    grid: Sequence[str],
+    found: Float[np.ndarray, " Q"],
+    labels: Int[np.ndarray, " Q"],
+    halving: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The median of the smallest eps over the queries that are right when clean, on the [0, 1] scale, and its interval.
+
+    ``median`` and the ends of the ``interval`` are None where they are beyond the largest eps of the grid; there is no interval
+    where a single class says nothing of the spread. Values are of the ladder, and the true one lies between that and the one
+    below: the lower end is therefore one step down.
+    """
+    assert protocol.threshold is not None
+    steps, _ = ladder([protocol.threat_at(eps).radius for eps in grid], protocol.threshold)
+    place = np.searchsorted(steps, found * (1 - 1e-6)).astype(np.float64)  # beyond the last where none was found
+    middle, ends = cluster_median(np.where(np.isnan(found), np.nan, place), labels)
+
+    def at(position: float | None) -> float | None:
+        return None if position is None else ([*steps.tolist(), None, 0.0][int(np.clip(position, -1, len(steps)))])
+
+    cost = {name: halving.get(name, 0) for name in ("gradients", "values", "seconds")}
+    return {
+        "norm": protocol.threat_at(grid[0]).norm,
+        "median": at(middle),
+        "interval": ends and [at(np.floor(ends[0]) - 1), at(np.ceil(ends[1]))],
+        "largest": float(steps[-1]),
+        **cost,
+    }
+
+
+def within(value: float | None, smallest: dict[str, Any]) -> float:
+    """A number of ``extras.strict.smallest_eps``, or the largest eps of the grid where it is beyond that."""
+    return float(smallest["largest"] if value is None else value)
+
+
+def shown(value: float | None, found: dict[str, Any]) -> str:
+    """A length in a sentence; one that is beyond the largest of the grid is said to be so."""
+    return f"> {written(found['largest'], found['norm'])}" if value is None else written(value, found["norm"])

@@ -1,28 +1,30 @@
 """What a run will cost, from a few measured steps: seconds and memory of each search, before hours are spent.
 
 Nothing of the data set is embedded but one batch: the gallery is random points of the right number and
-dimension, which cost the same. A search is timed with one step and with three; the difference is what a
+dimension, which cost the same. A search is timed with one step and with several, in turn; the difference is what a
 step costs, the rest is paid once a batch, and the optimizer's own count of passes (``OPTIMIZERS``) says how many
-of them there will be. A surrogate's passes are timed on the surrogate. Where a batch is slow (large images on a CPU) a smaller one is
-timed and scaled.
+of them there will be. A machine that does something else besides is slow at times, so each is timed for a while and
+the mean counts; the fastest and the slowest look give the range. A surrogate's passes are timed on the surrogate. Where
+a batch is slow (large images on a CPU) a smaller one is timed and scaled.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dmlbench.attacks import ATTACKS, Attack, aim, craft, measure
+from dmlbench.attacks import ATTACKS, Attack, AttackLoss, aim, measure
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
 from dmlbench.fast.compiled import ready as ready_to_attack
 from dmlbench.kinds.base import Job
 from dmlbench.metrics import retrieval
+from dmlbench.objectives import OBJECTIVES
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Protocol
 from dmlbench.rng import Rng
@@ -35,6 +37,13 @@ from dmlbench.threat import Threat
 PROBE = 8
 """Images timed at a time where images are large and there is no GPU."""
 _SHORT, _LONG = 1, 3
+LOOK = 0.5
+"""Seconds that a look takes at least, where the search has so many steps."""
+LOOKED = 2.0
+"""Seconds of looks at one thing, of which there are :data:`LOOKS` at least."""
+LOOKS = 2
+SPREAD = 1.25
+"""What the range reaches beyond the mean at least, up and down, as a factor: a few seconds know little of an hour."""
 QUERIES = 30
 """Values that stand for a step of an optimizer that counts values."""
 BACKWARD = 2
@@ -76,6 +85,42 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+@dataclass(frozen=True)
+class Time:
+    """Seconds: what is expected, and the ends of the range it is expected in."""
+
+    seconds: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, looks: Sequence[float]) -> "Time":
+        """The mean of several looks at the same thing, and the range that they span."""
+        mean = sum(looks) / len(looks)
+        return cls(mean, min(*looks, mean / SPREAD), max(*looks, mean * SPREAD))
+
+    def __mul__(self, factor: float) -> "Time":
+        return Time(self.seconds * factor, self.low * factor, self.high * factor)
+
+    def __add__(self, other: "Time") -> "Time":
+        return Time(self.seconds + other.seconds, self.low + other.low, self.high + other.high)
+
+
+def looked(call: Callable[[], object], device: torch.device) -> Time:
+    """What a call takes, from several for a short while; the first, which makes things ready, does not count."""
+    call()
+    looks: list[float] = []
+    while len(looks) < LOOKS or sum(looks) < LOOK:
+        looks.append(timed(call, device))
+    return Time.of(looks)
+
+
+class Whole(AttackLoss):
+    """The loss of an attack that no image leaves: a random gallery does not say which would."""
+
+    steady = False  # type: ignore[assignment]
+
+
 @dataclass(frozen=True, eq=False)
 class Stage:
     """A batch of real images before a random gallery.
@@ -101,11 +146,13 @@ class Stage:
         """One whole batch of a search."""
         part, source = aim(attack, self.scene, self.rng), self.surrogate or self
         known = source.scene.aimed(part.chosen)
-        found = craft(source.embedder, attack, OPTIMIZERS[optimizer], threat, self.images, known, self.rng)
+        loss = Whole(source.embedder, OBJECTIVES[attack.objective], known, threat.eot)
+        with torch.no_grad():
+            found = OPTIMIZERS[optimizer](loss, self.images, threat, self.rng)
         measure(self.embedder, attack, threat, found, self.images, part)
 
-    def cost(self, attack: Attack, optimizer: str, threat: Threat) -> tuple[float, float]:
-        """Seconds of a whole search on this batch, and memory in MiB at its highest."""
+    def cost(self, attack: Attack, optimizer: str, threat: Threat) -> tuple[Time, float]:
+        """A whole search on this batch, and memory in MiB at its highest."""
 
         def shortened(n: int) -> Threat:
             return threat.but(steps=min(threat.steps, n), restarts=1, queries=min(threat.queries, n * QUERIES))
@@ -113,15 +160,21 @@ class Stage:
         def work(t: Threat) -> int:
             return BACKWARD * OPTIMIZERS[optimizer].gradients(t) + OPTIMIZERS[optimizer].values(t)
 
-        once, thrice = shortened(_SHORT), shortened(_LONG)
-        self.run(attack, optimizer, once)
+        def look(t: Threat) -> float:
+            return timed(partial(self.run, attack, optimizer, t), self.device)
+
+        once = shortened(_SHORT)
+        look(once)
         forget_peak(self.device)
-        short, long = (
-            min(timed(partial(self.run, attack, optimizer, t), self.device) for _ in range(2)) for t in (once, thrice)
-        )
-        more = work(thrice) - work(once)
-        each = max(long - short, 0.0) / more if more else short / max(1, work(once))
-        return max(short - each * work(once), 0.0) + each * work(threat), peak_mib(self.device)
+        more = shortened(max(_LONG, math.ceil(LOOK / max(look(once), 1e-6))))
+        short, long = list[float](), list[float]()
+        while len(long) < LOOKS or sum(long) < LOOKED:
+            short.append(look(once))
+            long.append(look(more))
+        found, steps = Time.of(long), work(more) - work(once)
+        each = max(sum(long) - sum(short), 0.0) / len(long) / steps if steps else found.seconds / max(1, work(more))
+        rest = each * (work(threat) - work(more))
+        return found * (1 + rest / found.seconds), peak_mib(self.device)
 
 
 def stage(embedder: Embedder, dataset: RetrievalDataset, device: torch.device, batch: int) -> Stage:
@@ -151,8 +204,8 @@ def plan_of(task: Task) -> list[dict[str, object]]:
     """The searches that ``evaluate`` would run, each with its expected ``seconds`` and ``peak_mib``.
 
     ``gradients`` (a pass forward and back) and ``values`` (a pass forward) are what the searches spend on all queries,
-    on the surrogate where there is one. The first row is the clean metrics, the last the total. Searches on
-    survivors alone are taken at their most, as if every query survived.
+    on the surrogate where there is one. ``range`` are the seconds that it takes at least and at most. The first row is the
+    clean metrics, the last the total. Searches on survivors alone are ``at_most`` that: as if every query survived.
     """
     embedder, dataset, protocol, queries = task.embedder, task.dataset, task.rules, task.queries
     where = resolve_device(task.options.device)
@@ -165,20 +218,31 @@ def plan_of(task: Task) -> list[dict[str, object]]:
         on = replace(on, surrogate=stage(task.surrogate, dataset, where, probe))
         rows.append(_embedded(on, dataset))
     before = peak_mib(where, "VmRSS") if where.type == "cpu" else 0.0
+    known: dict[tuple[Attack, str, Threat], tuple[Time, float]] = {}
     for job in _jobs(task):
-        seconds, peak = on.cost(job.attack, job.optimizer, job.threat)
+        alike = (job.attack, job.optimizer, job.threat.but(eps=1.0, step=1.0))  # of any size
+        if alike not in known:
+            known[alike] = on.cost(job.attack, job.optimizer, job.threat)
+        time, peak = known[alike]
         peak = before + (peak - before) * min(size, queries) / probe if where.type == "cpu" else peak
         row = _row(job.name, job.called, job.optimizer, job.eps, queries, dataset, job.steps, job.passes)
-        rows.append({**row, **_cost(job.weight * seconds * queries / probe, peak)})
+        time *= job.weight * queries / probe
+        rows.append({**row, **_cost(replace(time, low=0.0) if job.at_most else time, peak, job.at_most)})
     total = {"id": "total", **dict.fromkeys(("attack", "optimizer", "eps"), ""), "queries": queries}
     total |= {"gallery": len(dataset.gallery), "steps": 0}
     total |= {key: sum(int(str(row[key])) for row in rows) for key in ("gradients", "values")}
     peaks = [float(str(row["peak_mib"])) for row in rows if row["peak_mib"] is not None]
-    return [*rows, {**total, **_cost(sum(float(str(r["seconds"])) for r in rows), max(peaks, default=math.nan))}]
+    times = reduce(Time.__add__, (Time(row["seconds"], *row["range"]) for row in rows))  # type: ignore[arg-type, misc]
+    return [*rows, {**total, **_cost(times, max(peaks, default=math.nan), any(bool(row["at_most"]) for row in rows))}]
 
 
-def _cost(seconds: float, peak: float) -> dict[str, object]:
-    return {"seconds": round(seconds, 1), "peak_mib": None if math.isnan(peak) else round(peak)}
+def _cost(time: Time, peak: float, at_most: bool = False) -> dict[str, object]:
+    return {
+        "seconds": round(time.seconds, 1),
+        "range": [round(time.low, 1), round(time.high, 1)],
+        "at_most": at_most,
+        "peak_mib": None if math.isnan(peak) else round(peak),
+    }
 
 
 def _clean(on: Stage, dataset: RetrievalDataset, protocol: Protocol, queries: int) -> dict[str, object]:
@@ -188,14 +252,14 @@ def _clean(on: Stage, dataset: RetrievalDataset, protocol: Protocol, queries: in
     clusters = len(np.unique(dataset.labels[dataset.gallery]))
     forget_peak(on.device)
     with torch.no_grad():
-        embed = timed(lambda: embedder(images), on.device) / len(images)
-        rank = timed(lambda: retrieval(on.scene), on.device) / len(images)
+        embed = looked(lambda: embedder(images), on.device) * (everyone / len(images))
+        rank = looked(lambda: retrieval(on.scene), on.device) * (queries / len(images))
         block = gallery.embeddings[:EMBED_BLOCK]
         centres = gallery.embeddings[torch.arange(clusters, device=on.device) % len(gallery)]
-        assign = timed(lambda: (block @ centres.t()).amax(1), on.device) / len(block)
-    means = assign * len(gallery) * _LLOYD * len(protocol.clustering_seeds)
+        assign = looked(lambda: (block @ centres.t()).amax(1), on.device)
+    means = assign * (len(gallery) / len(block) * _LLOYD * len(protocol.clustering_seeds))
     row = _row("clean metrics", "", "", "", queries, dataset, 0)
-    return {**row, **_cost(embed * everyone + rank * queries + means, peak_mib(on.device))}
+    return {**row, **_cost(embed + rank + means, peak_mib(on.device))}
 
 
 def _embedded(on: Stage, dataset: RetrievalDataset) -> dict[str, object]:
@@ -204,9 +268,9 @@ def _embedded(on: Stage, dataset: RetrievalDataset) -> dict[str, object]:
     everyone, embedder = len(np.union1d(dataset.gallery, dataset.query)), on.surrogate.embedder
     forget_peak(on.device)
     with torch.no_grad():
-        seconds = timed(lambda: embedder(on.images), on.device) / len(on.images) * everyone
+        time = looked(lambda: embedder(on.images), on.device) * (everyone / len(on.images))
     row = _row("surrogate's embeddings", "", "", "", everyone, dataset, 0)
-    return {**row, **_cost(seconds, peak_mib(on.device))}
+    return {**row, **_cost(time, peak_mib(on.device))}
 
 
 def _row(

@@ -85,6 +85,45 @@ def test_plan_does_nothing_but_plan(typed, tmp_path: Path) -> None:
     assert all(row["seconds"] > 0 and row["peak_mib"] > 0 for row in rows)
     assert rows[-1]["seconds"] == pytest.approx(sum(row["seconds"] for row in rows[:-1]), abs=0.1)
     assert rows[-1]["gradients"] == (8 + 2) * 32 * 896  # nine searches, ES from two starts
+    for row in rows:
+        low, high = row["range"]
+        assert not row["at_most"] and low <= row["seconds"] / 1.2 and row["seconds"] * 1.2 <= high  # rounded to 0.1 s
+
+
+def test_a_plan_takes_every_look_and_all_images_into_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is slow every other look: the mean counts, and the range holds both; no image leaves a search."""
+    import torch
+
+    from dmlbench import plan
+    from dmlbench.datasets import load_dataset
+    from dmlbench.models import load_model
+    from dmlbench.threat import Threat
+
+    on = plan.stage(load_model(DEFAULT), load_dataset("digits"), torch.device("cpu"), 6)
+    sizes: list[int] = []
+    clock = iter(range(10_000))
+
+    def slow_at_times(call, device) -> float:
+        before = len(steps)
+        call()
+        return (len(steps) - before) * (0.1, 0.3)[next(clock) % 4 // 2]
+
+    steps: list[int] = []
+    real = plan.Whole.__call__
+
+    def counted(self, images):
+        sizes.append(len(images))
+        steps.append(1)
+        return real(self, images)
+
+    monkeypatch.setattr(plan.Whole, "__call__", counted)
+    monkeypatch.setattr(plan, "timed", slow_at_times)
+    time, _ = on.cost(plan.ATTACKS["GTT"], "pgd", Threat(eps="40/255", step="4/255", steps=32))
+    assert set(sizes) == {6}
+    assert time.seconds == pytest.approx(32 * 0.2, rel=0.2) and time.low <= 32 * 0.11 and time.high >= 32 * 0.29
+    one, two = plan.Time.of([1.0, 3.0]), plan.Time.of([2.0, 2.0])
+    assert (one.seconds, one.low, one.high) == (2.0, 1.0, 3.0)
+    assert (two.low, two.high) == pytest.approx((2 / plan.SPREAD, 2 * plan.SPREAD))
 
 
 def test_a_plan_counts_averaged_passes_and_times_the_surrogate(typed) -> None:

@@ -245,7 +245,9 @@ def test_strict_fast_from_the_command_line(typed, tmp_path) -> None:
     assert "smallest eps that breaks a query, median" in done.out and "40/255" in done.out and "retention" in done.out
     assert "ERS" not in done.out
     plan = typed("evaluate", "--model", DEFAULT, "--protocol", "strict", "--plan", "--json").json
-    plan = [row for row in plan if "@" in row["id"]]
+    total, plan = plan[-1], [row for row in plan if "@" in row["id"]]
+    assert [row["at_most"] for row in plan] == [False] + [True] * (len(plan) - 1) and total["at_most"]
+    assert [row["range"][0] == 0 for row in plan] == [row["at_most"] for row in plan] and total["range"][0] > 0
     rounds = dmlbench.load_protocol("strict").steps[1].rounds
     assert [row["id"] for row in plan[:4]] == ["W1@5/255", "RS@5/255", "SQ@5/255", "W1@10/255"]
     assert plan[1]["gradients"] == 896 * 50 * rounds and plan[2]["gradients"] == 0

@@ -6,7 +6,7 @@ import sys
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
@@ -341,8 +341,15 @@ def _print_plan(work: list[dict[str, object]], which: str) -> None:
         table.add_column(column, justify="right")
     for row in work:
         shown = [str(row[key] or "") for key in ("id", "optimizer", "eps", "queries", "steps")]
-        table.add_row(*shown, _clock(float(str(row["seconds"]))), str(row["peak_mib"] or "–"))
+        table.add_row(*shown, _range(row), str(row["peak_mib"] or "–"))
     console().print(table)
+
+
+def _range(row: dict[str, Any]) -> str:
+    """The times between which a search is expected to end; "at most" where queries that are broken leave it."""
+    low, high = row["range"]
+    most = "at most " * row["at_most"] + _clock(high)
+    return f"{_clock(low)} – {most}" if low else most
 
 
 def _clock(seconds: float) -> str:

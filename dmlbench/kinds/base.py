@@ -157,6 +157,8 @@ class Job:
     called: str = ""
     """the attack's name in the plan"""
     weight: float = 1.0
+    at_most: bool = False
+    """queries that an earlier search breaks leave this one"""
 
 
 @dataclass(frozen=True, eq=False)

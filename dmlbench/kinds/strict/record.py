@@ -178,13 +178,14 @@ def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
                 name=f"{step.name}@{eps}", called=step.attack, eps=eps, optimizer=step.optimizer, threat=threat,
                 attack=replace(attack, k=1) if attack.targets else attack, passes=(gradients, values),
                 steps=threat.queries if optimizer.by_queries else threat.steps, weight=float(times),
+                at_most=(eps, step) != (grid[0], p.steps[0]),
             )  # fmt: skip
     if (rule := p.threshold) is not None:
         threat, most = p.threat_at(grid[-1], rule.threat), halvings(rule)
         gradients, values = (most * n for n in OPTIMIZERS[rule.optimizer].passes(threat))
         yield Job(
             name="smallest eps", called=rule.attack, optimizer=rule.optimizer, threat=threat, attack=ATTACKS[rule.attack],
-            passes=(gradients, values), steps=threat.steps, weight=float(most),
+            passes=(gradients, values), steps=threat.steps, weight=float(most), at_most=True,
         )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.models import build, check_probe, fill, load_model, read_weights, write_weights
 from dmlbench.models.registration import read_entry, register
+from dmlbench.models.small import smallcnn
 from dmlbench.preprocess import Preprocess
 from dmlbench.rng import Rng
 from dmlbench.run.parallel import World
@@ -267,6 +268,40 @@ def test_what_a_network_draws_by_itself_depends_on_the_seed(tmp_path: Path) -> N
     torch.rand(7)
     train(made, tmp_path / "c", resume=True)
     assert (tmp_path / "c" / "last.safetensors").read_bytes() == weights[0]
+
+
+def first_weights(**changes) -> list[torch.Tensor]:
+    """What a run begins with, as one vector for each member."""
+    made = recipe(**changes)
+    learner, _ = training.make_learner(made, Preprocess.standard((1, 8, 8)), 5)
+    network = learner.embedder.network
+    parts = getattr(network, "members", [network])
+    return [torch.cat([p.detach().flatten() for p in part.parameters()]) for part in parts]
+
+
+def test_the_seed_draws_the_first_weights_where_the_recipe_says_so() -> None:
+    """The packaged recipes begin with the weights of torch's seed 0, whatever their own: so their files come again."""
+    torch.manual_seed(0)
+    plain = torch.cat([p.detach().flatten() for p in smallcnn(width=2, embed_dim=8).parameters()])
+    for seed in (0, 3):
+        assert torch.equal(first_weights(seed=seed)[0], plain)
+    drawn = [first_weights(seed=seed, first_weights="seed")[0] for seed in (0, 3, 3)]
+    assert torch.equal(drawn[1], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], plain)
+    member = {"member": "timm:resnet10t", "members": 2, "in_chans": 1}
+    for kind, alike in (("fixed", True), ("seed", False)):
+        several = {"name": "digits-smallcnnx3-proxyanchor-eat", "arch_kwargs": member, "first_weights": kind}
+        assert torch.equal(*first_weights(**several)) == alike
+    assert "--set first_weights=seed" in command_of(recipe(first_weights="seed"))
+    with pytest.raises(UsageError, match="first_weights"):
+        recipe("grocery-mobilenetv2-triplet-none", embed_dim=0, first_weights="seed", arch_kwargs={})
+
+
+def test_a_run_says_where_its_seed_does_not_draw_the_first_weights(tmp_path: Path) -> None:
+    for changes, said in (({"seed": 1}, True), ({"seed": 1, "first_weights": "seed"}, False), ({}, False)):
+        told: list[str] = []
+        train(recipe(iterations=3, **changes), tmp_path / str(len(list(tmp_path.iterdir()))), tell=told.append)
+        assert any("first_weights=seed" in note for note in told) == said
 
 
 def test_spread_is_a_length_in_every_space(tmp_path: Path) -> None:

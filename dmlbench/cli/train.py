@@ -100,7 +100,11 @@ def gather(recipe: str | None, changes: dict[str, Any], named: dict[str, Any]) -
     type=Size(),
     help="Side of the images in pixels, or HxW; by default the data set's, 224 of your own.",
 )
-@click.option("--seed", type=click.IntRange(min=0), help="Seed of everything random.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    help="Seed of everything random; of a new network's weights with --set first_weights=seed.",
+)
 @click.option("--iterations", type=click.IntRange(min=1), help="Number of steps.")
 @click.option(
     "--set",

@@ -6,6 +6,7 @@ A builder is a name of :data:`ARCHITECTURES`, or ``timm:NAME``, ``torchvision:NA
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -86,8 +87,23 @@ class Built:
     takes: tuple[str, ...] = ()
 
 
+_DRAWN: ContextVar[bool] = ContextVar("drawn", default=False)
+
+
+@contextmanager
+def drawn_weights() -> Iterator[None]:
+    """Within it, untrained weights are drawn from torch's generator as it stands: other ones for each network."""
+    token = _DRAWN.set(True)
+    try:
+        yield
+    finally:
+        _DRAWN.reset(token)
+
+
 def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    """Made from one fixed seed, so that an untrained network is the same each time."""
+    """Made from one fixed seed, so that an untrained network is the same each time; but for :func:`drawn_weights`."""
+    if _DRAWN.get():
+        return make()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make()

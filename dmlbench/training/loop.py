@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import first_line, prepare_folder, write_whole
 from dmlbench.models import build, fill, parameter_count, probe_images, read_weights, write_weights
+from dmlbench.models.architectures import drawn_weights
 from dmlbench.models.spec import input_of
 from dmlbench.optimizers import pgd
 from dmlbench.preprocess import Preprocess
@@ -131,7 +132,9 @@ def checkpoint_entry(recipe: Recipe, preprocess: Preprocess, begun: str | None =
 def make_learner(
     recipe: Recipe, preprocess: Preprocess, classes: int, load: bool = True
 ) -> tuple[Learner, Begun | None]:
-    """The embedder with the weights that it begins with, and its losses, from the recipe's seed.
+    """The embedder with the weights that it begins with, and its losses.
+
+    A loss's own weights (proxies) are of the recipe's seed, the network's too where ``first_weights`` says so.
 
     Args:
         preprocess: how its images are prepared.
@@ -145,7 +148,8 @@ def make_learner(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(recipe.seed, "init"))
         try:
-            embedder = build(checkpoint_entry(recipe, preprocess), recipe.id)
+            with drawn_weights() if recipe.first_weights == "seed" else nullcontext():
+                embedder = build(checkpoint_entry(recipe, preprocess), recipe.id)
         except TypeError as error:
             raise UsageError(f"arch_kwargs of {recipe.arch!r}: {error}") from None
         c, h, w = preprocess.shape
@@ -491,6 +495,10 @@ def train(
         prepare_folder(folder)
     world.share(learner)
 
+    if recipe.seed and recipe.init is None and recipe.first_weights == "fixed":
+        notes.append(
+            f"seed {recipe.seed} begins with the same weights as every other; --set first_weights=seed draws them"
+        )
     for note in (*notes, *(begun.notes if begun else ())):
         tell(note)
     decode(dataset, decoded)

@@ -36,7 +36,9 @@ class Recipe(BaseModel):
     """One training run. Lengths are on the [0, 1] scale, written as fractions.
 
     A step sees ``groups`` groups of ``per_class`` images of one class; the first image of each group
-    is an anchor. ``dataset`` is an id, or ``folder:PATH`` or ``csv:PATH``; ``init`` the weights to begin with.
+    is an anchor. ``dataset`` is an id, or ``folder:PATH`` or ``csv:PATH``; ``init`` the weights to begin with. ``seed`` draws
+    batches, proxies and whatever else is random, and an untrained network's first weights where ``first_weights`` is
+    "seed"; "fixed" ones are the same for every seed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -77,6 +79,7 @@ class Recipe(BaseModel):
     check_every: int = Field(default=200, ge=1)
     stored: Literal["float32", "float16"] = "float32"
     seed: int = Field(default=0, ge=0)
+    first_weights: Literal["fixed", "seed"] = "fixed"
 
     @model_validator(mode="before")
     @classmethod
@@ -145,6 +148,8 @@ class Recipe(BaseModel):
             out.append("init_without is of the weights that init names: without init it would do nothing")
         if self.init is None and self.batch_norm == "frozen":
             out.append("batch_norm 'frozen' keeps the statistics of given weights: name these with init")
+        if self.init is not None and self.embed_dim == 0 and self.first_weights == "seed":
+            out.append("first_weights 'seed' draws what init does not give: with embed_dim 0 that is nothing")
         if self.init == PUBLISHER and not self.of_a_library:
             out.append(f"init 'pretrained' is of timm's and torchvision's networks, not of {self.arch!r}")
         if self.loss != "triplet":

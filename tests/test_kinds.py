@@ -111,7 +111,7 @@ def test_it_is_submitted_validated_and_put_on_a_board(typed, bundle) -> None:
     report = json.loads(typed("validate", bundle, "--level", "3", "--seed", "1", "--json"))
     assert report["status"] == "accepted" and report["passed"] == [0, 1, 2, 3]
     typed("leaderboard", "build", "--board", "board", "--site", "site")
-    page = (typed.folder / "site" / "noise" / "digits.html").read_text()
+    page = (typed.folder / "site" / "datasets" / "digits.html").read_text()
     assert "R@1 under noise %" in page and NONE in page
 
 

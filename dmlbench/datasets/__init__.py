@@ -55,6 +55,10 @@ Loader = Callable[[str, Preprocess], RetrievalDataset]
 """From a split and how its pictures are prepared; a data set of one size ignores the latter."""
 
 
+SMALL = 64
+"""Pixels up to which the longer side of an image is that of a toy."""
+
+
 @dataclass(frozen=True)
 class DatasetEntry:
     """One data set that ``load_dataset`` knows.
@@ -78,6 +82,11 @@ class DatasetEntry:
     counts: Mapping[str, Counts] = field(default_factory=dict)
     licence: str = "unknown"
     copies_count: bool | None = True
+
+    @property
+    def pictures(self) -> bool:
+        """Are its images real pictures, and not of the few pixels that a first experiment takes?"""
+        return max(self.shape[1:]) > SMALL
 
     def read(self, split: str, preprocess: Preprocess) -> RetrievalDataset:
         """The data set, its counts and files not yet looked at."""

@@ -86,6 +86,7 @@ class Number:
     Attributes:
         name: its column.
         title: what a person reads above it.
+        meaning: two sentences for who reads it for the first time.
         ranks: rows are ranked by it, if they have none that stands before it.
         drop: points that a candidate may lose in ``compare``; None: it is shown and gates nothing.
         against: of a number that ranks: the column that it is drawn against.
@@ -98,6 +99,7 @@ class Number:
 
     name: str
     title: str
+    meaning: str = ""
     ranks: bool = False
     drop: float | None = None
     against: str = "recall_at_1"
@@ -197,6 +199,7 @@ class Kind:
     What a file of the kind holds:
         name: what ``kind`` in the file says, and the key in ``extras``.
         title: one line for a person.
+        meaning: two sentences for who reads its numbers for the first time.
         needs, reads: the protocol's fields that it must have, and may have, beside those of every kind.
         unread: keys of [threat] that would do nothing.
         check: raises UsageError where they do not fit one another.
@@ -238,6 +241,7 @@ class Kind:
 
     name: str
     title: str
+    meaning: str = ""
     needs: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()

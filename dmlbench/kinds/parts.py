@@ -28,6 +28,21 @@ def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
 
 
 ERS = Kind(
-    name="ers", title="components whose mean score is ERS", needs=("components",), mean=True, page=page, replay=replay
+    name="ers",
+    title="components whose mean score is ERS",
+    meaning="ERS, the empirical robustness score, is the mean of the scores of several attacks, each from 0 (the attack always "
+    "succeeds) to 100 (it never does). It says how a model fares against attacks of many aims, each searched for by itself: "
+    "the worst case of a single query can be far lower.",
+    needs=("components",),
+    mean=True,
+    page=page,
+    replay=replay,
 )
-PARTS = Kind(name="parts", title="components without a common score", needs=("components",), replay=replay)
+PARTS = Kind(
+    name="parts",
+    title="components without a common score",
+    meaning="Each attack is scored for itself, from 0 (it always succeeds) to 100 (it never does). There is no common score, so "
+    "rows have no rank.",
+    needs=("components",),
+    replay=replay,
+)

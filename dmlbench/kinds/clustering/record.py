@@ -82,10 +82,35 @@ def worst_clusters(e: Evaluation) -> str:
 
 
 NUMBERS = (
-    Number("clustering_nmi", "NMI clean %"),
-    Number("clustering_nmi_attacked", "NMI attacked %", drop=3.0, between=between),
-    Number("clustering_ami", "AMI clean %"),
-    Number("clustering_ami_attacked", "AMI attacked %", ranks=True, against="clustering_ami"),
+    Number(
+        "clustering_nmi",
+        "NMI clean %",
+        "How well the groups that k-means finds among the clean images fit their classes: normalised mutual information, 0 to "
+        "100. Many small groups reach a high value by chance; AMI makes up for that.",
+    ),
+    Number(
+        "clustering_nmi_attacked",
+        "NMI attacked %",
+        "The same after every image was moved by an attack, at the largest eps of the grid. It is the lowest that the attacks "
+        "which know the labels reach, and the truth is at most this.",
+        drop=3.0,
+        beside_ers=True,
+        between=between,
+    ),
+    Number(
+        "clustering_ami",
+        "AMI clean %",
+        "How well the groups that k-means finds among the clean images fit their classes: mutual information adjusted for "
+        "chance. 0 is what random groups reach, 100 the classes themselves.",
+    ),
+    Number(
+        "clustering_ami_attacked",
+        "AMI attacked %",
+        "The same after every image was moved by an attack, at the largest eps of the grid. It is the lowest that the attacks "
+        "which know the labels reach, and the truth is at most this.",
+        ranks=True,
+        against="clustering_ami",
+    ),
 )
 
 
@@ -187,6 +212,8 @@ def page(p: Protocol) -> Iterator[str]:
 CLUSTERING = Kind(
     name="clustering",
     title="all images moved before k-means by each of attacks, at every eps of the grid",
+    meaning="All images are moved before k-means groups them, and what is read is how well the groups still fit the classes. What "
+    "counts is the lowest value that the attacks which know the labels reach.",
     needs=("grid",),
     reads=("attacks", "joint", "queries"),
     unread=("eps", "step", "start", "restarts", "queries"),

@@ -82,10 +82,32 @@ class Columns(BaseModel):
 
 
 NUMBERS = (
-    Number("corruption_recall_at_1", "R@1 under corruptions %", ranks=True, drop=1.0),
-    Number("corruption_retention", "Retention under corruptions %"),
-    Number("corruption_worst", "R@1 under the worst corruption %"),
-    Number("corruption_map_at_r", "MAP@R under corruptions %"),
+    Number(
+        "corruption_recall_at_1",
+        "R@1 under corruptions %",
+        "The share of queries that are answered right when they are spoilt by noise, blur, weather or a codec. It is the mean "
+        "over 15 corruptions and their severities.",
+        ranks=True,
+        drop=1.0,
+    ),
+    Number(
+        "corruption_retention",
+        "Retention under corruptions %",
+        "R@1 under corruptions as a percentage of the same model's clean R@1. It lets models of different clean R@1 be set "
+        "side by side, and favours those that had little to lose.",
+    ),
+    Number(
+        "corruption_worst",
+        "R@1 under the worst corruption %",
+        "R@1 under the corruption that costs this model most, the mean over its severities. Which one that is differs from "
+        "model to model.",
+    ),
+    Number(
+        "corruption_map_at_r",
+        "MAP@R under corruptions %",
+        "The mean average precision of the first R answers under corruptions, where R is how many images of the query's class "
+        "there are. Unlike R@1 it looks at all of them.",
+    ),
 )
 
 
@@ -207,6 +229,8 @@ def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
 CORRUPTED = Kind(
     name="corruptions",
     title="every query under each common corruption, at each severity",
+    meaning="Every query is spoilt by noise, blur, weather or a codec, without an adversary. It says what a model keeps on bad "
+    "pictures, and nothing of what an attack does to it.",
     reads=("settings",),
     unread=("norm", "eps", "step", "steps", "start", "restarts", "queries", "eot"),
     check=check,

@@ -98,9 +98,31 @@ class Columns(BaseModel):
 
 
 NUMBERS = (
-    Number("smallest_eps", "Smallest eps that breaks a query", ranks=True, median=True, length=True),
-    Number("worst_case_recall_at_1", "Worst-case R@1 %", drop=1.0, beside_ers=True),
-    Number("worst_case_area", "Area of the worst-case curve %", ranks=True, drop=1.0),
+    Number(
+        "smallest_eps",
+        "Smallest eps that breaks a query",
+        "Half of the queries that are right when clean are broken by a change of this size or a smaller one: the median of the "
+        "smallest eps found for each. Larger is more robust, and the truth is at most this, since a better search finds less.",
+        ranks=True,
+        median=True,
+        length=True,
+    ),
+    Number(
+        "worst_case_recall_at_1",
+        "Worst-case R@1 %",
+        "The share of queries that are answered right whatever the searches of the strict protocol do to them, at the largest "
+        "eps of its grid. The truth is at most this, since a better search can only break more.",
+        drop=1.0,
+        beside_ers=True,
+    ),
+    Number(
+        "worst_case_area",
+        "Area of the worst-case curve %",
+        "The mean height of the curve of worst-case R@1 from eps 0 to the largest of the grid. Version 1 of the strict "
+        "protocols ranked by it.",
+        ranks=True,
+        drop=1.0,
+    ),
 )
 
 
@@ -261,6 +283,9 @@ def page(p: Protocol) -> Iterator[str]:
 STRICT = Kind(
     name="strict",
     title="steps run one after another on the survivors at every eps of the grid",
+    meaning="Searches of many ways run one after another on every query that is still answered right, at every eps of a grid, and "
+    "the first that succeeds breaks it. What is left is the worst case that was found: never higher than what any one of them "
+    "leaves.",
     needs=("grid", "steps"),
     reads=("together", "threshold", "queries", "audit"),
     unread=("eps",),

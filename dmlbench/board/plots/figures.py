@@ -1,15 +1,9 @@
-"""Figures for a paper: each kind is a function from runs to a :class:`Figure` of plain numbers, and one that draws it.
+"""The kinds of figure: each is a function from runs to a :class:`Figure` of plain numbers.
 
-matplotlib is imported when something is drawn, scikit-learn when t-SNE is asked for. Nothing needs a display, the same
-runs give the same bytes, and curves, bars and points differ in shape and lightness, so that they read in grey.
+scikit-learn is imported when t-SNE is asked for.
 """
 
-import io
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,11 +11,10 @@ import torch
 from dmlbench.board.compare.verdict import components_of
 from dmlbench.board.paper import header, names_of, numbers
 from dmlbench.board.paper import intervals as intervals_of
-from dmlbench.board.report.page import Run
+from dmlbench.board.plots.draw import Figure, Series
 from dmlbench.board.row import headline
 from dmlbench.datasets import load_dataset
 from dmlbench.errors import DataError, NotComparable, UsageError
-from dmlbench.files import prepare_folder, write_whole
 from dmlbench.intervals import Ends
 from dmlbench.kinds.table import kind_of
 from dmlbench.models import load_model
@@ -33,66 +26,10 @@ from dmlbench.run.closeup import names_of as closeup_names
 from dmlbench.run.subject import embed
 from dmlbench.threat import length
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 Runs = Sequence[tuple[str, Evaluation]]
 """Runs, each with the name that the user gave it."""
 
-MOST_CLASSES = 40
-"""Up to which number of classes each is named below the axis."""
 PERPLEXITY = 30.0
-
-
-@dataclass(frozen=True)
-class Series:
-    """One curve, one set of bars or one set of points: x (n,), y (n,) and, where they are known, ends of 95 % intervals.
-
-    Attributes:
-        low, high: (n,), NaN where a point has no interval.
-        groups: (n,) the class of each point of a projection.
-    """
-
-    name: str
-    x: np.ndarray
-    y: np.ndarray
-    low: np.ndarray | None = None
-    high: np.ndarray | None = None
-    groups: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Figure:
-    """What a figure shows, as numbers.
-
-    Attributes:
-        ticks: names of the positions 0, 1, ... on the x axis, where these are no numbers.
-        table: (rows, columns) of a matrix, NaN where there is no run; ``series`` then gives the rows' names.
-    """
-
-    kind: str
-    x_title: str
-    y_title: str
-    series: tuple[Series, ...]
-    ticks: tuple[str, ...] = ()
-    table: np.ndarray | None = None
-    limits: tuple[float, float] | None = None
-
-    def _repr_png_(self) -> bytes:
-        return draw(self, "png")
-
-    def save(self, path: str | Path, width: float = 5.5) -> Path:
-        """Write it as PDF, SVG or PNG, as the suffix of ``path`` says, ``width`` inches wide.
-
-        Raises:
-            UsageError: another suffix.
-            DataError: the file cannot be written.
-        """
-        path = Path(path)
-        content = draw(self, path.suffix.removeprefix(".").lower(), width)
-        prepare_folder(path.parent)
-        write_whole(path, content)
-        return path
 
 
 def _alike(runs: Runs) -> None:
@@ -109,6 +46,12 @@ def _alike(runs: Runs) -> None:
         if len(found) > 1:
             (a, first), (b, second) = list(found.items())[:2]
             raise NotComparable(f"{first} and {second} differ in {what}: {'/'.join(a)} and {'/'.join(b)}")
+
+
+def reached(e: Evaluation) -> float:
+    """The largest perturbation found in the run, in its protocol's norm; 0 where none is kept."""
+    norms = [a for key, a in e.arrays.items() if key.endswith("/norm") and a.size]
+    return max((float(np.nanmax(a)) for a in norms), default=0.0)
 
 
 def _ends(found: Sequence[Ends]) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +84,7 @@ def eps(runs: Runs, metric: str | None = None, part: str | None = None) -> Figur
 
 def _runs_by_eps(runs: Runs, metric: str | None) -> Figure:
     metric = metric or "ers"
-    values = [(e.model.id, Run(name, e).eps, numbers(e).get(metric), intervals_of(e).get(metric)) for name, e in runs]
+    values = [(e.model.id, reached(e), numbers(e).get(metric), intervals_of(e).get(metric)) for name, e in runs]
     there = [v for v in values if v[2] is not None]
     if len({round(v[1], 4) for v in there}) < 2:
         raise UsageError(
@@ -319,160 +262,3 @@ KINDS: Registry[Callable[..., Figure]] = Registry(
     {"eps": eps, "parts": parts, "scatter": scatter, "classes": classes, "tsne": tsne, "matrix": matrix},
 )
 """(runs, metric, part) to the numbers of a figure."""
-
-_STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.linewidth": 0.6, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#d9d9d9", "grid.linewidth": 0.5,
-    "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4, "pdf.fonttype": 42,
-    "svg.hashsalt": "dmlbench", "svg.fonttype": "none", "hatch.linewidth": 0.5, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
-}  # fmt: skip
-_MARKERS = "osD^vPX<>*hp"
-_DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
-_HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----")
-SUFFIXES = ("pdf", "svg", "png")
-
-
-def _colours(count: int) -> list[Any]:
-    """From dark to light, so that they differ in grey as well."""
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](at) for at in np.linspace(0.0, 0.82, max(count, 2))][:count]
-
-
-def _text(text: str) -> str:
-    """Text that matplotlib shows as it is: no mathematics, no line breaks, not hidden from a legend."""
-    plain = " ".join(text.split()).replace("$", r"\$")
-    return f" {plain}" if plain.startswith("_") else plain
-
-
-def _errors(s: Series) -> np.ndarray | None:
-    """(2, n) how far the intervals reach down and up."""
-    return (
-        None
-        if s.low is None or s.high is None
-        else np.nan_to_num(np.stack([s.y - s.low, s.high - s.y]), nan=0.0).clip(0)
-    )
-
-
-def _draw_curves(axes: "Axes", figure: Figure) -> None:
-    for i, (s, colour) in enumerate(zip(figure.series, _colours(len(figure.series)), strict=True)):
-        axes.plot(
-            255 * s.x,
-            s.y,
-            color=colour,
-            ls=_DASHES[i % len(_DASHES)],
-            marker=_MARKERS[i % len(_MARKERS)],
-            label=_text(s.name),
-        )
-        if s.low is not None and s.high is not None:
-            known = ~np.isnan(s.low)
-            axes.fill_between(255 * s.x[known], s.low[known], s.high[known], color=colour, alpha=0.15, lw=0)
-
-
-def _draw_bars(axes: "Axes", figure: Figure) -> None:
-    width = 0.8 / len(figure.series)
-    for i, (s, colour) in enumerate(zip(figure.series, _colours(len(figure.series)), strict=True)):
-        at = s.x + (i - (len(figure.series) - 1) / 2) * width
-        style = {"color": colour, "edgecolor": "white", "lw": 0.3, "hatch": _HATCHES[i % len(_HATCHES)]}
-        axes.bar(
-            at, s.y, width, yerr=_errors(s), error_kw={"lw": 0.7, "ecolor": "#555555"}, label=_text(s.name), **style
-        )
-    _name_ticks(axes, figure.ticks)
-
-
-def _name_ticks(axes: "Axes", ticks: Sequence[str]) -> None:
-    slanted = sum(map(len, ticks)) > 70
-    axes.set_xticks(
-        range(len(ticks)), [_text(t) for t in ticks], rotation=40 if slanted else 0, ha="right" if slanted else "center"
-    )
-
-
-def _draw_points(axes: "Axes", figure: Figure) -> None:
-    for i, (s, colour) in enumerate(zip(figure.series, _colours(len(figure.series)), strict=True)):
-        marker = _MARKERS[i % len(_MARKERS)]
-        axes.errorbar(
-            s.x, s.y, yerr=_errors(s), color=colour, marker=marker, ls="", elinewidth=0.7, label=_text(s.name)
-        )
-
-
-def _draw_classes(axes: "Axes", figure: Figure) -> None:
-    for i, (s, colour) in enumerate(zip(figure.series, _colours(len(figure.series)), strict=True)):
-        axes.plot(s.x, s.y, color=colour, ls=":", lw=0.8, marker=_MARKERS[i % len(_MARKERS)], label=_text(s.name))
-    if len(figure.ticks) <= MOST_CLASSES:
-        _name_ticks(axes, figure.ticks)
-    else:
-        axes.set_xticks([])
-
-
-def _draw_plane(axes: "Axes", figure: Figure) -> None:
-    clean, attacked = figure.series
-    assert clean.groups is not None
-    names = np.unique(clean.groups)
-    of = dict(zip(names.tolist(), _colours(len(names)), strict=True))
-    for a, b, u, v, group in zip(clean.x, clean.y, attacked.x, attacked.y, clean.groups.tolist(), strict=True):
-        axes.plot([a, u], [b, v], color=of[group], lw=0.4, alpha=0.5)
-    colours = [of[g] for g in clean.groups.tolist()]
-    axes.scatter(clean.x, clean.y, s=16, c=colours, marker="o", label="clean")
-    axes.scatter(attacked.x, attacked.y, s=18, c=colours, marker="x", lw=1.0, label="attacked")
-    axes.set(xticks=[], yticks=[])
-
-
-def _draw_matrix(axes: "Axes", figure: Figure) -> None:
-    assert figure.table is not None
-    top = float(np.nanmax(figure.table)) if np.isfinite(figure.table).any() else 1.0
-    axes.imshow(np.ma.masked_invalid(figure.table), cmap="Greys", vmin=0.0, vmax=1.6 * max(top, 1e-9), aspect="auto")
-    for r, row in enumerate(figure.table):
-        for c, value in enumerate(row):
-            axes.text(
-                c,
-                r,
-                "–" if np.isnan(value) else f"{value:.3g}" if top <= 1 else f"{value:.1f}",
-                ha="center",
-                va="center",
-            )
-    _name_ticks(axes, figure.ticks)
-    axes.set_yticks(range(len(figure.series)), [_text(s.name) for s in figure.series])
-    axes.grid(False)
-
-
-_DRAW: dict[str, Callable[["Axes", Figure], None]] = {
-    "eps": _draw_curves, "parts": _draw_bars, "scatter": _draw_points, "classes": _draw_classes, "tsne": _draw_plane,
-    "matrix": _draw_matrix,
-}  # fmt: skip
-
-
-def draw(figure: Figure, suffix: str, width: float = 5.5) -> bytes:
-    """The figure as a file of the kind ``suffix``, ``width`` inches wide: the same bytes for the same numbers.
-
-    Raises:
-        UsageError: ``suffix`` is none of :data:`SUFFIXES`, or there is nothing to draw.
-    """
-    if suffix not in SUFFIXES:
-        raise UsageError(
-            f"a figure is written as {', '.join(SUFFIXES)}, not as {suffix or 'a file without a suffix'!r}"
-        )
-    if not figure.series:
-        raise UsageError("these runs hold nothing of that kind to draw")
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure as Canvas
-
-    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}[suffix]
-    with rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks is drawn as a box
-        rows = len(figure.series) if figure.table is not None else 0
-        canvas = Canvas(figsize=(width, 0.32 * rows + 1.9 if rows else 0.62 * width), layout="constrained")
-        axes = canvas.add_subplot()
-        _DRAW[figure.kind](axes, figure)
-        axes.set_xlabel(_text(figure.x_title))
-        if figure.table is not None or figure.kind == "tsne":
-            axes.set_title(_text(figure.y_title), fontsize=8)
-        else:
-            axes.set_ylabel(_text(figure.y_title))
-        if figure.limits:
-            axes.set_ylim(*figure.limits)
-        if figure.table is None:
-            columns = 2 if len(figure.series) < 9 else 3
-            canvas.legend(loc="outside lower center", ncols=columns, fontsize=7)
-        out = io.BytesIO()
-        canvas.savefig(out, format=suffix, dpi=200, metadata=metadata)
-    return out.getvalue()

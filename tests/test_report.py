@@ -16,7 +16,6 @@ from PIL import Image
 
 import dmlbench
 from dmlbench.board.report import Run, page
-from dmlbench.board.report.charts import Bar, Line, bars, curves
 from dmlbench.board.report.pictures import data_uri, magnified
 from dmlbench.results import Evaluation, save
 from dmlbench.run.closeup import closeup, names_of
@@ -51,7 +50,9 @@ class Reader(html.parser.HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
         self.tags.add(tag)
-        self.addresses += [v for k, v in attrs if k in ("src", "href", "action", "data", "poster", "srcset") and v]
+        self.addresses += [
+            v for k, v in attrs if k in ("src", "href", "action", "data", "poster", "srcset") and v and v[0] != "#"
+        ]
         if tag == "img" and "title" in given:
             self.frames.append(given.get("class") == "right")
         if tag == "table":
@@ -96,7 +97,11 @@ def test_the_page_needs_nothing_else(evaluations: list[Evaluation]) -> None:
     found = read(content)
     assert found.addresses and all(a.startswith("data:image/png;base64,") for a in found.addresses)
     assert not {"script", "link", "iframe", "object"} & found.tags
-    assert "url(" not in content and "@import" not in content and "http" not in re.sub("http-equiv", "", content)
+    assert (
+        not re.search(r"url\((?!#)", content)
+        and "@import" not in content
+        and "http" not in re.sub("http-equiv", "", content)
+    )
 
 
 def test_names_are_escaped(evaluations: list[Evaluation]) -> None:
@@ -112,11 +117,30 @@ def test_several_runs(evaluations: list[Evaluation]) -> None:
     assert [row[0] for row in found.tables["runs"][1:]] == ["plain", "hardened"]
     assert [row[3] for row in found.tables["runs"][1:]] == [f"{e.ers:.1f}" for e in evaluations]
     assert runs[0].eps == pytest.approx(40 / 255, abs=1e-5)
-    assert "ERS against eps" not in page(runs)
+    assert "ERS, against eps" not in page(runs)
     halved = Evaluation.model_validate(evaluations[0].model_dump())
     halved = halved.with_arrays({k: v / 2 if k.endswith("/norm") else v for k, v in evaluations[0].arrays.items()})
     content = page([runs[0], Run("half", halved)])
-    assert "ERS against eps" in content and ">20/255<" in content and ">40/255<" in content
+    assert "ERS, against eps" in content and ">20/255<" in content and ">40/255<" in content
+    assert content.count('class="plot eps"') == 1
+
+
+def test_runs_stand_side_by_side(evaluations: list[Evaluation]) -> None:
+    content = page([Run("plain", evaluations[0]), Run("hardened", evaluations[1])])
+    head, *rows = read(content).tables["sides"]
+    assert head == ["side by side", "plain", "hardened"]
+    scores = {row[0]: [cell.split()[0] for cell in row[1:]] for row in rows}
+    for m, n in zip(evaluations[0].measurements, evaluations[1].measurements, strict=True):
+        assert scores[m.component] == [f"{m.score:.1f}", f"{n.score:.1f}"]
+    assert scores["ERS"] == [f"{e.ers:.1f}" for e in evaluations] and "<b>" in content
+    assert content.count('id="parts-') >= 1 and content.count('class="plot parts"') == 1
+    other = evaluations[1].model_copy(
+        update={"protocol": evaluations[1].protocol.model_copy(update={"name": "ers-28", "sha256": "0" * 64})}
+    )
+    content = page(
+        [Run("plain", evaluations[0]), Run("other", other.with_arrays(evaluations[1].arrays, evaluations[1].sample))]
+    )
+    assert "sides" not in read(content).tables and "cannot be set side by side" in content
 
 
 def test_a_run_without_images(evaluations: list[Evaluation]) -> None:
@@ -179,17 +203,18 @@ def test_pictures() -> None:
     assert magnified(np.zeros((1, 2, 2), dtype=np.float32))[1] == 1.0
 
 
-def test_charts_put_numbers_where_they_belong() -> None:
-    drawn = bars([Bar("a<b", 50.0, (25.0, 75.0), "#000", "t"), Bar("none", None, None, "#000", "t")], width=262)
-    assert (
-        'width="50.0"' in drawn
-        and "M135.0 " in drawn
-        and "H185.0" in drawn
-        and "a&lt;b" in drawn
-        and "no value" in drawn
-    )
-    line = curves([Line("m", [(0.2, 0.0, None), (0.1, 100.0, (90.0, 100.0))], "#123456")], "y", width=260, height=168)
-    assert 'd="M134.0 10.0L224.0 110.0"' in line and "51/255" in line
+def test_figures_take_the_colours_of_the_page_and_nothing_else(evaluations: list[Evaluation]) -> None:
+    """No style, no fixed colour, no id twice: of every drawing of a page."""
+    content = page([Run("plain", evaluations[0]), Run("hardened", evaluations[1])])
+    drawings = re.findall(r"<svg.*?</svg>", content, re.DOTALL)
+    assert len(drawings) == 1 + len(evaluations[0].measurements)
+    for drawing in drawings:
+        assert not re.search(r'style=|<style|(?:fill|stroke)="#|xmlns|<metadata', drawing)
+        assert "var(--s1)" in drawing
+    ids = re.findall(r' id="([^"]*)"', "".join(drawings))
+    assert len(ids) == len(set(ids)) > len(drawings)
+    assert all(used in ids for used in re.findall(r'(?:href="#|url\(#)([^")]*)', "".join(drawings)))
+    assert content == page([Run("plain", evaluations[0]), Run("hardened", evaluations[1])])
 
 
 def test_as_typed(folders: list[Path], run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -238,6 +263,6 @@ def test_a_real_browser_draws_it_and_asks_for_nothing(evaluations: list[Evaluati
     assert not [a for a in asked if "page" in a or "data" in a]
     with Image.open(shot) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
-    for colour in ((0x25, 0x63, 0xA8), (0x2E, 0x7D, 0x4F), (0xC0, 0x39, 0x2B)):  # bars, right and wrong frames
+    for colour in ((0x0B, 0x57, 0xA4), (0x2E, 0x7D, 0x4F), (0xC0, 0x39, 0x2B)):  # bars, right and wrong frames
         near = (np.abs(pixels - np.array(colour)).max(2) <= 2).sum()
         assert near > 300, f"#{bytes(colour).hex()} covers {near} pixels"

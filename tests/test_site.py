@@ -267,7 +267,12 @@ def test_on_a_desk_the_table_begins_on_the_first_screen_and_its_rows_are_low(sit
     page = opened(browser, site, address, width=1280, height=900)
     page.js("scrollTo(0, 0)")
     assert page.js(f"{PANEL}.querySelector('tr.row').getBoundingClientRect().bottom") < 500
-    assert page.js(f"Math.max(...[...{PANEL}.querySelectorAll('tr.row')].filter(r => !r.querySelector('.flag')).map(r => r.offsetHeight))") <= 66
+    assert (
+        page.js(
+            f"Math.max(...[...{PANEL}.querySelectorAll('tr.row')].filter(r => !r.querySelector('.flag')).map(r => r.offsetHeight))"
+        )
+        <= 66
+    )
     assert page.js(f"{PANEL}.querySelector('.scroll').scrollWidth <= {PANEL}.querySelector('.scroll').clientWidth")
 
 

@@ -78,9 +78,9 @@ def _plain(element: ElementTree.Element) -> None:
     if (font := said.pop("font", None)) and (size := re.search(r"([\d.]+)px", font)):
         said["font-size"] = size[1]  # as older versions of matplotlib write it
     said.pop("font-family", None)
-    attributes = {key.rpartition("}")[2]: " ".join(value.split()) for key, value in element.attrib.items()}
-    for key, value in said.items():
-        attributes[key] = _STANDS_FOR.get(value, value.removesuffix("px"))
+    given = {key.rpartition("}")[2]: " ".join(value.split()) for key, value in element.attrib.items()}
+    styled = {key: value.removesuffix("px") for key, value in said.items()}
+    attributes = {key: _STANDS_FOR.get(value, value) for key, value in {**given, **styled}.items()}
     element.attrib.clear()
     element.attrib.update(attributes)
     element.text, element.tail = element.text and element.text.strip("\n"), None

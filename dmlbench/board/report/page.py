@@ -13,16 +13,19 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from dmlbench.board.report.charts import PALETTE, Bar, Line, bars, curves, length_255, plane
+from dmlbench.board.paper import Cell, header, table
+from dmlbench.board.plots import Figure, Series, eps, inline, parts, reached
 from dmlbench.board.report.pictures import data_uri, magnified
+from dmlbench.board.row import shown
+from dmlbench.errors import NotComparable
 from dmlbench.kinds.table import kind_of
 from dmlbench.metrics import CLEAN
 from dmlbench.results import Evaluation, Measurement
 from dmlbench.run.closeup import names_of
-from dmlbench.threat import length
 
 STRIPS = 4
 """Queries shown for each part."""
+_MOVED = ("clean", "attacked", "gallery")
 _RAW_DECIMALS = {"target_cosine": 3, "embedding_shift": 3}
 
 
@@ -36,8 +39,7 @@ class Run:
     @property
     def eps(self) -> float:
         """The largest perturbation found in the run, in its protocol's norm; 0 where none is kept."""
-        norms = [a for key, a in self.evaluation.arrays.items() if key.endswith("/norm") and a.size]
-        return max((float(np.nanmax(a)) for a in norms), default=0.0)
+        return reached(self.evaluation)
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,17 @@ def page(runs: Sequence[Run]) -> str:
         e=first,
         benign=[(label, [run.evaluation.benign.get(key) for run in runs]) for key, label in CLEAN.items()],
         parts=[(m, _raw(m)) for m in first.measurements],
-        chart=Markup(bars([_bar(m, i) for i, m in enumerate(first.measurements)])),
-        comparison=_comparison(runs),
-        curve=_curve(runs),
-        kinds=_curves_of_kinds(runs),
+        chart=_chart(runs),
+        sides=_sides(runs),
+        curves=_curves(runs),
         closeups=[_closeup(first, i, name) for i, name in enumerate(names_of(first.sample)[0])],
         command=shlex.join(first.environment.argv) if first.environment.argv else "",
     )
+
+
+def length_255(eps: float) -> str:
+    """A length on the [0, 1] scale as the field writes it; longer ones, of the L2 norm, as they are."""
+    return f"{eps * 255:.3g}/255" if eps <= 1 else f"{eps:.3g}"
 
 
 def _number(value: float | None, decimals: int = 1) -> str:
@@ -107,64 +113,68 @@ def _raw(m: Measurement) -> str:
     return _number(m.value, _RAW_DECIMALS.get(m.readout, 1))
 
 
-def _bar(m: Measurement, i: int) -> Bar:
-    ends = f", 95 % interval {_interval(m.interval)}" if m.interval else ""
-    return Bar(m.component, m.score, m.interval, PALETTE[0], f"{m.component}: {_number(m.score)}{ends}, {m.n} queries")
-
-
-def _comparison(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """One row of scores for each run; empty for a single run."""
-    if len(runs) < 2:
-        return []
-    return [
-        {
-            "name": run.name,
-            "e": run.evaluation,
-            "eps": run.eps,
-            "scores": {m.component: m.score for m in run.evaluation.measurements},
-        }
-        for run in runs
-    ]
-
-
-def _curve(runs: Sequence[Run]) -> Markup | None:
-    """ERS against eps, a line for each model; None unless two runs have one at different eps."""
-    scored = [run for run in runs if run.evaluation.ers is not None]
-    if len({round(run.eps, 4) for run in scored}) < 2:
+def _chart(runs: Sequence[Run]) -> Markup | None:
+    """Every part's score as bars: of all runs where they are of one protocol and data set, else of the first."""
+    if not runs[0].evaluation.measurements:
         return None
-    models = list(dict.fromkeys(run.evaluation.model.id for run in scored))
-    lines = [
-        Line(
-            model,
-            [
-                (run.eps, float(run.evaluation.ers or 0.0), run.evaluation.ers_interval)
-                for run in scored
-                if run.evaluation.model.id == model
-            ],
-            PALETTE[i % len(PALETTE)],
-        )
-        for i, model in enumerate(models)
-    ]
-    return Markup(curves(lines, "ERS"))
+    pairs = [(run.name, run.evaluation) for run in runs]
+    try:
+        figure = parts(pairs)
+    except NotComparable:
+        figure = parts(pairs[:1])
+    return inline(figure, "parts", "score of each part, with its 95 % interval", 7.0)
 
 
-def _curves_of_kinds(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
-    """The title and the curve over eps of each kind of protocol that has one, a line for each run; where no query has an
-    outcome when clean, there is nothing to draw."""
-    lines: dict[str, list[Line]] = {}
+@dataclass(frozen=True)
+class Sides:
+    """Runs side by side: a row for each number, with its value, its interval and whether it is bold for each run; or why they
+    cannot be."""
+
+    rows: tuple[tuple[str, tuple[tuple[str, str, bool], ...]], ...] = ()
+    caption: str = ""
+
+
+def _sides(runs: Sequence[Run]) -> Sides | None:
+    """None for a single run."""
+    if len(runs) < 2:
+        return None
+    try:
+        found = table([(run.name, run.evaluation) for run in runs])
+    except NotComparable as error:
+        return Sides(caption=f"They cannot be set side by side: {error}.")
+    rows = []
+    for n, column in enumerate(found.columns):
+        cells = [cells[n] for _, cells in found.rows]
+        rows.append((header(column), tuple((_shown(column, c.value), _ends(column, c), c.bold) for c in cells)))
+    return Sides(tuple(rows), found.caption)
+
+
+def _shown(column: str, value: float | None) -> str:
+    return "–" if value is None else shown(column, value)
+
+
+def _ends(column: str, cell: Cell) -> str:
+    return "" if cell.interval is None else " – ".join(shown(column, end) for end in cell.interval)
+
+
+def _curves(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
+    """What there is along eps, each with its title: ERS of runs at several eps, and the curves of the kinds of protocol, a
+    line for each run of the same protocol and data set. Where no query has an outcome when clean, there is nothing to draw."""
+    drawn = []
+    scored = [(run.name, run.evaluation) for run in runs if run.evaluation.ers is not None]
+    if len({round(reached(e), 4) for _, e in scored}) > 1:
+        drawn.append(("ERS", eps(scored)))
+    groups: dict[tuple[str, ...], list[tuple[str, Evaluation]]] = {}
     for run in runs:
         e = run.evaluation
-        curve, intervals = kind_of(e).curve(e), {m.component: m.interval for m in e.measurements}
-        if curve is None or curve.points[0].value is None or np.isnan(curve.points[0].value):
-            continue
-        points: list[tuple[float, float, tuple[float, float] | None]] = []
-        for p in curve.points:
-            norms = e.arrays.get(f"{p.part}/norm")
-            reached = float(np.nanmax(norms)) if norms is not None and norms.size else length(p.eps)
-            points.append((reached, float("nan" if p.value is None else p.value), intervals.get(p.part or "")))
-        here = lines.setdefault(curve.title, [])
-        here.append(Line(run.name, points, PALETTE[len(here) % len(PALETTE)]))
-    return [(title, Markup(curves(found, title))) for title, found in lines.items()]
+        curve = kind_of(e).curve(e)
+        if curve is not None and curve.points[0].value is not None and not np.isnan(curve.points[0].value):
+            key = curve.title, e.protocol.name, e.protocol.sha256, e.dataset.name, e.dataset.split, e.dataset.sha256
+            groups.setdefault(key, []).append((run.name, e))
+    drawn += [(key[0], eps(group)) for key, group in groups.items()]
+    return [
+        (title, inline(figure, f"eps-{n}", f"{title} against eps", 6.5, 3.4)) for n, (title, figure) in enumerate(drawn)
+    ]
 
 
 def _closeup(e: Evaluation, index: int, name: str) -> dict[str, Any]:
@@ -198,11 +208,9 @@ def _closeup(e: Evaluation, index: int, name: str) -> dict[str, Any]:
                 after=found(kept["closeup/top"][1 + index, k]),
             )
         )
-    drawing = plane(
-        kept["closeup/plane_gallery"],
-        kept["closeup/plane"][0],
-        kept["closeup/plane"][1 + index],
-        kept["closeup/plane_labels"],
-        f"embeddings before and after {name}",
-    )
-    return {"name": name, "strips": strips, "plane": Markup(drawing)}
+    at = (kept["closeup/plane"][0], kept["closeup/plane"][1 + index], kept["closeup/plane_gallery"])
+    group = kept["closeup/plane_labels"]
+    moved = (Series(what, p[:, 0], p[:, 1], groups=group) for what, p in zip(_MOVED, at, strict=True))
+    figure = Figure("plane", "", "", tuple(moved))
+    drawing = inline(figure, f"plane-{index}", f"embeddings before and after {name}", 2.4, 2.4)
+    return {"name": name, "strips": strips, "plane": drawing}

@@ -250,6 +250,7 @@ NAMES = {
     "compiled blocks": lambda k: k.replace("layer1.", "layer1._orig_mod."),
     "checkpointed blocks": lambda k: k.replace("layer2.0.", "layer2.0._checkpoint_wrapped_module."),
     "fsdp": lambda k: "_fsdp_wrapped_module." + k.replace("layer1.", "layer1._fsdp_wrapped_module."),
+    "single layers in parallel": lambda k: "net." + k.replace("layer1.", "layer1.module."),
     "a prefix of one's own": lambda k: f"base_net.trunk.{k}",
 }
 
@@ -288,12 +289,65 @@ def test_the_average_is_taken_as_timm_does(tiny: nn.Module, tmp_path: Path) -> N
         loads_as(other, path, checkpoint_key="state_dict")
     part = {k: v for k, v in tiny.state_dict().items() if "running" not in k}
     torch.save({"state_dict": other.state_dict(), "ema": part}, path)  # an average of half of it is none
-    loads_as(other, path)
+    assert any("some of the same layers stand under ema" in note for note in loads_as(other, path).notes)
+    torch.save({"model": tiny.state_dict(), "best_model": other.state_dict()}, path)
+    assert any("stand under best_model too" in note for note in loads_as(tiny, path).notes)
+    loads_as(other, path, checkpoint_key="best_model")
     torch.save({"net_state_dict": tiny.state_dict(), "optimizer_state_dict": {"state": {}}, "epoch": 3}, path)
     loads_as(tiny, path)
     torch.save({"encoder_weights": tiny.state_dict(), "decoder_weights": other.state_dict()}, path)
     with pytest.raises(UsageError, match="--checkpoint-key; it has encoder_weights, decoder_weights"):
         loads_as(tiny, path)
+
+
+@pytest.mark.parametrize(
+    ("raw", "average"),
+    [
+        ("params", "params_ema"),
+        ("net", "ema_net"),
+        ("model_state_dict", "ema_model_state_dict"),
+        ("model", "swa_model"),
+        ("model", "averaged_model"),
+        ("student", "teacher"),
+        ("model", "ema.shadow"),
+        ("checkpoint.model", "checkpoint.ema"),
+        ("state_dict", "callbacks.EMA.ema_state_dict"),
+    ],
+)
+def test_an_average_is_found_by_its_layers_wherever_it_stands(
+    raw: str, average: str, tiny: nn.Module, tmp_path: Path
+) -> None:
+    other = seeded(timm.create_model("test_resnet", num_classes=24), seed=2)
+    content: dict = {"epoch": 3, "optimizer_state": {"state": {0: {"exp_avg": torch.zeros(2)}}}}
+    for place, network in ((raw, other), (average, tiny)):
+        *above, last = place.split(".")
+        inside = content
+        for part in above:
+            inside = inside.setdefault(part, {})
+        inside[last] = {f"module.{k}": v for k, v in network.state_dict().items()} | (
+            {"n_averaged": torch.tensor(3)} if network is tiny else {}
+        )
+    torch.save(content, tmp_path / "x.pth")
+    notes = loads_as(tiny, tmp_path / "x.pth").notes
+    assert any(f"({average}), as timm does; --checkpoint-key {raw} takes" in note for note in notes)
+    loads_as(other, tmp_path / "x.pth", checkpoint_key=raw)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_weights_that_are_no_plain_numbers_are_refused(tiny: nn.Module, tmp_path: Path) -> None:
+    """Integers that a scale would turn into numbers, quantised, complex and sparse ones: never loaded as they are."""
+    state, path = tiny.state_dict(), tmp_path / "x.pth"
+    name = next(k for k, v in state.items() if v.dim() == 4)
+    for coded, said in (
+        ((state[name] * 100).to(torch.int8), "int8"),
+        (state[name] > 0, "bool"),
+        (torch.quantize_per_tensor(state[name], 0.01, 0, torch.qint8), "qint8"),
+        (state[name].to(torch.complex64), "complex64"),
+        (state[name].to_sparse(), "sparse"),
+    ):
+        torch.save({**state, name: coded}, path)
+        with pytest.raises(DataError, match=f"holds weights as .*{said}.*{name}"):
+            open_model(TINY, ModelOptions(weights=str(path), input_size=SIZE))
 
 
 def test_a_trained_layer_is_used_or_the_run_ends(tiny: nn.Module, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ with their index. Nothing that a file holds is run.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from dmlbench.plain import read_json
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar", ".pkl", ".index.json")
 KEYS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params", "module")
 """Where training programs keep the state dictionary inside their checkpoints, in the order looked at."""
-AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema", "teacher")
-"""Where they keep an average over training steps of the same weights, which timm takes where there is one."""
+AVERAGED = re.compile(r"(^|[._])(ema|teacher|swa|averaged?|shadow)(?=[._]|$)", re.IGNORECASE)
+"""What names an average over training steps of the same weights, which timm takes where there is one."""
 OF_A_LOSS = ("criterion", "loss", "optimizer", "scheduler", "scaler", "proxies", "proxy", "centers", "centres")
 """What else is kept there, and is no part of a network at test."""
 _WHOLE = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
@@ -231,37 +232,69 @@ def _chosen(path: Path, kind: str, content: Mapping[str, Any], key: str | None, 
         return WeightsFile(path, kind, content, key, _tensors_in(found), parts)
     if _is_state(content) or kind == "safetensors":
         return WeightsFile(path, kind, content, "", _tensors_in(content), parts)
-    states = {name: _tensors_in(value) for name, value in content.items() if _tensors_in(value)}
+    states = dict(_states(content))
     plain = next((name for name in KEYS if name in states), None)
     if plain is None and _tensors_in(content):
         return WeightsFile(path, kind, content, "", _tensors_in(content), parts)
-    whole = {name for name in states if _is_state(content[name])}
-    averaged = next((name for name in AVERAGES if name in whole), None)
-    if averaged and plain and not {_bare(k) for k in states[plain]} <= {_bare(k) for k in states[averaged]}:
-        averaged = None
-    others = [name for name in whole if not _of_a_loss(name)]
-    chosen = averaged or plain or (others[0] if len(others) == 1 else None)
-    if chosen is None:
+    plain = plain or next((name for name in states if name.rpartition(".")[2] in KEYS), None)
+    others = [name for name, held in states.items() if name != plain and held.whole and not _of_a_loss(name)]
+    right_in = [name for name in others if name in content] or others
+    averages = [name for name in others if AVERAGED.search(name)]
+    first = plain or next((few[0] for few in (right_in, averages) if len(few) == 1), None)
+    if first is None:
         holds = next((v.named for v in content.values() if isinstance(v, StandIn)), None)
         if holds and not others:
             raise would_run(path, holds)
         raise UsageError(
-            f"no weights found in {path}: name their place with --checkpoint-key; it has {', '.join(content)}"
+            f"no weights found in {path}: name their place with --checkpoint-key; it has {', '.join(others or content)}"
         )
-    own = {_bare(k) for k in states[chosen]}
+    own = states[first].names
+    copies = [name for name in others if name != first and own <= states[name].names]
+    averaged = next((name for name in (first, *copies) if name in averages), None)
+    chosen = averaged or first
+    raw = next((n for n in (first, *others) if n not in averages and states[n].names <= states[chosen].names), None)
+    rest = [name for name in others if name not in (first, *copies)]
+    some = [name for name in rest if name in averages and states[name].names <= own]
     beside = {
         f"{name}.{k}": tensor
-        for name in others
-        if name != chosen and not {_bare(k) for k in states[name]} <= own
-        for k, tensor in states[name].items()
+        for name in rest
+        if not states[name].names <= own and (name in content or name in averages)
+        for k, tensor in states[name].tensors.items()
     }
-    notes: tuple[str, ...] = ()
-    if averaged and plain:
-        notes = (
+    notes = []
+    if averaged and raw:
+        notes = [
             f"{path.name}: the average over training steps is taken ({averaged}), as timm does; "
-            f"--checkpoint-key {plain} takes the last step's weights",
-        )
-    return WeightsFile(path, kind, content, chosen, states[chosen], parts, beside, notes)
+            f"--checkpoint-key {raw} takes the last step's weights"
+        ]
+    elif again := [*copies, *some]:
+        which = "the" if copies else "some of the"
+        notes = [f"{path.name}: {which} same layers stand under {listed(again)} too; --checkpoint-key chooses them"]
+    return WeightsFile(path, kind, content, chosen, states[chosen].tensors, parts, beside, tuple(notes))
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """Tensors by name; ``whole`` where there is nothing else beside them."""
+
+    tensors: Mapping[str, Tensor]
+    whole: bool
+
+    @property
+    def names(self) -> set[str]:
+        """Of its layers, by which copies of a network are known."""
+        return {_bare(k) for k in self.tensors}
+
+
+def _states(content: Mapping[str, Any], above: str = "", depth: int = 3) -> Iterator[tuple[str, _State]]:
+    """The state dictionaries in a file's content, by their dotted place; none within another."""
+    for name, value in content.items():
+        if not isinstance(value, Mapping):
+            continue
+        if held := _tensors_in(value):
+            yield f"{above}{name}", _State(held, _is_state(value))
+        elif depth > 1 and not _of_a_loss(str(name)):
+            yield from _states(value, f"{above}{name}.", depth - 1)
 
 
 def _bare(name: str) -> str:

@@ -9,7 +9,7 @@ that makes the embedding, and the run ends.
 import importlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from dmlbench.errors import UsageError
-from dmlbench.models.files import WeightsFile, listed
+from dmlbench.models.files import AVERAGED, WeightsFile, listed
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module", "_forward_module"}
 """What torch.compile, activation checkpointing, FSDP and Lightning's Fabric put into names, anywhere."""
-_AVERAGED = re.compile(r"(^|[._])(ema|teacher|swa|averaged?)([._]|$)|model_ema|ema_model")
 _FOLLOWER = re.compile(r"(^|[._])(encoder_k|target|momentum|key)([._]|$)|momentum_|target_|_momentum")
 _OF_TRAINING = re.compile(
     r"(^|[._])(criterion|criteria|loss(es)?|losses?_fn|loss_func|prox(y|ies)|cent(er|re)s?|prototypes?|queue|arcface|"
@@ -71,7 +70,8 @@ def match(tensors: Mapping[str, Tensor], own: Iterable[str], prefix: str | None 
         UsageError: several copies of the network fit, and which is meant is not clear.
     """
     names = set(own)
-    plain = {k if k in names else unwrapped(k): k for k in tensors}
+    around = _WRAPPERS if any("module" in name.split(".") for name in names) else {*_WRAPPERS, "module"}
+    plain = {k if k in names else unwrapped(k, around): k for k in tensors}
     whole = _prefixes(plain, names)
     copy = None
     if prefix is None:
@@ -84,9 +84,9 @@ def match(tensors: Mapping[str, Tensor], own: Iterable[str], prefix: str | None 
     return Match(prefix, below, outside, copy)
 
 
-def unwrapped(name: str) -> str:
-    """A name without the parts that wrappers put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def unwrapped(name: str, wrappers: Collection[str] = _WRAPPERS) -> str:
+    """A name without the parts that ``wrappers`` put into it; a ``module`` before all of it is a prefix."""
+    return ".".join(p for i, p in enumerate(name.split(".")) if p not in wrappers or (p == "module" and i == 0))
 
 
 def _prefixes(plain: Iterable[str], own: set[str]) -> list[str]:
@@ -107,7 +107,7 @@ def _prefix(best: list[str], plain: Mapping[str, str], tensors: Mapping[str, Ten
     """Which of several copies of a network is meant, and one that is passed over: an average before what it is of."""
     if len(best) < 2:
         return (best or [""])[0], None
-    ranks = {p: 2 if _AVERAGED.search(p) else 0 if _FOLLOWER.search(p) else 1 for p in best}
+    ranks = {p: 2 if AVERAGED.search(p) else 0 if _FOLLOWER.search(p) else 1 for p in best}
     first = [p for p in best if ranks[p] == max(ranks.values())]
     if len(first) > 1 and not all(_same(plain, tensors, first[0], p) for p in first[1:]):
         raise UsageError(
@@ -289,7 +289,7 @@ def refuse_unknown(file: WeightsFile, names: list[str], left: Mapping[str, Tenso
         return
     told = listed([f"{name} {tuple(left[name].shape)}" for name in names], 3)
     layers = list(dict.fromkeys(_layer(name) for name in names))
-    linear = [layer for layer in layers if left.get(f"{layer}.weight", torch.empty(0)).dim() in (1, 2)]
+    linear = [layer for layer in layers if left.get(f"{layer}.weight", torch.empty(())).dim() in (1, 2)]
     use = f"--head {linear[-1]} puts that layer in place of the last one; " if linear else ""
     raise UsageError(
         f"{file.path} holds trained layers that {architecture} would leave out: {told}. {use}"

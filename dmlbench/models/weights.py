@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -55,9 +56,26 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
             if names
         ]
         raise DataError(f"{where} does not fit the architecture: {'; '.join(parts)}")
+    if coded := [k for k, v in tensors.items() if own[k].is_floating_point() and not _plain_numbers(v)]:
+        kinds = sorted(
+            {
+                str(t.dtype if t.layout == torch.strided else t.layout)[6:]
+                for t in map(tensors.get, coded)
+                if t is not None
+            }
+        )
+        raise DataError(
+            f"{where} holds weights as {', '.join(kinds)}, not as plain numbers: {listed(coded)}; save them as float32 "
+            "(quantised ones by dequantize(), sparse ones by to_dense())"
+        )
     ready = OrderedDict(tensors)
     ready._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]  # some networks ask for its version
     network.load_state_dict(ready)
+
+
+def _plain_numbers(tensor: Tensor) -> bool:
+    """Are its values the weights: real, dense, and no integers that a scale turns into numbers?"""
+    return tensor.is_floating_point() and tensor.layout == torch.strided
 
 
 def fill_from(

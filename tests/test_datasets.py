@@ -574,6 +574,8 @@ def test_a_csv_with_sequences_and_cameras(tmp_path: Path, root: Path) -> None:
     }
     assert together == {(1, 0), (2, 0)}, "one sequence whatever the label; one camera with the same label"
     assert next(iter(remarks(got))) == "columns that are not used: weather"
+    as_camid = rows_of(tmp_path / "camid", 4, ",sequence,camid,weather", ["a,1,dry", "a,1,wet", ",1,dry", "b,2,dry"])
+    np.testing.assert_array_equal(load_dataset(f"csv:{as_camid}", preprocess=SMALL).apart, got.apart)
     plain = load_dataset(f"csv:{rows_of(tmp_path / 'plain')}", preprocess=SMALL)
     assert plain.apart is None and not plain.notes
 
@@ -612,6 +614,11 @@ def test_a_csv_with_a_row_for_each_role(tmp_path: Path, root: Path) -> None:
         (("training", "testing"), ""),
         (("train", "VAL"), "car_data/car_data"),
         (("TRAIN", "Valid"), "x"),
+        (("train_set", "test_set"), ""),
+        (("Training images", "Test images"), ""),
+        (("seg_train/seg_train", "seg_test/seg_test"), "archive"),
+        (("trainset", "testset"), ""),
+        (("train/train", "test/test"), ""),
     ],
 )
 def test_folders_of_splits_as_people_have_them(
@@ -621,6 +628,35 @@ def test_folders_of_splits_as_people_have_them(
     train, test = (load_dataset(f"folder:{tmp_path / 'mine'}", split, SMALL) for split in ("train", "test"))
     assert counts_of(train) == counts_of(test) == Counts(6, 3)
     assert not set(train.images.source.paths) & set(test.images.source.paths)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("parts", [("query", "gallery"), ("Query", "Gallery"), ("query_images", "gallery_images")])
+@pytest.mark.parametrize("above", ["", "Test"])
+def test_query_and_gallery_within_test_are_as_beside_train(
+    above: str, parts: tuple[str, str], tmp_path: Path, root: Path
+) -> None:
+    class_tree(tmp_path / "mine" / above, parts=parts, each=2)
+    if above:
+        class_tree(tmp_path / "mine", parts=("Train",), each=3)
+    got = load_dataset(f"folder:{tmp_path / 'mine'}", preprocess=SMALL)
+    assert (len(got.query), len(got.gallery), len(got.class_names)) == (6, 6, 3)
+    assert not set(got.query) & set(got.gallery)
+
+
+def test_words_of_splits_among_classes_name_classes(tmp_path: Path, root: Path) -> None:
+    for name in ("test_tube", "train_wagon", "bottle"):
+        picture(tmp_path / "a" / name / "1.png", seed=len(name))
+    assert load_dataset(f"folder:{tmp_path / 'a'}", preprocess=SMALL).class_names == [
+        "bottle",
+        "test_tube",
+        "train_wagon",
+    ]
+    class_tree(tmp_path / "b" / "test", parts=("query",), each=2)
+    with pytest.raises(UsageError, match="has query, and neither"):
+        load_dataset(f"folder:{tmp_path / 'b'}", preprocess=SMALL)
+    class_tree(tmp_path / "c", parts=("train_a", "train_b", "test_a"), each=1)
+    with pytest.raises(DataError, match="train_a and train_b: which of them is meant"):
+        load_dataset(f"folder:{tmp_path / 'c'}", preprocess=SMALL)
 
 
 def test_wrappers_that_are_stepped_through_and_classes_that_are_not(tmp_path: Path, root: Path) -> None:

@@ -2,11 +2,13 @@
 
 Where PATH holds folders named ``train`` and ``test`` (or ``training``, ``testing``, ``val``, ``validation``, ``query``,
 ``gallery``), in any case, the classes lie below those, and ``query`` with ``gallery`` make a test split with separate
-galleries. Otherwise every class folder belongs to the test split. A sole folder around all that is stepped through.
+galleries, also within ``test``. Longer names with such a word (``train_set``, ``Test images``) are parts where all folders
+have one. Otherwise every class folder belongs to the test split. A sole folder around all that is stepped through.
 What is no picture is passed over and said, and so is everything else that was not obvious.
 """
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -28,7 +30,7 @@ KNOWN_BY_CONTENT = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM", "
 PARTS = {
     "train": "train", "training": "train",
     "test": "test", "testing": "test", "val": "test", "validation": "test", "valid": "test",
-    "query": "query", "queries": "query", "gallery": "gallery",
+    "query": "query", "queries": "query", "probe": "query", "gallery": "gallery",
 }  # fmt: skip
 """Folders that are a part of a data set, not a class, in any case, and which; of several test parts the first here is read."""
 OTHERS = {
@@ -74,7 +76,7 @@ def class_folder(path: str, split: str, preprocess: Preprocess) -> RetrievalData
                 f"this looks like the data set {known}, as it has {file}: --dataset {known} reads its classes and the "
                 "field's test split; here each class is a folder and, without a folder 'test', all are tested on"
             )
-    parts = _parts(root)
+    parts = _parts(root, found)
     here = {part for part, _ in parts}
     apart: list[str] = [part for part in ("query", "gallery") if part in here]
     wanted = ["train"] if split == "train" else apart or ["test"]
@@ -91,7 +93,8 @@ def class_folder(path: str, split: str, preprocess: Preprocess) -> RetrievalData
     for part in wanted if parts else [""]:
         folder = next((f for p, f in parts if p == part), root)
         used.append(folder)
-        _gather(root, part, _within(folder, found) if parts else folder, found)
+        for of, top in _tops(part, folder, found) if parts else [(part, folder)]:
+            _gather(root, of, top, found)
     if parts:
         _said(found, "folders passed over", (shown(f.name) for f in _folders(root) if not _of_a_split(f, used, parts)))
     if found.passed:
@@ -127,17 +130,49 @@ def _folders(root: Path) -> list[Path]:
     )
 
 
-def _parts(root: Path) -> list[tuple[str, Path]]:
+def _word(name: str) -> str | None:
+    """The word of :data:`PARTS` in a folder's name, where it has one: that of ``train_set``, ``Test images`` or ``trainset``."""
+    words = {word.removesuffix("set") for word in re.split("[^a-z]+", name.lower())} & set(PARTS)
+    return words.pop() if len(words) == 1 else None
+
+
+def _parts(root: Path, found: Found) -> list[tuple[str, Path]]:
     """(part, folder) of the folders that are one, in the order of :data:`PARTS`.
 
     Raises:
-        DataError: two folders differ only in case.
+        DataError: two folders differ only in case, or say the same in other words.
     """
-    found = [(PARTS[f.name.lower()], f) for f in _folders(root) if f.name.lower() in PARTS]
-    lower = Counter(f.name.lower() for _, f in found)
-    if twice := [f.name for _, f in found if lower[f.name.lower()] > 1]:
+    folders = _folders(root)
+    words = {f: f.name.lower() for f in folders if f.name.lower() in PARTS}
+    if not words:
+        loose = {f: word for f in folders if (word := _word(f.name)) is not None}
+        parts = {PARTS[word] for word in loose.values()}
+        if len(loose) == len(folders) and ({"train", "test"} <= parts or {"query", "gallery"} <= parts):
+            words = loose
+            said = ", ".join(f"{shown(f.name)} for {PARTS[word]}" for f, word in loose.items())
+            found.notes.append(f"of the folders in {shown(root)} is taken {said}")
+    often = Counter(words.values())
+    if twice := [f.name for f, word in words.items() if often[word] > 1]:
         raise DataError(f"{shown(root)} has {' and '.join(twice)}: which of them is meant?")
-    return sorted(found, key=lambda record: list(PARTS).index(record[1].name.lower()))
+    return [(PARTS[word], f) for f, word in sorted(words.items(), key=lambda pair: list(PARTS).index(pair[1]))]
+
+
+def _tops(part: str, folder: Path, found: Found) -> list[tuple[str, Path]]:
+    """(part, folder of class folders) of a part: itself, or the ``query`` and ``gallery`` in a ``test``.
+
+    Raises:
+        UsageError: there is one of these two alone.
+    """
+    top = _within(folder, found, part)
+    inner = _parts(top, found) if part == "test" else []
+    apart = [(p, _within(f, found, p)) for p, f in inner if p in ("query", "gallery")]
+    if {p for p, _ in apart} == {"query", "gallery"}:
+        return apart
+    if inner and len(inner) == len(_folders(top)):
+        raise UsageError(
+            f"{shown(top)} has {', '.join(shown(f.name) for _, f in inner)}, and neither classes nor both of query and gallery"
+        )
+    return [(part, top)]
 
 
 def _of_a_split(folder: Path, used: Iterable[Path], parts: Iterable[tuple[str, Path]]) -> bool:
@@ -146,11 +181,13 @@ def _of_a_split(folder: Path, used: Iterable[Path], parts: Iterable[tuple[str, P
     return folder in used or any(f == folder and part in others for part, f in parts)
 
 
-def _within(folder: Path, found: Found) -> Path:
+def _within(folder: Path, found: Found, part: str | None = None) -> Path:
     """``folder``, or what lies in the sole folders around all of it: one class alone is no data set, so a sole folder
-    that holds folders is none, unless it holds pictures and a single folder."""
+    that holds folders is none, unless it holds pictures and a single folder. A ``part`` may lie in one of its own name."""
     inner = folder
-    while len(inside := _folders(inner)) == 1 and inside[0].name.lower() not in PARTS and not _pictures_in(inner):
+    while len(inside := _folders(inner)) == 1 and not _pictures_in(inner):
+        if PARTS.get(inside[0].name.lower(), part) != part:
+            break
         deeper = _folders(inside[0])
         if not deeper or (len(deeper) == 1 and _pictures_in(inside[0])):
             break

@@ -4,7 +4,7 @@ Columns ``label`` and ``path`` (relative to the CSV's folder, or absolute), ``sp
 ``validation``, for which ``test`` is also read), ``is_query`` and ``is_gallery`` (for the validation rows), and
 optionally ``x_1, x_2, y_1, y_2``: left, right, top and bottom of a box in pixels, empty for the whole picture.
 Rows of one ``sequence`` do not count for each other, and neither do rows of one label and one ``camera``; empty cells are of
-none. The label -1 is junk, which is left out. Any other column is not used, and that is said.
+none. A camera may be called ``camid``, ``cam_id`` or ``camera_id`` too. The label -1 is junk, which is left out. Any other column is not used, and that is said.
 """
 
 import os
@@ -24,6 +24,8 @@ _SPLITS = {"train": ("train",), "test": ("validation", "test", "val")}
 _TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "": False}
 _BOX = ("x_1", "y_1", "x_2", "y_2")
 _KNOWN = {"label", "path", "split", "is_query", "is_gallery", "camera", "sequence", *_BOX}
+_CAMERA = ("camid", "cam_id", "camera_id")
+"""Other names of the column ``camera``, where it has none of that name."""
 _EMPTY = ("", "nan", "none")
 _JUNK = ("-1", "-1.0")
 
@@ -42,6 +44,8 @@ def table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
         rows = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8", encoding_errors="surrogateescape")
     except (ValueError, OSError) as error:
         raise DataError(f"{shown(file)} is not a readable CSV: {error}") from None
+    if "camera" not in rows.columns and (named := next((c for c in _CAMERA if c in rows.columns), None)):
+        rows = rows.rename(columns={named: "camera"})
     wanted = ["label", "path", "split"] + (["is_query", "is_gallery"] if split == "test" else [])
     if lacking := [c for c in wanted if c not in rows.columns]:
         raise DataError(f"{shown(file)} has no column {', '.join(lacking)}; it has {', '.join(map(str, rows.columns))}")

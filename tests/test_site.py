@@ -192,6 +192,15 @@ def test_the_view_is_in_the_address(site, browser):
     assert again.js(f"{PANEL}.querySelector('.filter').value") == "R@1>=93"
 
 
+def test_the_skip_link_and_a_strange_address_leave_the_view_as_it_is(site, browser):
+    page = opened(browser, site, DIGITS + "#strict&sort=model")
+    for hash in ("tables", "%", "no-such-row"):
+        page.js(f"location.hash = {json.dumps(hash)}")
+        page.js("new Promise((done) => setTimeout(done))")
+        assert page.js(f"{PANEL}.id") == "strict" and column(page, "model") == sorted(column(page, "model"))
+    assert page.complaints == []
+
+
 def test_columns_can_be_shown_and_hidden(site, browser):
     page = opened(browser, site, DIGITS + ERS)
 
@@ -483,6 +492,15 @@ def test_the_site_from_the_command_line(typed, tmp_path):
     )
     with pytest.raises(DataError, match="holds no board"):
         write_site(tmp_path, tmp_path / "t")
+
+
+def test_where_there_is_no_checkout_the_packaged_board_is_shown(typed, tmp_path, monkeypatch):
+    """In a package most submissions are not at hand: their rows are."""
+    folder = small_board(tmp_path / "package", ers_digits__digits=[row("ers-digits", ers=40.0, submission="gone")])
+    monkeypatch.setattr("dmlbench.board.build.board_folder", lambda: folder)
+    assert "4 pages" in typed("leaderboard", "build", "--site", tmp_path / "s").out
+    text = (tmp_path / "s" / "models" / "m.html").read_text(encoding="utf-8")
+    assert "40.0" in text and "dmlbench evaluate --model m " in text and "runs/gone" not in text
 
 
 def test_every_column_has_a_place_and_a_kind():

@@ -162,14 +162,15 @@
     });
   }
 
-  // The address names a tab and a view of it, or a row.
+  // The address names a tab and a view of it, or a row; anything else leaves the tab as it is.
   function follow() {
-    const [id, ...rest] = decodeURI(location.hash.slice(1)).split("&");
+    const [id, ...view] = location.hash.slice(1).split("&");
     const target = id && document.getElementById(id);
     const at = target ? panels.findIndex((panel) => panel.contains(target)) : -1;
-    choose(Math.max(at, 0));
-    if (at >= 0 && target !== panels[at]) target.scrollIntoView({ block: "center" });
-    if (at >= 0 && target === panels[at] && boards[at]) boards[at].show(new URLSearchParams(location.hash.slice(1).split("&").slice(1).join("&")));
+    if (at < 0) return;
+    choose(at);
+    if (target === panels[at]) boards[at].show(new URLSearchParams(view.join("&")));
+    else target.scrollIntoView({ block: "center" });
   }
 
   if (panels.length) {
@@ -195,6 +196,7 @@
       });
     });
     addEventListener("hashchange", follow);
+    choose(0);
     follow();
   }
 

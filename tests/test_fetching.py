@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from networks import clip_names
 from safetensors.torch import save_file
 
 from dmlbench.checkpoints import File, checkpoint, checkpoints
@@ -239,3 +240,66 @@ def test_a_published_model_by_its_id_alone(served, monkeypatch: pytest.MonkeyPat
     with torch.no_grad():
         expected = network.half().float().eval()((images - mean) / std)
     torch.testing.assert_close(embedder(images), expected)
+
+
+def of_openai(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The vision half alone, as fine-tuned encoders are saved."""
+    named = clip_names(network)
+    return {k.removeprefix("visual."): v for k, v in named.items() if k.startswith("visual.")}
+
+
+def of_dinov2(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    state = network.state_dict()
+    return {**state, "mask_token": torch.zeros(1, state["pos_embed"].shape[-1])}
+
+
+def as_it_is(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return network.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "made"),
+    [
+        ("fare2-vitl14", of_openai, {}),
+        ("tecoa4-vitl14", of_openai, {}),
+        ("openclip-vitb32-laion2b-e16", clip_names, {}),
+        ("clip-vitb32-openai", as_it_is, {}),
+        ("siglip-vitb16", as_it_is, {}),
+        ("dino-vits16", as_it_is, {}),
+        ("dinov2-vits14", of_dinov2, {"img_size": 518}),
+        ("dinov2-vitl14-reg", of_dinov2, {"img_size": 518}),
+    ],
+)
+def test_each_family_in_the_layout_that_its_authors_publish(
+    name: str, layout, made: dict, served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One block deep, else as the record says; the file from the address; the same as timm's network of these weights."""
+    address, folder = served
+    entry = checkpoint(name).model_dump(mode="json")
+    kwargs = {**entry["arch"]["kwargs"], "depth": 1}
+    width = entry["arch"]["embed_dim"] if entry["arch"]["head"] else 0
+    torch.manual_seed(5)
+    network = timm.create_model(entry["arch"]["builder"][5:], num_classes=width, **{**kwargs, **made}).eval()
+    if width:
+        torch.nn.init.zeros_(network.head.bias)
+    content = layout(network)
+    if entry["files"][0].get("format") == "torch":
+        torch.save(content, folder / "m")
+    else:
+        save_file({k: v.contiguous() for k, v in content.items()}, str(folder / "m"))
+    entry["arch"] |= {"kwargs": kwargs, "n_params": None}
+    entry["files"] = [{"url": f"{address}/m", "format": entry["files"][0]["format"]}]
+    (tmp_path / "c.json").write_text(json.dumps({"schema_version": 1, "checkpoints": {name: entry}}))
+    monkeypatch.setenv("DMLBENCH_CHECKPOINTS", str(tmp_path / "c.json"))
+    embedder = open_model(name)
+    images = probe_images(embedder.input_shape, 1)
+    if made:  # timm's own resizing of the position embeddings
+        smaller = timm.create_model(entry["arch"]["builder"][5:], num_classes=0, **kwargs).eval()
+        state = timm.models.vision_transformer.checkpoint_filter_fn(network.state_dict(), smaller)
+        smaller.load_state_dict(state)
+        network = smaller
+    mean, std = (torch.tensor(entry["normalize"][key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(network((images - mean) / std))
+    torch.testing.assert_close(embedder(images), expected, rtol=1e-4, atol=1e-5)
+    assert embedder.card is not None and expected.shape[1] == entry["arch"]["embed_dim"]

@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from networks import clip_names
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -477,36 +478,6 @@ def test_position_embeddings_of_another_size(tmp_path: Path) -> None:
     torch.testing.assert_close(small(images), unit(big, images), rtol=1e-4, atol=1e-5)
     with pytest.raises(UsageError, match="patches of 16x16"):
         open_model("timm:vit_tiny_patch16_224", ModelOptions(weights=path, input_size=(50, 50)))
-
-
-def clip_names(network: nn.Module) -> dict[str, Tensor]:
-    """timm's CLIP transformer under OpenAI's names, with a text half beside it."""
-    out = {"transformer.resblocks.0.ln_1.weight": torch.zeros(4), "token_embedding.weight": torch.zeros(9, 4)}
-    out |= {
-        "logit_scale": torch.zeros(()),
-        "positional_embedding": torch.zeros(7, 4),
-        "text_projection": torch.zeros(4, 4),
-    }
-    for name, t in network.state_dict().items():
-        k = name.replace("blocks.", "transformer.resblocks.").replace("patch_embed.proj", "conv1")
-        for new, old in (("norm_pre", "ln_pre"), ("norm1", "ln_1"), ("norm2", "ln_2"), ("mlp.fc1", "mlp.c_fc")):
-            k = k.replace(new, old)
-        k = (
-            k.replace("mlp.fc2", "mlp.c_proj")
-            .replace("attn.qkv.", "attn.in_proj_")
-            .replace("attn.proj", "attn.out_proj")
-        )
-        k = "ln_post." + k.removeprefix("norm.") if k.startswith("norm.") else k
-        if k == "cls_token":
-            k, t = "class_embedding", t[0, 0]
-        elif k == "pos_embed":
-            k, t = "positional_embedding", t[0]
-        elif k == "head.weight":
-            k, t = "proj", t.t()
-        elif k == "head.bias":
-            continue
-        out[f"visual.{k}"] = t.contiguous()
-    return out
 
 
 def test_clip_under_its_own_names(tmp_path: Path) -> None:

@@ -15,8 +15,11 @@ import timm
 import torch
 from networks import clip_names
 from safetensors.torch import save_file
+from trees import cub_tree
 
 from dmlbench.checkpoints import File, checkpoint, checkpoints
+from dmlbench.datasets import cub
+from dmlbench.datasets.base import Counts
 from dmlbench.errors import DataError
 from dmlbench.models import open_model, probe_images
 from dmlbench.models.fetching import addresses, fetch, weights_path
@@ -211,6 +214,27 @@ def test_nothing_is_fetched_without_an_address() -> None:
     entry = checkpoint("digits-smallcnn-triplet-none").model_copy(update={"files": (File(manual="ask the authors"),)})
     with pytest.raises(DataError, match="ask the authors"):
         weights_path("m", entry)
+
+
+def test_one_command_fetches_and_measures_a_published_model(
+    served, typed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """``evaluate --model oml-vits16-cub --dataset cub``, the file from an address; one block deep, on a small CUB."""
+    address, folder = served
+    monkeypatch.setitem(cub.COUNTS, "test", Counts(4, 2))
+    cub_tree(tmp_path / "data", {1: 2, 101: 2, 102: 2})
+    entry = checkpoint("oml-vits16-cub").model_dump(mode="json")
+    entry["arch"] |= {"kwargs": {"depth": 1}, "n_params": None}
+    network = timm.create_model(entry["arch"]["builder"][5:], num_classes=0, depth=1)
+    torch.save({"state_dict": {f"model.{k}": v for k, v in network.state_dict().items()}}, folder / "m.ckpt")
+    md5 = hashlib.md5((folder / "m.ckpt").read_bytes()).hexdigest()
+    entry["files"] = [{"url": f"{address}/m.ckpt", "hash": f"md5:{md5[:6]}", "format": "torch"}]
+    (tmp_path / "c.json").write_text(json.dumps({"schema_version": 1, "checkpoints": {"oml-vits16-cub": entry}}))
+    env = {"DMLBENCH_CHECKPOINTS": str(tmp_path / "c.json"), "DMLBENCH_DATA": str(tmp_path / "data")}
+    command = ["evaluate", "--model", "oml-vits16-cub", "--dataset", "cub", "--attacks", "GTT@fgsm"]
+    done = typed(*command, env=env)
+    assert "oml-vits16-cub on cub (test): 4 queries" in done.out and f"only md5:{md5[:6]}" in done.err
+    assert "trusted" not in typed(*command, env=env).err  # kept, and the same
 
 
 def test_a_published_model_by_its_id_alone(served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

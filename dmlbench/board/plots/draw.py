@@ -211,6 +211,9 @@ def _draw_plane(axes: "Axes", figure: Figure, ink: Ink) -> None:
     axes.scatter(clean.x, clean.y, s=16, c=colours, marker="o", label="clean")
     axes.scatter(attacked.x, attacked.y, s=18, c=colours, marker="x", lw=1.0, label="attacked")
     axes.set(xticks=[], yticks=[])
+    if ground:
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_axis_off()
 
 
 def _draw_matrix(axes: "Axes", figure: Figure, ink: Ink) -> None:
@@ -267,8 +270,8 @@ def draw(figure: Figure, suffix: str, width: float = 5.5, ink: Ink = PAPER, heig
         legend = figure.table is None and figure.kind != "plane" and not (height and len(figure.series) == 1)
         lines = -(-len(figure.series) // 2) if legend else 0
         if height:
-            low = 0.45 + 0.14 * lines
-            canvas.subplots_adjust(0.5 / width, low / height, 1 - 0.1 / width, 1 - 0.1 / height)
+            left, low = (0.1, 0.1) if figure.kind == "plane" else (0.5, 0.45 + 0.14 * lines)
+            canvas.subplots_adjust(left / width, low / height, 1 - 0.1 / width, 1 - 0.1 / height)
         axes = canvas.add_subplot()
         DRAW[figure.kind](axes, figure, ink)
         axes.set_xlabel(_text(figure.x_title))

@@ -20,7 +20,7 @@ from dmlbench.board.build import CLAIMS, load_boards
 from dmlbench.board.row import STATUSES, Row
 from dmlbench.board.site import models
 from dmlbench.board.site.boards import board, head
-from dmlbench.board.site.overview import COLUMNS, Entry, anchor, by_dataset, entries, eps_of, of_pictures
+from dmlbench.board.site.overview import COLUMNS, Entry, anchor, by_dataset, entries, eps_of, filled, of_pictures
 from dmlbench.board.site.words import words
 from dmlbench.checkpoints import PACKAGE, Checkpoint, checkpoints
 from dmlbench.datasets import DATASETS
@@ -57,7 +57,7 @@ def write_site(folder: Path, out: Path) -> list[str]:
     for dataset, of_set in sets.items():
         pages.add(
             f"datasets/{anchor(dataset)}.html", "dataset.html.j2", dataset=dataset, title=_title(dataset), at=eps_of(lists[dataset]), rows=lists[dataset],
-            columns=[head(c) for c in COLUMNS], boards=[board(protocol, dataset, rows) for protocol, rows in of_set.items()],
+            columns=[head(c) for c in filled(lists[dataset])], boards=[board(protocol, dataset, rows) for protocol, rows in of_set.items()],
         )  # fmt: skip
     for model, there in places.items():
         card = _card(folder, (row for _, _, row in there)) or checkpoints().get(model)

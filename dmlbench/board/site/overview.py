@@ -138,6 +138,11 @@ def entries(boards: Boards) -> list[Entry]:
     return sorted(found, key=place)
 
 
+def filled(rows: Sequence[Entry]) -> list[str]:
+    """The columns in which anything stands."""
+    return [c for c in COLUMNS if any(e.cells[c].value for e in rows)]
+
+
 def eps_of(rows: Iterable[Entry]) -> str:
     """The eps at which all that stands beside ERS was read, "" where it is not the same everywhere."""
     found = {c.at for e in rows for c in e.cells.values() if c.at}

@@ -110,6 +110,9 @@ ATTACKS: Registry[Attack] = Registry(
         "Panum": Attack("move away from the nearest positive, read on the queries that are right when clean", "leave",
                         "nearest_same", ("recall_of_right", "map_at_r_of_right"), _PANUM,
                         ends=((0, 100), (0, 100)), note="the protocols panum-28 and panum-28-l2 have its threat"),
+        "FLIP": Attack("flip the decision on a pair: dodging of a genuine one, impersonation in one of two classes", "flip",
+                       "anywhere", _R, "dmlbench, docs/verification.md",
+                       note="alone: the pair of the image and a random entry; under protocols that verify pairs: the drawn one"),
         **{f"{name}{k}": Attack(f"{name} with {k} {role} at once", objective, targets, read, _ECCV, k=k, ends=ends)
            for name, role, objective, targets, read, ends in (
                ("CA+", "queries", "raise_candidate", "anywhere", _C, _UP),

@@ -119,7 +119,9 @@ def evaluate(
 def embedded(task: Task, progress: Progress, work: Work) -> Subject:
     """The model with its queries, everything clean embedded once; and the surrogate's, where there is one."""
     o = task.options
-    order = None if o.until is None else even_order(task.dataset.labels[task.dataset.query])
+    order = None if o.only is None else np.sort(np.asarray(o.only, dtype=np.int64))
+    if o.until is not None:
+        order = even_order(task.dataset.labels[task.dataset.query])
     prepared = partial(
         prepare, dataset=task.dataset, limit=task.queries, order=order, device=o.device, progress=progress, work=work,
         cache=o.cache, shared=o.shared,

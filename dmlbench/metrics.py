@@ -18,7 +18,7 @@ from torch import Tensor
 from dmlbench.errors import UsageError
 from dmlbench.fast.kmeans import lloyd, mutual_information
 from dmlbench.fast.ranking import average_precisions, negatives_ahead, recalled
-from dmlbench.objectives import KEPT
+from dmlbench.objectives import KEPT, flip
 from dmlbench.registry import Registry, suggest
 from dmlbench.scene import Scene
 
@@ -41,6 +41,8 @@ class Readout:
 
     read: Callable[[Tensor, Scene], Tensor]
     unit: str
+    may_be_missing: bool = False
+    """some queries have no value: those without another image of their class, or wrong when clean"""
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -141,6 +143,14 @@ def map_at_r_of_right(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " 
     return _right_when_clean(map_at_r(e, scene), scene)
 
 
+def decided(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """FLIP: is the pair of the image and its target still told rightly to be of one class or of two? Percent; NaN without a
+    threshold. Ties count against the model."""
+    if scene.threshold is None:
+        return torch.full_like(e[:, 0], torch.nan)
+    return (flip(e, scene) > 0).float() * 100.0
+
+
 def kendall_tau(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """FOA: Kendall's tau-a between the prescribed order of the candidates and their order in the list, -1 to 1."""
     d = scene.distance.paired(e[:, None, :], scene.targets)  # (B, M)
@@ -166,15 +176,16 @@ def rank_of_kept(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
 READOUTS: Registry[Readout] = Registry(
     "read-out",
     {
-        "recall_at_1": Readout(recall_at_1, "percent"),
+        "recall_at_1": Readout(recall_at_1, "percent", may_be_missing=True),
         "candidate_rank": Readout(candidate_rank, "percent"),
         "rank_in_query": Readout(rank_in_query, "percent"),
         "target_cosine": Readout(target_cosine, "cosine"),
         "embedding_shift": Readout(embedding_shift, "distance"),
         "kept_in_top_4": Readout(kept_in_top_4, "percent"),
         "map_at_r": Readout(map_at_r, "percent"),
-        "recall_of_right": Readout(recall_of_right, "percent"),
-        "map_at_r_of_right": Readout(map_at_r_of_right, "percent"),
+        "recall_of_right": Readout(recall_of_right, "percent", may_be_missing=True),
+        "map_at_r_of_right": Readout(map_at_r_of_right, "percent", may_be_missing=True),
+        "decided": Readout(decided, "percent", may_be_missing=True),
         "kendall_tau": Readout(kendall_tau, "correlation"),
         "pair_accuracy": Readout(pair_accuracy, "percent"),
         "rank_of_wanted": Readout(rank_of_wanted, "percent"),

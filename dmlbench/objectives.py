@@ -174,6 +174,17 @@ def leave(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     return -scene.distance.paired(e, scene.targets[:, 0])
 
 
+def flip(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """FLIP: the decision on the pair of the image and its target. t - d(f(x~), c) where both are of one class, else d(f(x~), c) - t.
+
+    Of a genuine pair the distance is to pass the threshold t (dodging), of an impostor pair to fall below it (impersonation): the
+    decision is wrong where this is 0 or less. t is 0 where nobody decides.
+    """
+    edge = 0.0 if scene.threshold is None else scene.threshold
+    margin = scene.distance.paired(e, scene.targets[:, 0]) - edge
+    return torch.where(scene.genuine, -margin, margin)
+
+
 def order(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """FOA: make the candidates appear in the order in which they were chosen.
 
@@ -228,6 +239,7 @@ OBJECTIVES: Registry[Objective] = Registry(
         "margin_to_class": margin_to_class,
         "margin_to_entry": margin_to_entry,
         "leave": leave,
+        "flip": flip,
         "order": order,
         "order_in_place": order_in_place,
         "raise_and_keep": raise_and_keep,

@@ -126,6 +126,8 @@ class Conditions(_Record):
     """size of the perturbation, or of a grid several, joined by commas"""
     surrogate: str | None = None
     """the model that adversarial images were made on"""
+    pairs: str | None = None
+    """sha256 of the file of pairs that was measured instead of drawn ones"""
 
     @staticmethod
     def of(partial: Iterable[str]) -> "Conditions":

@@ -113,6 +113,8 @@ class Scene:
             count for it.
         abreast: how many images blocks of the gallery are cut for; 0 for as many as there are.
         query: (B,) the images' rows in the data set, by which a random defence draws; None where nobody said.
+        threshold: (B,) the distance below which each image and its first target are told to be of one class; None where
+            nobody decides.
     """
 
     distance: Distance
@@ -124,6 +126,7 @@ class Scene:
     groups: Tensor | None = None
     abreast: int = 0
     query: Tensor | None = None
+    threshold: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -137,6 +140,7 @@ class Scene:
             chosen=self.chosen[index],
             groups=None if self.groups is None else self.groups[index],
             query=None if self.query is None else self.query[index],
+            threshold=None if self.threshold is None else self.threshold[index],
         )
 
     def aimed(self, chosen: Int[Tensor, "B K"]) -> "Scene":
@@ -248,6 +252,11 @@ class Scene:
     def targets(self) -> Float[Tensor, "B K D"]:
         """The targets' embeddings."""
         return self.gallery.embeddings[self.chosen]
+
+    @cached_property
+    def genuine(self) -> Bool[Tensor, " B"]:
+        """True where the image and its first target are of one class."""
+        return self.labels == self.gallery.labels[self.chosen[:, 0]]
 
     @cached_property
     def target_distances(self) -> Float[Tensor, "B K N"]:

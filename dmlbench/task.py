@@ -7,12 +7,14 @@ the other, what a task and a finished result say of the same thing: who goes on 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dmlbench.attacks import ATTACKS, aim, own_attacks
 from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
+from dmlbench.datasets.pairs import with_pairs
 from dmlbench.embedding import Embedder, digest_of
 from dmlbench.errors import UsageError
 from dmlbench.fast.rounded import settled
@@ -50,6 +52,8 @@ class Options:
         eot: forward passes averaged for each gradient and read-out, for models that are random; marks the
             result partial, unless it is the protocol's own number.
         surrogate: another model to make the adversarial images on (transfer); marks the result partial.
+        pairs: a file of pairs to verify in place of drawn ones (:mod:`dmlbench.datasets.pairs`); marks the result partial.
+        only: positions of the queries to measure, of those of the data set, instead of ``limit``; marks the result partial.
         device: "auto", "cpu", "cuda" or "cuda:n".
 
     What does not:
@@ -71,6 +75,8 @@ class Options:
     seed: int | None = None
     eot: int | None = None
     surrogate: Embedder | torch.nn.Module | str | None = None
+    pairs: Path | str | None = None
+    only: Sequence[int] | None = None
     device: str = "auto"
     batch_size: int | None = None
     progress: Progress | None = None
@@ -121,6 +127,8 @@ class Task:
         embedder = as_embedder(model)
         if not isinstance(dataset, RetrievalDataset):
             dataset = load_dataset(dataset or default_dataset(embedder), preprocess=embedder.preprocess)
+        if options.pairs is not None and dataset.pairs is None:
+            dataset = with_pairs(dataset, options.pairs)
         rules = protocol if isinstance(protocol, Protocol) else load_protocol(protocol or default_protocol(dataset))
         run = rules if options.eps is None else rules.at_eps(options.eps)
         if embedder.eot is not None and not KINDS[rules.kind].averages:
@@ -144,6 +152,12 @@ class Task:
         o, rules = self.options, self.rules
         if self.surrogate is not None and self.kind.run and self.chosen.runner:
             raise UsageError(f"protocol {rules.name!r} has no transfer: name attacks, such as WM@apgd, with --attacks")
+        if self.dataset.pairs is not None and not (self.kind.pairs and self.chosen.runner):
+            raise UsageError(
+                f"--pairs does nothing under protocol {rules.name!r}, which verifies none as it is asked for"
+            )
+        if self.kind.run and self.chosen.runner:
+            self.kind.require(rules, self.dataset, self.seed)
         if o.until is not None:
             others = {"--limit": o.limit, "--attacks": o.attacks, "--shard": o.work and o.work.shard}
             labels = self.dataset.labels[self.dataset.query]
@@ -172,6 +186,8 @@ class Task:
     @property
     def queries(self) -> int:
         """How many are measured, unless the run stops when it is sure enough."""
+        if self.options.only is not None:
+            return len(self.options.only)
         return self.rules.measured(len(self.dataset.query), self.options.limit)
 
     @property
@@ -192,6 +208,7 @@ class Task:
             eot=o.eot,
             eps=None if o.eps is None else ",".join(o.eps),
             surrogate=None if self.surrogate is None else self.surrogate.name,
+            pairs=None if self.dataset.pairs is None else self.dataset.pairs.sha256,
         )
 
     @property
@@ -201,6 +218,7 @@ class Task:
         why = {
             "--preview": "" if self.dataset.preview else None,
             "--limit": o.limit if o.limit is not None and o.limit < full else None,
+            "--only": None if o.only is None else f"{len(o.only)} queries",
             "--until": None if o.until is None else f"{o.until:g}",
             "--attacks": None if self.whole else ",".join(o.attacks or ()),
             "--seed": o.seed if o.seed != self.official.seed else None,
@@ -241,6 +259,7 @@ class Task:
             "batch_size": size,
             **({} if o.until is None else {"until": o.until}),
             **({} if o.eps is None else {"eps": list(o.eps)}),
+            **({} if o.only is None else {"only": list(map(int, o.only))}),
         }
         if work.units:
             theirs = fingerprint(other) if other else {}
@@ -271,6 +290,7 @@ IDENTITY: Mapping[str, tuple[Callable[[Task], Any], Callable[[Evaluation], Any]]
     "dataset": (lambda t: t.dataset.name, lambda e: e.dataset.name),
     "split": (lambda t: t.dataset.split, lambda e: e.dataset.split),
     "dataset_sha256": (lambda t: t.dataset.sha256, lambda e: e.dataset.sha256),
+    "pairs": (lambda t: t.conditions.pairs, lambda e: e.conditions.pairs),
     "protocol": (lambda t: t.official.name, lambda e: e.protocol.name),
     "protocol_sha256": (lambda t: t.official.sha256, lambda e: e.protocol.sha256),
     "seed": (lambda t: t.seed, lambda e: e.protocol.seed),

@@ -30,6 +30,7 @@ CONTENTS = {
         "datasets",
         "corruptions",
         "strict",
+        "verification",
         "defended",
         "intervals",
         "audit",

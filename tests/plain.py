@@ -64,7 +64,14 @@ def nudged(space: str, a, b) -> float:
     return distance(space, a, b) if space == "C" else float(np.linalg.norm(a - b + 1e-6))
 
 
+def flip(s: str, i: int, e, X, y, chosen):
+    """Without a threshold: minus the distance to a target of one's own class, the distance to another."""
+    d = distance(s, e, X[chosen[0]])
+    return -d if y[i] == y[chosen[0]] else d
+
+
 PLAIN = {
+    "flip": flip,
     "raise_candidate": ca(1),
     "lower_candidate": ca(-1),
     "raise_in_query": qa(1),

@@ -100,7 +100,7 @@ def tamper(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["submitting.md", "ci.md", "leaderboard.md", *TUTORIALS])
+@pytest.mark.parametrize("name", ["submitting.md", "ci.md", "leaderboard.md", "verification.md", *TUTORIALS])
 def test_the_page_tells_the_truth(name, folder, typed):
     path = ROOT / "docs" / name
     text = path.read_text(encoding="utf-8")

@@ -94,6 +94,11 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
 @click.option("--seed", type=int, help="Another seed than the protocol's; marks the result partial.")
 @click.option("--eot", type=click.IntRange(min=1), help="Average this many passes, for models that are random.")
 @click.option("--surrogate", help="Make the adversarial images on this registered model instead (transfer).")
+@click.option(
+    "--pairs",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Verify the pairs of this file, LFW's pairs.txt or a CSV of probe,partner,same[,fold]; marks the result partial.",
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write the run folder here.")
 @click.option("--csv", type=click.Path(path_type=Path, dir_okay=False), help="Add or replace this model's row there.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out.")
@@ -117,6 +122,7 @@ def evaluate(
     seed: int | None,
     eot: int | None,
     surrogate: str | None,
+    pairs: Path | None,
     out: Path | None,
     csv: Path | None,
     resume: bool,
@@ -148,7 +154,7 @@ def evaluate(
     if not several or len({rules.name for rules in several}) < len(several):
         raise UsageError(f"--protocol {protocol!r} names {'a protocol twice' if several else 'no protocol'}")
     how = Options(
-        attacks=named(attacks), limit=limit, until=until, seed=seed, eot=eot, surrogate=surrogate, device=device,
+        attacks=named(attacks), limit=limit, until=until, seed=seed, eot=eot, surrogate=surrogate, pairs=pairs, device=device,
         batch_size=batch_size, cache=cache, resume=resume, shared={}, argv=["dmlbench", *sys.argv[1:]],
     )  # fmt: skip
     tasks = {

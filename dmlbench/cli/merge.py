@@ -34,6 +34,9 @@ EPILOG = "Example: dmlbench merge runs/cub-1 runs/cub-2 --out runs/cub"
 @click.option("--dataset", help="The data set, where it is of your own code.")
 @click.option("--attacks", help="The attacks of your own code, as the shards were told: they are not run again.")
 @click.option("--surrogate", help="The surrogate, where it is of your own code.")
+@click.option(
+    "--pairs", type=click.Path(path_type=Path, dir_okay=False), help="The file of pairs that the shards verify."
+)
 @click.option("--protocol", help="The protocol's TOML file, where it is not a packaged one.")
 @click.option("--csv", type=click.Path(path_type=Path, dir_okay=False), help="Add or replace this model's row there.")
 @model_options
@@ -45,6 +48,7 @@ def merge(
     dataset: str | None,
     attacks: str | None,
     surrogate: str | None,
+    pairs: Path | None,
     protocol: str | None,
     csv: Path | None,
     options: "ModelOptions",
@@ -77,7 +81,7 @@ def merge(
         model or made["model"], options, dataset or made["dataset"], made["split"], ready=True
     )
     asked: dict[str, Any] = {name: made.get(name) for name in ASKED}
-    how = Options(**asked, device=made.get("device", "auto"), batch_size=made.get("batch_size"))
+    how = Options(**asked, pairs=pairs, device=made.get("device", "auto"), batch_size=made.get("batch_size"))
     task = Task.of(embedder, images, rules, replace(how, argv=["dmlbench", *sys.argv[1:]]))
     foreseen(task, csv)
     refuse_partial(out, task.partial)

@@ -109,6 +109,42 @@ def _each_digest(images: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
+class ChosenImages:
+    """Rows of other images, in any order and as often as wanted."""
+
+    images: Images
+    rows: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.images.shape
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: np.ndarray) -> Tensor:
+        return self.images[self.rows[rows]]
+
+    def content(self) -> bytes:
+        return hashlib.sha256(self.images.content() + self.rows.astype("<i8").tobytes()).digest()
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Pairs of pictures to tell of one class or of two, as a file names them: one for each query.
+
+    Attributes:
+        partner: (Q,) the row of the picture that the query is compared with, which is in the gallery.
+        fold: (Q,) the part of the file that the pair is of, from 0; -1 where the file has no parts.
+        sha256: of the file.
+    """
+
+    partner: np.ndarray
+    fold: np.ndarray
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
 class RetrievalDataset:
     """One split of a retrieval data set.
 
@@ -126,6 +162,7 @@ class RetrievalDataset:
         copies_count: whether a gallery entry of the very same content as the query may be its answer, as in the
             field's numbers on its own data sets; one's own copies are left out like one's own entry.
         notes: what a person should know of how the images were found.
+        pairs: what each query is compared with, where a file says it (:mod:`dmlbench.datasets.pairs`).
         preview: whether this is but a part of the data set, on which nothing is a full result.
         licence, source: where the images come from and on what terms.
         class_names: optional, by label.
@@ -144,6 +181,7 @@ class RetrievalDataset:
     copies_count: bool = False
     notes: Sequence[str] = ()
     preview: bool = False
+    pairs: Pairs | None = None
 
     def __post_init__(self) -> None:
         labels, names = _labels(self.labels, f"data set {self.name!r}: labels")
@@ -228,6 +266,8 @@ class RetrievalDataset:
             digest.update(np.ascontiguousarray(rows, dtype="<i8").tobytes())
         if self.apart is not None:
             digest.update(np.ascontiguousarray(self.apart, dtype="<i8").tobytes())
+        if self.pairs is not None:
+            digest.update(np.stack([self.pairs.partner, self.pairs.fold]).astype("<i8").tobytes())
         return digest.hexdigest()
 
 

@@ -212,6 +212,8 @@ class Kind:
         moved: its parts are read at images that a search moved within a ball: each query has a norm, and the sample holds the
             images. Else the sample holds what ``replay`` looks at.
         within: R@1 of its parts is within the attacked set, so it may rise as well as fall.
+        pairs: its queries may be pairs of pictures that a file names.
+        require: raises UsageError where a data set cannot be measured: (rules, data set, seed), before anything is embedded.
         averages: it can be run on a model that is random, by means over several passes (``eot``).
         optimizers: what the run searches with.
         jobs: what ``--plan`` times, for a protocol, a data set and a number of queries.
@@ -251,6 +253,8 @@ class Kind:
     mean: bool = False
     moved: bool = True
     within: bool = False
+    pairs: bool = False
+    require: Callable[[Protocol, RetrievalDataset, int], None] = lambda rules, dataset, seed: None
     averages: bool = True
     optimizers: Callable[[Protocol], set[str]] = lambda rules: set()
     jobs: Callable[[Protocol, RetrievalDataset, int], Iterator[Job]] = nothing

@@ -4,15 +4,16 @@ All queries share one list of eps, the grid's own among them, so that those whic
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from dmlbench.errors import Problem
 from dmlbench.intervals import cluster_median
-from dmlbench.kinds.base import Cost, Count, Form
+from dmlbench.kinds.base import LENGTHS_CLOSE, Cost, Count, Form, count_problems
 from dmlbench.kinds.hunting import Field, cost
 from dmlbench.protocol import Protocol, Threshold
 from dmlbench.run.search import joined
@@ -62,7 +63,7 @@ def between(
     """The smallest eps found that breaks each query, [0, 1] scale, inf beyond the grid; and what it cost.
 
     Args:
-        broken: by eps of the grid, whether it breaks each query; one that the smallest "breaks" of itself is 1 all along.
+        broken: by eps of the grid, whether it breaks each query; about one that none breaks nothing is asked.
         search: one search of the queries at some positions at an eps, with ``broken`` (n,) bool in what it gives.
     """
     steps, places = eps
@@ -145,3 +146,27 @@ def within(value: float | None, smallest: dict[str, Any]) -> float:
 def shown(value: float | None, found: dict[str, Any]) -> str:
     """A length in a sentence; one that is beyond the largest of the grid is said to be so."""
     return f"> {written(found['largest'], found['norm'])}" if value is None else written(value, found["norm"])
+
+
+def length_problems(
+    name: str,
+    found: Float[np.ndarray, " Q"],
+    right: Bool[np.ndarray, " Q"],
+    broken: Bool[np.ndarray, "E Q"],
+    eps: Ladder,
+) -> Iterator[Problem]:
+    """Of a submitted run: is the smallest eps of each query one that is asked about, between the last eps of the grid that left
+    it alone and the first that did not?"""
+    yield from count_problems(
+        np.isnan(found) == right, name, "are missing where the query is right when clean, or there where not"
+    )
+    steps, places = eps
+    low, high = bracket(broken, places, len(steps))
+    lengths = np.append(steps, np.inf)
+    at = np.searchsorted(steps, found * (1 - LENGTHS_CLOSE))
+    with np.errstate(invalid="ignore"):
+        off = (found != lengths[at]) & ~(np.abs(found - lengths[at]) <= LENGTHS_CLOSE * found)
+    yield from count_problems(right & off, name, "are none of the eps that are asked about")
+    yield from count_problems(
+        right & ((at <= low) | (at > high)), name, "do not lie between the grid's eps that say so"
+    )

@@ -7,11 +7,12 @@ from dmlbench.kinds.clustering.record import CLUSTERING
 from dmlbench.kinds.corruptions.record import CORRUPTED
 from dmlbench.kinds.parts import ERS, PARTS
 from dmlbench.kinds.strict.record import STRICT
+from dmlbench.kinds.verification.record import VERIFICATION
 from dmlbench.registry import Registry
 from dmlbench.results import Evaluation
 
 KINDS: Registry[Kind] = Registry(
-    "kind of protocol", {kind.name: kind for kind in (ERS, PARTS, STRICT, CLUSTERING, CORRUPTED)}
+    "kind of protocol", {kind.name: kind for kind in (ERS, PARTS, STRICT, CLUSTERING, CORRUPTED, VERIFICATION)}
 )
 
 

@@ -73,6 +73,8 @@ class Subject:
     scene: Scene
     surrogate: "Subject | None" = None
     """another model on the same queries, on which adversarial images are made instead"""
+    asked: Tensor | None = None
+    """(Q', D) clean embeddings of every query of the data set, measured or not"""
 
     def __getitem__(self, index: slice | np.ndarray) -> "Subject":
         """The same models on some of the queries, by position."""
@@ -155,9 +157,10 @@ def require_shape(embedder: Embedder, dataset: RetrievalDataset) -> None:
         )
 
 
-def unembedded(dataset: RetrievalDataset) -> Scene:
-    """The first query before its gallery, every embedding zero: enough to see whether an attack can be aimed at all."""
-    apart, row = dataset.apart, dataset.query[:1]
+def unembedded(dataset: RetrievalDataset, positions: np.ndarray | None = None) -> Scene:
+    """Some queries, by default the first, before their gallery, every embedding zero: enough to see whom an attack can be aimed at."""
+    positions = np.zeros(1, dtype=np.int64) if positions is None else positions
+    apart, row = dataset.apart, dataset.query[positions]
     everyone = torch.from_numpy(dataset.labels[dataset.gallery])
     return Scene(
         distance=DISTANCES["E"],
@@ -166,10 +169,10 @@ def unembedded(dataset: RetrievalDataset) -> Scene:
             everyone,
             groups=None if apart is None else torch.from_numpy(apart[dataset.gallery]),
         ),
-        clean=torch.zeros(1, 1),
+        clean=torch.zeros(len(row), 1),
         labels=torch.from_numpy(dataset.labels[row]),
-        row=torch.from_numpy(dataset.own_entry[:1]),
-        chosen=torch.zeros(1, 0, dtype=torch.int64),
+        row=torch.from_numpy(dataset.own_entry[positions]),
+        chosen=torch.zeros(len(row), 0, dtype=torch.int64),
         groups=None if apart is None else torch.from_numpy(apart[row]),
     )
 
@@ -240,7 +243,7 @@ def prepare(
         groups=None if apart is None else column(apart[rows]),
         query=column(rows),
     )
-    return Subject(ready, dataset, rows, scene)
+    return Subject(ready, dataset, rows, scene, asked=at(dataset.query))
 
 
 def sample_positions(subject: Subject, most: int = SAMPLE) -> np.ndarray:

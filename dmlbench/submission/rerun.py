@@ -5,7 +5,6 @@ again, or under a clustering protocol, where a share of the images would cluster
 by one attack that is drawn; 4 all of it. Level 2 is in ``replay.py``.
 """
 
-import dataclasses
 import hashlib
 import secrets
 from collections.abc import Iterator
@@ -180,17 +179,16 @@ def rerun_share(
     draw = np.random.default_rng(chosen)
     kind = KINDS[checked.protocol.kind]
     if kind.share is not None:
-        measured = checked.protocol.measured(len(dataset.query))
-        subject = prepare(embedder, dataset, limit=measured, device=device)
+        limit = checked.protocol.measured(len(dataset.query))
+        subject = prepare(embedder, dataset, limit=limit, device=device)
         said, problems = kind.share(checked.stated, subject, draw, progress or Silent())
         return Rerun(said, chosen, None, tuple(problems))
-    measured = dataset.query[measured_queries(len(dataset.query), checked.protocol.queries)]
+    measured = measured_queries(len(dataset.query), checked.protocol.queries)
     count = min(len(measured), max(least, int(np.ceil(share * len(measured)))))
     picked = np.sort(draw.choice(measured, size=count, replace=False))
-    few = dataclasses.replace(dataset, query=picked)
     rules = checked.protocol.model_copy(update={"audit": 0})  # a share is too few for it
     rules = kind.as_long(rules, checked.evaluation)
-    return _rerun(checked, embedder, few, rules, 3, chosen, device, progress)
+    return _rerun(checked, embedder, dataset, rules, 3, chosen, device, progress, picked)
 
 
 def rerun_all(checked: Checked, embedder: Embedder, *, device: str = "auto", progress: Progress | None = None) -> Rerun:
@@ -208,8 +206,9 @@ def _rerun(
     seed: int | None,
     device: str,
     progress: Progress | None,
+    only: np.ndarray | None = None,
 ) -> Rerun:
-    found = evaluate(embedder, dataset, rules, device=device, progress=progress)
+    found = evaluate(embedder, dataset, rules, device=device, progress=progress, only=only)
     at = np.searchsorted(checked.evaluation.arrays["query"], found.arrays["query"])
     compare = KINDS[rules.kind].disagree or _disagreements
     problems = [*compare(checked.stated, found, at, level), *(_new_flags(checked, found) if level == 4 else ())]

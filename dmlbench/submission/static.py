@@ -44,9 +44,6 @@ HEADER_MOST = 4 << 20
 TENSORS_MOST = 20_000
 """Bytes and entries of the list of tensors in a weights file: the largest networks have a few thousand."""
 
-MAY_BE_MISSING = ("recall_at_1", "recall_of_right", "map_at_r_of_right")
-"""Read-outs without a value for a query that has no other image of its class, or that is wrong when clean."""
-
 
 @dataclass(frozen=True, eq=False)
 class Opened:
@@ -359,7 +356,7 @@ def _outcome_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]
         values = e.arrays[f"{c.name}/value"]
         where = f"{QUERIES} {c.name}/value"
         missing = np.isnan(values)
-        if missing.any() and c.readout not in MAY_BE_MISSING:
+        if missing.any() and not READOUTS[c.readout].may_be_missing:
             yield Problem(0, where, f"{int(missing.sum())} outcomes are NaN")
         low, high = READOUTS[c.readout].limits
         bad = ~missing & (~np.isfinite(values) | (values < low - 1e-4) | (values > high + 1e-4))

@@ -25,7 +25,7 @@ from dmlbench.kinds.base import (
     differences,
     outcomes_differ,
 )
-from dmlbench.kinds.smallest import bracket, ladder
+from dmlbench.kinds.smallest import ladder, length_problems
 from dmlbench.kinds.strict.rounds import groups, rounds_run
 from dmlbench.kinds.strict.search import read
 from dmlbench.kinds.strict.summary import (
@@ -112,23 +112,12 @@ def _round_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) 
 
 
 def _smallest_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) -> Iterator[Problem]:
-    """The smallest eps of each query: one that is asked about, between the last eps that left it alone and the first that did not."""
+    """The smallest eps of each query, which lies where the grid says."""
     assert rules.threshold is not None
-    right, found = e.arrays["benign/recall_at_1"] == 100.0, e.arrays[SMALLEST]
-    yield from count_problems(
-        np.isnan(found) == right, SMALLEST, "are missing where the query is right when clean, or there where not"
-    )
-    steps, places = ladder([rules.threat_of(c).radius for c in parts], rules.threshold)
+    right = e.arrays["benign/recall_at_1"] == 100.0
     broken = np.stack([e.arrays[f"{c.name}/broken_by"] >= CARRIED for c in parts])
-    low, high = bracket(broken, places, len(steps))
-    lengths = np.append(steps, np.inf)
-    at = np.searchsorted(steps, found * (1 - LENGTHS_CLOSE))
-    with np.errstate(invalid="ignore"):
-        off = (found != lengths[at]) & ~(np.abs(found - lengths[at]) <= LENGTHS_CLOSE * found)
-    yield from count_problems(right & off, SMALLEST, "are none of the eps that are asked about")
-    yield from count_problems(
-        right & ((at <= low) | (at > high)), SMALLEST, "do not lie between the grid's eps that say so"
-    )
+    eps = ladder([rules.threat_of(c).radius for c in parts], rules.threshold)
+    yield from length_problems(SMALLEST, e.arrays[SMALLEST], right, broken, eps)
 
 
 def _proxy_problems(e: Evaluation, parts: Sequence[Component]) -> Iterator[Problem]:

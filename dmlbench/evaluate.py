@@ -26,11 +26,11 @@ from dmlbench.kinds.base import Outcome
 from dmlbench.metrics import CLEAN, RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.own_code import RUN
 from dmlbench.protocol import Component, Protocol, ers_of, score_intervals
-from dmlbench.results import Evaluation, Flag, Measurement, ProtocolInfo, finite
+from dmlbench.results import Evaluation, Flag, Measurement, finite
 from dmlbench.run.closeup import closeup
 from dmlbench.run.fingerprint import fingerprint
 from dmlbench.run.looks import even_order, sure_intervals, until_sure
-from dmlbench.run.record import dataset_info, environment, model_info
+from dmlbench.run.record import dataset_info, environment, model_info, protocol_info
 from dmlbench.run.search import Attacked, run_searches
 from dmlbench.run.subject import Progress, Silent, Subject, prepare, sample_positions
 from dmlbench.run.units import Work
@@ -210,9 +210,7 @@ class Measured:
         return Evaluation(
             model=model_info(task.embedder),
             dataset=dataset_info(self.subject),
-            protocol=ProtocolInfo(
-                name=task.official.name, version=task.official.version, sha256=task.official.sha256, seed=task.seed
-            ),
+            protocol=protocol_info(task.official, task.rules, task.seed, task.dataset.images.shape),
             environment=environment(
                 self.subject.device,
                 task.options.argv,

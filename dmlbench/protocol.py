@@ -244,6 +244,13 @@ class Protocol(_Record):
             return self.grid[COLOUR]
         return self.grid[fitting[0] if fitting else sides[-1]]
 
+    def sizes(self, shape: Sequence[int]) -> tuple[str, ...]:
+        """Every eps of the adversary on images of this shape, ascending; none where nothing is perturbed within a ball."""
+        if self.grid:
+            return self.eps_for(shape)
+        threats = [{**self.threat, **c.threat} for c in self.components] or [self.threat]
+        return tuple(sorted({str(threat["eps"]) for threat in threats if "eps" in threat}, key=length))
+
     def measured(self, count: int, limit: int | None = None) -> int:
         """How many of ``count`` queries are measured: this protocol's number of them, or ``limit`` where that is fewer."""
         return min(n for n in (count, self.queries, limit) if n is not None)

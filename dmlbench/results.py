@@ -80,6 +80,11 @@ class ProtocolInfo(_Record):
     version: str
     sha256: str
     seed: int
+    norm: str | None = None
+    """in which the adversary is bounded: a name of :data:`~dmlbench.threat.BALLS`"""
+    eps: tuple[str, ...] = ()
+    """how far it went, ascending, on the scale of pixels in [0, 1]; empty where nothing is perturbed within a ball, and in
+    results of before this was kept"""
 
 
 class Environment(_Record):

@@ -25,6 +25,7 @@ from dmlbench.checkpoints import File, checkpoint
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.models import ModelOptions, load_model, open_model, probe_images, read_file
+from dmlbench.models.architectures import build_network
 from dmlbench.models.inspection import best_fit, describe, fits
 from dmlbench.models.published import PUBLISHED, published
 from dmlbench.models.spec import preprocess_of
@@ -422,14 +423,34 @@ def test_the_same_file_has_the_same_numbers_by_every_door(tmp_path: Path) -> Non
         open_model("torchvision:resnet18", ModelOptions(weights=path)),
     ]
     spec = {"arch": {"builder": "torchvision:resnet18", "embed_dim": 16}, "input": {"size": 224, "channels": 3}}
-    spec["normalize"] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    (tmp_path / "spec.json").write_text(json.dumps(spec))
-    doors.append(open_model(path, ModelOptions(spec=tmp_path / "spec.json")))
+    stated = {"normalize": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}}
+    for more in ({}, stated, {"embedding": {}}):
+        (tmp_path / "spec.json").write_text(json.dumps(spec | more))
+        doors.append(open_model(path, ModelOptions(spec=tmp_path / "spec.json")))
+    (tmp_path / "spec.json").write_text(json.dumps(spec | {"normalize": {}}))
+    plain = open_model(path, ModelOptions(spec=tmp_path / "spec.json"))
+    assert plain.identity and any("pixels in [0, 1]" in note for note in plain.notes)
     images = probe_images((3, 224, 224), 1)
     for other in doors[1:]:
         assert other.preprocess == doors[0].preprocess and other.weights_sha256 == doors[0].weights_sha256
         torch.testing.assert_close(other(images), doors[0](images))
     assert any("(bicubic)" in note for note in open_model("timm:resnet18").notes)
+
+
+def test_a_spec_that_says_little_feeds_a_published_network_as_its_publication_does(tmp_path: Path) -> None:
+    built = build_network("mobilefacenet")
+    torch.save(seeded(built.network).state_dict(), tmp_path / "face.pth")
+    spec = {
+        "arch": {"builder": "mobilefacenet", "embed_dim": 128},
+        "input": {"size": [112, 96], "squash": True, "channels": 3},
+    }
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    found, plain = (
+        open_model(str(tmp_path / "face.pth"), ModelOptions(spec=s)) for s in (tmp_path / "spec.json", None)
+    )
+    images = probe_images((3, 112, 96), 2)
+    assert found.distance == plain.distance and found.preprocess == plain.preprocess
+    assert torch.equal(found.normalise(images), plain.normalise(images)) and not found.identity
 
 
 @pytest.mark.parametrize("kind", ["sha256", "md5"])

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from dmlbench.checkpoints import Checkpoint, checkpoints
 from dmlbench.intervals import PERCENT, VERSION, Ends, class_intervals
 from dmlbench.kinds.base import Count, Percent
-from dmlbench.kinds.table import KINDS, kind_of, numbers, numbers_of
+from dmlbench.kinds.table import KINDS, kind_of, numbers, numbers_of, sizes_of
 from dmlbench.protocol import packaged_protocol, score_intervals
 from dmlbench.registry import PLUGINS
 from dmlbench.results import Evaluation
@@ -245,19 +245,6 @@ def _neat(value: float | None, digits: int = 4) -> float | None:
     return None if value is None or not np.isfinite(value) else round(value, digits)
 
 
-def _eps(evaluation: Evaluation) -> float | None:
-    """The protocol's radius on the [0, 1] scale, where the protocol is a packaged one; the largest of a grid."""
-    rules = packaged_protocol(evaluation.protocol.name, evaluation.protocol.sha256)
-    if rules is None:
-        return None
-    if (curve := kind_of(evaluation).curve(evaluation)) is not None:
-        return length(curve.points[-1].eps)
-    if evaluation.conditions.eps is not None:
-        return length(evaluation.conditions.eps.rpartition(",")[2])
-    eps = rules.threat.get("eps")
-    return None if eps is None else length(eps)
-
-
 def defense_text(card: Checkpoint) -> str:
     """The defence with its parameters, e.g. ``hm (source=S, ics=0.5)``."""
     params = ", ".join(f"{key}={value}" for key, value in card.defense.params.items())
@@ -342,7 +329,7 @@ def from_evaluation(
         n_queries=e.dataset.n_queries,
         n_gallery=e.dataset.n_gallery,
         seed=e.protocol.seed,
-        eps=_neat(_eps(e), 6),
+        eps=_neat(length(sizes[-1]), 6) if (sizes := sizes_of(e)[1]) else None,
         device=e.environment.device,
         torch=e.environment.torch,
         dmlbench=e.environment.dmlbench,

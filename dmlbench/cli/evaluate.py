@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from dmlbench.cli.kinds import print_findings, print_kind
@@ -377,7 +378,7 @@ def print_evaluation(e: Evaluation) -> None:
         f"[bold]{e.model.id}[/bold] on {d.name} ({d.split}): {d.n_queries} queries, {d.n_gallery} gallery images, "
         f"{d.n_classes} classes; protocol {e.protocol.name} v{e.protocol.version} ({e.protocol.sha256[:8]})"
     )
-    from dmlbench.kinds.table import kind_of
+    from dmlbench.kinds.table import adversary, kind_of
     from dmlbench.metrics import CLEAN
 
     kind = kind_of(e)
@@ -388,7 +389,9 @@ def print_evaluation(e: Evaluation) -> None:
     benign.add_row(*(f"{e.benign[name]:.1f}" for name in shown))
     out.print(benign)
 
-    parts = Table(box=None, pad_edge=False, title="under attack", title_justify="left")
+    if attacked := adversary(e):
+        out.print(f"[italic]under attack[/italic]: {escape(attacked)}")
+    parts = Table(box=None, pad_edge=False)
     parts.add_column("part", overflow="fold")  # a name is never cut
     kept = e.extras.get("retention", {})
     for column in ("raw", "better", "score", "95 % interval", "retention", "queries", "seconds"):

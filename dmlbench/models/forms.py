@@ -107,7 +107,7 @@ def _on_record(embedder: Embedder, file: WeightsFile) -> tuple[str, ...]:
         if any(_is(said, sha256, costly) for said in entry.files):
             mean, std = entry.normalize.of_unit()
             asks = Embedder(
-                embedder.network, embedder.input_shape, mean=mean, std=std, distance=DISTANCES[space_of(entry)],
+                embedder.network, embedder.input_shape, mean=mean, std=std, distance=DISTANCES[space_of(entry.embedding)],
                 preprocess=preprocess_of(entry.input),
             )  # fmt: skip
             image, width = probe_images(embedder.input_shape, 1), width_of(embedder.network, embedder.input_shape)
@@ -278,8 +278,10 @@ def _specified(path: Path, spec: Spec, options: ModelOptions) -> Embedder:
     made = assemble(spec.arch.builder, spec.arch.kwargs, file, chosen, most=MOST_PARAMETERS)
     built, notes = load(made, file, spec.arch.builder, chosen)
     preprocess = options.fed(spec.preprocess(), said=True)
-    mean, std = options.normalisation(*spec.normalize.of_unit(), preprocess.channels)
-    letter = "C" if spec.embedding.metric == "cosine" else "N" if spec.embedding.normalized else "E"
+    own = _fed_by(file, built)
+    stated = spec.normalize.of_unit() if spec.normalize else (own.mean, own.std)
+    mean, std = options.normalisation(*stated, preprocess.channels)
+    letter = space_of(spec.embedding) if spec.embedding else built.fed.space if built.fed else "N"
     embedder = Embedder(
         built.network,
         preprocess.shape,
@@ -294,7 +296,7 @@ def _specified(path: Path, spec: Spec, options: ModelOptions) -> Embedder:
         given = embedder(probe_images(embedder.input_shape, 1)).shape[1]
     if given != spec.arch.embed_dim:
         raise DataError(f"spec {options.spec} says embed_dim {spec.arch.embed_dim}, the network gives {given}")
-    embedder.notes = (*embedder.notes, *notes)
+    embedder.notes = (*embedder.notes, *notes, _told(embedder))
     embedder.weights_sha256, embedder.arch = file.sha256, spec.arch.builder
     return embedder
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from dmlbench.checkpoints import Checkpoint, File, checkpoint, sha256_of, verified
+from dmlbench.checkpoints import Checkpoint, Embedding, File, checkpoint, sha256_of, verified
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.models.architectures import MOST_PARAMETERS, build_network
@@ -18,11 +18,11 @@ from dmlbench.models.spec import ModelOptions, preprocess_of
 from dmlbench.models.weights import fill, read_weights
 
 
-def space_of(entry: Checkpoint) -> str:
-    """The letter of the checkpoint's embedding space."""
-    if entry.embedding.metric == "cosine":
+def space_of(stated: Embedding) -> str:
+    """The letter of the embedding space that a record states."""
+    if stated.metric == "cosine":
         return "C"
-    return "N" if entry.embedding.normalized else "E"
+    return "N" if stated.normalized else "E"
 
 
 def build(entry: Checkpoint, name: str) -> Embedder:
@@ -41,7 +41,7 @@ def build(entry: Checkpoint, name: str) -> Embedder:
         preprocess.shape,
         mean=mean,
         std=std,
-        distance=DISTANCES[space_of(entry)],
+        distance=DISTANCES[space_of(entry.embedding)],
         name=name,
         preprocess=preprocess,
     )

@@ -21,15 +21,16 @@ PRECISIONS = ("auto", "float32", "tf32", "int8", "bfloat16")
 class Spec(BaseModel):
     """A model in a file of its own: the parts of a registry entry that say how to build and feed it.
 
-    A whole entry of checkpoints.json is a spec too, and so is the checkpoint.json of a training run.
+    A whole entry of checkpoints.json is a spec too, and so is the checkpoint.json of a training run. Without ``normalize`` or
+    ``embedding`` the file is fed and compared as it would be without a spec; ``"normalize": {}`` feeds pixels in [0, 1].
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     arch: Arch
     input: Input
-    normalize: Normalize = Normalize()
-    embedding: Embedding = Embedding()
+    normalize: Normalize | None = None
+    embedding: Embedding | None = None
     title: str | None = None
     checkpoint_key: str | None = None
     output_key: str | None = None

@@ -10,8 +10,10 @@ import torch
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.datasets.base import DISTRACTOR
 from dmlbench.embedding import Embedder
-from dmlbench.results import DatasetInfo, Environment, ModelInfo
+from dmlbench.protocol import Protocol
+from dmlbench.results import DatasetInfo, Environment, ModelInfo, ProtocolInfo
 from dmlbench.run.subject import Subject
+from dmlbench.threat import Threat
 from dmlbench.version import __version__
 
 
@@ -60,6 +62,19 @@ def counts(dataset: RetrievalDataset) -> dict[str, int]:
         "n_gallery": len(dataset.gallery),
         "n_classes": len(np.setdiff1d(dataset.labels[dataset.gallery], [DISTRACTOR])),
     }
+
+
+def protocol_info(official: Protocol, run: Protocol, seed: int, shape: Sequence[int]) -> ProtocolInfo:
+    """What the record says of the protocol, and of its adversary as it is run on images of a shape."""
+    sizes = run.sizes(shape)
+    return ProtocolInfo(
+        name=official.name,
+        version=official.version,
+        sha256=official.sha256,
+        seed=seed,
+        norm=str(run.threat.get("norm", Threat.norm)) if sizes else None,
+        eps=sizes,
+    )
 
 
 def environment(

@@ -18,7 +18,7 @@ from dmlbench.board.plots import Figure, Series, eps, inline, parts, reached
 from dmlbench.board.report.pictures import data_uri, magnified
 from dmlbench.board.row import shown
 from dmlbench.errors import NotComparable
-from dmlbench.kinds.table import kind_of
+from dmlbench.kinds.table import adversary, kind_of
 from dmlbench.metrics import CLEAN
 from dmlbench.results import Evaluation, Measurement
 from dmlbench.run.closeup import names_of
@@ -86,6 +86,7 @@ def page(runs: Sequence[Run]) -> str:
         runs=runs,
         first=runs[0],
         e=first,
+        adversary=adversary(first),
         benign=[(label, [run.evaluation.benign.get(key) for run in runs]) for key, label in CLEAN.items()],
         parts=[(m, _raw(m)) for m in first.measurements],
         chart=_chart(runs),

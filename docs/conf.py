@@ -30,6 +30,7 @@ CONTENTS = {
         "datasets",
         "corruptions",
         "strict",
+        "faces",
         "verification",
         "defended",
         "intervals",

@@ -7,7 +7,7 @@ by one attack that is drawn; 4 all of it. Level 2 is in ``replay.py``.
 
 import hashlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -188,7 +188,7 @@ def rerun_share(
     picked = np.sort(draw.choice(measured, size=count, replace=False))
     rules = checked.protocol.model_copy(update={"audit": 0})  # a share is too few for it
     rules = kind.as_long(rules, checked.evaluation)
-    return _rerun(checked, embedder, dataset, rules, 3, chosen, device, progress, picked)
+    return _rerun(checked, embedder, dataset, rules, 3, chosen, device, progress, picked.tolist())
 
 
 def rerun_all(checked: Checked, embedder: Embedder, *, device: str = "auto", progress: Progress | None = None) -> Rerun:
@@ -206,7 +206,7 @@ def _rerun(
     seed: int | None,
     device: str,
     progress: Progress | None,
-    only: np.ndarray | None = None,
+    only: Sequence[int] | None = None,
 ) -> Rerun:
     found = evaluate(embedder, dataset, rules, device=device, progress=progress, only=only)
     at = np.searchsorted(checked.evaluation.arrays["query"], found.arrays["query"])

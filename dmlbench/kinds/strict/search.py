@@ -134,7 +134,7 @@ def attempt(
             aimed = scene.aimed(scene.chosen[:, j : j + 1]) if count > 1 else scene
             hunt = Misrank(subject.embedder, attack.objective, aimed, log, eot=threat.eot)
             images = hunt.searched(step.optimizer, clean, threat, rng.fold("aim", j))
-        hunt.require_known(step.name, threat)
+            hunt.require_known(step.name, threat)
         images = log.stopped(images)
         readouts = read(subject, scene, threat, images, clean)
     broken = readouts["recall_at_1"] < 50.0

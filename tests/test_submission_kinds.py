@@ -504,7 +504,7 @@ def test_from_a_run_to_the_board_as_a_user_types_it(made, typed, tmp_path, proto
     shown = typed("leaderboard", "show", "--board", board).out
     column = "smallest_eps" if protocol == "strict" else "clustering_ami_attacked"
     assert column in shown and cell(column, row.headline) in shown and "ers_lo" not in shown
-    page = (tmp_path / "site" / protocol / "digits.html").read_text()
+    page = (tmp_path / "site" / "datasets" / "digits.html").read_text()
     assert f'data-column="{column}" data-value="{row.headline}"' in page
     done = typed("compare", "runs/mine", "runs/mine")
     assert column in done.out and "Gate passed" in done.out

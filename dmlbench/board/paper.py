@@ -67,12 +67,17 @@ def numbers(e: Evaluation) -> dict[str, float | None]:
 
 
 def intervals(e: Evaluation) -> dict[str, Ends]:
-    """Their 95 % intervals as they are made today, from the queries' own outcomes; what is no mean over queries has none."""
+    """Their 95 % intervals as they are made today, from the queries' own outcomes; what is no mean over queries has none.
+
+    Of a protocol that is not at hand the parts have those that the result states.
+    """
     if "label" not in e.arrays:
         return {}
-    label, parts = e.arrays["label"], components_of(e)
-    present = [c for name, c in parts.items() if f"{name}/value" in e.arrays]
-    found: dict[str, Ends] = {}
+    label, found = e.arrays["label"], dict[str, Ends]()
+    try:
+        present = [c for name, c in components_of(e).items() if f"{name}/value" in e.arrays]
+    except NotComparable:
+        present, found = [], {m.component: m.interval for m in e.measurements} | {"ers": e.ers_interval}
     if present:
         found |= zip([c.name for c in present], score_intervals(present, e.arrays).columns, strict=True)
     for name in e.benign:

@@ -125,12 +125,35 @@ LENGTHS = {
 }
 NUMBERS = (
     Number(
-        LENGTHS["any"], "Smallest eps that flips a pair", ranks=True, median=True, length=True, against="verification_accuracy"
+        LENGTHS["any"], "Smallest eps that flips a pair",
+        "Half of the queries have a pair, right when clean, whose decision is turned by a change of this size or a smaller one: the "
+        "median of the smallest eps found for each. Larger is more robust, and the truth is at most this.",
+        ranks=True, median=True, length=True, against="verification_accuracy",
     ),
-    Number(LENGTHS["dodging"], "Smallest eps that dodges", median=True, length=True),
-    Number(LENGTHS["impersonation"], "Smallest eps that impersonates", median=True, length=True),
-    Number("verification_accuracy", "Pairs decided rightly %", drop=1.0),
-    Number("verification_accuracy_attacked", "Pairs decided rightly, attacked %", drop=1.0),
+    Number(
+        LENGTHS["dodging"], "Smallest eps that dodges",
+        "The median of the smallest change of a picture after which it is not taken for another picture of the same person. Only "
+        "genuine pairs that are right when clean are asked.",
+        median=True, length=True,
+    ),
+    Number(
+        LENGTHS["impersonation"], "Smallest eps that impersonates",
+        "The median of the smallest change of a picture after which it is taken for somebody else's. Only impostor pairs that are "
+        "right when clean are asked.",
+        median=True, length=True,
+    ),
+    Number(
+        "verification_accuracy", "Pairs decided rightly %",
+        "The share of pairs that are on their side of a threshold fixed on other classes, with clean pictures. Genuine and impostor "
+        "pairs of a query count alike.",
+        drop=1.0,
+    ),
+    Number(
+        "verification_accuracy_attacked", "Pairs decided rightly, attacked %",
+        "The share of pairs that are decided rightly whatever the searches do to one of their two pictures, at the largest eps of the "
+        "grid. The truth is at most this.",
+        drop=1.0,
+    ),
 )  # fmt: skip
 
 
@@ -302,6 +325,8 @@ def page(p: Protocol) -> Iterator[str]:
 VERIFICATION = Kind(
     name="verification",
     title="steps run one after another on the pairs that are left at every eps of the grid",
+    meaning="Two pictures are of one class where their distance is below a threshold. One of the two is perturbed to turn that "
+    "decision, and a pair counts only where no search does.",
     needs=("grid", "steps"),
     reads=("threshold", "queries", "settings"),
     unread=("eps",),

@@ -42,6 +42,7 @@ class Attack:
         k: targets per image.
         note: how it differs from the paper, if it does.
         ends: for each read-out the raw value of a model that gives in to the attack and of one that withstands it.
+        decides: its objective is 0 or less where the attack has succeeded, and nowhere else.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Attack:
     k: int = 1
     note: str = ""
     ends: tuple[tuple[int | float, int | float], ...] = ((0, 100),)
+    decides: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.readouts, str) or len(self.ends) != len(self.readouts):
@@ -102,11 +104,12 @@ ATTACKS: Registry[Attack] = Registry(
         "GTM-published-2": Attack("GTM as behind the published numbers, its distance too", "approach_published",
                                   "nearest_other_published", _R, _CVPR,
                                   note="GTM-published, with the 1e-6 that the public code's distance adds"),
-        "WM": Attack("misrank by the margin, positive and negative looked up at every step", "margin", "", _R, _OWN),
+        "WM": Attack("misrank by the margin, positive and negative looked up at every step", "margin", "", _R, _OWN,
+                     decides=True),
         "MT": Attack("misrank in favour of one other class", "margin_to_class", "nearest_classes", _R, _OWN,
-                     note="alone: the nearest wrong class; in `strict`: the five nearest in turn"),
+                     note="alone: the nearest wrong class; in `strict`: the five nearest in turn", decides=True),
         "ME": Attack("misrank in favour of one entry of another class", "margin_to_entry", "nearest_other", _R, _OWN,
-                     note="alone: the nearest wrong entry; in `strict`: the nearest ones in turn"),
+                     note="alone: the nearest wrong entry; in `strict`: the nearest ones in turn", decides=True),
         "Panum": Attack("move away from the nearest positive, read on the queries that are right when clean", "leave",
                         "nearest_same", ("recall_of_right", "map_at_r_of_right"), _PANUM,
                         ends=((0, 100), (0, 100)), note="the protocols panum-28 and panum-28-l2 have its threat"),
@@ -138,9 +141,23 @@ ATTACKS: Registry[Attack] = Registry(
 def parse(name: str) -> tuple[str, str]:
     """``"QA+@square"`` to attack and optimizer names ("pgd" when none is given), both checked."""
     attack, _, optimizer = name.partition("@")
-    ATTACKS[attack]
-    OPTIMIZERS[optimizer or "pgd"]
+    require_decision(attack, optimizer or "pgd")
     return attack, optimizer or "pgd"
+
+
+def require_decision(attack: str, optimizer: str) -> None:
+    """Refuse a search by decisions for an attack whose objective is none.
+
+    Raises:
+        UsageError: it would take any image, the clean one too, for a success or for none; or an unknown name.
+    """
+    wanted, search = ATTACKS[attack], OPTIMIZERS[optimizer]
+    if search.by_decisions and not wanted.decides:
+        fit = ", ".join(name for name, a in ATTACKS.items() if a.decides)
+        raise UsageError(
+            f"{attack}@{optimizer}: {optimizer} sees only whether an attack has succeeded, which the objective of "
+            f"{attack} by itself does not say; that of {fit} does"
+        )
 
 
 def own_attacks(names: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from dmlbench.attacks import ATTACKS, parse
+from dmlbench.attacks import ATTACKS, parse, require_decision
 from dmlbench.checkpoints import PACKAGE, first_problem
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import read_toml
@@ -244,6 +244,11 @@ class Protocol(_Record):
             return self.grid[COLOUR]
         return self.grid[fitting[0] if fitting else sides[-1]]
 
+    @property
+    def norm(self) -> str:
+        """In which the adversary is bounded: a name of :data:`~dmlbench.threat.BALLS`."""
+        return str(self.threat.get("norm", Threat.norm))
+
     def sizes(self, shape: Sequence[int]) -> tuple[str, ...]:
         """Every eps of the adversary on images of this shape, ascending; none where nothing is perturbed within a ball."""
         if self.grid:
@@ -445,6 +450,7 @@ def _check_component(c: Component, protocol: Protocol) -> None:
         protocol.threat_of(c)
     except UsageError as error:
         raise UsageError(f"component {c.name!r}: {error}") from None
+    require_decision(c.attack, c.optimizer)
     if c.readout not in ATTACKS[c.attack].readouts:
         raise UsageError(f"component {c.name!r}: attack {c.attack!r} is not read by {c.readout!r}")
     if c.best == c.worst:

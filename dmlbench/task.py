@@ -158,6 +158,11 @@ class Task:
             )
         if self.kind.run and self.chosen.runner:
             self.kind.require(rules, self.dataset, self.seed)
+        if o.only is not None:
+            if o.limit is not None or o.until is not None:
+                raise UsageError("only names the queries that are measured: leave limit and until out")
+            if not len(o.only) or len(set(o.only)) < len(o.only) or not {*o.only} <= {*range(len(self.dataset.query))}:
+                raise UsageError(f"only must name queries from 0 to {len(self.dataset.query) - 1}, each once")
         if o.until is not None:
             others = {"--limit": o.limit, "--attacks": o.attacks, "--shard": o.work and o.work.shard}
             labels = self.dataset.labels[self.dataset.query]

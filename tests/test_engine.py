@@ -157,6 +157,25 @@ def test_attacks_that_name_nothing_are_refused(text, typed):
     assert "names nothing" in typed("evaluate", "--model", MODEL, "--attacks", text, "--limit", "4", code=2).err
 
 
+def test_a_search_by_decisions_as_a_user_types_it(typed):
+    asked = ("evaluate", "--model", MODEL, "--limit", "8", "--attacks")
+    said = typed(*asked, "ES@hopskipjump", code=2)
+    assert "ES@hopskipjump: hopskipjump sees only whether an attack has succeeded" in said.err and not said.out
+    (part,) = typed(*asked, "WM@hopskipjump", "--json").json["measurements"]
+    assert part["component"] == "WM@hopskipjump" and part["optimizer"] == "hopskipjump" and part["score"] < 60
+
+
+@pytest.mark.parametrize("only", [[], [3, 3], [-1], [896]])
+def test_only_names_queries_that_there_are(model, only):
+    with pytest.raises(UsageError, match="only must name queries from 0 to 895, each once"):
+        evaluate(model, "digits", only=only)
+
+
+def test_only_goes_with_no_other_choice_of_queries(model):
+    with pytest.raises(UsageError, match="leave limit and until out"):
+        evaluate(model, "digits", only=[1], limit=1)
+
+
 def test_an_unreadable_configuration_is_an_error(model, short, tmp_path):
     units = stopped(model, short, tmp_path, batches=1)
     units.head.write_text("{")

@@ -47,6 +47,19 @@ def test_parse() -> None:
     assert parse("QA+") == ("QA+", "pgd")
     with pytest.raises(UsageError, match=r"unknown optimizer 'pgdd'; did you mean 'pgd'\?"):
         parse("QA+@pgdd")
+    with pytest.raises(UsageError, match=r"unknown attack 'QA_\+'"):
+        parse("QA_+@pgd")
+
+
+@pytest.mark.parametrize("attack", sorted(ATTACKS))
+def test_a_search_by_decisions_is_refused_where_the_objective_is_none(attack: str) -> None:
+    """ES is 0 or less everywhere: the clean image would count as a success, and a model as robust."""
+    assert parse(f"{attack}@square") == (attack, "square")
+    if attack in ("WM", "MT", "ME"):
+        assert parse(f"{attack}@hopskipjump") == (attack, "hopskipjump")
+    else:
+        with pytest.raises(UsageError, match=r"hopskipjump sees only whether .* that of WM, MT, ME does"):
+            parse(f"{attack}@hopskipjump")
 
 
 @pytest.mark.parametrize("name", protocol_names())
@@ -267,6 +280,8 @@ COMPONENT, STEP = ERS[ERS.index("[[components]]") :], STRICT[STRICT.index("[[ste
         (STRICT.replace("steps = 20", "eps = 1"), "step 'W': threat eps does nothing"),
         (STRICT.replace('norm = "linf"', 'norm = "linf"\neps = 1'), "[threat] eps does nothing in kind 'strict'"),
         (STRICT.replace("apgd", "universal"), "step 'W': optimizer 'universal' needs all queries at once"),
+        (STRICT.replace("WM", "ES").replace("apgd", "hopskipjump"), "ES@hopskipjump: hopskipjump sees only whether"),
+        (ERS.replace("readout =", 'optimizer = "hopskipjump"\nreadout ='), "hopskipjump sees only whether"),
         (CLUSTERING + COMPONENT, "[[components]] do nothing in kind 'clustering'"),
         (CLUSTERING + STEP, "[[steps]] do nothing in kind 'clustering'"),
         (CLUSTERING.replace("steps = 2", 'steps = 2\nstart = "random"'), "[threat] start does nothing"),

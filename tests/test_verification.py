@@ -398,6 +398,10 @@ def test_a_run_of_a_file_as_a_user_types_it(typed, faces, tmp_path) -> None:
         (CSV.replace("probe", "first"), "has columns first, partner, same, fold"),
         (CSV.replace("P_1_0003.png,1,0", "P_1_0003.png,2,0"), "line 3: same '2' must be 1 or 0"),
         (CSV.replace(",1,0\nP_1", ",1,x\nP_1"), "line 2: fold 'x' is not a whole number"),
+        (CSV.replace(",1,0\nP_1", f",1,{'9' * 20}\nP_1"), f"line 2: fold '{'9' * 20}' is not a whole number"),
+        (f'"{CSV}', "line 1: unexpected end of data"),
+        (LFW.replace("P_0 1 2", f"P_0 1 {'2' * 5000}"), "is not 'name n m'"),
+        (LFW.replace("2\t2", f"2\t{'2' * 5000}"), "line 1: neither columns probe,partner,same nor"),
         (CSV.replace("P_1_0003.png,1,0", "P_1_0003.png,1"), "line 3 has another number of cells than columns"),
         ("probe,partner,same\nP_0_0001,P_0_0002,1\nP_0_0001,P_0_0003,1\n", "pictures of a single class"),
         ("probe,partner,same\nP_0_0001,P_0_0002,1\nP_1_0001,P_1_0003,1\n", "has no impostor pair"),
@@ -620,3 +624,5 @@ def test_from_a_run_to_a_report_and_a_comparison(typed, tmp_path) -> None:
     assert {"verification_smallest_eps", "verification_accuracy_attacked"} <= {m["metric"] for m in found["metrics"]}
     plan = typed("evaluate", "--model", MODEL, "--protocol", "verification", "--plan").out
     assert "smallest eps" in plan and "HSJ@40/255" in plan and "HSJ@5/255" not in plan
+    at_most = {line.split()[0] for line in plan.splitlines() if "at most" in line}
+    assert "RS@5/255" in at_most and "W1@40/255" in at_most and "W1@5/255" not in at_most

@@ -125,7 +125,10 @@ def _read(text: str, where: str) -> Iterator[Named]:
 
 def _csv(lines: list[str], where: str) -> Iterator[Named]:
     reader = csv.DictReader(lines, strict=True, skipinitialspace=True)
-    heads = reader.fieldnames or []
+    try:
+        heads = reader.fieldnames or []
+    except csv.Error as error:
+        raise UsageError(f"{where}, line 1: {error}") from None
     if sorted(heads) not in (sorted(COLUMNS), sorted([*COLUMNS, FOLD])):
         raise UsageError(f"{where} has columns {', '.join(heads)}, where probe,partner,same[,fold] are expected")
     try:
@@ -136,11 +139,16 @@ def _csv(lines: list[str], where: str) -> Iterator[Named]:
             same, fold = SAME.get(cells["same"].strip().lower()), cells.get(FOLD, "-1").strip()
             if same is None:
                 raise UsageError(f"{at}: same {cells['same']!r} must be 1 or 0")
-            if FOLD in heads and not fold.isdecimal():
+            if FOLD in heads and not _counts(fold):
                 raise UsageError(f"{at}: fold {fold!r} is not a whole number")
             yield Named(reader.line_num, cells["probe"].strip(), cells["partner"].strip(), same, int(fold))
     except csv.Error as error:
         raise UsageError(f"{where}, line {reader.line_num}: {error}") from None
+
+
+def _counts(text: str) -> bool:
+    """Is it a whole number of nine digits at most?"""
+    return text.isdecimal() and len(text) <= 9
 
 
 def _lfw(lines: list[str], where: str) -> Iterator[Named]:
@@ -148,7 +156,7 @@ def _lfw(lines: list[str], where: str) -> Iterator[Named]:
     if not numbered:
         return
     head, *rest = numbered
-    if len(head[1]) > 2 or not all(cell.isdecimal() and int(cell) for cell in head[1]):
+    if len(head[1]) > 2 or not all(_counts(cell) and int(cell) for cell in head[1]):
         raise UsageError(
             f"{where}, line {head[0]}: neither columns probe,partner,same nor LFW's numbers of folds and pairs"
         )
@@ -159,7 +167,7 @@ def _lfw(lines: list[str], where: str) -> Iterator[Named]:
     for place, (line, cells) in enumerate(rest):
         same = place % (2 * each) < each
         numbers = cells[1::2] if not same else cells[1:]
-        if len(cells) != (3 if same else 4) or not all(number.isdecimal() for number in numbers):
+        if len(cells) != (3 if same else 4) or not all(map(_counts, numbers)):
             wanted = "name n m" if same else "name n other m"
             raise UsageError(f"{where}, line {line}: {' '.join(cells)!r} is not '{wanted}'")
         other = cells[0] if same else cells[2]

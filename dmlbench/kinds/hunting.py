@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dmlbench.embedding import Embedder, passes
+from dmlbench.embedding import Embedder, passes, require_finite
 from dmlbench.errors import DataError
 from dmlbench.fast.exact import true_float32
 from dmlbench.optimizers import OPTIMIZERS
@@ -218,8 +218,26 @@ class Field:
         return [(left[i], arrays) for i, arrays in found.items()]
 
 
+def read_out(
+    embedder: Embedder, scene: Scene, threat: Threat, images: Tensor, clean: Tensor
+) -> list[Float[Tensor, "n d"]]:
+    """The embeddings of ``images`` in each of ``threat.eot`` passes, the ball checked.
+
+    Raises:
+        AssertionError: an image left the ball or [0, 1]; an optimizer is at fault.
+        DataError: the model gives NaN or infinite embeddings for one.
+    """
+    inside = threat.contains(images, clean)
+    if not bool(inside.all()):
+        raise AssertionError(f"{int((~inside).sum())} adversarial images are outside the threat {threat}")
+    embeddings = list(passes(embedder, images, threat.eot, rows=scene.query))
+    for e in embeddings:
+        require_finite(e, embedder.name, "perturbed images")
+    return embeddings
+
+
 def cost(found: Iterable[tuple[np.ndarray, Arrays]]) -> dict[str, Any]:
-    """What units of :func:`piece` cost together: ``gradients``, ``values``, ``nonfinite`` and ``seconds``."""
+    """What units of a search cost together: ``gradients``, ``values``, ``nonfinite`` and ``seconds``."""
     spent = {key: sum(int(arrays[key].sum()) for _, arrays in found) for key in ("gradients", "values", "nonfinite")}
     return {**spent, "seconds": float(sum(arrays["seconds"].sum() for _, arrays in found))}
 

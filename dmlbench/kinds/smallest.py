@@ -139,7 +139,7 @@ def halfway(
 
 
 def within(value: float | None, smallest: dict[str, Any]) -> float:
-    """A number of ``extras.strict.smallest_eps``, or the largest eps of the grid where it is beyond that."""
+    """A length that a run says of it, or the largest eps of the grid where it is beyond that."""
     return float(smallest["largest"] if value is None else value)
 
 

@@ -11,7 +11,6 @@ from dmlbench.kinds.verification.record import VERIFICATION
 from dmlbench.protocol import packaged_protocol
 from dmlbench.registry import Registry
 from dmlbench.results import Evaluation
-from dmlbench.threat import Threat
 
 KINDS: Registry[Kind] = Registry(
     "kind of protocol", {kind.name: kind for kind in (ERS, PARTS, STRICT, CLUSTERING, CORRUPTED, VERIFICATION)}
@@ -36,12 +35,11 @@ def sizes_of(e: Evaluation) -> tuple[str, tuple[str, ...]]:
     rules = None if e.protocol.norm else packaged_protocol(e.protocol.name, e.protocol.sha256)
     if rules is None:
         return e.protocol.norm or "", e.protocol.eps
-    norm = str(rules.threat.get("norm", Threat.norm))
     if (curve := kind_of(e).curve(e)) is not None:
-        return norm, tuple(point.eps for point in curve.points[1:])
+        return rules.norm, tuple(point.eps for point in curve.points[1:])
     if e.conditions.eps is not None:
-        return norm, tuple(e.conditions.eps.split(","))
-    return norm, () if rules.grid else rules.sizes(())
+        return rules.norm, tuple(e.conditions.eps.split(","))
+    return rules.norm, () if rules.grid else rules.sizes(())
 
 
 def adversary(e: Evaluation) -> str:

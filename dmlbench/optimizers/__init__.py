@@ -75,6 +75,7 @@ class Optimizer:
         whole_set: it finds one thing for all queries and must be given them at once; its ``block`` says how many go
             through the network at a time.
         strays: on its way it looks at images outside the ball.
+        by_decisions: it sees only whether the loss is 0 or less, so it serves attacks of which that says something.
     """
 
     run: Run
@@ -84,6 +85,7 @@ class Optimizer:
     by_queries: bool = False
     whole_set: bool = False
     strays: bool = False
+    by_decisions: bool = False
 
     def __call__(self, loss: Loss, images: Tensor, threat: Threat, rng: Rng, **options: Any) -> Tensor:
         """Adversarial images for clean ``images`` (b, ...), each inside the threat."""
@@ -138,7 +140,12 @@ OPTIMIZERS: Registry[Optimizer] = Registry(
         "spsa": Optimizer(spsa, f"{POPULATION} × steps values", values=_probed),
         "square": Optimizer(square, "queries values", values=lambda t: t.queries, by_queries=True),
         "hopskipjump": Optimizer(
-            hopskipjump, "queries decisions", values=lambda t: t.queries, by_queries=True, strays=True
+            hopskipjump,
+            "queries decisions",
+            values=lambda t: t.queries,
+            by_queries=True,
+            strays=True,
+            by_decisions=True,
         ),
         "noise": Optimizer(noise, "queries values", values=lambda t: t.queries, by_queries=True),
         "universal": Optimizer(universal, "steps gradients", lambda t: t.steps, whole_set=True),

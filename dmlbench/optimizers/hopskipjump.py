@@ -119,6 +119,7 @@ class _Search:
 def hopskipjump(loss: Loss, images: Tensor, threat: Threat, rng: Rng) -> Tensor:
     """HopSkipJump: walk along the boundary of the decision ``loss <= 0``, of which nothing else is seen, towards the clean image.
 
+    It serves attacks whose objective is such a decision: WM, MT, ME, and the decision on a pair under protocols that verify pairs.
     It looks for the nearest flipped image, which lies outside the ball as long as it is not found; ``queries`` decisions for each image,
     the same number at the same time for all. It starts from the image that the loss shows
     (:class:`~dmlbench.optimizers.base.Shown`), else from the first of 20 random ones that is flipped. Ten step lengths are always

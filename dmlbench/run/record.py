@@ -13,7 +13,6 @@ from dmlbench.embedding import Embedder
 from dmlbench.protocol import Protocol
 from dmlbench.results import DatasetInfo, Environment, ModelInfo, ProtocolInfo
 from dmlbench.run.subject import Subject
-from dmlbench.threat import Threat
 from dmlbench.version import __version__
 
 
@@ -72,7 +71,7 @@ def protocol_info(official: Protocol, run: Protocol, seed: int, shape: Sequence[
         version=official.version,
         sha256=official.sha256,
         seed=seed,
-        norm=str(run.threat.get("norm", Threat.norm)) if sizes else None,
+        norm=run.norm if sizes else None,
         eps=sizes,
     )
 

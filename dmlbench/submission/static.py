@@ -37,7 +37,7 @@ from dmlbench.run.subject import measured_queries
 from dmlbench.submission import extras
 from dmlbench.submission.bundle import SUBMISSIONS, Bundle, Refused, manifest_of, read_arrays, read_bundle
 from dmlbench.submission.record import RANKING, Submission, SubmittedRun, read_submission
-from dmlbench.threat import TOLERANCE, Threat
+from dmlbench.threat import TOLERANCE
 
 WEIGHTS = "weights.safetensors"
 HEADER_MOST = 4 << 20
@@ -199,9 +199,7 @@ def _protocol(e: Evaluation, aged: bool) -> Protocol:
         problems.append(Problem(0, f"{RUN} protocol.version", f"{e.protocol.version!r}, here it is {rules.version!r}"))
     if e.protocol.seed != rules.seed:
         problems.append(Problem(0, f"{RUN} protocol.seed", f"{e.protocol.seed}, the protocol's is {rules.seed}"))
-    threats = {
-        (str(rules.threat.get("norm", Threat.norm)), sizes) for sizes in rules.grid.values() or [rules.sizes(())]
-    }
+    threats = {(rules.norm, sizes) for sizes in rules.grid.values() or [rules.sizes(())]}
     if e.protocol.norm and (e.protocol.norm, e.protocol.eps) not in threats:
         said = f"{e.protocol.norm} {', '.join(e.protocol.eps)} is not an adversary of {rules.id!r}"
         problems.append(Problem(0, f"{RUN} protocol.eps", said))

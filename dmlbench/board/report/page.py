@@ -18,10 +18,11 @@ from dmlbench.board.plots import Figure, Series, eps, inline, parts, reached
 from dmlbench.board.report.pictures import data_uri, magnified
 from dmlbench.board.row import shown
 from dmlbench.errors import NotComparable
-from dmlbench.kinds.table import adversary, kind_of
+from dmlbench.kinds.table import adversary, kind_of, sizes_of
 from dmlbench.metrics import CLEAN
 from dmlbench.results import Evaluation, Measurement
 from dmlbench.run.closeup import names_of
+from dmlbench.threat import written
 
 STRIPS = 4
 """Queries shown for each part."""
@@ -40,6 +41,11 @@ class Run:
     def eps(self) -> float:
         """The largest perturbation found in the run, in its protocol's norm; 0 where none is kept."""
         return reached(self.evaluation)
+
+    @property
+    def length(self) -> str:
+        """:attr:`eps` as the field writes lengths of its norm."""
+        return written(self.eps, sizes_of(self.evaluation)[0])
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,6 @@ def page(runs: Sequence[Run]) -> str:
     )
     environment.filters["number"] = _number
     environment.filters["interval"] = _interval
-    environment.filters["length_255"] = length_255
     return environment.get_template("report.html").render(
         runs=runs,
         first=runs[0],
@@ -95,11 +100,6 @@ def page(runs: Sequence[Run]) -> str:
         closeups=[_closeup(first, i, name) for i, name in enumerate(names_of(first.sample)[0])],
         command=shlex.join(first.environment.argv) if first.environment.argv else "",
     )
-
-
-def length_255(eps: float) -> str:
-    """A length on the [0, 1] scale as the field writes it; longer ones, of the L2 norm, as they are."""
-    return f"{eps * 255:.3g}/255" if eps <= 1 else f"{eps:.3g}"
 
 
 def _number(value: float | None, decimals: int = 1) -> str:

@@ -10,7 +10,7 @@ from dmlbench.board.plots.draw import Figure, Series
 from dmlbench.board.plots.page import inline
 from dmlbench.board.row import COLUMNS, HEADLINES, NUMBERS, PARTS, Row
 from dmlbench.board.show import DEFAULT_COLUMNS
-from dmlbench.board.site.overview import anchor, cell, interval, norm
+from dmlbench.board.site.overview import anchor, cell, interval, norm, text
 from dmlbench.board.site.words import word_of, words
 from dmlbench.kinds.table import KINDS, numbers
 from dmlbench.protocol import load_protocol, protocol_names
@@ -133,7 +133,8 @@ def plot(protocol: str, dataset: str, rows: Sequence[Row]) -> Markup | None:
                     None if claimed else scale * np.array([low for low, _ in ends]),
                     None if claimed else scale * np.array([high for _, high in ends]),
                     told=tuple(
-                        f"{r.model} ({r.status}): {cell_text(r, y)}, {TITLES[x]} {cell_text(r, x)}" for _, r in there
+                        f"{r.model} ({r.status}): {text(r, y, getattr(r, y))}, {TITLES[x]} {text(r, x, getattr(r, x))}"
+                        for _, r in there
                     ),
                     links=tuple(f"#{row_id(protocol, n, r)}" for n, r in there),
                     hollow=claimed,
@@ -145,15 +146,3 @@ def plot(protocol: str, dataset: str, rows: Sequence[Row]) -> Markup | None:
     heading = f"{TITLES[y]} against {TITLES[x]}, {dataset} under {protocol}"
     figure = Figure("board", TITLES[x], y_title, tuple(series))
     return inline(figure, f"plot-{anchor(protocol)}", heading, 6.4, 3.4)
-
-
-def cell_text(row: Row, column: str) -> str:
-    """A number of the row with what it is called, also of a claim."""
-    value = getattr(row, column)
-    return (
-        ""
-        if value is None
-        else f"{value:.1f}"
-        if column not in numbers() or not numbers()[column].length
-        else f"{value:.3g}"
-    )

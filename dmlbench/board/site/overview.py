@@ -70,7 +70,7 @@ def text(row: Row, column: str, value: Any) -> str:
 
 def norm(protocol: str) -> str:
     """The norm of the protocol's ball; "linf" of one that this installation does not know."""
-    return str(load_protocol(protocol).threat.get("norm", "linf")) if protocol in protocol_names() else "linf"
+    return load_protocol(protocol).norm if protocol in protocol_names() else "linf"
 
 
 def interval(row: Row, column: str) -> tuple[float, float] | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field
 
-from dmlbench.attacks import ATTACKS
+from dmlbench.attacks import ATTACKS, require_decision
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.errors import UsageError
 from dmlbench.kinds import page as md
@@ -172,13 +172,18 @@ def curve(e: Evaluation) -> Curve:
 
 
 def check(p: Protocol) -> None:
-    """That the rounds of its steps and the groups that end together fit one another.
+    """That the rounds of its steps and the groups that end together fit one another, and searches by decisions their attacks.
 
     Raises:
-        UsageError: one is there without the other.
+        UsageError: they do not.
     """
     if any(step.rounds > 1 for step in p.steps) != (p.together > 1):
         raise UsageError("together, and a step with rounds above 1, do nothing without each other")
+    for step in p.steps:
+        for turn in range(max(1, len(step.turns))):
+            require_decision(step.at(turn)[0].attack, step.at(turn)[0].optimizer)
+    if p.threshold is not None:
+        require_decision(p.threshold.attack, p.threshold.optimizer)
 
 
 def optimizers(p: Protocol) -> set[str]:

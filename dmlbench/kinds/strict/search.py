@@ -20,11 +20,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dmlbench.attacks import ATTACKS, Attack, aim
-from dmlbench.embedding import Embedder, passes, require_finite
+from dmlbench.embedding import Embedder
 from dmlbench.errors import UsageError
 from dmlbench.fast.sweep import nearest_entries
 from dmlbench.kinds.base import Outcome
-from dmlbench.kinds.hunting import Field, Log, Watch, cost
+from dmlbench.kinds.hunting import Field, Log, Watch, cost, read_out
 from dmlbench.kinds.smallest import between, ladder
 from dmlbench.kinds.strict.rounds import groups, rounds_run
 from dmlbench.kinds.strict.summary import (
@@ -154,12 +154,7 @@ def read(subject: Subject, scene: Scene, threat: Threat, images: Tensor, clean: 
         AssertionError: an image left the ball or [0, 1].
         DataError: the model gives NaN or infinite embeddings for one.
     """
-    inside = threat.contains(images, clean)
-    if not bool(inside.all()):
-        raise AssertionError(f"{int((~inside).sum())} adversarial images are outside the threat {threat}")
-    embeddings = list(passes(subject.embedder, images, threat.eot, rows=scene.query))
-    for e in embeddings:
-        require_finite(e, subject.embedder.name, "perturbed images")
+    embeddings = read_out(subject.embedder, scene, threat, images, clean)
     draws = [retrieval(replace(scene, clean=e), RECALL_AT) for e in embeddings]
     return {name: np.mean([d[name] for d in draws], axis=0) for name in draws[0]}
 

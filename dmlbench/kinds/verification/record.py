@@ -253,12 +253,13 @@ def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
                 name=f"{step.name}@{eps}", called=step.attack, eps=eps, optimizer=step.optimizer, threat=threat,
                 attack=ATTACKS[step.attack], passes=_passes(step.optimizer, threat, each),
                 steps=threat.queries if optimizer.by_queries else threat.steps, weight=float(each),
+                at_most=(eps, step) != (grid[0], p.steps[0]),
             )  # fmt: skip
     if (rule := p.threshold) is not None:
         threat, times = p.threat_at(grid[-1], rule.threat), each * halvings(rule)
         yield Job(
             name="smallest eps", called=rule.attack, optimizer=rule.optimizer, threat=threat, attack=ATTACKS[rule.attack],
-            passes=_passes(rule.optimizer, threat, times), steps=threat.steps, weight=float(times),
+            passes=_passes(rule.optimizer, threat, times), steps=threat.steps, weight=float(times), at_most=True,
         )  # fmt: skip
 
 

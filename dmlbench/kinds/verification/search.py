@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dmlbench.attacks import ATTACKS
-from dmlbench.embedding import Embedder, passes, require_finite
+from dmlbench.embedding import Embedder
 from dmlbench.kinds.base import Outcome
-from dmlbench.kinds.hunting import Field, Log, Watch, cost
+from dmlbench.kinds.hunting import Field, Log, Watch, cost, read_out
 from dmlbench.kinds.smallest import between, ladder
 from dmlbench.kinds.verification.pairs import SIDES, Drawn, Settings, drawn, thresholds
 from dmlbench.kinds.verification.summary import (
@@ -107,13 +107,8 @@ def read(bench: Bench, at: Tensor, threat: Threat, images: Tensor, clean: Tensor
         AssertionError: an image left the ball or [0, 1].
         DataError: the model gives NaN or infinite embeddings for one.
     """
-    inside = threat.contains(images, clean)
-    if not bool(inside.all()):
-        raise AssertionError(f"{int((~inside).sum())} adversarial images are outside the threat {threat}")
-    embedder, scene = bench.subject.embedder, bench.subject.scene[at]
-    embeddings = list(passes(embedder, images, threat.eot, rows=scene.query))
-    for e in embeddings:
-        require_finite(e, embedder.name, "perturbed images")
+    scene = bench.subject.scene[at]
+    embeddings = read_out(bench.subject.embedder, scene, threat, images, clean)
     found = torch.stack([READOUTS["decided"].read(e, scene) for e in embeddings]).mean(0)
     return found.cpu().numpy()
 

@@ -10,6 +10,7 @@ from dmlbench.kinds.smallest import halfway
 from dmlbench.kinds.verification.pairs import SIDES, Settings
 from dmlbench.metrics import mean
 from dmlbench.protocol import Component, Protocol
+from dmlbench.results import finite
 
 FARS = ("1e-2", "1e-3", "1e-4")
 """False accept rates that TAR is told at."""
@@ -133,8 +134,8 @@ def summary(
             done.append(entry | {name: cost[name] for name in ("ran", "gradients", "values", "seconds")})
             alive -= here
         names = [f"{side}@{eps}/value" for side in SIDES]
-        row: dict[str, Any] = {"eps": eps, "accuracy": known(mean(by_query(arrays, names)))}
-        row |= {side: known(mean(arrays[name])) for side, name in zip(SIDES, names, strict=True)}
+        row: dict[str, Any] = {"eps": eps, "accuracy": finite(mean(by_query(arrays, names)))}
+        row |= {side: finite(mean(arrays[name])) for side, name in zip(SIDES, names, strict=True)}
         rows.append({**row, "carried": int((by == CARRIED).sum()), "steps": done})
     right = sum(int((arrays[f"{side}/clean"] == 100.0).sum()) for side in SIDES)
     passes = {
@@ -147,8 +148,8 @@ def summary(
         "far": Settings.of(rules).far,
         "thresholds": [None if np.isnan(edge) else float(edge) for edge in edges],
         "clean": {
-            "accuracy": known(mean(by_query(arrays, [f"{side}/clean" for side in SIDES]))),
-            **{side: known(mean(arrays[f"{side}/clean"])) for side in SIDES},
+            "accuracy": finite(mean(by_query(arrays, [f"{side}/clean" for side in SIDES]))),
+            **{side: finite(mean(arrays[f"{side}/clean"])) for side in SIDES},
             "eer": None if curve is None else 100.0 * eer(curve),
             "tar": {far: None if tar is None else 100.0 * tar for far, tar in percent.items()},
         },
@@ -164,8 +165,3 @@ def summary(
             for name, values in found.items()
         }
     return said
-
-
-def known(value: float) -> float | None:
-    """A number, None where there is none."""
-    return float(value) if np.isfinite(value) else None

@@ -87,7 +87,9 @@ def test_plan_does_nothing_but_plan(typed, tmp_path: Path) -> None:
     assert rows[-1]["gradients"] == (8 + 2) * 32 * 896  # nine searches, ES from two starts
     for row in rows:
         low, high = row["range"]
-        assert not row["at_most"] and low <= row["seconds"] <= high
+        assert (
+            not row["at_most"] and low - 0.15 <= row["seconds"] / 1.2 and row["seconds"] * 1.2 <= high + 0.15
+        )  # rounded
 
 
 def test_a_plan_takes_every_look_and_all_images_into_account(monkeypatch: pytest.MonkeyPatch) -> None:

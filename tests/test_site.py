@@ -264,9 +264,11 @@ def test_on_a_phone_only_the_table_scrolls_sideways_and_a_score_is_seen(site, br
     if address != MODEL:
         right = f"[...{PANEL}.querySelectorAll('tr.row')].slice(0, 5).map(r => Math.min(...[...r.querySelectorAll('[data-column=ers],[data-column=claimed_ers],[data-column=smallest_eps]')].filter(c => c.dataset.value && c.offsetWidth).map(c => c.getBoundingClientRect().right)))"
         assert max(page.js(right)) <= 390
+    narrow = opened(browser, site, address, width=360, height=740)
+    assert narrow.js("document.documentElement.scrollWidth") <= 360
     small = page.js(
         "[...document.querySelectorAll('.sort,.controls input:not([type=checkbox]),.controls select,.tabs a')]"
-        ".filter(e => e.offsetWidth && e.offsetHeight < 36).length"
+        ".filter(e => e.offsetWidth && e.offsetHeight < 40).length"
     )
     assert small == 0
 

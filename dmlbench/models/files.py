@@ -286,7 +286,7 @@ class _State:
         return {_bare(k) for k in self.tensors}
 
 
-def _states(content: Mapping[str, Any], above: str = "", depth: int = 3) -> Iterator[tuple[str, _State]]:
+def _states(content: Mapping[Any, Any], above: str = "", depth: int = 3) -> Iterator[tuple[str, _State]]:
     """The state dictionaries in a file's content, by their dotted place; none within another."""
     for name, value in content.items():
         if not isinstance(value, Mapping):

@@ -136,6 +136,17 @@ def test_base_may_be_a_folder_or_an_address(served, monkeypatch: pytest.MonkeyPa
     assert fetch("m", file)[0].read_bytes() == (folder / "m.safetensors").read_bytes()
 
 
+def test_a_file_of_any_address_may_lie_in_the_base_if_a_hash_tells_it(served, monkeypatch: pytest.MonkeyPatch) -> None:
+    address, folder = served
+    file = File(url=f"{address}/missing/m.safetensors", **weights(folder))
+    monkeypatch.setenv("DMLBENCH_CHECKPOINT_BASE", str(folder))
+    assert fetch("m", file) == (folder / "m.safetensors", ())
+    unknown = File(url=file.url, format="safetensors")
+    assert list(addresses(unknown)) == [file.url]  # another's file may have the same name
+    monkeypatch.delenv("DMLBENCH_CHECKPOINT_BASE")
+    assert list(addresses(file)) == [file.url]
+
+
 @pytest.mark.parametrize(
     "name", [n for n, c in checkpoints().items() if any((f.url or "")[:1] == "{" and not f.mirrors for f in c.files)]
 )

@@ -1,5 +1,7 @@
 """What setup.cfg cannot say: data at the repository root that belong in the wheel, and addresses.
 
+docs/leaderboard.md says what the wheel carries of the board, and which weights.
+
 ``DMLBENCH_REPOSITORY`` is the address of the repository that a release is made from, ``DMLBENCH_DOCS`` that of its
 documentation (.github/workflows/release.yml sets both): a package index then has project links, and the README's links
 lead there. Without them none is made up.

@@ -410,10 +410,10 @@ def test_the_shipped_digits_models_keep_the_order_of_their_defences(first_run) -
     assert ers["digits-smallcnn-triplet-none"] < ers["digits-smallcnn-triplet-act"] < ers[DEFAULT]
 
 
-def test_every_packaged_weights_file_is_registered_and_small() -> None:
-    named = {f.path for c in checkpoints().values() for f in c.files if f.path}
-    for path in (PACKAGE / "weights").glob("*.safetensors"):
-        assert path.name in named and path.stat().st_size <= 700_000
+def test_the_package_holds_the_weights_of_the_models_on_digits_alone_and_they_are_small() -> None:
+    named = {f.path: c.dataset.name for c in checkpoints().values() for f in c.files if f.path}
+    assert set(named.values()) == {"digits"} and {p.name for p in (PACKAGE / "weights").iterdir()} == set(named)
+    assert all(p.stat().st_size <= 500_000 for p in (PACKAGE / "weights").iterdir())
 
 
 PLUGIN = """

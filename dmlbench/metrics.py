@@ -63,8 +63,8 @@ UNITS: dict[str, tuple[float, float]] = {
 """The units of read-outs, and between what their values lie."""
 
 
-def _margin_right(d: Tensor, scene: Scene, k: int = 1) -> Tensor:
-    """(B,) 100 where a positive is among the k nearest, else 0, NaN without positives; d is (B, N)."""
+def right_within(d: Tensor, scene: Scene, k: int = 1) -> Tensor:
+    """(B,) 100 where a positive is among the k nearest by the distances d (B, N), else 0, NaN without positives."""
     best = d.masked_fill(~scene.same, torch.inf).amin(1, keepdim=True)  # (B, 1)
     ahead = ((d <= best) & scene.other).sum(1)
     return torch.where(scene.has_positive, (ahead < k).float() * 100.0, torch.nan)
@@ -72,7 +72,7 @@ def _margin_right(d: Tensor, scene: Scene, k: int = 1) -> Tensor:
 
 def recall_at_1(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """R@1: is the nearest entry (own left out) of the image's class? Percent."""
-    return _margin_right(scene.distances(e), scene)
+    return right_within(scene.distances(e), scene)
 
 
 def _rank(
@@ -123,6 +123,14 @@ def kept_in_top_4(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     return (ahead < 4).float() * 100.0
 
 
+def target_not_first(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """Is the nearest entry (own left out) none of the targets? Percent. Ties count against the model."""
+    d = scene.ranked(e)  # (B, N)
+    of_target = d.gather(1, scene.chosen).amin(1)  # (B,)
+    others = d.scatter(1, scene.chosen, torch.inf).amin(1)
+    return ((others < of_target) | of_target.isinf()).float() * 100.0
+
+
 def map_at_r(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """MAP@R of the attacked query (own entry left out), percent, NaN without positives."""
     return average_precisions(*negatives_ahead(scene.distances(e), scene))[1]
@@ -130,7 +138,7 @@ def map_at_r(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
 
 def _right_when_clean(values: Tensor, scene: Scene) -> Tensor:
     """``values`` where the clean query's nearest entry is of its class, NaN elsewhere."""
-    return torch.where(_margin_right(scene.distances(scene.clean), scene) == 100.0, values, torch.nan)
+    return torch.where(right_within(scene.distances(scene.clean), scene) == 100.0, values, torch.nan)
 
 
 def recall_of_right(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
@@ -182,6 +190,7 @@ READOUTS: Registry[Readout] = Registry(
         "target_cosine": Readout(target_cosine, "cosine"),
         "embedding_shift": Readout(embedding_shift, "distance"),
         "kept_in_top_4": Readout(kept_in_top_4, "percent"),
+        "target_not_first": Readout(target_not_first, "percent"),
         "map_at_r": Readout(map_at_r, "percent"),
         "recall_of_right": Readout(recall_of_right, "percent", may_be_missing=True),
         "map_at_r_of_right": Readout(map_at_r_of_right, "percent", may_be_missing=True),

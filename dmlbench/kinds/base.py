@@ -7,16 +7,17 @@ shown, and what a submitted run of it must hold. Evaluations keep what is its ow
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from dmlbench.attacks import Attack
+from dmlbench.checkpoints import first_problem
 from dmlbench.datasets import RetrievalDataset
-from dmlbench.errors import Problem
+from dmlbench.errors import Problem, UsageError
 from dmlbench.intervals import Ends
 from dmlbench.protocol import Component, Protocol
 from dmlbench.results import Evaluation
@@ -54,6 +55,28 @@ class Form(BaseModel):
     """A part of what a kind keeps in ``extras``, nothing missing and nothing more."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Settings(BaseModel):
+    """``[settings]`` of a protocol: what a kind is run by that no other kind reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+
+SettingsForm = TypeVar("SettingsForm", bound=Settings)
+
+
+def settings_of(form: type[SettingsForm], rules: Protocol) -> SettingsForm:
+    """Those of a protocol.
+
+    Raises:
+        UsageError: a key or value that means nothing.
+    """
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in rules.settings.items()}
+    try:
+        return form.model_validate(fields)
+    except ValidationError as error:
+        raise UsageError(f"[settings] {first_problem(error)}") from None
 
 
 @dataclass(frozen=True)

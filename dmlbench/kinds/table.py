@@ -6,6 +6,7 @@ from dmlbench.kinds.base import Kind, Number
 from dmlbench.kinds.clustering.record import CLUSTERING
 from dmlbench.kinds.corruptions.record import CORRUPTED
 from dmlbench.kinds.parts import ERS, PARTS
+from dmlbench.kinds.sides.record import SIDES
 from dmlbench.kinds.strict.record import STRICT
 from dmlbench.kinds.verification.record import VERIFICATION
 from dmlbench.protocol import packaged_protocol
@@ -13,7 +14,7 @@ from dmlbench.registry import Registry
 from dmlbench.results import Evaluation
 
 KINDS: Registry[Kind] = Registry(
-    "kind of protocol", {kind.name: kind for kind in (ERS, PARTS, STRICT, CLUSTERING, CORRUPTED, VERIFICATION)}
+    "kind of protocol", {kind.name: kind for kind in (ERS, PARTS, STRICT, CLUSTERING, CORRUPTED, VERIFICATION, SIDES)}
 )
 
 

@@ -6,17 +6,16 @@ alone, so it does not depend on which queries are measured.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 
-from dmlbench.checkpoints import first_problem
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.errors import UsageError
+from dmlbench.kinds import base
 from dmlbench.protocol import Protocol
 from dmlbench.rng import Rng, seed_of
 from dmlbench.run.subject import measured_queries, unembedded
@@ -27,10 +26,8 @@ BLOCK = 256
 """Queries that are drawn for at a time."""
 
 
-class Settings(BaseModel):
+class Settings(base.Settings):
     """``[settings]`` of a protocol."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
     folds: int = Field(10, ge=2)
     """parts that the classes are dealt to; fewer where a part would have a single class"""
@@ -46,13 +43,7 @@ class Settings(BaseModel):
         Raises:
             UsageError: a key or value that means nothing.
         """
-        try:
-            fields: dict[str, Any] = {**rules.settings}
-            if isinstance(fields.get("largest"), list):
-                fields["largest"] = tuple(fields["largest"])
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            raise UsageError(f"[settings] {first_problem(error)}") from None
+        return base.settings_of(cls, rules)
 
 
 @dataclass(frozen=True, eq=False)

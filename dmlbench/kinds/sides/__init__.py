@@ -1,0 +1,1 @@
+"""The query, one wrong picture of the gallery, or both of them perturbed."""

@@ -254,7 +254,7 @@ def test_a_real_browser_draws_it_and_asks_for_nothing(evaluations: list[Evaluati
         thread = threading.Thread(target=proxy.serve_forever, args=(0.05,))
         thread.start()
         flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
-        flags += "--disable-component-update --disable-sync --hide-scrollbars --window-size=1100,2400 "
+        flags += "--disable-component-update --disable-sync --hide-scrollbars --window-size=1100,3600 "
         flags += f"--force-prefers-color-scheme=light --proxy-server=127.0.0.1:{proxy.server_port} "
         flags += f"--user-data-dir={tmp_path / 'profile'} --screenshot={shot}"
         subprocess.run([browser, *flags.split(), path.as_uri()], check=True, capture_output=True, timeout=240)

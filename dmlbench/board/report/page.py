@@ -14,9 +14,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dmlbench.board.paper import Cell, header, table
+from dmlbench.board.paper import intervals as intervals_of
 from dmlbench.board.plots import Figure, Series, eps, inline, parts, reached
+from dmlbench.board.report.fallen import FIRST, fallen
 from dmlbench.board.report.pictures import data_uri, magnified
-from dmlbench.board.row import shown
+from dmlbench.board.row import headline, shown
 from dmlbench.errors import NotComparable
 from dmlbench.kinds.table import adversary, kind_of, sizes_of
 from dmlbench.metrics import CLEAN
@@ -92,14 +94,35 @@ def page(runs: Sequence[Run]) -> str:
         first=runs[0],
         e=first,
         adversary=adversary(first),
+        headline=_headline(first),
         benign=[(label, [run.evaluation.benign.get(key) for run in runs]) for key, label in CLEAN.items()],
         parts=[(m, _raw(m)) for m in first.measurements],
         chart=_chart(runs),
         sides=_sides(runs),
         curves=_curves(runs),
+        fallen=fallen([run.evaluation for run in runs]),
+        first_queries=FIRST,
         closeups=[_closeup(first, i, name) for i, name in enumerate(names_of(first.sample)[0])],
         command=shlex.join(first.environment.argv) if first.environment.argv else "",
     )
+
+
+def _headline(e: Evaluation) -> tuple[str, str, str] | None:
+    """What runs without ERS are ranked by: the number as it is written, its title, its 95 % interval or ""; None for none."""
+    found = headline(e)
+    kind = kind_of(e)
+    number = next((n for n in kind.numbers if found and n.name == found[0]), None)
+    if found is None or number is None:
+        return None
+    given, norm = kind.read(e), sizes_of(e)[0]
+    ends = intervals_of(e).get(number.name) or (given.get(f"{number.name}_lo"), given.get(f"{number.name}_hi"))
+
+    def text(value: float | None) -> str:
+        if value is None:
+            return "beyond the grid" if number.length else "–"
+        return written(value, norm) if number.length else shown(number.name, value)
+
+    return text(found[1]), number.title, "" if ends[0] is None else f"{text(ends[0])} – {text(ends[1])}"
 
 
 def _number(value: float | None, decimals: int = 1) -> str:

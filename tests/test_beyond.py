@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from synthetic import evaluation
 
 from dmlbench.board.beyond import better_than, holm
-from dmlbench.board.build import results_of
 from dmlbench.board.compare import compare
+from dmlbench.board.table import from_csv
+from dmlbench.results import load
 
 
 @given(st.integers(2, 5), st.data())
@@ -55,11 +56,8 @@ def test_a_run_of_other_queries_is_left_out():
 
 
 def test_committed_runs_of_one_board_are_told_apart():
-    results = [
-        (r, e) for r, e in results_of(SUBMISSIONS.parent) if (r.protocol, r.dataset) == ("ers-28", "omniglot-small")
-    ]
-    version = max(r.protocol_version for r, _ in results)
-    results = [(r, e) for r, e in results if e is not None and r.protocol_version == version]
-    counts = better_than([e for _, e in results])
-    by_score = [count for _, count in sorted(zip((r.ers for r, _ in results), counts, strict=True))]
+    rows = [row for row in from_csv(SUBMISSIONS.parent / "ers-28" / "omniglot-small.csv") if row.rank]
+    counts = better_than([load(SUBMISSIONS / row.submission / "run") for row in rows])
+    assert counts == [row.better_than for row in rows]
+    by_score = [count for _, count in sorted(zip((r.ers for r in rows), counts, strict=True))]
     assert by_score[0] == 0 and by_score[-1] > 0 and all(n <= place for place, n in enumerate(by_score))

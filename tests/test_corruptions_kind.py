@@ -175,7 +175,7 @@ def test_what_has_no_threat_has_no_eps(model, digits) -> None:
         evaluate(model, digits, "corruptions", attacks=["CA+"], limit=4, device="cpu")
 
 
-def test_as_a_user_types_it(typed, tmp_path) -> None:
+def test_as_a_user_types_it(typed, brief_plan, tmp_path) -> None:
     out = typed(
         "evaluate", "--model", MODEL, "--protocol", "corruptions", "--limit", "8", "--out", str(tmp_path / "run")
     ).out

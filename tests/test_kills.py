@@ -163,8 +163,7 @@ def short(place: Path, protocol: str) -> Path:
 
 RUNS = {
     "limit": ("ers-digits", "--limit", "8", "--batch-size", "4"),
-    "attacks": ("ers-digits", "--attacks", "CA+"),
-    "seed": ("ers-digits", "--attacks", "GTT", "--seed", "7"),
+    "attacks": ("ers-digits", "--attacks", "CA+", "--seed", "7"),
     "full": ("ers-digits",),
     "until": ("ers-digits", "--until", "5"),
     "strict": ("strict-fast", "--limit", "8"),

@@ -70,7 +70,7 @@ def test_several_protocols_embed_once_and_share_a_report(typed, tmp_path: Path, 
     assert again.err.count("nothing is done again") == 2
 
 
-def test_several_plans_are_one_json(typed) -> None:
+def test_several_plans_are_one_json(typed, brief_plan) -> None:
     words = ["evaluate", "--model", MODEL, "--device", "cpu", "--limit", "12", "--plan", "--json"]
     plans = json.loads(typed(*words, "--protocol", "ers-digits,strict-fast").out)
     assert list(plans) == ["ers-digits", "strict-fast"] and all(rows[-1]["id"] == "total" for rows in plans.values())

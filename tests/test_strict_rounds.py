@@ -282,12 +282,15 @@ def test_shards_and_a_killed_run_come_to_the_same_bytes(model, tmp_path) -> None
     same(whole, evaluate(model, "digits", p, work=Work(units), resume=True, **how))
 
 
-def test_rounds_end_alike_at_any_batch_size(model, whole) -> None:
-    other = evaluate(model, "digits", shortened(), limit=64, batch_size=7)
+def test_rounds_end_alike_at_any_batch_size_and_limit(model, whole) -> None:
+    """Two of the three groups of queries that go on together."""
+    other = evaluate(model, "digits", shortened(), limit=40, batch_size=7)
+    at = np.searchsorted(whole.arrays["query"], other.arrays["query"])
     for eps in ("5/255", "10/255", "20/255", "40/255"):
-        a, b = (e.arrays[f"strict@{eps}/broken_by"] for e in (whole, other))
+        a, b = other.arrays[f"strict@{eps}/broken_by"], whole.arrays[f"strict@{eps}/broken_by"][at]
         assert (a != b).mean() <= 0.05, "but for float rounding in long searches"
-    assert (whole.arrays[SMALLEST] != other.arrays[SMALLEST])[~np.isnan(whole.arrays[SMALLEST])].mean() < 0.1
+    a, b = other.arrays[SMALLEST], whole.arrays[SMALLEST][at]
+    assert (a != b)[~np.isnan(b)].mean() < 0.1
 
 
 def test_so_many_queries_are_measured(model) -> None:

@@ -62,12 +62,32 @@ def refused(report, level, field, reason, lines=1):
     assert len(said) == lines, said
 
 
+@pytest.fixture
+def brief(monkeypatch):
+    """Reruns take a few of the steps and rounds that they are asked for; what was asked for is kept here."""
+    asked, whole = [], rerun.evaluate
+
+    def few(embedder, dataset, rules, **options):
+        asked.append(rules)
+        fewer = [{k: min(v, 25) if k in ("steps", "queries") else v for k, v in s.threat.items()} for s in rules.steps]
+        rounds = [{"rounds": min(s.rounds, 4), "fewest": min(s.fewest, 4)} for s in rules.steps]
+        steps = [s.model_copy(update={"threat": t, **r}) for s, t, r in zip(rules.steps, fewer, rounds, strict=True)]
+        return whole(embedder, dataset, rules.model_copy(update={"steps": tuple(steps)}), **options)
+
+    monkeypatch.setattr(rerun, "evaluate", few)
+    return asked
+
+
 @pytest.mark.parametrize("protocol", ["strict", "clustering"])
-def test_a_valid_bundle_passes_up_to_the_rerun(made, bundle, protocol):
+def test_a_valid_bundle_passes_up_to_the_rerun(made, bundle, brief, protocol):
     report = bundle(made[protocol], 3, seed=0, share=0.0, least=8)
     assert report.status == "accepted" and report.passed == (0, 1, 2, 3)
     said = "attacked 8 queries again" if protocol == "strict" else "attacked all 896 images again by "
     assert said in report.notes[0] and report.notes[0].endswith("chosen by --seed 0")
+    if protocol == "strict":  # a share is searched for as long as all were
+        curve = json.loads(made[protocol][RUN])["extras"]["strict"]["curve"]
+        most = max(len(row["steps"][1]["rounds"]) for row in curve)
+        assert most > 4 and [(s.rounds, s.fewest) for s in brief[0].steps][1] == (most, most)
 
 
 # --- level 0: the run's own numbers --------------------------------------------------------------------
@@ -368,7 +388,7 @@ def test_invented_survivors_fall_at_the_replay(made, bundle, tmp_path):
     assert any(p.field.endswith(f"{AT[3]}/map_at_r") and "score lower than stated" in p.reason for p in report.problems)
 
 
-def test_survivors_invented_where_no_image_is_kept_fall_at_the_rerun(made, bundle, tmp_path):
+def test_survivors_invented_where_no_image_is_kept_fall_at_the_rerun(made, bundle, tmp_path, brief):
     rows = np.load(io.BytesIO(made["strict"][SAMPLE]))["rows"]
     invent = survive(lambda a: ~np.isin(a["query"], rows))
 

@@ -244,7 +244,7 @@ def test_the_smallest_eps_lies_where_the_grid_says(done) -> None:
 
 
 def test_neither_batch_nor_the_other_queries_matter(model, done) -> None:
-    more = evaluate(model, "digits", shortened(), limit=28, batch_size=7, device="cpu")
+    more = evaluate(model, "digits", shortened(), limit=26, batch_size=9, device="cpu")
     at = np.searchsorted(more.arrays["query"], done.arrays["query"])
     assert more.extras["verification"]["thresholds"] == done.extras["verification"]["thresholds"]
     for side in SIDES:
@@ -592,12 +592,13 @@ def test_a_share_of_the_queries_is_attacked_again_at_the_same_thresholds(whole, 
     assert list(rerun._disagreements(invented, few, at, 3))
 
 
-def test_from_a_run_to_a_report_and_a_comparison(typed, tmp_path) -> None:
+def test_from_a_run_to_a_report_and_a_comparison(typed, brief_plan, tmp_path) -> None:
     text = (FOLDER / "verification.toml").read_text()
     for long, short in (
-        ("queries = 1000}", "queries = 150}"),
-        ("steps = 40", "steps = 4"),
-        ("steps = 20", "steps = 3"),
+        ("queries = 1000}", "queries = 60}"),
+        ("steps = 40", "steps = 3"),
+        ("steps = 20", "steps = 2"),
+        ("parts = 4", "parts = 2"),
     ):
         assert long in text
         text = text.replace(long, short)

@@ -151,6 +151,14 @@ class Stage:
             found = OPTIMIZERS[optimizer](loss, self.images, threat, self.rng)
         measure(self.embedder, attack, threat, found, self.images, part)
 
+    def noise(self, passes: int) -> tuple[Time, float]:
+        """So many passes forward of this batch under noise, and memory in MiB at its highest."""
+        forget_peak(self.device)
+        with torch.no_grad():
+            draw = partial(self.rng.normal, *self.images.shape[1:])
+            time = looked(lambda: self.embedder(self.images + draw()), self.device)
+        return time * float(passes), peak_mib(self.device)
+
     def cost(self, attack: Attack, optimizer: str, threat: Threat) -> tuple[Time, float]:
         """A whole search on this batch, and memory in MiB at its highest."""
 
@@ -218,11 +226,13 @@ def plan_of(task: Task) -> list[dict[str, object]]:
         on = replace(on, surrogate=stage(task.surrogate, dataset, where, probe))
         rows.append(_embedded(on, dataset))
     before = peak_mib(where, "VmRSS") if where.type == "cpu" else 0.0
-    known: dict[tuple[Attack, str, Threat], tuple[Time, float]] = {}
+    known: dict[tuple[Attack | None, str, Threat], tuple[Time, float]] = {}
     for job in _jobs(task):
         alike = (job.attack, job.optimizer, job.threat.but(eps=1.0, step=1.0))  # of any size
         if alike not in known:
-            known[alike] = on.cost(job.attack, job.optimizer, job.threat)
+            known[alike] = (
+                on.noise(job.passes[1]) if job.attack is None else on.cost(job.attack, job.optimizer, job.threat)
+            )
         time, peak = known[alike]
         peak = before + (peak - before) * min(size, queries) / probe if where.type == "cpu" else peak
         row = _row(job.name, job.called, job.optimizer, job.eps, queries, dataset, job.steps, job.passes)

@@ -135,6 +135,11 @@ class Task:
             raise UsageError(
                 f"model {embedder.name!r} is random: nothing in protocol {rules.name!r} averages its draws"
             )
+        if KINDS[rules.kind].unit and not embedder.distance.normalized:
+            raise UsageError(
+                f"model {embedder.name!r} has space {embedder.distance.space!r}: protocol {rules.name!r} needs embeddings of unit "
+                "length, space 'N' or 'C'"
+            )
         options = replace(options, eot=averaged(embedder, options.eot))
         if options.eot == rules.threat.get("eot", 1):  # what it would be anyway
             options = replace(options, eot=None)

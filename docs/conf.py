@@ -32,6 +32,7 @@ CONTENTS = {
         "strict",
         "faces",
         "verification",
+        "certified",
         "defended",
         "intervals",
         "audit",

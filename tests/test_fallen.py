@@ -50,7 +50,9 @@ def test_many_classes_end_in_one_line() -> None:
 def test_runs_at_several_eps_and_of_others() -> None:
     """Runs of the parts of ERS at several eps are joined; those of another model or other queries are not."""
     given = {"limit": 12, "device": "cpu", "attacks": ("ES", "LTM", "GTM")}
-    small, large = (dmlbench.evaluate("digits-smallcnn-triplet-none", eps=(eps,), **given) for eps in ("1/255", "20/255"))
+    small, large = (
+        dmlbench.evaluate("digits-smallcnn-triplet-none", eps=(eps,), **given) for eps in ("1/255", "20/255")
+    )
     other = dmlbench.evaluate("digits-smallcnn-triplet-hm-lga-ics", eps=("40/255",), **given)
     found = fallen([small, large, other])
     assert found is not None and found.heads == ("clean", "1/255", "20/255")

@@ -71,6 +71,7 @@ def test_packaged_protocols_load_and_are_hashed(name: str) -> None:
 
 
 RELEASED = {
+    "certified@1": "676085872286f5f8ed98dde9eda16dd2c0e5aeb9addafd826f57fa2eef7b0ec1",
     "clustering@1": "93d6ae711b7a666db962bac2cb0f62020cd21b80ec53f9b86112cde223715d25",
     "clustering@2": "7493111fbca659dc782f2471d6fdf1104e37c6ebf523de16169b55409f69493c",
     "corruptions@1": "4aa9aee8b8a144004c339724ea52f6b63e95a1056fcd8caf51be174122867003",

@@ -390,7 +390,8 @@ def print_evaluation(e: Evaluation) -> None:
     out.print(benign)
 
     if attacked := adversary(e):
-        out.print(f"[italic]under attack[/italic]: {escape(attacked)}")
+        what = "under attack" if kind.moved else "against"
+        out.print(f"[italic]{what}[/italic]: {escape(attacked)}")
     parts = Table(box=None, pad_edge=False)
     parts.add_column("part", overflow="fold")  # a name is never cut
     kept = e.extras.get("retention", {})

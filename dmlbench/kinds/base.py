@@ -170,14 +170,14 @@ class Line:
 @dataclass(frozen=True)
 class Job:
     """A search that ``--plan`` times: what it is called, the most passes a query (gradients, values) costs, and what is timed
-    for it, ``weight`` times."""
+    for it, ``weight`` times; without an attack its values alone, of noisy images."""
 
     name: str
-    attack: Attack
-    optimizer: str
-    threat: Threat
     passes: tuple[int, int]
-    steps: int
+    attack: Attack | None = None
+    optimizer: str = ""
+    threat: Threat = field(default_factory=Threat)
+    steps: int = 0
     eps: str = ""
     called: str = ""
     """the attack's name in the plan"""
@@ -236,6 +236,7 @@ class Kind:
             images. Else the sample holds what ``replay`` looks at.
         within: R@1 of its parts is within the attacked set, so it may rise as well as fall.
         pairs: its queries may be pairs of pictures that a file names.
+        unit: it is defined only where embeddings have unit length.
         require: raises UsageError where a data set cannot be measured: (rules, data set, seed), before anything is embedded.
         averages: it can be run on a model that is random, by means over several passes (``eot``).
         optimizers: what the run searches with.
@@ -277,6 +278,7 @@ class Kind:
     moved: bool = True
     within: bool = False
     pairs: bool = False
+    unit: bool = False
     require: Callable[[Protocol, RetrievalDataset, int], None] = lambda rules, dataset, seed: None
     averages: bool = True
     optimizers: Callable[[Protocol], set[str]] = lambda rules: set()

@@ -3,6 +3,7 @@
 import numpy as np
 
 from dmlbench.kinds.base import Kind, Number
+from dmlbench.kinds.certified.record import CERTIFIED
 from dmlbench.kinds.clustering.record import CLUSTERING
 from dmlbench.kinds.corruptions.record import CORRUPTED
 from dmlbench.kinds.parts import ERS, PARTS
@@ -14,7 +15,8 @@ from dmlbench.registry import Registry
 from dmlbench.results import Evaluation
 
 KINDS: Registry[Kind] = Registry(
-    "kind of protocol", {kind.name: kind for kind in (ERS, PARTS, STRICT, CLUSTERING, CORRUPTED, VERIFICATION, SIDES)}
+    "kind of protocol",
+    {kind.name: kind for kind in (ERS, PARTS, STRICT, CLUSTERING, CORRUPTED, VERIFICATION, SIDES, CERTIFIED)},
 )
 
 

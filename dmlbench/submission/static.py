@@ -340,7 +340,13 @@ def _number_problems(stated: Stated) -> Iterator[Problem]:
             yield Problem(0, f"{where}.n", f"says {m.n}, the arrays hold {len(kept)} outcomes")
         yield from _same(f"{where}.value", m.value, float(kept.mean()) if len(kept) else None)
         yield from _same(f"{where}.score", m.score, float(c.rescale(kept.mean())) if len(kept) else None)
-        if m.value is not None and c.readout == "recall_at_1" and m.score is not None and not kind.within:
+        if (
+            m.value is not None
+            and c.readout == "recall_at_1"
+            and m.score is not None
+            and kind.moved
+            and not kind.within
+        ):
             clean, high = e.benign.get("recall_at_1", 100.0), m.interval[1] if m.interval else m.score
             if m.score - (high - m.score) > clean + CLOSE:
                 yield Problem(0, f"{where}.value", f"R@1 of {m.value:.2f} under attack is above the clean {clean:.2f}")

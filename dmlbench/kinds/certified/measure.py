@@ -1,0 +1,179 @@
+"""The run: the mean embedding of every query under noise, and what it proves.
+
+Noise is drawn by (seed, data set row of the query, sample), so it does not depend on batches, shards, a resume, or on which queries are measured. The
+gallery is as stored, not smoothed. Noisy pictures are not clipped to [0, 1].
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from dmlbench.checkpoints import first_problem
+from dmlbench.embedding import require_finite
+from dmlbench.errors import UsageError
+from dmlbench.intervals import cluster_median
+from dmlbench.kinds.base import Outcome
+from dmlbench.kinds.certified.bound import largest, margins, radii
+from dmlbench.metrics import mean
+from dmlbench.protocol import Component, Protocol
+from dmlbench.results import finite
+from dmlbench.run.search import halved
+from dmlbench.run.subject import Progress, Subject
+from dmlbench.run.units import Arrays, Work
+from dmlbench.threat import length
+
+CLEAN = "clean"
+"""Under which name the sample holds the pictures without noise."""
+MARGIN, LENGTH, RADIUS = "certified/margin", "certified/length", "certified/radius"
+"""Of each query: how far its mean embedding is on the right side, how long that mean is, and its certified radius."""
+
+
+class Settings(BaseModel):
+    """``[settings]`` of a protocol."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+    sigma: float = Field(gt=0)
+    """standard deviation of the noise in every value of the picture, [0, 1] scale"""
+    samples: int = Field(ge=1)
+    """noisy copies of each query"""
+    alpha: float = Field(gt=0, lt=1)
+    """the chance that any certificate of all queries is wrong"""
+    radius: float = Field(gt=0)
+    """the L2 radius that models are ranked at, [0, 1] scale"""
+
+    @classmethod
+    def of(cls, rules: Protocol) -> "Settings":
+        """Those of a protocol.
+
+        Raises:
+            UsageError: a key or value that means nothing.
+        """
+        try:
+            return cls.model_validate(rules.settings)
+        except ValidationError as error:
+            raise UsageError(f"[settings] {first_problem(error)}") from None
+
+
+def components(rules: Protocol, shape: Sequence[int]) -> list[Component]:
+    """One column for each radius of the grid, ascending."""
+    return [
+        Component(
+            name=f"certified@{eps}", attack="certified", readout="recall_at_1", worst=0, best=100, optimizer="none", threat={"eps": eps}
+        )
+        for eps in rules.eps_for(shape)
+    ]  # fmt: skip
+
+
+def smoothed(subject: Subject, sigma: float, samples: int, seed: int) -> Float[Tensor, "Q D"]:
+    """The mean embedding of ``samples`` noisy copies of each query, float64.
+
+    Raises:
+        DataError: an embedding is NaN or infinite.
+    """
+    images, rng, total = subject.images(0, len(subject.rows)), subject.rng(seed, "certified"), None
+    with torch.no_grad():
+        for _ in range(samples):
+            e = subject.embedder(images + sigma * rng.normal(*images.shape[1:])).double()
+            total = e if total is None else total.add_(e)
+    assert total is not None
+    require_finite(total, subject.embedder.name, "pictures with noise")
+    return total / samples
+
+
+def readings(subject: Subject, settings: Settings, seed: int) -> Arrays:
+    """Margin and length of every query's mean embedding, (Q,) float64."""
+    e = smoothed(subject, settings.sigma, settings.samples, seed)
+    return {"margin": margins(e, subject.scene).cpu().numpy(), "length": e.norm(dim=1).cpu().numpy()}
+
+
+def run(
+    subject: Subject,
+    rules: Protocol,
+    seed: int,
+    batch_size: int,
+    progress: Progress,
+    kept: np.ndarray,
+    work: Work | None = None,
+) -> Outcome | None:
+    """Every query's certified radius; None where ``work`` is a shard, whose part is then done. A unit is a batch of queries."""
+    work, settings, count = work or Work(), Settings.of(rules), len(subject.rows)
+    parts = components(rules, subject.dataset.images.shape)
+    everyone = rules.measured(len(subject.dataset.query))
+    progress.start("smoothing", count)
+
+    def unit(a: int, b: int) -> Arrays:
+        return halved(lambda a, b: readings(subject[a:b], settings, seed), a, b)
+
+    bounds = [(a, min(a + batch_size, count)) for a in range(0, count, batch_size)]
+    found = work.map("smoothing", bounds, unit, partial(progress.advance, "smoothing"))
+    if work.shard:
+        return None
+    done = [arrays for arrays in found if arrays is not None]
+    margin, lengths = (np.concatenate([arrays[key] for arrays in done]) for key in ("margin", "length"))
+    arrays = outcomes(margin, lengths, settings, parts, everyone)
+    seconds = sum(float(part["seconds"].sum()) for part in done)
+    sample = {CLEAN: subject.images(0, count)[torch.from_numpy(kept).to(subject.device)].cpu().numpy()}
+    said = summary(settings, parts, everyone, subject.dataset.labels[subject.rows], arrays)
+    return Outcome(parts, {part.name: seconds / len(parts) for part in parts}, arrays, sample, said)
+
+
+def outcomes(
+    margin: Float[np.ndarray, " Q"],
+    lengths: Float[np.ndarray, " Q"],
+    settings: Settings,
+    parts: Sequence[Component],
+    everyone: int,
+) -> dict[str, np.ndarray]:
+    """What follows for each query: its certified radius, and by part 100 where the part's radius is within it, else 0."""
+    found = radii(margin, lengths, settings.sigma, settings.samples, settings.alpha, everyone)
+    arrays = {MARGIN: margin, LENGTH: lengths, RADIUS: found}
+    return arrays | {f"{part.name}/value": within(found, length(part.threat["eps"])) for part in parts}
+
+
+def within(radius: Float[np.ndarray, " Q"], size: float) -> Float[np.ndarray, " Q"]:
+    """100 where a change of this size is certified, else 0, percent; NaN where there is no radius."""
+    return np.where(np.isnan(radius), np.nan, 100.0 * (radius > size)).astype(np.float32)
+
+
+def right(margin: Float[np.ndarray, " Q"]) -> Float[np.ndarray, " Q"]:
+    """100 where the mean embedding finds the right class first, else 0, percent; NaN where there is no margin."""
+    return within(margin, 0.0)
+
+
+def summary(
+    settings: Settings, parts: Sequence[Component], everyone: int, labels: np.ndarray, arrays: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """All that a run says of its queries' outcomes: what goes into ``extras.certified``.
+
+    Args:
+        everyone: queries that the protocol measures, over which ``alpha`` is shared.
+        labels: (Q,) classes of the queries, which intervals resample.
+        arrays: :data:`MARGIN`, :data:`RADIUS` and by part ``value``, (Q,) each.
+    """
+    radius = arrays[RADIUS].astype(np.float64)
+    median, ends = cluster_median(radius, labels)
+    return {
+        "sigma": settings.sigma,
+        "samples": settings.samples,
+        "alpha": settings.alpha,
+        "queries": everyone,
+        "radius": settings.radius,
+        "largest": largest(settings.sigma, settings.samples, settings.alpha, everyone),
+        "recall_at_1": finite(mean(within(radius, settings.radius))),
+        "smoothed": finite(mean(right(arrays[MARGIN]))),
+        "certified": finite(mean(within(radius, 0.0))),
+        "abstained": int((radius == 0.0).sum()),
+        "average": finite(mean(radius)),
+        "median": median,
+        "interval": ends and [max(0.0, ends[0]), ends[1]],
+        "curve": [
+            {"eps": part.threat["eps"], "recall_at_1": finite(mean(arrays[f"{part.name}/value"]))} for part in parts
+        ],
+    }

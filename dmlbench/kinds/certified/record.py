@@ -1,0 +1,311 @@
+"""The record of kind certified: R@1 of the smoothed model that is proven within each L2 radius of the grid."""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from dmlbench.datasets import RetrievalDataset
+from dmlbench.errors import Problem, UsageError
+from dmlbench.kinds import page as md
+from dmlbench.kinds.base import (
+    DIFFER,
+    QUERIES,
+    SAMPLE,
+    Cost,
+    Count,
+    Curve,
+    Form,
+    Job,
+    Kept,
+    Kind,
+    Line,
+    Number,
+    Percent,
+    Point,
+    Points,
+    Sheet,
+    Stated,
+    count_problems,
+    differences,
+    text_of,
+)
+from dmlbench.kinds.certified.bound import fewest
+from dmlbench.kinds.certified.measure import (
+    CLEAN,
+    LENGTH,
+    MARGIN,
+    RADIUS,
+    Settings,
+    components,
+    outcomes,
+    readings,
+    right,
+    run,
+    summary,
+    within,
+)
+from dmlbench.protocol import Component, Protocol
+from dmlbench.results import Evaluation
+from dmlbench.threat import written
+
+REPLAYED = 16
+"""Queries whose mean embedding is made again at level 2, at most: each costs all samples."""
+NEAR = 1e-3
+"""How far a margin or a length may be off when it is measured again: other hardware rounds otherwise."""
+
+
+class RadiusForm(Form):
+    """One radius."""
+
+    eps: str
+    recall_at_1: Points | None
+
+
+class CertifiedForm(Form):
+    """``extras.certified``."""
+
+    sigma: Cost
+    samples: Count
+    alpha: Cost
+    queries: Count
+    radius: Cost
+    largest: Cost
+    recall_at_1: Points | None
+    smoothed: Points | None
+    certified: Points | None
+    abstained: Count
+    average: Cost | None
+    median: Cost | None
+    interval: tuple[Cost, Cost] | None
+    curve: Annotated[tuple[RadiusForm, ...], Field(min_length=1)]
+
+
+class Columns(BaseModel):
+    """In a row of a board."""
+
+    certified_recall_at_1: Percent | None = None
+    """at the radius that the protocol ranks at"""
+    certified_recall_at_1_lo: float | None = None
+    certified_recall_at_1_hi: float | None = None
+    certified_radius: Annotated[float, Field(ge=0)] | None = None
+    """median over the queries of the certified radius, L2 on the [0, 1] scale of pixels; 0 where half of them have none"""
+    certified_radius_lo: Annotated[float, Field(ge=0)] | None = None
+    certified_radius_hi: Annotated[float, Field(ge=0)] | None = None
+    certified_radius_mean: Annotated[float, Field(ge=0)] | None = None
+    """the mean of the same, "average certified radius" in the field"""
+    certified_at_all: Percent | None = None
+    """share of queries with a certificate of any radius; the others are abstained from"""
+    certified_at_all_lo: float | None = None
+    certified_at_all_hi: float | None = None
+    smoothed_recall_at_1: Percent | None = None
+    """of the mean embeddings, without a certificate"""
+    smoothed_recall_at_1_lo: float | None = None
+    smoothed_recall_at_1_hi: float | None = None
+
+
+NUMBERS = (
+    Number(
+        "certified_recall_at_1",
+        "Certified R@1 %",
+        "The share of queries whose first answer is proven right whatever is done to the picture within a small L2 radius, the same for "
+        "all models. No search is part of it, so unlike every other number here the truth is at least this.",
+        ranks=True,
+        drop=1.0,
+    ),
+    Number(
+        "certified_radius",
+        "Median certified radius",
+        "Half of the queries are proven to be answered right within this L2 length on the [0, 1] scale of pixels, or a larger one. It is 0 where half of "
+        "them have no proof at all.",
+        median=True,
+        length=True,
+    ),
+    Number(
+        "certified_radius_mean",
+        "Average certified radius",
+        "The mean of the certified radius over the queries, those without a proof as 0. A few queries with large radii can make it large.",
+        length=True,
+    ),
+    Number(
+        "certified_at_all",
+        "Queries with a certificate %",
+        "The share of queries with a proof for some radius, however small. The others are abstained from: their answer may be right, and the "
+        "samples do not show it.",
+    ),
+    Number(
+        "smoothed_recall_at_1",
+        "Smoothed R@1 %",
+        "R@1 of the model that the certificates are about, which answers by the mean embedding of many noisy copies of a query. Set it beside "
+        "the plain R@1 to see what the noise costs.",
+    ),
+)  # fmt: skip
+
+
+def read(e: Evaluation) -> dict[str, float | None]:
+    """The numbers, and the interval of the median."""
+    said = e.extras["certified"]
+    found = {
+        "certified_recall_at_1": said["recall_at_1"],
+        "certified_radius": said["median"],
+        "certified_radius_mean": said["average"],
+        "certified_at_all": said["certified"],
+        "smoothed_recall_at_1": said["smoothed"],
+    }
+    if said["interval"]:
+        found["certified_radius_lo"], found["certified_radius_hi"] = said["interval"]
+    return found
+
+
+def by_query(e: Evaluation) -> dict[str, np.ndarray]:
+    """What each query adds to the numbers; empty without the queries' outcomes."""
+    if RADIUS not in e.arrays or MARGIN not in e.arrays:
+        return {}
+    radius = e.arrays[RADIUS].astype(np.float64)
+    return {
+        "certified_recall_at_1": within(radius, e.extras["certified"]["radius"]).astype(np.float64),
+        "certified_radius": radius,
+        "certified_at_all": within(radius, 0.0).astype(np.float64),
+        "smoothed_recall_at_1": right(e.arrays[MARGIN]).astype(np.float64),
+    }
+
+
+def curve(e: Evaluation) -> Curve:
+    """Certified R@1 against the radius; at 0 the share with any certificate."""
+    said = e.extras["certified"]
+    points = (Point(row["eps"], row["recall_at_1"], f"certified@{row['eps']}") for row in said["curve"])
+    return Curve("certified R@1, %", (Point("0", said["certified"]), *points))
+
+
+def check(p: Protocol) -> None:
+    """That the settings are known, and radii are L2 lengths.
+
+    Raises:
+        UsageError: they are not.
+    """
+    Settings.of(p)
+    if p.norm != "l2":
+        raise UsageError(f"[threat] norm {p.norm!r}: kind 'certified' proves L2 radii, norm = \"l2\"")
+
+
+def require(rules: Protocol, dataset: RetrievalDataset, seed: int) -> None:
+    """That there are samples enough for a certificate.
+
+    Raises:
+        UsageError: there are not.
+    """
+    settings, queries = Settings.of(rules), rules.measured(len(dataset.query))
+    least = fewest(settings.alpha, queries)
+    if settings.samples < least:
+        raise UsageError(
+            f"[settings] samples {settings.samples} prove nothing of {queries} queries at alpha {settings.alpha:g}: it takes "
+            f"{least} at the least, and far more for radii of use"
+        )
+
+
+def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
+    """The samples of every query."""
+    yield Job(name="smoothing", passes=(0, Settings.of(p).samples))
+
+
+def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
+    """Certified R@1 by radius, the radii, and of what."""
+    rows = [("0", text_of(said["certified"])), *((row["eps"], text_of(row["recall_at_1"])) for row in said["curve"])]
+    yield Sheet("certified R@1, %, by L2 radius", ("radius",), ("R@1",), tuple(rows))
+    ends = f" ({' – '.join(written(end, 'l2') for end in said['interval'])})" if said["interval"] else ""
+    median, average = ("–" if said[key] is None else written(said[key], "l2") for key in ("median", "average"))
+    yield Line(
+        f"median radius {median}{ends}, average {average}, {said['abstained']} abstained; smoothed R@1 {text_of(said['smoothed'])}. "
+        f"sigma {said['sigma']:g}, {said['samples']} samples, wrong with probability {said['alpha']:g} at the most in all "
+        f"{said['queries']} queries; no radius above {written(said['largest'], 'l2')} can be proven with these.",
+        f"certified R@1 {text_of(said['recall_at_1'])} at {written(said['radius'], 'l2')}",
+    )
+
+
+def page(p: Protocol) -> Iterator[str]:
+    """The noise and the samples, and what is proven."""
+    s = Settings.of(p)
+    yield (
+        f"The model is smoothed: a query's embedding is the mean over {s.samples} copies with noise N(0, {s.sigma:g}²) in every value, not clipped; "
+        f"the gallery is as stored. All certificates hold at once with probability {1 - s.alpha:g} (certified.md). Score: R@1 that is certified at "
+        f"radius {s.radius:g}, percent, ↑ robust.\n"
+    )
+    yield from md.table(["number", "what"], [[f"`{n.name}`", n.title] for n in NUMBERS])
+
+
+def arrays(rules: Protocol, parts: Sequence[Component]) -> dict[str, tuple[str, int]]:
+    """What each query has beside whether each radius is certified."""
+    return {MARGIN: ("f", 1), LENGTH: ("f", 1), RADIUS: ("f", 1)}
+
+
+def outcome_problems(stated: Stated) -> Iterator[Problem]:
+    """Radii follow from margins and lengths, and outcomes from the radii."""
+    e = stated.evaluation
+    margin, lengths = e.arrays[MARGIN], e.arrays[LENGTH]
+    missing = np.isnan(margin) != np.isnan(e.arrays["benign/recall_at_1"])
+    yield from count_problems(missing, MARGIN, "are there in one of margins and clean outcomes alone")
+    yield from count_problems(~((lengths >= 0) & (lengths <= 1 + NEAR)), LENGTH, "are outside 0 to 1")
+    with np.errstate(invalid="ignore"):
+        far = (np.abs(margin) > lengths + NEAR) & np.isfinite(margin)
+    yield from count_problems(far, MARGIN, "are farther than the mean embedding is long")
+    found = outcomes(
+        margin, lengths, Settings.of(stated.rules), stated.parts, stated.rules.measured(e.dataset.n_queries_full)
+    )
+    for name, again in found.items():
+        differ = ~np.isclose(e.arrays[name], again, rtol=1e-6, atol=1e-9, equal_nan=True)
+        yield from count_problems(differ, name, "do not follow from margins and lengths")
+
+
+def number_problems(stated: Stated) -> Iterator[Problem]:
+    """Does every number come out of the arrays again?"""
+    e, rules = stated.evaluation, stated.rules
+    everyone = rules.measured(e.dataset.n_queries_full)
+    again = summary(Settings.of(rules), stated.parts, everyone, e.arrays["label"], e.arrays)
+    yield from differences("extras.certified", e.extras["certified"], again, 1e-6)
+
+
+def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
+    """The sampled pictures are those of the data set, and the first of them under the same noise give the stated margins."""
+    e, rules = stated.evaluation, stated.rules
+    if not np.array_equal(e.sample[CLEAN], kept.clean.cpu().numpy()):
+        yield Problem(2, f"{SAMPLE} {CLEAN}", "are not the pictures of the data set")
+        return
+    few = kept.positions[:REPLAYED]
+    found = readings(kept.subject[few], Settings.of(rules), rules.seed)
+    for name, again in ((MARGIN, found["margin"]), (LENGTH, found["length"])):
+        differ = ~np.isclose(e.arrays[name][few], again, rtol=0.0, atol=NEAR, equal_nan=True)
+        if differ.sum() > max(1, DIFFER * len(few)):
+            yield Problem(2, f"{QUERIES} {name}", f"{int(differ.sum())} of {len(few)} are others than stated")
+
+
+CERTIFIED = Kind(
+    name="certified",
+    title="R@1 of the smoothed model that is proven within each L2 radius of the grid",
+    meaning="The model answers by the mean embedding of many noisy copies of a query, and mathematics proves within which L2 radius the first "
+    "answer stays right. No attack is run, and none can break what is proven.",
+    needs=("grid", "settings"),
+    reads=("queries",),
+    unread=("eps", "step", "steps", "start", "restarts", "queries", "eot"),
+    check=check,
+    run=run,
+    components=components,
+    moved=False,
+    unit=True,
+    require=require,
+    averages=False,
+    jobs=jobs,
+    form=CertifiedForm,
+    numbers=NUMBERS,
+    columns=Columns,
+    read=read,
+    by_query=by_query,
+    curve=curve,
+    shown=("certified_recall_at_1", "certified_radius", "certified_at_all", "smoothed_recall_at_1"),
+    tables=tables,
+    page=page,
+    arrays=arrays,
+    outcome_problems=outcome_problems,
+    number_problems=number_problems,
+    replay=replay,
+)

@@ -23,7 +23,7 @@ from dmlbench.version import __version__
 
 CONTENTS = {
     "Tutorials": [f"tutorials/{name}" for name in ("model", "gate", "submit", "attack", "defence")],
-    "Notebooks": ["notebooks/score_your_model", "notebooks/write_an_attack"],
+    "Notebooks": ["notebooks/scores_explained", "notebooks/score_your_model", "notebooks/write_an_attack"],
     "Measure": [
         "protocols",
         "models",

@@ -47,12 +47,18 @@ def run(code: str, names: dict[str, Any]) -> tuple[str, Any]:
     return printed.getvalue(), value
 
 
+def _picture(png: bytes) -> str:
+    return f'<img alt="plot" width="700" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
 def shown(value: Any) -> str:
     """A value as Markdown: its HTML where it has some, a figure as a picture, else its repr."""
+    if hasattr(value, "savefig"):  # of matplotlib
+        stream = io.BytesIO()
+        value.savefig(stream, format="png", dpi=110, metadata={"Software": None})
+        return _picture(stream.getvalue())
     if hasattr(value, "_repr_png_"):
-        return (
-            f'<img alt="plot" width="700" src="data:image/png;base64,{base64.b64encode(value._repr_png_()).decode()}">'
-        )
+        return _picture(value._repr_png_())
     if hasattr(value, "_repr_html_"):
         text = re.sub(r"<style.*?</style>", "", value._repr_html_().replace("\n", " "))
         return re.sub(r"<table[^>]*>", '<table class="docutils">', text)

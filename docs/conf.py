@@ -33,6 +33,7 @@ CONTENTS = {
         "faces",
         "verification",
         "certified",
+        "deployment",
         "defended",
         "intervals",
         "audit",

@@ -1,4 +1,4 @@
-"""Threats of a deployment: both sides perturbed."""
+"""Threats of a deployment: both sides perturbed, universal perturbations on unseen queries, poisoned pictures of the gallery."""
 
 import shutil
 from dataclasses import replace
@@ -13,19 +13,26 @@ from dmlbench.board import from_evaluation
 from dmlbench.checkpoints import checkpoints
 from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate
+from dmlbench.kinds import universal
 from dmlbench.kinds.base import Kept, Stated
+from dmlbench.kinds.halves import halves
+from dmlbench.kinds.poison import search as poison
 from dmlbench.kinds.sides import search as sides
 from dmlbench.kinds.table import KINDS, numbers_of
 from dmlbench.protocol import PROTOCOLS, load_protocol, read_protocol
-from dmlbench.results import save
+from dmlbench.results import load, save
 from dmlbench.run.subject import prepare
 from dmlbench.run.units import Units, Work
 from dmlbench.submission.pack import draft, pack, write_folder
 from dmlbench.submission.validate import validate
 
 MODEL = "digits-smallcnn-triplet-hm-lga-ics"
-NAMES = ("sides",)
-QUICK = {"sides": ({"steps": 4}, {"candidates": 2})}
+NAMES = ("sides", "universal", "poison")
+QUICK = {
+    "sides": ({"steps": 4}, {"candidates": 2}),
+    "universal": ({"steps": 4}, {}),
+    "poison": ({"steps": 4}, {"poisons": [1, 3], "seeds": 6}),
+}
 
 
 def rules(name, eps=("20/255",), **settings):
@@ -169,6 +176,14 @@ HEAD = 'name = "x"\nversion = "1"\nkind = "{}"\ntitle = "t"\n[threat]\n{}[grid]\
         ("sides", "", "candidate = 1\n", "candidate"),
         ("sides", 'norm = "l2"\n', "", "linf alone"),
         ("sides", "eot = 2\n", "", "eot does nothing"),
+        ("universal", "", 'attack = "QA+"\n', "has targets"),
+        ("universal", "", 'attack = "WX"\n', "unknown attack 'WX'"),
+        ("universal", "restarts = 2\n", "", "restarts does nothing"),
+        ("poison", "", "poisons = [0]\n", "poisons"),
+        ("poison", "", "poisons = []\n", "poisons"),
+        ("poison", "", "poisons = [2, 1]\n", "ascending"),
+        ("poison", "", "poisons = [33]\n", "more than the 32 seeds"),
+        ("poison", "", "seeds = 0\n", "seeds"),
     ],
 )
 def test_what_means_nothing_is_refused(tmp_path, kind, threat, settings, words) -> None:
@@ -251,12 +266,172 @@ def test_more_candidates_than_wrong_entries(model, digits) -> None:
         evaluate(model, digits, rules("sides", candidates=5000), limit=2, device="cpu")
 
 
-def test_as_a_user_types_it(typed, tmp_path) -> None:
-    run = str(tmp_path / "run")
-    out = typed("evaluate", "--model", MODEL, "--protocol", "sides", "--limit", "8", "--eps", "10/255,20/255", "--out", run,
-                "--csv", str(tmp_path / "mine.csv")).out  # fmt: skip
-    assert "gallery alone" in out and "both@20/255" in out
-    assert "R@1, both sides" in typed("leaderboard", "show", "--csv", str(tmp_path / "mine.csv")).out or out
+# --- one perturbation for all queries ------------------------------------------------------------------
+
+
+def test_halves_are_even_and_of_the_row_and_seed(digits) -> None:
+    rows = digits.query[:101]
+    half = halves(rows, 0)
+    assert sorted(np.bincount(half)) == [50, 51] and set(half) == {0, 1}
+    order = np.random.default_rng(0).permutation(len(rows))
+    np.testing.assert_array_equal(halves(rows[order], 0), half[order])
+    assert (halves(rows, 1) != half).any()
+    with pytest.raises(UsageError, match="1 query cannot be dealt to two halves"):
+        halves(rows[:1], 0)
+
+
+def test_each_query_is_read_with_the_perturbation_of_the_other_half(model, digits, done) -> None:
+    """The steps by a plain loop, one picture at a time."""
+    run, eps, name = done["universal"], 20 / 255, "20/255"
+    subject = prepare(model, digits, limit=32, device="cpu")
+    half = run.arrays["universal/half"]
+    np.testing.assert_array_equal(half, halves(subject.rows, 0))
+    gallery, pictures = subject.scene.gallery.embeddings, digits.images[subject.rows]
+    for own in (0, 1):
+        shared = torch.zeros(1, 8, 8)
+        for _ in range(4):
+            total = torch.zeros(1, 8, 8)
+            for i in np.flatnonzero(half == own):
+                x = (pictures[i] + shared).clamp(0, 1).requires_grad_()
+                d = (model(x[None]) - gallery).norm(dim=1)
+                same = subject.scene.same[i]
+                (d[subject.scene.other[i]].min() - d[same].min()).backward()
+                total += x.grad
+            shared = (shared - 2.5 * eps / 4 * total.sign()).clamp(-eps, eps)
+        for i, read in ((i, "seen" if half[i] == own else "unseen") for i in range(32)):
+            wanted = (pictures[i] + shared).clamp(0, 1).numpy()
+            where = np.flatnonzero(np.isin(subject.rows, run.sample["rows"])).tolist().index(i)
+            np.testing.assert_allclose(run.sample[f"{read}@{name}"][where], wanted, atol=1e-5)
+            with torch.no_grad():
+                d = (model(torch.from_numpy(wanted)[None]) - gallery).norm(dim=1)
+            d[subject.scene.row[i]] = torch.inf
+            right = 100.0 * (subject.scene.gallery.labels[d.argmin()] == subject.scene.labels[i])
+            assert run.arrays[f"{read}@{name}/value"][i] == right
+
+
+def test_without_a_ball_every_query_is_as_when_clean(model, digits) -> None:
+    subject = prepare(model, digits, limit=20, device="cpu")
+    rule, half = rules("universal"), halves(subject.rows, 0)
+    nothing = replace(rule.threat_at("1/255"), eps=0, step=0)
+    found = universal.made(subject, universal.Own.of(rule), nothing, 0, half, 0, np.arange(20))
+    np.testing.assert_array_equal(found["recall_at_1"] == 100, right_when_clean(subject))
+    assert not found["norm"].any()
+
+
+def test_images_that_are_not_moved_alike_are_told(model, digits, done) -> None:
+    run, name = done["universal"], "unseen@20/255"
+    images = run.sample[name].copy()
+    images[0] = digits.images[np.array([run.sample["rows"][0]])][0].numpy()
+    other = run.model_copy().with_arrays(run.arrays, {**run.sample, name: images})
+    found = list(KINDS["universal"].replay(stated(other, "universal"), kept(model, digits, run)))
+    assert any(p.field.endswith(name) and "one perturbation" in p.reason for p in found)
+
+
+# --- poisoned pictures ---------------------------------------------------------------------------------
+
+
+def nearest_of(gallery, queries, own):
+    """By loops, the place of each query's nearest entry, its own left out; the first of those that are as near."""
+    found = []
+    for query, place in zip(queries, own, strict=True):
+        d = [np.inf if j == place else float(np.sqrt(((query - entry) ** 2).sum())) for j, entry in enumerate(gallery)]
+        found.append(int(np.argmin(d)))
+    return np.array(found)
+
+
+def test_hub_rate_and_natural_hubs_against_loops(model, digits, done) -> None:
+    run = done["poison"]
+    subject = prepare(model, digits, limit=32, device="cpu")
+    gallery = subject.scene.gallery.embeddings.double().numpy()
+    queries, own_row = subject.scene.clean.double().numpy(), subject.scene.row.numpy()
+    half, clean = run.arrays["poison/half"], nearest_of(gallery, queries, own_row)
+    np.testing.assert_array_equal(run.arrays["poison/nearest"], digits.gallery[clean])
+    said = {(row["eps"], row["poisons"]): row for row in run.extras["poison"]["table"]}
+    for eps in ("10/255", "20/255"):
+        for m in (1, 3):
+            taken, known, tops, right = [], [], [], []
+            for own in (0, 1):
+                images, rows = run.sample[f"whole/half {own}@{eps}"][:m], run.sample[f"whole/half {own}@{eps}/rows"][:m]
+                moved = np.abs(images - digits.images[rows].numpy())
+                assert moved.max() <= eval(eps) + 1e-6 and images.min() >= 0 and images.max() <= 1
+                place = [int(np.flatnonzero(digits.gallery == row)[0]) for row in rows]
+                poisoned = gallery.copy()
+                with torch.no_grad():
+                    poisoned[place] = model(torch.from_numpy(images)).double().numpy()
+                now = nearest_of(poisoned, queries, own_row)
+                counts = {}
+                for j in clean[half == own]:
+                    counts[j] = counts.get(j, 0) + 1
+                best = sorted(counts, key=lambda j: (-counts[j], j))[:m]
+                for i in range(32):
+                    if half[i] == own:
+                        known.append(now[i] in place)
+                    else:
+                        taken.append(now[i] in place)
+                        tops.append(clean[i] in best)
+                        right.append(subject.scene.gallery.labels[now[i]] == subject.scene.labels[i])
+            row = said[eps, m]
+            for key, values in (("hub_rate", taken), ("known", known), ("natural", tops), ("recall_at_1", right)):
+                assert row[key] == pytest.approx(100 * np.mean(values)), key
+    assert run.extras["poison"]["largest_hub"] == pytest.approx(100 * np.bincount(clean).max() / 32)
+
+
+def test_poisons_that_may_not_move_are_the_natural_hubs(model, digits) -> None:
+    subject = prepare(model, digits, limit=200, device="cpu")
+    rule, half = rules("poison"), halves(subject.rows, 0)
+    nearest = poison.two_nearest(subject.scene)[1][:, 0].numpy()
+    for own in (0, 1):
+        found = poison.made(subject, rule, replace(rule.threat_at("1/255"), eps=0), 0, half, own)
+        for m in (1, 3):
+            taken = found[f"free-{m}"] == 0
+            np.testing.assert_array_equal(taken[half != own], poison.natural(nearest, half, m)[half != own])
+
+
+def test_poisons_cover_one_after_another() -> None:
+    taken = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]], dtype=bool)
+    assert poison.covering(taken, 4).tolist() == [0, 2, 1, 3]
+    assert poison.hubs(np.array([4, 4, 2, 2, 7]), 4, 9).tolist() == [2, 4, 7, 0]
+
+
+def test_a_picture_takes_a_query_where_it_is_the_nearest_in_its_clean_place(model, digits) -> None:
+    subject = prepare(model, digits, limit=40, device="cpu")
+    seeds = torch.from_numpy(poison.hubs(poison.two_nearest(subject.scene)[1][:, 0].numpy(), 5, 896))
+    loss = poison.Taken(subject.embedder, subject.scene, poison.Known.of(subject.scene, seeds))
+    generator = torch.Generator().manual_seed(0)
+    images = digits.images[digits.gallery[seeds.numpy()]]
+    images = (images + 0.1 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+    with torch.no_grad():
+        taken = loss.taken(images).numpy()
+        for j, place in enumerate(seeds.tolist()):
+            free, _ = poison.read(subject, np.array([place]), images[j : j + 1])
+            np.testing.assert_array_equal(taken[j], free == 0)
+
+
+def test_too_few_pictures_for_the_seeds(model, digits) -> None:
+    with pytest.raises(UsageError, match="896 pictures in its gallery, too few for 896 seeds"):
+        evaluate(model, digits, rules("poison", seeds=896), limit=2, device="cpu")
+    with pytest.raises(UsageError, match="1 query cannot be dealt"):
+        evaluate(model, digits, rules("poison"), limit=1, device="cpu")
+
+
+# --- as it is typed ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("sides", "gallery alone"), ("universal", "on the other"), ("poison", "natural hubs")]
+)
+def test_as_a_user_types_it(typed, tmp_path, name, words) -> None:
+    run, table = str(tmp_path / "run"), str(tmp_path / "mine.csv")
+    first = ("evaluate", "--model", MODEL, "--protocol", name, "--limit", "12", "--eps", "10/255,20/255")
+    assert words in typed(*first, "--out", run, "--csv", table).out
+    shards = [str(tmp_path / f"shard{i}") for i in (1, 2)]
+    for i, folder in enumerate(shards, 1):
+        typed(*first, "--out", folder, "--shard", f"{i}/2")
+    whole = str(tmp_path / "whole")
+    typed("merge", *shards, "--out", whole)
+    one, other = load(tmp_path / "run"), load(tmp_path / "whole")
+    assert one.extras == other.extras and one.measurements[0].value == other.measurements[0].value
+    assert typed("leaderboard", "show", "--csv", table).out
     typed("report", run, "--out", str(tmp_path / "report.html"))
-    typed("compare", run, run)
-    assert "total" in typed("evaluate", "--model", MODEL, "--protocol", "sides", "--plan").out
+    typed("compare", run, whole)
+    assert "total" in typed("evaluate", "--model", MODEL, "--protocol", name, "--plan").out

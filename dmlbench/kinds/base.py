@@ -28,6 +28,8 @@ from dmlbench.threat import Threat
 RUN = "run/evaluation.json"
 QUERIES = "run/per_query.npz"
 SAMPLE = "run/adversarial_sample.npz"
+WHOLE = "whole/"
+"""How names in the sample begin of what is of the whole run, where the others have something of each sampled query."""
 
 CLOSE = 1e-3
 """How far a stated number may be from the one computed again, in points: rounding of sums."""

@@ -7,8 +7,10 @@ from dmlbench.kinds.certified.record import CERTIFIED
 from dmlbench.kinds.clustering.record import CLUSTERING
 from dmlbench.kinds.corruptions.record import CORRUPTED
 from dmlbench.kinds.parts import ERS, PARTS
+from dmlbench.kinds.poison.record import POISON
 from dmlbench.kinds.sides.record import SIDES
 from dmlbench.kinds.strict.record import STRICT
+from dmlbench.kinds.universal import UNIVERSAL
 from dmlbench.kinds.verification.record import VERIFICATION
 from dmlbench.protocol import packaged_protocol
 from dmlbench.registry import Registry
@@ -16,7 +18,10 @@ from dmlbench.results import Evaluation
 
 KINDS: Registry[Kind] = Registry(
     "kind of protocol",
-    {kind.name: kind for kind in (ERS, PARTS, STRICT, CLUSTERING, CORRUPTED, VERIFICATION, SIDES, CERTIFIED)},
+    {
+        kind.name: kind
+        for kind in (ERS, PARTS, STRICT, CLUSTERING, CORRUPTED, VERIFICATION, SIDES, UNIVERSAL, POISON, CERTIFIED)
+    },
 )
 
 

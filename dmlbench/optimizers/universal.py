@@ -12,7 +12,12 @@ BLOCK = 256
 
 
 def universal(loss: Loss, images: Tensor, threat: Threat, rng: Rng, *, block: int = BLOCK) -> Tensor:
-    """One perturbation added to every image of the set: ``steps`` steepest steps of length ``step`` on the sum.
+    """Every image of the set with the one :func:`perturbation` that is made on all of them."""
+    return worn(perturbation(loss, images, threat, rng, block=block), images, threat)
+
+
+def perturbation(loss: Loss, images: Tensor, threat: Threat, rng: Rng, *, block: int = BLOCK) -> Tensor:
+    """One perturbation (1, ...) to be added to every image of the set: ``steps`` steepest steps of length ``step`` on the sum.
 
     The set is all that the optimizer is given, so the evaluation hands it all queries at once. Starts
     from no perturbation. The paper gathers per-image minimal perturbations instead; the sum of losses
@@ -26,16 +31,16 @@ def universal(loss: Loss, images: Tensor, threat: Threat, rng: Rng, *, block: in
         for a in range(0, len(images), block):
             part = slice(a, a + block) if isinstance(loss, Divisible) else slice(None)
             some = loss[part] if isinstance(loss, Divisible) else loss
-            _, g = autograd(some, _worn(shared, images[part], threat), rng)
+            _, g = autograd(some, worn(shared, images[part], threat), rng)
             total += g.sum(0, keepdim=True)
             if not isinstance(loss, Divisible):
                 break
         shared = shared - threat.stride * threat.ball.ascent(total)
         shared = _shortened(shared, threat)
-    return _worn(shared, images, threat)
+    return shared
 
 
-def _worn(shared: Tensor, images: Tensor, threat: Threat) -> Tensor:
+def worn(shared: Tensor, images: Tensor, threat: Threat) -> Tensor:
     """Every image with the shared perturbation, inside the ball and [0, 1]."""
     return threat.project(images + shared, images)
 

@@ -14,6 +14,7 @@ from dmlbench.checkpoints import PACKAGE, Checkpoint, checkpoints, first_problem
 from dmlbench.compact import stacked, tabulated
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import write_whole
+from dmlbench.kinds.base import WHOLE
 from dmlbench.kinds.table import numbers_of
 from dmlbench.models.defended import FORM
 from dmlbench.plain import read_json
@@ -197,7 +198,11 @@ def shortened(e: Evaluation, count: int) -> dict[str, np.ndarray]:
     measured = query_order(e.dataset.n_queries_full)[: len(e.arrays["query"])]
     first = e.arrays["query"][np.searchsorted(np.sort(measured), measured[:count])]
     keep = np.isin(e.sample["rows"], first)
-    return {name: values[keep] for name, values in e.sample.items() if not name.startswith("closeup/")}
+    return {
+        name: values if name.startswith(WHOLE) else values[keep]
+        for name, values in e.sample.items()
+        if not name.startswith("closeup/")
+    }
 
 
 def packaged_weights(e: Evaluation) -> Path:

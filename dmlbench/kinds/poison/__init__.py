@@ -1,0 +1,1 @@
+"""Poisoned gallery pictures: perturbed to be the first answer to many queries."""

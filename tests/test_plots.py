@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import dmlbench
-from dmlbench.board.plots import KINDS, classes, draw, eps, matrix, parts, scatter, tsne
+from dmlbench.board.plots import KINDS, classes, draw, eps, matrix, parts, roc, scatter, tsne
 from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.intervals import PERCENT, class_intervals
 from dmlbench.protocol import load_protocol
@@ -110,6 +110,31 @@ def test_matrix(runs: list[tuple[str, Evaluation]]) -> None:
         matrix([("a", a), ("again", a)])
 
 
+@pytest.fixture(scope="module")
+def pairs_run() -> tuple[str, Evaluation]:
+    """A run of verification, at a single small eps."""
+    e = dmlbench.evaluate(
+        "digits-smallcnn-triplet-none", protocol="verification", eps=("1/255",), limit=24, device="cpu"
+    )
+    return "pairs", e
+
+
+def test_roc_is_the_field_s(runs: list[tuple[str, Evaluation]], pairs_run: tuple[str, Evaluation]) -> None:
+    """Its points lie on scikit-learn's curve, and only what decides about pairs has one."""
+    from sklearn.metrics import roc_curve
+
+    e = pairs_run[1]
+    (found,) = roc([pairs_run]).series
+    sides = [e.arrays[f"{side}/distance"] for side in ("dodging", "impersonation")]
+    genuine, impostor = (d[~np.isnan(d)] for d in sides)
+    truth = np.repeat([1, 0], [len(genuine), len(impostor)])
+    far, tar, _ = roc_curve(truth, -np.concatenate([genuine, impostor]), drop_intermediate=False)
+    on = set(zip((100 * far).round(4), (100 * tar).round(4), strict=True))
+    assert set(zip(found.x.round(4), found.y.round(4), strict=True)) <= on
+    with pytest.raises(UsageError, match="pairs of both sorts"):
+        roc(runs[:1])
+
+
 def test_tsne_needs_the_sample_and_the_same_model(runs: list[tuple[str, Evaluation]], data: Path) -> None:
     found = tsne(runs[:1], part="ES:R")
     clean, attacked = found.series
@@ -129,13 +154,17 @@ def test_tsne_needs_the_sample_and_the_same_model(runs: list[tuple[str, Evaluati
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_every_kind_becomes_a_file(kind: str, runs: list[tuple[str, Evaluation]], data: Path) -> None:
+def test_every_kind_becomes_a_file(
+    kind: str, runs: list[tuple[str, Evaluation]], pairs_run: tuple[str, Evaluation], data: Path
+) -> None:
     hostile = "_$\\frac{x}$ <script>&\n中"
     given = [(runs[0][0], named(runs[0][1], hostile)), runs[1]]
     if kind == "eps":
         given = [bundled(name, "strict") for name in MODELS]
     if kind == "tsne":
         given = runs[:1]
+    if kind == "roc":
+        given = [pairs_run]
     figure = KINDS[kind](given)
     for suffix, begins in (("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")):
         content = draw(figure, suffix)

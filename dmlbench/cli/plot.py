@@ -11,7 +11,9 @@ _EXAMPLE = "Example: dmlbench plot runs/plain runs/hardened --kind parts --out p
 
 @click.command(epilog=_EXAMPLE)
 @runs_argument
-@click.option("--kind", required=True, help="eps, parts, scatter, classes, tsne or matrix (model by surrogate).")
+@click.option(
+    "--kind", required=True, help="eps, parts, scatter, classes, tsne, matrix (model by surrogate) or roc (pairs)."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="FILE.pdf, .svg or .png.")
 @click.option("--metric", help="Of scatter and matrix, e.g. ES:R; by default ERS, or what the protocol ranks by.")
 @click.option("--part", help="Of classes and tsne: one attack part, by name.")

@@ -251,6 +251,8 @@ class Kind:
         read: the values of those columns, None for a missing one.
         by_query: by name of a number what each query (Q,) adds to it: the number is their mean, or their median.
         curve: what a plot over eps draws.
+        roc: of decisions about pairs, (n, 2): the share of impostors and of genuine pairs that are accepted, percent, at each
+            threshold that tells; empty for none.
         shown: the columns that a board shows at first.
         tables: what is printed.
         page: paragraphs of docs/protocols.md about one protocol.
@@ -291,6 +293,7 @@ class Kind:
     read: Callable[[Evaluation], Mapping[str, float | None]] = lambda evaluation: {}
     by_query: Callable[[Evaluation], Mapping[str, Float[np.ndarray, " Q"]]] = lambda evaluation: {}
     curve: Callable[[Evaluation], Curve | None] = lambda evaluation: None
+    roc: Callable[[Evaluation], Sequence[Sequence[float]]] = lambda evaluation: ()
     shown: tuple[str, ...] = ()
     tables: Tables = nothing
     page: Callable[[Protocol], Iterator[str]] = nothing

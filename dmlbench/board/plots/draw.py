@@ -197,6 +197,15 @@ def _draw_classes(axes: "Axes", figure: Figure, ink: Ink) -> None:
         axes.set_xticks([])
 
 
+def _draw_roc(axes: "Axes", figure: Figure, ink: Ink) -> None:
+    """Steps on a log scale of the share of impostors, from half of the smallest share that there is."""
+    smallest = min(float(s.x[s.x > 0].min()) for s in figure.series)
+    for i, (s, colour) in enumerate(zip(figure.series, ink.of(len(figure.series)), strict=True)):
+        x = np.maximum(s.x, smallest / 2)
+        axes.plot(x, s.y, color=colour, ls=_DASHES[i % len(_DASHES)], drawstyle="steps-post", label=_text(s.name))
+    axes.set(xscale="log", xlim=(smallest / 2, 100.0))
+
+
 def _draw_plane(axes: "Axes", figure: Figure, ink: Ink) -> None:
     """Clean and attacked points, joined; what stands after them is a ground of small dots."""
     clean, attacked, *ground = figure.series
@@ -236,7 +245,7 @@ def _draw_matrix(axes: "Axes", figure: Figure, ink: Ink) -> None:
 
 DRAW: dict[str, Callable[["Axes", Figure, Ink], None]] = {
     "eps": _draw_curves, "parts": _draw_bars, "scatter": _draw_points, "board": _draw_board, "classes": _draw_classes,
-    "tsne": _draw_plane, "plane": _draw_plane, "matrix": _draw_matrix,
+    "tsne": _draw_plane, "plane": _draw_plane, "matrix": _draw_matrix, "roc": _draw_roc,
 }  # fmt: skip
 """How each kind of figure is put on its axes."""
 

@@ -82,6 +82,24 @@ def eps(runs: Runs, metric: str | None = None, part: str | None = None) -> Figur
     return Figure("eps", "eps, in 1/255", str(titles.pop()), tuple(series), limits=(0.0, 100.0))
 
 
+def roc(runs: Runs, metric: str | None = None, part: str | None = None) -> Figure:
+    """The share of genuine pairs that is accepted against the share of impostors, when clean, as the threshold moves.
+
+    Raises:
+        UsageError: a run decides about no pairs, or has no pair of one sort.
+    """
+    _alike(runs)
+    series = []
+    for name, (label, e) in zip(names_of(runs), runs, strict=True):
+        points = np.array(kind_of(e).roc(e), dtype=np.float64)
+        if not len(points):
+            raise UsageError(f"{label} decides about no pairs of both sorts: a ROC is drawn of runs of verification")
+        series.append(Series(name, points[:, 0], points[:, 1]))
+    return Figure(
+        "roc", "impostors accepted (FAR), %", "genuine pairs accepted (TAR), %", tuple(series), limits=(0.0, 101.0)
+    )
+
+
 def _runs_by_eps(runs: Runs, metric: str | None) -> Figure:
     metric = metric or "ers"
     values = [(e.model.id, reached(e), numbers(e).get(metric), intervals_of(e).get(metric)) for name, e in runs]
@@ -259,6 +277,6 @@ def matrix(runs: Runs, metric: str | None = None, part: str | None = None) -> Fi
 
 KINDS: Registry[Callable[..., Figure]] = Registry(
     "kind of plot",
-    {"eps": eps, "parts": parts, "scatter": scatter, "classes": classes, "tsne": tsne, "matrix": matrix},
+    {"eps": eps, "parts": parts, "scatter": scatter, "classes": classes, "tsne": tsne, "matrix": matrix, "roc": roc},
 )
 """(runs, metric, part) to the numbers of a figure."""

@@ -201,6 +201,12 @@ def curve(e: Evaluation) -> Curve:
     return Curve("pairs decided rightly, %", (Point("0", said["clean"]["accuracy"]), *points))
 
 
+def roc(e: Evaluation) -> list[list[float]]:
+    """Shares of impostors and of genuine pairs accepted when clean."""
+    points: list[list[float]] = e.extras["verification"]["roc"]
+    return points
+
+
 def check(p: Protocol) -> None:
     """That the settings are known, and the steps are those that a pair's decision is attacked by.
 
@@ -344,6 +350,7 @@ VERIFICATION = Kind(
     read=read,
     by_query=by_query,
     curve=curve,
+    roc=roc,
     shown=(*LENGTHS.values(), "verification_accuracy", "verification_accuracy_attacked", "verification_eer", "verification_tar_1e_2"),
     tables=tables,
     page=page,

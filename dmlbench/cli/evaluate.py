@@ -14,7 +14,7 @@ from rich.table import Table
 
 from dmlbench.cli.kinds import print_findings, print_kind
 from dmlbench.cli.model_options import MODEL_HELP, load_subject, model_options
-from dmlbench.cli.output import console, hint, json_option, print_json, progress
+from dmlbench.cli.output import console, hint, json_option, print_json, progress, tell
 from dmlbench.errors import Interrupted, ShardDone, UsageError
 from dmlbench.files import prepare_folder
 from dmlbench.results import Evaluation, held, load, refuse_partial, save
@@ -298,7 +298,7 @@ def present(evaluation: Evaluation, out: Path | None, csv: Path | None, as_json:
     """Print the result and write the row, neither of which keeps the other from being done; notes on how it was made
     go to stderr."""
     for note in evaluation.environment.notes:
-        click.echo(f"note: {note}", err=True)
+        tell(note)
     try:
         if as_json:
             print_json(evaluation.model_dump(mode="json"))

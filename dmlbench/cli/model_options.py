@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dmlbench.cli.output import Bar
+from dmlbench.cli.output import Bar, tell
 from dmlbench.models.spec import PRECISIONS
 
 if TYPE_CHECKING:
@@ -122,11 +122,11 @@ def load_subject(
 
     embedder = open_model(model, options)
     for note in embedder.notes:
-        click.echo(f"note: {note}", err=True)
+        tell(note)
     images = load_dataset(dataset or default_dataset(embedder), split, embedder.preprocess)
     images = preview(images) if small else images
     for note in remarks(images) if ready else images.notes:
-        click.echo(f"note: {note}", err=True)
+        tell(note)
     if ready:
         with Bar("decoding images") as bar:
             decode(images, bar.at)

@@ -35,6 +35,14 @@ def console() -> Console:
     return Console(file=sys.stdout, highlight=False)
 
 
+def tell(note: str) -> None:
+    """A note on stderr; what the command has told already is not told again with its result."""
+    told: set[str] = click.get_current_context().meta.setdefault("dmlbench.told", set())
+    if note not in told:
+        told.add(note)
+        click.echo(f"note: {note}", err=True)
+
+
 def hint(line: str) -> None:
     """What a person may do next, on stderr, where one is looking: logs and pipes get none."""
     if sys.stderr.isatty():

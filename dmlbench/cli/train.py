@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dmlbench.cli.model_options import Size
-from dmlbench.cli.output import Bar, hint, json_option, print_json, print_list
+from dmlbench.cli.output import Bar, hint, json_option, print_json, print_list, tell
 from dmlbench.errors import UsageError
 from dmlbench.own_code import RUN
 from dmlbench.run.parallel import World
@@ -144,7 +144,7 @@ def train(
     named = {key: value for key, value in options.items() if value is not None}
     if ".py:" in named.get("defense", ""):
         named["defense"] = own_defense(named["defense"])
-        click.echo(f"note: {RUN[named['defense']]}", err=True)
+        tell(RUN[named["defense"]])
     chosen = gather(recipe, settings(pairs), named)
     if out is None:
         raise UsageError("--out is needed: the folder that the run is written to")
@@ -185,7 +185,7 @@ def train(
                 resume=resume,
                 allow_collapse=allow_collapse,
                 report=report,
-                tell=lambda note: click.echo(f"note: {note}", err=True) if world.leads else None,
+                tell=lambda note: tell(note) if world.leads else None,
                 decoded=decoding.at if world.leads else lambda done, total: None,
                 world=world,
             )

@@ -415,10 +415,10 @@ def test_bad_input(text, said) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_the_command_line_refuses_and_takes(run) -> None:
-    done = run("evaluate", "--model", f"defended:barrage:{MODEL}", "--eot", "1", code=2)
+def test_the_command_line_refuses_and_takes(run, typed) -> None:
+    done = typed("evaluate", "--model", f"defended:barrage:{MODEL}", "--eot", "1", code=2)
     assert "--eot 2 or more" in done.err
-    done = run("evaluate", "--model", f"ensemble:defended:jpeg:{MODEL},{MODEL}", code=2)
+    done = typed("evaluate", "--model", f"ensemble:defended:jpeg:{MODEL},{MODEL}", code=2)
     assert "defended:WRAPPER:ensemble:A,B" in done.err
     name = f"defended:tv:defended:jpeg:defended:bits(4):ensemble:{MODEL},{MODEL}"
     said = ["--dataset", "digits", "--limit", "8", "--attacks", "GTM", "--csv", "board.csv", "--json"]

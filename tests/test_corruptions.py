@@ -12,8 +12,8 @@ from PIL import Image
 from scipy.ndimage import convolve
 from scipy.stats import poisson
 
-from dmlbench import corruptions
-from dmlbench.corruptions import CORRUPTIONS, SEVERITIES, Draws, Size, corrupted
+from dmlbench.corruptions import CORRUPTIONS, SEVERITIES, corrupted, effects
+from dmlbench.corruptions.base import Draws, Size
 from dmlbench.errors import UsageError
 
 UNIT = Size(small=False, share=1.0, pixel=1.0)
@@ -107,13 +107,13 @@ def test_unknown_names_and_severities() -> None:
 def test_shot_noise_inverts_the_distribution_function() -> None:
     x, photons = picture(20, 20, 1) / 255.0, 12.0
     u = Draws(3).uniform(*x.shape)
-    found = corruptions.shot_noise(x, (photons,), UNIT, Draws(3))
+    found = effects.shot_noise(x, (photons,), UNIT, Draws(3))
     assert np.array_equal(np.rint(found * photons), poisson.ppf(u, x * photons).clip(0))
 
 
 def test_impulses_are_black_or_white_at_the_stated_share() -> None:
     x = np.full((100, 100, 3), 0.4)
-    found = corruptions.impulse_noise(x, (0.27,), UNIT, Draws(0))
+    found = effects.impulse_noise(x, (0.27,), UNIT, Draws(0))
     assert set(np.unique(found)) == {0.0, 0.4, 1.0}
     for value in (0.0, 1.0):
         assert (found == value).mean() == pytest.approx(0.135, abs=0.01)
@@ -121,7 +121,7 @@ def test_impulses_are_black_or_white_at_the_stated_share() -> None:
 
 def test_glass_moves_pixels_to_near_places() -> None:
     x = np.arange(20 * 24 * 3, dtype=float).reshape(20, 24, 3)
-    found = corruptions.glass_blur(x, (1e-6, 2, 1), UNIT, Draws(0))
+    found = effects.glass_blur(x, (1e-6, 2, 1), UNIT, Draws(0))
     assert np.array_equal(np.sort(found, axis=None), np.sort(x, axis=None))  # nothing is lost
     assert (found != x).any()
     assert (found % 3 == np.arange(3)).all()  # whole pixels change places
@@ -130,7 +130,7 @@ def test_glass_moves_pixels_to_near_places() -> None:
 def test_defocus_is_a_convolution() -> None:
     rng = np.random.default_rng(0)
     x = rng.random((30, 26, 3))
-    found = corruptions.defocus_blur(x, (3, 0.5), UNIT, Draws(0))
+    found = effects.defocus_blur(x, (3, 0.5), UNIT, Draws(0))
     disk = np.zeros((11, 11))
     for i in range(-3, 4):
         for j in range(-3, 4):
@@ -144,7 +144,7 @@ def test_defocus_is_a_convolution() -> None:
 def test_dragging_against_a_loop() -> None:
     x = np.random.default_rng(0).random((9, 11, 2))
     radius, sigma, angle = 2.0, 1.5, 30.0
-    found = corruptions._dragged(x, radius, sigma, angle)
+    found = effects._dragged(x, radius, sigma, angle)
     weights = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(5)]
     for y in range(9):
         for z in range(11):
@@ -158,7 +158,7 @@ def test_dragging_against_a_loop() -> None:
 
 def test_zooming_against_a_loop() -> None:
     x = np.random.default_rng(0).random((7, 9, 1))
-    found = corruptions._zoomed(x, 1.5)
+    found = effects._zoomed(x, 1.5)
     for i in range(7):
         for j in range(9):
             y, z = 3 + (i - 3) / 1.5, 4 + (j - 4) / 1.5
@@ -167,13 +167,13 @@ def test_zooming_against_a_loop() -> None:
             a2, b2 = min(a + 1, 6), min(b + 1, 8)
             wanted = (1 - p) * ((1 - q) * x[a, b] + q * x[a, b2]) + p * ((1 - q) * x[a2, b] + q * x[a2, b2])
             assert np.allclose(found[i, j], wanted)
-    assert np.allclose(corruptions._zoomed(x, 1.0), x)
+    assert np.allclose(effects._zoomed(x, 1.0), x)
 
 
 def test_a_zoom_is_the_mean_of_enlargements() -> None:
     x = np.random.default_rng(0).random((16, 16, 3))
-    enlarged = [corruptions._zoomed(x, f) for f in (1.0, 1.02, 1.04)]
-    assert np.allclose(corruptions.zoom_blur(x, (0.02, 3), UNIT, Draws(0)), (x + sum(enlarged)) / 4)
+    enlarged = [effects._zoomed(x, f) for f in (1.0, 1.02, 1.04)]
+    assert np.allclose(effects.zoom_blur(x, (0.02, 3), UNIT, Draws(0)), (x + sum(enlarged)) / 4)
 
 
 def plain_plasma(n: int, decay: float, draws: Draws) -> np.ndarray:
@@ -198,14 +198,14 @@ def plain_plasma(n: int, decay: float, draws: Draws) -> np.ndarray:
 
 
 def test_clouds_against_a_loop() -> None:
-    assert np.allclose(corruptions.plasma(13, 1.5, Draws(2)), plain_plasma(16, 1.5, Draws(2)))
+    assert np.allclose(effects.plasma(13, 1.5, Draws(2)), plain_plasma(16, 1.5, Draws(2)))
 
 
 def test_brightness_and_saturation_are_those_of_hsv() -> None:
     x = np.random.default_rng(0).random((8, 8, 3))
     x[0, 0], x[0, 1], x[0, 2] = 0.0, 0.5, 1.0
-    bright = corruptions.brightness(x, (0.3,), UNIT, Draws(0))
-    strong = corruptions.saturate(x, (2, 0.1), UNIT, Draws(0))
+    bright = effects.brightness(x, (0.3,), UNIT, Draws(0))
+    strong = effects.saturate(x, (2, 0.1), UNIT, Draws(0))
     for i in range(8):
         for j in range(8):
             h, s, v = colorsys.rgb_to_hsv(*x[i, j])
@@ -215,19 +215,19 @@ def test_brightness_and_saturation_are_those_of_hsv() -> None:
 
 def test_contrast_is_about_each_channels_mean() -> None:
     x = np.random.default_rng(0).random((8, 8, 3))
-    found = corruptions.contrast(x, (0.1,), UNIT, Draws(0))
+    found = effects.contrast(x, (0.1,), UNIT, Draws(0))
     assert np.allclose(found.mean((0, 1)), x.mean((0, 1))) and np.allclose(found.std((0, 1)), 0.1 * x.std((0, 1)))
 
 
 def test_an_elastic_transform_that_moves_nothing_changes_nothing() -> None:
     x = np.random.default_rng(0).random((20, 24, 3))
-    assert np.allclose(corruptions.elastic_transform(x, (0, 0, 0), UNIT, Draws(0)), x)
+    assert np.allclose(effects.elastic_transform(x, (0, 0, 0), UNIT, Draws(0)), x)
 
 
 def test_elastic_affine_brings_three_points_where_they_are_moved_to() -> None:
     """The picture holds its own coordinates, so the result says from where each pixel came."""
     rows, columns = np.mgrid[0:40, 0:40].astype(float)
-    found = corruptions.elastic_transform(np.stack([rows, columns], axis=2), (0, 0, 3), UNIT, Draws(4))
+    found = effects.elastic_transform(np.stack([rows, columns], axis=2), (0, 0, 3), UNIT, Draws(4))
     before = 20 + 13 * np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
     after = before + Draws(4).between(-3, 3, 3, 2)
     inner = found[10:30, 10:30].reshape(-1, 2)
@@ -255,14 +255,14 @@ def test_grey_and_colour_pictures_of_one_content_are_corrupted_alike(name: str) 
     c, size = CORRUPTIONS[name].small[4], Size.of(32, 32)
     grey = CORRUPTIONS[name].apply(x, c, size, Draws(1))[:, :, 0]
     colour = CORRUPTIONS[name].apply(np.repeat(x, 3, axis=2), c, size, Draws(1))
-    assert np.allclose(grey, colour @ corruptions.LUMA, atol=1e-6)
+    assert np.allclose(grey, colour @ effects.LUMA, atol=1e-6)
 
 
 def test_more_of_a_larger_picture_is_not_spattered() -> None:
     def covered(side: int) -> float:
         blank = np.zeros((side, side, 3))
         found = [
-            corruptions.spatter(blank, CORRUPTIONS["spatter"].large[4], Size.of(side, side), Draws(k)) for k in range(4)
+            effects.spatter(blank, CORRUPTIONS["spatter"].large[4], Size.of(side, side), Draws(k)) for k in range(4)
         ]
         return float(np.mean([f.max(2) > 0 for f in found]))
 

@@ -18,8 +18,9 @@ from dmlbench.doubts.audit import _gap, _randomness
 from dmlbench.embedding import Embedder, passes
 from dmlbench.errors import DataError, UsageError
 from dmlbench.kinds.strict.search import attempt
-from dmlbench.models import defended as module
-from dmlbench.models.defended import STAGES, WRAPPERS, Applied, Given, Wrapper, averaged, defended, split
+from dmlbench.models import wrappers as module
+from dmlbench.models.defended import Applied, averaged, defended, split
+from dmlbench.models.wrappers import STAGES, WRAPPERS, Given, Wrapper
 from dmlbench.objectives import margin
 from dmlbench.protocol import Step
 from dmlbench.results import save

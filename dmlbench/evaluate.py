@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from dmlbench.datasets import RetrievalDataset
-from dmlbench.doubts.audit import Finding, examine, glance
+from dmlbench.doubts.audit import examine, glance
 from dmlbench.doubts.checks import doubts_about
+from dmlbench.doubts.evidence import Finding
 from dmlbench.embedding import Embedder
 from dmlbench.errors import ShardDone
 from dmlbench.fast.compiled import Steps

@@ -17,7 +17,9 @@ from torch import nn
 
 import dmlbench
 from dmlbench.checkpoints import PACKAGE, checkpoint, packaged
-from dmlbench.doubts.audit import CHECKS, Evidence, _broken_beyond, black_beats_white, examine
+from dmlbench.doubts.audit import CHECKS, examine
+from dmlbench.doubts.evidence import Evidence
+from dmlbench.doubts.questions import _broken_beyond, black_beats_white
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.evaluate import evaluate
 from dmlbench.kinds.strict.search import run

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import dmlbench
 from dmlbench.attacks import AttackLoss
-from dmlbench.doubts.audit import _gap, _randomness
+from dmlbench.doubts.questions import _gap, _randomness
 from dmlbench.embedding import Embedder, passes
 from dmlbench.errors import DataError, UsageError
 from dmlbench.kinds.strict.search import attempt

@@ -11,8 +11,9 @@ from torch import nn
 import dmlbench
 from dmlbench.board.build import load_boards
 from dmlbench.checkpoints import packaged
-from dmlbench.doubts.audit import CHECKS, FLAGS, PASSES, SURVEYED, glance
+from dmlbench.doubts.audit import CHECKS, FLAGS, SURVEYED, glance
 from dmlbench.doubts.checks import doubts_about
+from dmlbench.doubts.questions import PASSES
 from dmlbench.doubts.unseen import STEPS
 from dmlbench.errors import DataError
 from dmlbench.evaluate import evaluate

@@ -299,7 +299,7 @@ def test_the_quick_check_is_the_same_in_parts(photos: Path, monkeypatch: pytest.
     learner, _ = loop.make_learner(recipe, preprocess, 4)
     images, labels = torch.rand(13, 3, 32, 32), torch.arange(13) % 3
     whole = loop.quick_check(learner, recipe, images, labels)
-    monkeypatch.setattr(loop, "QUICK_VALUES", 4 * images[0].numel())
+    monkeypatch.setattr("dmlbench.training.progress.QUICK_VALUES", 4 * images[0].numel())
     assert loop.quick_check(learner, recipe, images, labels) == pytest.approx(whole, abs=1e-4)
 
 

@@ -27,7 +27,8 @@ from dmlbench.rng import Rng
 from dmlbench.run.parallel import World
 from dmlbench.training import loop as training
 from dmlbench.training.defenses import DEFENSES
-from dmlbench.training.loop import TrainingFailed, fitting, learning_rate, margins, train
+from dmlbench.training.loop import TrainingFailed, fitting, learning_rate, train
+from dmlbench.training.progress import margins
 from dmlbench.training.recipe import Recipe, command_of, load_recipe, make_recipe, packaged_recipes
 
 SMALL = {"groups": 4, "steps": 2, "iterations": 6, "check_every": 3, "arch_kwargs": {"width": 2}, "embed_dim": 8}

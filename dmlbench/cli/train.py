@@ -18,8 +18,8 @@ from dmlbench.own_code import RUN
 from dmlbench.run.parallel import World
 from dmlbench.run.subject import resolve_device
 from dmlbench.training.defenses import own_defense
-from dmlbench.training.loop import Progress as Row
 from dmlbench.training.loop import train as run_training
+from dmlbench.training.progress import Progress as Row
 from dmlbench.training.recipe import Recipe, changed, load_recipe, make_recipe, packaged_recipes, short_name, slug
 from dmlbench.training.start import architecture_of
 

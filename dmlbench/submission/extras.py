@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ValidationError, create_model
 
-from dmlbench.doubts.audit import CHECKS, FEW, FIRST, HIDDEN, Finding, last_resort
+from dmlbench.doubts.audit import CHECKS, FIRST
+from dmlbench.doubts.evidence import Finding, last_resort
+from dmlbench.doubts.questions import FEW, HIDDEN
 from dmlbench.errors import Problem
 from dmlbench.evaluate import retention
 from dmlbench.kinds.base import QUERIES, RUN, SAMPLE, Form, Stated, differences

@@ -6,82 +6,39 @@ the entry for the registry. Every file is written whole. Batches and random numb
 rank, iteration) alone, so a resumed run goes on exactly as the uninterrupted one.
 """
 
-import csv
-import hashlib
-import io
 import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 
-from dmlbench import checkpoints as registry
-from dmlbench.checkpoints import sha256_of
 from dmlbench.datasets import Images, decode, load_dataset
-from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import first_line, prepare_folder, write_whole
-from dmlbench.models import build, fill, parameter_count, probe_images, read_weights, write_weights
+from dmlbench.models import build, probe_images, write_weights
 from dmlbench.models.architectures import drawn_weights
-from dmlbench.models.spec import input_of
-from dmlbench.optimizers import pgd
 from dmlbench.preprocess import Preprocess
 from dmlbench.results import json_bytes
-from dmlbench.rng import Rng, seed_of
+from dmlbench.rng import seed_of
 from dmlbench.run.parallel import World
 from dmlbench.training.defenses import DEFENSES, Batch, Inner, Learner
 from dmlbench.training.losses import build_loss
-from dmlbench.training.recipe import Recipe, command_of, load_recipe
+from dmlbench.training.progress import COLLAPSE, QUICK_QUERIES, Progress, collapsed, log_bytes, quick_check
+from dmlbench.training.recipe import Recipe, load_recipe
 from dmlbench.training.sampling import check_classes, check_groups, class_batch
 from dmlbench.training.start import Begun, begin, learnable, settled
-
-QUICK_QUERIES = 256
-QUICK_VALUES = 1 << 21
-"""Pixel values that the quick check looks at in one go: all of them up to 32x32, 42 images of 128x128."""
-QUICK_STEPS = 8
-COLLAPSE = 0.02
-"""A model whose embeddings are on average nearer than this share of their length has collapsed."""
-COLLAPSE_FROM = 100
-"""Untrained networks embed everything alike too: collapse is looked for from this step on."""
-
-
-RUN_FILES = ("state.pt", "last.safetensors", "best.safetensors", "checkpoint.json", "log.csv")
-"""What a run leaves from its first check on, and no other run writes over."""
+from dmlbench.training.state import RUN_FILES, checkpoint_entry, finish, read_state, save_state
 
 
 class TrainingFailed(DataError):
     """The run ended early: a loss that is not a number, or a collapsed model. Exit code 4."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One row of the log.
-
-    Attributes:
-        iteration: steps done.
-        loss: mean training loss since the row before.
-        recall_at_1: of a fixed sample of training images among themselves, percent.
-        attacked_recall_at_1: the same after a quick attack (8 PGD steps on the margin), percent.
-        spread: mean distance of two embeddings over their mean length; near 0 is collapse.
-        lr: learning rate.
-        seconds: since this process began.
-    """
-
-    iteration: int
-    loss: float
-    recall_at_1: float
-    attacked_recall_at_1: float
-    spread: float
-    lr: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -91,42 +48,6 @@ class Trained:
     folder: Path
     progress: tuple[Progress, ...]
     entry: dict[str, Any]
-
-
-def checkpoint_entry(recipe: Recipe, preprocess: Preprocess, begun: str | None = None) -> registry.Checkpoint:
-    """The registry's record of a model before its weights exist; ``begun`` says which weights it began with."""
-    defense = DEFENSES[recipe.defense]
-    clean = recipe.defense == "none"
-    kwargs = recipe.arch_kwargs if ":" in recipe.arch else {"embed_dim": recipe.embed_dim, **recipe.arch_kwargs}
-    return registry.Checkpoint(
-        title=recipe.title or f"{recipe.dataset}, {recipe.arch}, {recipe.loss}, {defense.title}",
-        defense=registry.Defense(
-            name=recipe.defense, params={} if clean else defense.parameters(recipe.defense_params)
-        ),
-        train=registry.Train(
-            loss=recipe.loss,
-            eps=None if clean else str(recipe.eps),
-            steps=None if clean else recipe.steps,
-            iterations=recipe.iterations,
-            seed=recipe.seed,
-            command=command_of(recipe),
-        ),
-        arch=registry.Arch(
-            builder=recipe.arch,
-            kwargs=kwargs,
-            embed_dim=recipe.embed_dim,
-            head=recipe.embed_dim > 0 or ":" not in recipe.arch,
-        ),
-        input=input_of(preprocess),
-        normalize=registry.Normalize(mean=recipe.mean, std=recipe.std),
-        embedding=registry.Embedding(
-            normalized=recipe.space != "E", metric="cosine" if recipe.space == "C" else "euclidean"
-        ),
-        dataset=registry.DatasetRef(name=recipe.dataset, split="train"),
-        extra_training_data=begun,
-        license="unknown" if ":" in recipe.dataset else "Apache-2.0",
-        paper=registry.Paper(**asdict(defense.paper)) if defense.paper else None,
-    )
 
 
 def make_learner(
@@ -257,168 +178,6 @@ def batches(
             if iteration + 1 < recipe.iterations:
                 ahead = pool.submit(fetch, iteration + 1)
             yield batch
-
-
-def margins(
-    embedder: Embedder,
-    embeddings: Float[Tensor, "b d"],
-    labels: Int[Tensor, " n"],
-    gallery: Float[Tensor, "n d"],
-    rows: Int[Tensor, " b"] | None = None,
-) -> Float[Tensor, " b"]:
-    """Nearest other-class minus nearest same-class distance; image i is gallery entry ``rows[i]``, left out.
-
-    Args:
-        labels: of the gallery.
-        rows: by default all of it in order.
-    """
-    entries = torch.arange(len(labels), device=labels.device)
-    rows = entries if rows is None else rows
-    d = embedder.distance.pairwise(embeddings, gallery)
-    same = labels[rows][:, None] == labels[None, :]
-    itself = rows[:, None] == entries[None, :]
-    nearest = torch.where(same & ~itself, d, torch.inf).amin(1)
-    return torch.where(same, torch.inf, d).amin(1) - nearest
-
-
-def quick_check(learner: Learner, recipe: Recipe, images: Tensor, labels: Tensor) -> tuple[float, float, float]:
-    """Benign and attacked R@1 (percent) of images among themselves, and the spread of their embeddings.
-
-    The attack is PGD with few, longer steps on the margin to the nearest entry of another class: a
-    thermometer for the training log, not an evaluation.
-    """
-    embedder = learner.embedder.frozen()
-    parts = torch.arange(len(images), device=images.device).split(max(1, QUICK_VALUES // images[0].numel()))
-    with torch.no_grad():
-        clean = torch.cat([embedder(images[rows]) for rows in parts])
-        benign = margins(embedder, clean, labels, clean) > 0
-        length = clean.norm(dim=1).mean().clamp_min(1e-12)
-        spread = (clean - clean.roll(len(clean) // 2, 0)).norm(dim=1).mean() / length
-    threat = recipe.threat.but(steps=QUICK_STEPS, step=2.5 * recipe.threat.radius / QUICK_STEPS, start="clean")
-    right = 0
-    for rows in parts:
-
-        def margin(x: Tensor, rows: Tensor = rows) -> Tensor:
-            return margins(embedder, embedder(x), labels, clean, rows)
-
-        moved = pgd(margin, images[rows], threat, Rng(0, rows))
-        with torch.no_grad():
-            right += int((margin(moved) > 0).sum())
-    return 100.0 * float(benign.float().mean()), 100.0 * right / len(images), float(spread)
-
-
-def collapsed(rows: list[Progress], last: bool) -> bool:
-    """Have the embeddings become alike and stayed so: at two checks in a row, or at the ``last`` one of the run?
-
-    What grows is still leaving the state that untrained networks are in.
-    """
-
-    def alike(i: int) -> bool:
-        rising = i > 0 and rows[i].spread > 1.1 * rows[i - 1].spread
-        return not rows[i].spread >= COLLAPSE and not rising
-
-    if not rows or rows[-1].iteration < COLLAPSE_FROM:
-        return False
-    before = len(rows) > 1 and rows[-2].iteration >= COLLAPSE_FROM and alike(len(rows) - 2)
-    return alike(len(rows) - 1) and (last or before)
-
-
-def log_bytes(rows: list[Progress]) -> bytes:
-    """The log as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(Progress.__dataclass_fields__), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: round(v, 6) for k, v in asdict(row).items()} for row in rows)
-    return text.getvalue().encode()
-
-
-def save_state(
-    folder: Path,
-    recipe: Recipe,
-    learner: Learner,
-    optimizer: Any,
-    rows: list[Progress],
-    best: float,
-    processes: int,
-    begun: str | None,
-) -> None:
-    """Everything that a resume needs, as one file."""
-    buffer = io.BytesIO()
-    torch.save(
-        {
-            "recipe": recipe.model_dump_json(),
-            "learner": learner.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "rows": [asdict(row) for row in rows],
-            "best": best,
-            "processes": processes,
-            "begun": begun,
-        },
-        buffer,
-    )
-    write_whole(folder / "state.pt", buffer.getvalue())
-
-
-def read_state(folder: Path, recipe: Recipe, processes: int) -> dict[str, Any]:
-    """The state of an earlier run of the same recipe by as many processes, on whose number the batches depend.
-
-    Raises:
-        DataError: there is none, or it cannot be read.
-        UsageError: it belongs to another recipe, the differing keys are named; or to another number of processes.
-    """
-    path = folder / "state.pt"
-    if not path.is_file():
-        raise DataError(f"nothing to resume: {path} does not exist")
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        earlier = Recipe.model_validate_json(state["recipe"])
-    except Exception as error:  # torch raises many kinds for a broken file
-        raise DataError(f"{path} cannot be read: {error}") from None
-    if differing := recipe.differing(earlier):
-        raise UsageError(f"{folder} holds a run of another recipe; differing keys: {', '.join(differing)}")
-    if (before := int(state.get("processes", 1))) != processes:
-        raise UsageError(
-            f"{folder} was begun by {before} process(es), this run has {processes}: the batches would differ"
-        )
-    return state
-
-
-def finish(
-    folder: Path, recipe: Recipe, preprocess: Preprocess, embedder: Embedder, begun: str | None
-) -> dict[str, Any]:
-    """Write ``checkpoint.json``, the registry entry of the last weights as they are stored, and return it."""
-    path = folder / "last.safetensors"
-    entry = checkpoint_entry(recipe, preprocess, begun)
-    threads = torch.get_num_threads() if embedder.device.type == "cpu" else None
-    embedder = embedder.cpu().eval()
-    fill(embedder.network, read_weights(path), str(path))
-    probe = probe_images(embedder.input_shape)
-    with torch.no_grad():
-        embedding = embedder(probe)[0]
-    done = entry.model_copy(
-        update={
-            "train": entry.train.model_copy(
-                update={
-                    "command": entry.train.command if threads is None else f"{entry.train.command} --threads {threads}",
-                    "torch": torch.__version__,
-                    "threads": threads,
-                }
-            ),
-            "arch": entry.arch.model_copy(
-                update={"embed_dim": len(embedding), "n_params": parameter_count(embedder.network)}
-            ),
-            "files": (
-                registry.File(path=f"{recipe.id}.safetensors", sha256=sha256_of(path), bytes=path.stat().st_size),
-            ),
-            "probe": registry.Probe(
-                inputs_sha256=hashlib.sha256(probe.numpy().tobytes()).hexdigest(),
-                embedding=tuple(round(float(v), 6) for v in embedding[:8]),
-            ),
-        }
-    )
-    table: dict[str, Any] = {recipe.id: done.model_dump(mode="json", exclude_defaults=True)}
-    write_whole(folder / "checkpoint.json", json_bytes(table))
-    return table
 
 
 def train(

@@ -1,0 +1,104 @@
+"""What the audit's checks look at, and what they answer."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from dmlbench.attacks import AttackLoss
+from dmlbench.doubts.unseen import Survey, survey
+from dmlbench.kinds.strict.search import SURVIVED, attempt
+from dmlbench.objectives import margin
+from dmlbench.optimizers import OPTIMIZERS
+from dmlbench.protocol import Protocol, Step
+from dmlbench.results import Flag
+from dmlbench.run.subject import Subject
+from dmlbench.scene import Scene
+from dmlbench.threat import Threat
+
+PAGE = "docs/audit.md"
+Verdict = Literal["pass", "warn", "fail", "skip"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The answer to one question.
+
+    Attributes:
+        check: a name of :data:`CHECKS`.
+        verdict: "pass", "warn", "fail", or "skip" where the question does not arise.
+        value: what was measured, in the unit of the check; None where it was skipped.
+        limit: where a pass ends.
+        message: the evidence in words.
+    """
+
+    check: str
+    verdict: Verdict
+    value: float | None
+    limit: float
+    message: str
+
+    def flag(self) -> Flag:
+        """The finding as a doubt that travels with a result."""
+        return Flag(flag=f"audit-{self.check}", message=f"{self.verdict}: {self.message} ({PAGE})")
+
+
+def left_by(broken_by: np.ndarray, steps: int) -> np.ndarray:
+    """(Q,) bool: right when clean and not broken by the first so many steps, or at a smaller eps."""
+    return (broken_by == SURVIVED) | (broken_by >= 2 + steps)
+
+
+def white_steps(protocol: Protocol) -> int:
+    """How many of the protocol's steps, from the first, use the gradient."""
+    flags = [OPTIMIZERS[step.optimizer].needs_gradients for step in protocol.steps]
+    return flags.index(False) if False in flags else len(flags)
+
+
+def last_resort(protocol: Protocol, broken_by: np.ndarray) -> tuple[int, int]:
+    """How many queries the steps without a gradient break, and how many the steps with one had left."""
+    left = left_by(broken_by, white_steps(protocol))
+    return int((left & ~left_by(broken_by, len(protocol.steps))).sum()), int(left.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What the checks look at: some queries that are right when clean, and a strict run on all.
+
+    Attributes:
+        subject: the model and every query measured.
+        protocol: the one that was run.
+        broken_by: by eps, how each query (Q,) ended.
+        positions: (B,) which queries the checks attack themselves.
+        images: (B, C, H, W) their clean images.
+        scene: the same queries.
+        seed: of the run.
+    """
+
+    subject: Subject
+    protocol: Protocol
+    broken_by: dict[str, np.ndarray]
+    positions: np.ndarray
+    images: Tensor
+    scene: Scene
+    seed: int
+
+    def loss(self) -> AttackLoss:
+        """The margin of R@1 of each image; 0 or less is misranked."""
+        return AttackLoss(self.subject.embedder, margin, self.scene)
+
+    def left(self, eps: str, steps: int) -> np.ndarray:
+        """(Q,) bool: right when clean and not broken at this eps by the first so many steps, or before."""
+        return left_by(self.broken_by[eps], steps)
+
+    @cached_property
+    def surveyed(self) -> Survey:
+        """What becomes of the queries near the test images."""
+        return survey(self.subject, self.positions)
+
+    def attacked(self, step: Step, threat: Threat, positions: np.ndarray) -> np.ndarray:
+        """(n,) bool: which queries one more search breaks."""
+        if not len(positions):
+            return np.zeros(0, dtype=bool)
+        return attempt(self.subject, step, threat, positions, self.seed).broken

@@ -66,7 +66,12 @@ _ECCV = "Zhou et al., ECCV 2020, arXiv 2002.11293"
 _CVPR = "Zhou and Patel, CVPR 2022, arXiv 2203.01439"
 _ICCV = "Zhou et al., ICCV 2021, arXiv 2103.05248"
 _PANUM = "Panum et al., arXiv 2102.07265"
+_BAI = "Bai et al., arXiv 1901.10650"
 _OWN = "dmlbench, docs/strict.md"
+_GUIDES = (
+    "the public code moves the gallery's pictures, with all queries of the identity as guides; here the query is moved"
+)
+_RM = ("recall_at_1", "map_at_r")
 _R, _C, _Q = ("recall_at_1",), ("candidate_rank",), ("rank_in_query",)
 _SP = ("rank_of_wanted", "rank_of_kept")
 _ORDER = ("kendall_tau", "rank_in_query")
@@ -113,6 +118,10 @@ ATTACKS: Registry[Attack] = Registry(
         "Panum": Attack("move away from the nearest positive, read on the queries that are right when clean", "leave",
                         "nearest_same", ("recall_of_right", "map_at_r_of_right"), _PANUM,
                         ends=((0, 100), (0, 100)), note="the protocols panum-28 and panum-28-l2 have its threat"),
+        "MA-": Attack("metric attack: move away from 5 guides of one's own class", "leave_guides", "nearest_same", _RM, _BAI, k=5,
+                      ends=((0, 100), (0, 100)), note=f"the guides are the nearest positives; {_GUIDES}"),
+        "MA+": Attack("metric attack, targeted: move towards 5 guides of another class", "join_guides", "guides_of_another", _RM,
+                      _BAI, k=5, ends=((0, 100), (0, 100)), note=f"the class is that of a random entry; {_GUIDES}"),
         "FLIP": Attack("flip the decision on a pair: dodging of a genuine one, impersonation in one of two classes", "flip",
                        "anywhere", _R, "dmlbench, docs/verification.md",
                        note="alone: the pair of the image and a random entry; under protocols that verify pairs: the drawn one"),

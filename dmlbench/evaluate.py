@@ -24,7 +24,7 @@ from dmlbench.fast.compiled import Steps
 from dmlbench.fast.exact import true_float32
 from dmlbench.intervals import VERSION, Intervals
 from dmlbench.kinds.base import Outcome
-from dmlbench.metrics import CLEAN, RECALL_AT, agreement, assignments, mean, retrieval
+from dmlbench.metrics import BENIGN, RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.own_code import RUN
 from dmlbench.protocol import Component, Protocol, ers_of, score_intervals
 from dmlbench.results import Evaluation, Flag, Measurement, finite
@@ -44,7 +44,8 @@ OF_THE_GALLERY = ("benign/nmi", "benign/ami")
 def benign_arrays(subject: Subject, seeds: Sequence[int]) -> dict[str, np.ndarray]:
     """The clean metrics: ``benign/<name>`` (Q,) of retrieval, () of clustering, and each query's clusters."""
     scene = subject.scene
-    out = {f"benign/{name}": values for name, values in retrieval(scene, RECALL_AT).items()}
+    clean = retrieval(scene, RECALL_AT, grouped=subject.dataset.grouped)
+    out = {f"benign/{name}": values for name, values in clean.items()}
     classed = scene.gallery.classed
     classes = scene.gallery.labels[classed].cpu().numpy()
     clusters = assignments(scene.gallery.embeddings[classed], len(np.unique(classes)), seeds)
@@ -159,7 +160,7 @@ class Measured:
         looked: Mapping[str, Any],
     ) -> None:
         self.task, self.subject, self.outcome, self.looked = task, subject, outcome, looked
-        metrics = {name: mean(clean[f"benign/{name}"]) for name in CLEAN if f"benign/{name}" in clean}
+        metrics = {name: mean(clean[f"benign/{name}"]) for name in BENIGN if f"benign/{name}" in clean}
         self.benign = {name: value for name, value in metrics.items() if np.isfinite(value)}
         self.arrays = {key: values for key, values in clean.items() if key not in OF_THE_GALLERY} | found.arrays
         self.sample = {"rows": subject.rows[sample_positions(subject)], **found.sample}

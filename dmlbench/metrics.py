@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmlbench.errors import UsageError
 from dmlbench.fast.kmeans import lloyd, mutual_information
-from dmlbench.fast.ranking import average_precisions, negatives_ahead, recalled
+from dmlbench.fast.ranking import average_precisions, inverse_negative_penalty, negatives_ahead, recalled
 from dmlbench.objectives import KEPT, flip
 from dmlbench.registry import Registry, suggest
 from dmlbench.scene import Scene
@@ -31,6 +31,12 @@ CLEAN = {
     "ami": "AMI",
 }
 """The clean metrics of a run in the order that results list them, and what a table calls them; percent, higher is better."""
+CMC_AT = (5, 10)
+"""Ranks at which re-identification reads its cumulative match characteristic beside rank 1: R@k under another name."""
+GROUPED = {**{f"recall_at_{k}": f"R@{k}" for k in CMC_AT}, "minp": "mINP"}
+"""The same of a data set with groups that do not count for one another, such as cameras: read beside :data:`CLEAN`."""
+BENIGN = {**CLEAN, **GROUPED}
+"""Every clean metric that a run may have, in the order in which it is shown."""
 BLOCK = 256
 """Queries ranked at a time; ranks need (BLOCK, N) distances."""
 
@@ -203,25 +209,30 @@ READOUTS: Registry[Readout] = Registry(
 )
 
 
-def retrieval(scene: Scene, ks: Sequence[int] = RECALL_AT) -> dict[str, np.ndarray]:
+def retrieval(scene: Scene, ks: Sequence[int] = RECALL_AT, *, grouped: bool = False) -> dict[str, np.ndarray]:
     """Clean retrieval metrics of every query of ``scene``, percent, (B,) each, NaN without positives.
 
     ``recall_at_k``; ``map``: average precision over the whole ranking; ``map_at_r`` (Musgrave, Belongie
-    and Lim, "A Metric Learning Reality Check", 2020): over the first R, R the number of positives.
+    and Lim, "A Metric Learning Reality Check", 2020): over the first R, R the number of positives. With ``grouped`` the
+    :data:`GROUPED` ones too; ``minp``, the inverse negative penalty (Ye et al., "Deep Learning for Person Re-identification: A
+    Survey and Outlook", 2021): the number of positives / the rank of the last of them.
     """
+    ks = (*ks, *CMC_AT) if grouped else ks
     table = scene.clean.new_empty(min(BLOCK, len(scene)), len(scene.gallery))
     parts = []
     with torch.no_grad():
         for a in range(0, len(scene), BLOCK):
             part = scene[a : a + BLOCK]
-            parts.append(_retrieval_block(part.distances(part.clean, table[: len(part)]), part, ks))
+            parts.append(_retrieval_block(part.distances(part.clean, table[: len(part)]), part, ks, grouped))
     return {name: torch.cat([p[name] for p in parts]).cpu().numpy() for name in parts[0]}
 
 
-def _retrieval_block(d: Tensor, scene: Scene, ks: Sequence[int]) -> dict[str, Tensor]:
+def _retrieval_block(d: Tensor, scene: Scene, ks: Sequence[int], grouped: bool) -> dict[str, Tensor]:
     ahead, real = negatives_ahead(d, scene)
     out = {f"recall_at_{k}": recalled(ahead, real, k) for k in ks}
     out["map"], out["map_at_r"] = average_precisions(ahead, real)
+    if grouped:
+        out["minp"] = inverse_negative_penalty(ahead, real)
     return out
 
 

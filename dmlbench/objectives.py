@@ -174,6 +174,23 @@ def leave(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     return -scene.distance.paired(e, scene.targets[:, 0])
 
 
+def _squares(e: Tensor, scene: Scene) -> Float[Tensor, "B K"]:
+    """|f(x~) - t|^2 for every target."""
+    return (e[:, None, :] - scene.targets).square().sum(2)
+
+
+def leave_guides(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """MA-: move away from several guides of one's own class. Minus the mean of |f(x~) - g|^2 over the targets g that are of it; 0
+    where none is."""
+    own = (scene.gallery.labels[scene.chosen] == scene.labels[:, None]) & (scene.chosen != scene.row[:, None])
+    return -(_squares(e, scene) * own).sum(1) / own.sum(1).clamp_min(1)
+
+
+def join_guides(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
+    """MA+: move towards several guides of one other class. The mean of |f(x~) - g|^2 over the targets g."""
+    return _squares(e, scene).mean(1)
+
+
 def flip(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """FLIP: the decision on the pair of the image and its target. t - d(f(x~), c) where both are of one class, else d(f(x~), c) - t.
 
@@ -239,6 +256,8 @@ OBJECTIVES: Registry[Objective] = Registry(
         "margin_to_class": margin_to_class,
         "margin_to_entry": margin_to_entry,
         "leave": leave,
+        "leave_guides": leave_guides,
+        "join_guides": join_guides,
         "flip": flip,
         "order": order,
         "order_in_place": order_in_place,

@@ -98,6 +98,25 @@ def nearest_classes(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B k"]:
     return torch.stack([d.masked_fill(index != wrong[:, j, None], torch.inf).argmin(1) for j in range(k)], 1)
 
 
+def guides_of_another(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B k"]:
+    """The k nearest entries of one other class, that of an entry drawn uniformly from all of another class (MA+); the farthest is
+    repeated where the class has fewer.
+
+    Raises:
+        UsageError: some image has no entry of another class.
+    """
+    other = scene.other & scene.gallery.classed  # (B, N)
+    if not bool(other.any(1).all()):
+        raise UsageError("the gallery has a single class for some query, so nobody else to look like")
+    drawn = rng.integers(other.sum(1, keepdim=True), 1)
+    place = torch.searchsorted(other.long().cumsum(1), drawn + 1)  # (B, 1)
+    wanted = scene.gallery.labels[place]  # (B, 1)
+    of_class = other & (scene.gallery.labels == wanted)
+    order = scene.distances(scene.clean).masked_fill(~of_class, torch.inf).argsort(stable=True, dim=1)
+    last = (of_class.sum(1, keepdim=True) - 1).clamp_max(order.shape[1] - 1)
+    return order.gather(1, torch.minimum(torch.arange(k, device=order.device).expand(len(order), -1), last))
+
+
 def anywhere_keeping_nearest(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B j"]:
     """As ``anywhere``, followed by the query's 5 nearest entries, which SPQA+ keeps near the head."""
     return torch.cat([anywhere(scene, k, rng), nearest(scene, KEPT, rng)], 1)
@@ -118,6 +137,7 @@ TARGETS: Registry[Targets] = Registry(
         "nearest_other_published": nearest_other_published,
         "nearest_same": nearest_same,
         "nearest_classes": nearest_classes,
+        "guides_of_another": guides_of_another,
         "anywhere_keeping_nearest": anywhere_keeping_nearest,
         "top_percent_keeping_nearest": top_percent_keeping_nearest,
     },

@@ -37,6 +37,15 @@ def disorder(s, i, e, X, y, chosen):
     return average([relu(d[a] - d[b]) for a in range(len(d)) for b in range(a + 1, len(d))])
 
 
+def guides(away: bool):
+    def loss(s, i, e, X, y, chosen):
+        used = [c for c in chosen if c != i and y[c] == y[i]] if away else list(chosen)
+        squares = [sum((float(a) - float(b)) ** 2 for a, b in zip(e, X[c], strict=True)) for c in used]
+        return (-1.0 if away else 1.0) * (average(squares) if squares else 0.0)
+
+    return loss
+
+
 def keeping(name: str, weight: float):
     def loss(s, i, e, X, y, chosen):
         kept = PLAIN["raise_in_query"](s, i, e, X, y, chosen[-KEPT:])
@@ -52,6 +61,8 @@ TWINS = {
         distance(s, e, X[c[0]]) - min(distance(s, e, X[j]) for j in range(len(y)) if y[j] == y[i] and j != i)
     ),
     "leave": lambda s, i, e, X, y, c: -distance(s, e, X[c[0]]),
+    "leave_guides": guides(away=True),
+    "join_guides": guides(away=False),
     "order": disorder,
     "order_in_place": lambda s, i, e, X, y, c: disorder(s, i, e, X, y, c) + PLAIN["raise_in_query"](s, i, e, X, y, c),
     "raise_and_keep": keeping("raise_in_query", 1.0),
@@ -282,3 +293,27 @@ def test_cli_combines_freely(typed) -> None:
         "evaluate", "--model", DEFAULT, "--limit", "4", "--protocol", "strict", "--attacks", "QA+@r-fgsm", "--json"
     )
     assert [m["component"] for m in done.json["measurements"]] == [f"QA+@r-fgsm@{e}/255" for e in (5, 10, 20, 40)]
+
+
+def test_guides_of_another_class_by_loops() -> None:
+    scene, _ = scene_of("N", k=1, seed=4)
+    chosen = TARGETS["guides_of_another"](scene, 5, Rng(1, torch.arange(len(scene))))
+    X, y = scene.gallery.embeddings.double().numpy(), scene.gallery.labels.tolist()
+    drawn = set()
+    for i, rows in enumerate(chosen.tolist()):
+        wanted = y[rows[0]]
+        drawn.add(wanted)
+        assert wanted != int(scene.labels[i])
+        clean = scene.clean[i].double().numpy()
+        own = sorted((j for j in range(len(y)) if y[j] == wanted), key=lambda j: distance("N", clean, X[j]))
+        assert rows == [own[min(n, len(own) - 1)] for n in range(5)]
+    assert len(drawn) > 1
+    one = replace(scene, gallery=replace(scene.gallery, labels=scene.labels[0].expand(len(y)).clone()))
+    with pytest.raises(UsageError, match="single class"):
+        TARGETS["guides_of_another"](one[:1], 5, Rng(1, torch.arange(1)))
+
+
+def test_guides_that_are_of_another_class_do_not_push() -> None:
+    scene, moved = scene_of("N", k=1, seed=4)
+    wrong = torch.stack([torch.nonzero(scene.gallery.labels != label)[:3, 0] for label in scene.labels])
+    assert not OBJECTIVES["leave_guides"](moved, scene.aimed(wrong)).any()

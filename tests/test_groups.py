@@ -165,6 +165,26 @@ def test_clean_metrics_are_those_of_the_plain_loop(seed: int, space: str) -> Non
 
 
 @pytest.mark.parametrize("space", list(DISTANCES))
+def test_what_re_identification_reads_is_that_of_the_plain_loop(space: str) -> None:
+    """CMC at ranks 5 and 10, and mINP: positives / the rank of the last of them."""
+    scene = scene_of(space, 8)
+    found, (X, y) = retrieval(scene, grouped=True), numbers(scene)
+    assert set(found) - set(retrieval(scene)) == {"recall_at_5", "recall_at_10", "minp"}
+    some = 0
+    for i in range(B):
+        listed, _ = ranking(space, i, X[i], X, scene)
+        ranks = [r for r, j in enumerate(listed, 1) if y[j] == y[i]]
+        if not ranks:
+            assert np.isnan(found["minp"][i])
+            continue
+        some += 1
+        assert found["minp"][i] == pytest.approx(100 * len(ranks) / ranks[-1], abs=1e-3)
+        for k in (5, 10):
+            assert found[f"recall_at_{k}"][i] == 100.0 * (ranks[0] <= k)
+    assert some
+
+
+@pytest.mark.parametrize("space", list(DISTANCES))
 def test_targets_are_entries_that_count(space: str) -> None:
     scene = scene_of(space, 3, n=330)
     X, y = numbers(scene)
@@ -343,6 +363,13 @@ def test_an_evaluation_with_groups_junk_and_distractors_end_to_end() -> None:
         best = min(listed, key=lambda j: ((e[j] - e[row]) ** 2).sum())
         right.append(100.0 * (y[best] == y[row]))
     np.testing.assert_array_equal(result.arrays["benign/recall_at_1"], right)
+    assert {"recall_at_5", "recall_at_10", "minp"} <= set(result.benign) and result.benign["minp"] <= result.benign[
+        "recall_at_10"
+    ]
+    alone = dmlbench.evaluate(
+        model, replace(data, groups=np.full(n, -1)), protocol="ers-digits", limit=8, attacks=["MA-", "MA+"]
+    )  # type: ignore[arg-type]
+    assert "minp" not in alone.benign and "benign/recall_at_5" not in alone.arrays
     assert all(m.value is not None for m in result.measurements) and result.dataset.n_classes == 8
     push = load_protocol("clustering").model_copy(update={"attacks": ("C1",), "joint": None})
     for rules in (load_protocol("strict-fast"), push):
@@ -358,3 +385,26 @@ def test_an_evaluation_with_groups_junk_and_distractors_end_to_end() -> None:
             found = y[min(listed, key=lambda j: ((e[j] - e[row]) ** 2).sum())] == y[row]
             alone.append(100.0 * found if (y[listed] == y[row]).any() else np.nan)
         np.testing.assert_array_equal(other.arrays["clustering/clean/value"], alone)
+
+
+CAMERAS = """
+from dataclasses import replace
+import numpy as np
+from dmlbench.datasets.digits import digits
+
+def cameras(split):
+    data = digits("test")
+    return replace(data, groups=2 * data.labels + np.arange(len(data)) % 2)
+"""
+
+
+def test_cameras_as_a_user_types_them(typed, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "mine.py").write_text(CAMERAS)
+    model = ("--model", "digits-smallcnn-triplet-none", "--attacks", "MA-,MA+", "--limit", "12")
+    out = typed("evaluate", *model, "--dataset", "python:mine.py:cameras", "--out", "cameras").out
+    assert "mINP" in out and "R@10" in out and "MA-@pgd:recall_at_1" in out
+    assert "mINP" not in typed("evaluate", *model, "--out", "plain").out
+    assert "minp" in typed("compare", "cameras", "cameras").out
+    for run, there in (("cameras", True), ("plain", False)):
+        typed("report", run, "--out", f"{run}.html")
+        assert ("mINP" in (tmp_path / f"{run}.html").read_text()) == there

@@ -379,13 +379,13 @@ def print_evaluation(e: Evaluation) -> None:
         f"{d.n_classes} classes; protocol {e.protocol.name} v{e.protocol.version} ({e.protocol.sha256[:8]})"
     )
     from dmlbench.kinds.table import adversary, kind_of
-    from dmlbench.metrics import CLEAN
+    from dmlbench.metrics import BENIGN
 
     kind = kind_of(e)
     benign = Table(box=None, pad_edge=False, title="benign, %", title_justify="left")
-    shown = [name for name in CLEAN if name in e.benign]
+    shown = [name for name in BENIGN if name in e.benign]
     for name in shown:
-        benign.add_column(CLEAN[name], justify="right")
+        benign.add_column(BENIGN[name], justify="right")
     benign.add_row(*(f"{e.benign[name]:.1f}" for name in shown))
     out.print(benign)
 

@@ -246,6 +246,11 @@ class RetrievalDataset:
         number = number.reshape(-1)
         return np.where(count[number] > 1, number, -1).astype(np.int64)
 
+    @property
+    def grouped(self) -> bool:
+        """Is some row in a group, such as a camera's, whose entries do not count for one another? Copies are in none of these."""
+        return bool((self.groups >= 0).any())
+
     @cached_property
     def apart(self) -> np.ndarray | None:
         """(N, G) the groups, with one for each content that a query shares with a gallery entry not its own; None

@@ -70,3 +70,10 @@ def average_precisions(
     precision = torch.where(real, hits / rank, 0.0)
     at_r = precision * (rank <= count[:, None])
     return 100.0 * precision.sum(1) / count, 100.0 * at_r.sum(1) / count  # 0/0 is NaN where there are none
+
+
+def inverse_negative_penalty(ahead: Float[Tensor, "B P"], real: Bool[Tensor, "B P"]) -> Float[Tensor, " B"]:
+    """The number of positives as a share of the rank of the last of them, percent; NaN without positives."""
+    count = real.sum(1)
+    last = ahead.gather(1, (count - 1).clamp_min(0)[:, None])[:, 0]
+    return torch.where(count > 0, 100.0 * count / (count + last), torch.nan)

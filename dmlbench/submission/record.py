@@ -11,7 +11,7 @@ from dmlbench.board.row import Percent, Row, Sha256, Text, Url, plain_text
 from dmlbench.checkpoints import ID, Checkpoint, DatasetRef
 from dmlbench.errors import Problem
 from dmlbench.kinds.table import numbers
-from dmlbench.metrics import CLEAN
+from dmlbench.metrics import CLEAN, GROUPED
 from dmlbench.plain import read_yaml
 from dmlbench.registry import suggest
 from dmlbench.results import DatasetInfo, Environment, Evaluation, Measurement, ModelInfo
@@ -148,7 +148,7 @@ def _moment(text: str) -> str:
 
 
 def _every_clean(found: dict[str, float]) -> dict[str, float]:
-    if wrong := sorted(set(found) ^ set(CLEAN)):
+    if wrong := sorted(set(found) - set(GROUPED) ^ set(CLEAN)):
         raise ValueError(f"{wrong[0]} is {'missing' if wrong[0] in CLEAN else 'none of the clean metrics'}")
     return found
 

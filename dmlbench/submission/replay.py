@@ -94,7 +94,7 @@ def _outside(adversarial: torch.Tensor, clean: torch.Tensor, threat: Threat) -> 
 
 def _clean_problems(e: Evaluation, subject: Subject, seeds: tuple[int, ...]) -> Iterator[Problem]:
     """The clean outcomes of every query, and the clustering metrics."""
-    for name, values in retrieval(subject.scene, RECALL_AT).items():
+    for name, values in retrieval(subject.scene, RECALL_AT, grouped=subject.dataset.grouped).items():
         stated = e.arrays[f"benign/{name}"].astype(np.float64)
         differing = (np.isnan(stated) != np.isnan(values)) | (np.abs(stated - values) > AGREE)
         if differing.mean() > DIFFER:

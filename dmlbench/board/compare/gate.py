@@ -23,7 +23,7 @@ from dmlbench.checkpoints import first_problem
 from dmlbench.errors import UsageError
 from dmlbench.files import read_toml
 from dmlbench.kinds.table import numbers
-from dmlbench.metrics import CLEAN
+from dmlbench.metrics import BENIGN
 from dmlbench.registry import suggest
 
 DEFAULT_DROPS: Mapping[str, float] = {
@@ -35,7 +35,7 @@ DEFAULT_DROPS: Mapping[str, float] = {
 }
 """Points that a metric may lose; ``any`` is any attack part, but for those whose R@1 is within the attacked set."""
 
-GATED = ("ers", "any", *CLEAN, *numbers())
+GATED = ("ers", "any", *BENIGN, *numbers())
 
 
 class Gate(BaseModel):

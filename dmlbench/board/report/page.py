@@ -21,7 +21,7 @@ from dmlbench.board.report.pictures import data_uri, magnified
 from dmlbench.board.row import headline, shown
 from dmlbench.errors import NotComparable
 from dmlbench.kinds.table import adversary, kind_of, sizes_of
-from dmlbench.metrics import CLEAN
+from dmlbench.metrics import BENIGN, CLEAN
 from dmlbench.results import Evaluation, Measurement
 from dmlbench.run.closeup import names_of
 from dmlbench.threat import written
@@ -95,7 +95,11 @@ def page(runs: Sequence[Run]) -> str:
         e=first,
         adversary=adversary(first),
         headline=_headline(first),
-        benign=[(label, [run.evaluation.benign.get(key) for run in runs]) for key, label in CLEAN.items()],
+        benign=[
+            (label, [run.evaluation.benign.get(key) for run in runs])
+            for key, label in BENIGN.items()
+            if key in CLEAN or any(key in run.evaluation.benign for run in runs)
+        ],
         parts=[(m, _raw(m)) for m in first.measurements],
         chart=_chart(runs),
         sides=_sides(runs),

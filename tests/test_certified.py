@@ -122,7 +122,7 @@ def test_on_a_plane_the_certificate_is_the_distance_to_it() -> None:
     labels = (distance > 0).long().numpy()
     data = RetrievalDataset("plane", "test", TensorImages(images), labels)
     subject = prepare(Embedder(network, shape), data, device="cpu")
-    e = smoothed(subject, sigma, samples, 0)
+    e = smoothed(subject.embedder, images, subject.rng(0), sigma, samples)
     wanted = 2 * norm.cdf(distance.double().numpy() / sigma) - 1
     np.testing.assert_allclose(e[:, 0].numpy(), wanted, atol=5 / math.sqrt(samples))
     margin = margins(e, subject.scene).numpy()
@@ -215,7 +215,7 @@ def test_the_fewest_samples_are_those_that_prove_anything(alpha, queries) -> Non
 def test_the_numbers_follow_from_the_queries(done, model, digits) -> None:
     said, radius = done.extras["certified"], done.arrays[RADIUS]
     subject = prepare(model, digits, limit=24, device="cpu")
-    e = smoothed(subject, 0.25, 1000, 0)
+    e = smoothed(subject.embedder, subject.images(0, 24), subject.rng(0, "certified"), 0.25, 1000)
     margin = plain_margins(e[:1], subject[:1].scene)
     np.testing.assert_allclose(done.arrays[MARGIN][:1], margin, atol=1e-6)
     y = math.log(2 * 24 / 0.9) / 1000

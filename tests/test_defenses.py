@@ -1,6 +1,7 @@
 """Every defence's search and loss against plain loops on a hand-sized batch."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,7 @@ def triplet_mean(e) -> float:
     return sum(max(0.0, distance(a, p) - distance(a, n) + MARGIN) for a, p, n in e) / len(e)
 
 
-@pytest.mark.parametrize("name", [n for n in DEFENSES if n != "none"])
+@pytest.mark.parametrize("name", [n for n in DEFENSES if n not in ("none", "noise")])
 def test_searches_improve_inside_the_ball_and_leave_the_model_as_it_was(name: str) -> None:
     model, _, calls, value = run(name, **({"source": "R", "destination": "H"} if name == "hm" else {}))
     assert calls
@@ -134,6 +135,16 @@ def test_none_is_the_triplet_loss_of_the_clean_batch() -> None:
     rows = triplets_of_outer(model, b)
     assert not calls
     assert value.item() == pytest.approx(triplet_mean(embedded(model, b.images)[rows]), abs=1e-5)
+
+
+def test_noise_is_that_loss_on_noisy_images() -> None:
+    model, b, calls, value = trained("noise", sigma=0.3)
+    noisy = b.images + 0.3 * b.stream("noise", b.images).normal(*b.images.shape[1:])
+    assert not calls and 0.25 < float((noisy - b.images).std()) < 0.35 and float(noisy.min()) < 0
+    rows = triplets_of_outer(model, replace(b, images=noisy))
+    assert value.item() == pytest.approx(triplet_mean(embedded(model, noisy)[rows]), abs=1e-5)
+    with pytest.raises(UsageError, match=r"sigma 0\.0 must be above 0"):
+        run("noise", sigma=0.0)
 
 
 def triplets_of_outer(model: Learner, b: Batch):

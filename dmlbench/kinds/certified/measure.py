@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from dmlbench.checkpoints import first_problem
-from dmlbench.embedding import require_finite
+from dmlbench.embedding import Embedder, require_finite
 from dmlbench.errors import UsageError
 from dmlbench.intervals import cluster_median
 from dmlbench.kinds.base import Outcome
@@ -23,6 +23,7 @@ from dmlbench.kinds.certified.bound import largest, margins, radii
 from dmlbench.metrics import mean
 from dmlbench.protocol import Component, Protocol
 from dmlbench.results import finite
+from dmlbench.rng import Rng
 from dmlbench.run.search import halved
 from dmlbench.run.subject import Progress, Subject
 from dmlbench.run.units import Arrays, Work
@@ -71,25 +72,26 @@ def components(rules: Protocol, shape: Sequence[int]) -> list[Component]:
     ]  # fmt: skip
 
 
-def smoothed(subject: Subject, sigma: float, samples: int, seed: int) -> Float[Tensor, "Q D"]:
-    """The mean embedding of ``samples`` noisy copies of each query, float64.
+def smoothed(
+    embedder: Embedder, images: Float[Tensor, "b c h w"], rng: Rng, sigma: float, samples: int
+) -> Float[Tensor, "b D"]:
+    """The mean embedding of ``samples`` noisy copies of each image, float64.
 
     Raises:
         DataError: an embedding is NaN or infinite.
     """
-    images, rng, total = subject.images(0, len(subject.rows)), subject.rng(seed, "certified"), None
+    total = torch.zeros((), dtype=torch.float64, device=images.device)
     with torch.no_grad():
         for _ in range(samples):
-            e = subject.embedder(images + sigma * rng.normal(*images.shape[1:])).double()
-            total = e if total is None else total.add_(e)
-    assert total is not None
-    require_finite(total, subject.embedder.name, "pictures with noise")
+            total = total + embedder(images + sigma * rng.normal(*images.shape[1:])).double()
+    require_finite(total, embedder.name, "pictures with noise")
     return total / samples
 
 
 def readings(subject: Subject, settings: Settings, seed: int) -> Arrays:
     """Margin and length of every query's mean embedding, (Q,) float64."""
-    e = smoothed(subject, settings.sigma, settings.samples, seed)
+    images, rng = subject.images(0, len(subject.rows)), subject.rng(seed, "certified")
+    e = smoothed(subject.embedder, images, rng, settings.sigma, settings.samples)
     return {"margin": margins(e, subject.scene).cpu().numpy(), "length": e.norm(dim=1).cpu().numpy()}
 
 

@@ -17,7 +17,7 @@ from dmlbench.registry import Registry, suggest
 from dmlbench.training.defenses.base import Batch, Inner, Learner, Step
 from dmlbench.training.defenses.manipulation import DESTINATIONS, hm
 from dmlbench.training.defenses.proxies import at, eat, trades
-from dmlbench.training.defenses.triplets import act, ca_tride, est, min_max, none, robust
+from dmlbench.training.defenses.triplets import act, ca_tride, est, min_max, noise, none, robust
 from dmlbench.training.sampling import SAMPLINGS
 
 __all__ = ["DEFENSES", "DESTINATIONS", "Batch", "DefenseEntry", "Inner", "Learner", "Paper", "Step"]
@@ -97,6 +97,9 @@ _TRIDE = Paper(
 _PGD = Paper(
     "Towards Deep Learning Models Resistant to Adversarial Attacks", "https://arxiv.org/abs/1706.06083", "ICLR", 2018
 )
+_SMOOTHING = Paper(
+    "Certified Adversarial Robustness via Randomized Smoothing", "https://arxiv.org/abs/1902.02918", "ICML", 2019
+)
 _TRADES = Paper(
     "Theoretically Principled Trade-off between Robustness and Accuracy",
     "https://arxiv.org/abs/1901.08573",
@@ -108,6 +111,7 @@ DEFENSES: Registry[DefenseEntry] = Registry(
     "defence",
     {
         "none": DefenseEntry(none, "no defence: the loss on clean images", losses=()),
+        "noise": DefenseEntry(noise, "the loss on images with Gaussian noise", _SMOOTHING, losses=()),
         "est": DefenseEntry(est, "EST: the loss on images moved by embedding shift", _RANK, losses=()),
         "act": DefenseEntry(act, "ACT: positive and negative drawn together", _RANK),
         "min-max": DefenseEntry(min_max, "Madry's min-max on the triplet loss (collapses)", _PGD),

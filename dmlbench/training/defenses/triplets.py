@@ -19,6 +19,15 @@ def none(learner: Learner, batch: Batch, inner: Inner, *, sampling: str = "R") -
     return learner.outer(learner.embedder(batch.images), batch, sampling)
 
 
+def noise(learner: Learner, batch: Batch, inner: Inner, *, sampling: str = "R", sigma: float = 0.25) -> Tensor:
+    """Noise training (Cohen, Rosenfeld and Kolter, ICML 2019): the loss on images + N(0, σ²) in every pixel, not clipped, so
+    that the model is fed what a smoothed one is read from (:mod:`dmlbench.kinds.certified`)."""
+    if not sigma > 0:
+        raise UsageError(f"sigma {sigma} must be above 0")
+    drawn = batch.stream("noise", batch.images).normal(*batch.images.shape[1:])
+    return learner.outer(learner.embedder(batch.images + sigma * drawn), batch, sampling)
+
+
 def est(learner: Learner, batch: Batch, inner: Inner, *, sampling: str = "R") -> Tensor:
     """EST, embedding-shifted: every image is moved to maximise d(f(x~), f(x)); loss on the moved batch.
 

@@ -138,8 +138,8 @@ def narrowed(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _narrow(values: np.ndarray) -> np.ndarray:
-    if values.dtype.kind in "iu" and values.size and values.min() >= 0:
-        return values.astype(min(np.min_scalar_type(values.max()), values.dtype, key=lambda t: t.itemsize))
+    if values.dtype.kind in "iu" and values.min(initial=0) >= 0:
+        return values.astype(min(np.min_scalar_type(values.max(initial=0)), values.dtype, key=lambda t: t.itemsize))
     if values.dtype.kind == "f":
         with np.errstate(over="ignore"):
             half = values.astype(np.float16)
@@ -196,6 +196,6 @@ def unstacked(sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if len(set(parts)) < len(parts) or not rest.keys().isdisjoint(parts):
         raise ValueError("stack/names holds a name twice, or that of another array")
     fits = index.dtype.kind == "u" and index.ndim == 5 and values.ndim == 1 and values.dtype == np.float32
-    if not fits or len(parts) != index.shape[-1] or index.max(initial=0) >= len(values):
+    if not fits or len(parts) != index.shape[-1] or (index.size and index.max() >= len(values)):
         raise ValueError("stack/index does not fit stack/names and stack/values")
     return {**rest, **{name: values[index[..., i]] for i, name in enumerate(parts)}}

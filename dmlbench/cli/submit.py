@@ -6,7 +6,6 @@ from pathlib import Path
 import click
 
 from dmlbench.cli.output import json_option, print_json
-from dmlbench.submission.bundle import LEAST_SAMPLE
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -70,9 +69,7 @@ def _holding(mark: str, value: object, where: str = "") -> Iterator[str]:
 @click.option(
     "--sample",
     type=int,
-    default=LEAST_SAMPLE,
-    show_default=True,
-    help="Of how many sampled queries the adversarial images are kept, 32 or more.",
+    help="Of how many sampled queries the adversarial images are kept; by default, and at the least, what level 2 looks at.",
 )
 @click.option(
     "--out",
@@ -86,7 +83,7 @@ def pack(
     submission: Path | None,
     weights: Path | None,
     no_weights: bool,
-    sample: int,
+    sample: int | None,
     out: Path,
     as_json: bool,
 ) -> int:

@@ -88,6 +88,11 @@ class DatasetEntry:
         """Are its images real pictures, and not of the few pixels that a first experiment takes?"""
         return max(self.shape[1:]) > SMALL
 
+    @property
+    def passed_on(self) -> bool:
+        """May copies of its pictures be passed on? Not where they are for research alone, which those of people are."""
+        return "research" not in self.licence
+
     def read(self, split: str, preprocess: Preprocess) -> RetrievalDataset:
         """The data set, its counts and files not yet looked at."""
         dataset = self.load(split, preprocess)

@@ -52,8 +52,6 @@ LIMITS = {
 }
 """The files of a bundle and how large each may be."""
 OPTIONAL = ("weights.safetensors",)
-LEAST_SAMPLE = 32
-"""Queries whose adversarial images a bundle holds at the least (or all, where the run kept fewer)."""
 ARRAYS_MOST = 2048 * MIB
 """How large the arrays of one npz file may be in memory, each value at :data:`WIDEST`."""
 WIDEST = 8

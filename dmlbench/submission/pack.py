@@ -20,7 +20,8 @@ from dmlbench.models.defended import FORM
 from dmlbench.plain import read_json
 from dmlbench.results import Evaluation, json_bytes, load, npz_bytes
 from dmlbench.run.subject import query_order
-from dmlbench.submission.bundle import LEAST_SAMPLE, LIMITS, MANIFEST, make_manifest, verification_of, zip_bytes
+from dmlbench.submission.bundle import LIMITS, MANIFEST, make_manifest, verification_of, zip_bytes
+from dmlbench.submission.kept import least_sample
 from dmlbench.submission.record import FILL_IN, LICENSES, RANKING
 from dmlbench.submission.static import WEIGHTS
 
@@ -123,7 +124,7 @@ def pack(
     submission: Path,
     weights: Path | None = None,
     with_weights: bool = True,
-    sample: int = LEAST_SAMPLE,
+    sample: int | None = None,
 ) -> dict[str, bytes]:
     """The files of the bundle: those of the run, its outcomes in the least room that holds them exactly.
 
@@ -132,16 +133,21 @@ def pack(
     Args:
         weights: the model's file; by default the registered one that lies in this package.
         with_weights: False leaves them out, which the board accepts where the package holds the same file.
-        sample: of how many of the sampled queries the adversarial images are kept.
+        sample: of how many of the sampled queries the adversarial images are kept; by default :func:`~dmlbench.submission.kept.least_sample`.
 
     Raises:
         DataError: a file is missing, or the weights are not those of the run.
-        UsageError: ``sample`` is below :data:`LEAST_SAMPLE`.
+        UsageError: ``sample`` is below that, or above 0 where it is 0.
     """
     e = load(run)
     files = {"run/evaluation.json": _read(run / "evaluation.json"), "submission.yaml": _read(submission)}
-    if sample < LEAST_SAMPLE:
-        raise UsageError(f"--sample {sample}: a bundle holds the images of at least {LEAST_SAMPLE} queries")
+    least = _least(e)
+    if sample is not None and sample < least:
+        raise UsageError(f"--sample {sample}: a bundle holds the images of at least {least} queries")
+    if sample and not least:
+        raise UsageError(
+            f"--sample {sample}: pictures of {e.dataset.name} may not be passed on, so a bundle holds none"
+        )
     if with_weights:
         path = weights or packaged_weights(e)
         if not path.is_file():
@@ -149,7 +155,13 @@ def pack(
         if sha256_of(path) != e.model.weights_sha256:
             raise DataError(f"{path} is not the file that the run was made with (sha256 differs)")
         files[WEIGHTS] = path.read_bytes()
-    return _sealed(files, e, sample)
+    return _sealed(files, e, least if sample is None else sample)
+
+
+def _least(e: Evaluation) -> int:
+    """Of how many queries a bundle of the run holds images at the least."""
+    shape = next((v.shape[1:] for n, v in e.sample.items() if v.ndim == 4 and not n.startswith("closeup/")), (1,))
+    return least_sample(e.dataset.name, shape)
 
 
 def _sealed(files: dict[str, bytes], e: Evaluation, sample: int) -> dict[str, bytes]:
@@ -182,7 +194,7 @@ def repacked(folder: Path) -> dict[str, bytes] | None:
     stale = superseded(e.protocol.name, e.protocol.sha256, e.model.id)
     kept = {name: _read(folder / name) for name in LIMITS if (folder / name).exists()}
     files = {n: raw for n, raw in kept.items() if n in ("run/evaluation.json", "submission.yaml", WEIGHTS)}
-    files = _sealed(files, e, STALE_SAMPLE if stale else len(e.sample["rows"]))
+    files = _sealed(files, e, min(STALE_SAMPLE, _least(e)) if stale else len(e.sample["rows"]))
     if files == kept:
         return None
     if verification_of(folder).exists():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from dmlbench.board.row import Percent, Row, Sha256, Text, Url, plain_text
-from dmlbench.checkpoints import ID, Checkpoint, DatasetRef
+from dmlbench.checkpoints import ID, Checkpoint, DatasetRef, checkpoints
 from dmlbench.errors import Problem
 from dmlbench.kinds.table import numbers
 from dmlbench.metrics import CLEAN, GROUPED
@@ -124,8 +124,11 @@ def read_submission(raw: bytes) -> Submission:
             for e in error.errors()
         ) from None
     problems = [Problem(0, f"{file} {where}", why) for where, why in _text_problems(content)]
-    license_name = submission.checkpoint.license
-    if license_name not in LICENSES:
+    license_name, sha256 = submission.checkpoint.license, submission.stated.weights_sha256
+    told = {
+        c.license for c in checkpoints().values() if c.files and c.files[0].sha256 == sha256
+    }  # of another publisher
+    if license_name not in LICENSES and license_name not in told:
         said = f"{license_name!r} is not one of the accepted SPDX names{suggest(license_name, LICENSES)}"
         problems.append(Problem(0, f"{file} checkpoint.license", said))
     probe = submission.checkpoint.probe

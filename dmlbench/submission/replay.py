@@ -17,7 +17,8 @@ from dmlbench.kinds.table import KINDS
 from dmlbench.metrics import RECALL_AT, agreement, assignments, retrieval
 from dmlbench.results import Evaluation
 from dmlbench.run.subject import Subject, prepare, sample_positions
-from dmlbench.submission.bundle import LEAST_SAMPLE, Refused, refuse
+from dmlbench.submission.bundle import Refused, refuse
+from dmlbench.submission.kept import least_sample
 from dmlbench.submission.static import Checked
 from dmlbench.threat import Threat
 
@@ -49,9 +50,14 @@ def replay(checked: Checked, embedder: Embedder, device: str = "auto") -> None:
     if not np.array_equal(subject.rows, e.arrays["query"]):
         raise refuse(2, f"{QUERIES} query", "are not the queries of the data set, in its order")
     problems = list(_clean_problems(e, subject, rules.clustering_seeds))
-    keep = sample_positions(subject, max(LEAST_SAMPLE, len(e.sample["rows"])))
+    least = least_sample(e.dataset.name, dataset.images.shape)
+    keep = sample_positions(subject, max(least, len(e.sample["rows"])))
     if not np.array_equal(e.sample["rows"], subject.rows[keep]):
-        raise refuse(2, f"{SAMPLE} rows", f"are not the fixed sample of queries, or its first {LEAST_SAMPLE} or more")
+        raise refuse(2, f"{SAMPLE} rows", f"are not the fixed sample of queries, or its first {least} or more")
+    if not len(keep):
+        if problems:
+            raise Refused(problems)
+        return
     clean = subject.dataset.images[subject.rows[keep]].to(subject.device)
     images = list(_image_problems(checked, clean, keep)) if KINDS[rules.kind].moved else []
     problems += images

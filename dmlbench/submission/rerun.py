@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from dmlbench.board.row import headline
-from dmlbench.checkpoints import PACKAGE, sha256_of
+from dmlbench.checkpoints import PACKAGE, checkpoints, sha256_of
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.doubts.audit import GLANCES
 from dmlbench.embedding import Embedder
@@ -26,7 +26,7 @@ from dmlbench.files import first_line
 from dmlbench.intervals import ANY, PERCENT, Ends, paired_intervals
 from dmlbench.kinds.base import AGREE, RUN, Stated
 from dmlbench.kinds.table import KINDS
-from dmlbench.models import build, check_probe, fill, parameter_count
+from dmlbench.models import ModelOptions, build, check_probe, fill, open_model, parameter_count
 from dmlbench.models.fetching import fetch as fetched
 from dmlbench.models.spec import preprocess_of
 from dmlbench.protocol import Protocol, scored
@@ -56,7 +56,10 @@ def load_submitted(checked: Checked, weights: Path | None = None, fetch: bool = 
     card, stated = checked.submission.checkpoint, checked.submission.stated
     raw = checked.bundle.files.get(WEIGHTS)
     if raw is None:
-        raw = _elsewhere(checked, weights, fetch).read_bytes()
+        path = _elsewhere(checked, weights, fetch)
+        if (known := checkpoints().get(checked.evaluation.model.id)) and known.files[0].format != "safetensors":
+            return _published(checked, path)
+        raw = path.read_bytes()
     if (found := hashlib.sha256(raw).hexdigest()) != stated.weights_sha256:
         raise refuse(1, WEIGHTS, f"has sha256 {found[:12]}…, the run was made with {stated.weights_sha256[:12]}…")
     try:
@@ -77,6 +80,24 @@ def load_submitted(checked: Checked, weights: Path | None = None, fetch: bool = 
     except Exception as error:  # a network says in any way that it does not take its own images
         said = f"cannot be compared, the network does not take images of {_sides(embedder.input_shape)}: {first_line(error)}"
         raise refuse(1, "submission.yaml checkpoint.probe", said) from None
+    return embedder
+
+
+def _published(checked: Checked, path: Path) -> Embedder:
+    """The registered model of another publisher, from its file in the publisher's own layout.
+
+    Raises:
+        Refused: another file, another record than the registry's, or the probe disagrees.
+    """
+    name, stated = checked.evaluation.model.id, checked.submission.stated
+    if checked.submission.checkpoint.model_dump() != checkpoints()[name].model_dump():
+        raise refuse(1, "submission.yaml checkpoint", f"is not what the registry says of {name!r}")
+    try:
+        embedder = open_model(name, ModelOptions(weights=str(path)))
+    except DmlbenchError as error:
+        raise refuse(1, WEIGHTS, str(error)) from None
+    if embedder.weights_sha256 != stated.weights_sha256:
+        raise refuse(1, WEIGHTS, f"{path} is not the file that the run was made with (sha256 differs)")
     return embedder
 
 

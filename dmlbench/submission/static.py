@@ -36,7 +36,8 @@ from dmlbench.run.record import counts
 from dmlbench.run.subject import measured_queries
 from dmlbench.submission import extras
 from dmlbench.submission.bundle import SUBMISSIONS, Bundle, Refused, manifest_of, read_arrays, read_bundle
-from dmlbench.submission.record import RANKING, Submission, SubmittedRun, read_submission
+from dmlbench.submission.kept import least_sample
+from dmlbench.submission.record import LICENSES, RANKING, Submission, SubmittedRun, read_submission
 from dmlbench.threat import TOLERANCE
 
 WEIGHTS = "weights.safetensors"
@@ -104,6 +105,10 @@ def check_static(path: Path, board: Path | None = None, aged: bool = False) -> C
     if path.is_dir() and path.resolve().parent.name == SUBMISSIONS and path.resolve().name != submission.id:
         said = f"is {submission.id!r}, its folder is called {path.resolve().name!r}"
         problems.append(Problem(0, "submission.yaml id", said))
+    if WEIGHTS in opened.bundle.files and submission.checkpoint.license not in LICENSES:
+        problems.append(
+            Problem(0, WEIGHTS, f"may not be passed on: their licence is {submission.checkpoint.license!r}")
+        )
     if board is not None:
         problems += _repeats(submission, evaluation, board, path)
     if problems:
@@ -317,7 +322,7 @@ def _shape_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) 
             if values is None or values.shape != query.shape or values.dtype.kind != "f":
                 yield Problem(0, f"{QUERIES} {c.name}/{kind}", "is not one number for each query")
     rows = e.sample.get("rows")
-    if rows is None or rows.ndim != 1 or not len(rows) or not np.isin(rows, query).all():
+    if rows is None or rows.ndim != 1 or not np.isin(rows, query).all() or (not len(rows) and least_sample(d.name, ())):
         yield Problem(0, f"{SAMPLE} rows", "are not rows of queries")
 
 

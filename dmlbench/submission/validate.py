@@ -96,6 +96,11 @@ def validate(
             done(1)
         if level >= 2:
             replay(checked, embedder, device)
+            if not len(checked.evaluation.sample["rows"]):
+                name = checked.evaluation.dataset.name
+                notes.append(
+                    f"level 2 looked at no adversarial image: pictures of {name} may not be passed on, so none is kept"
+                )
             done(2)
         if level >= 3:
             again = rerun_share(

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import certified_attack
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from dmlbench.kinds.certified.bound import errors, fewest, largest, margins, rad
 from dmlbench.kinds.certified.measure import CLEAN, LENGTH, MARGIN, RADIUS, Settings, components, smoothed
 from dmlbench.kinds.table import numbers_of
 from dmlbench.protocol import FOLDER, load_protocol, read_protocol
+from dmlbench.results import save
 from dmlbench.run.subject import prepare
 from dmlbench.run.units import Shard, Units, Work, collect
 from dmlbench.scene import Gallery, Scene
@@ -319,6 +321,19 @@ def test_a_share_measured_again_agrees_and_a_lie_does_not(done, model, digits) -
     lie = {"certified@0.005/value": np.zeros(24, np.float32), RADIUS: np.zeros(24)}
     told = Stated(done.model_copy().with_arrays({**done.arrays, **lie}), rule, parts)
     assert any("certified" in p.field for p in rerun._disagreements(told, found, at, 3))
+
+
+def test_the_search_breaks_far_beyond_a_certificate_and_not_within(done, tmp_path, capsys) -> None:
+    save(done, tmp_path / "run")
+    certified_attack.BEYOND = 2
+    assert (
+        certified_attack.main(
+            [str(tmp_path / "run"), "--limit", "2", "--factors", "1,200", "--out", str(tmp_path / "t.md")]
+        )
+        == 0
+    )
+    assert "broken within their certified radius: 0 of 2" in capsys.readouterr().out
+    assert "0 of 2 | 2 of 2 |" in (tmp_path / "t.md").read_text()
 
 
 # --- bad input -----------------------------------------------------------------------------------------

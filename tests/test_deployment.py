@@ -1,6 +1,5 @@
 """Threats of a deployment: both sides perturbed, universal perturbations on unseen queries, poisoned pictures of the gallery."""
 
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -75,6 +74,21 @@ def kept(model, digits, run):
     return Kept(subject, at, subject.images(0, 32)[torch.from_numpy(at)])
 
 
+@pytest.fixture
+def short(tmp_path, monkeypatch):
+    """Put the protocol of :func:`rules` in the place of the packaged one."""
+
+    def stand_in(name):
+        rule, path = rules(name), tmp_path / f"{name}.toml"
+        settings = settings_text(rule.settings)
+        path.write_text(PROTOCOLS_TEXT.format(name=name, steps=rule.threat["steps"], settings=settings))
+        monkeypatch.setitem(PROTOCOLS._entries, name, path)
+        load_protocol.cache_clear()
+
+    yield stand_in
+    load_protocol.cache_clear()
+
+
 # --- every kind ----------------------------------------------------------------------------------------
 
 
@@ -125,26 +139,18 @@ def test_a_stopped_run_goes_on_to_the_same_bytes_in_other_batches(model, digits,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_bundle_passes_up_to_the_rerun(model, digits, name, tmp_path, monkeypatch) -> None:
+def test_a_bundle_passes_up_to_the_rerun(model, digits, short, name, tmp_path) -> None:
     """All queries, in a protocol whose searches are short."""
-    rule = rules(name)
-    monkeypatch.setitem(PROTOCOLS._entries, name, tmp_path / f"{name}.toml")
-    text = PROTOCOLS_TEXT.format(name=name, steps=rule.threat["steps"], settings=settings_text(rule.settings))
-    (tmp_path / f"{name}.toml").write_text(text)
-    load_protocol.cache_clear()
-    try:
-        run = evaluate(model, digits, name, device="cpu")
-        save(run, tmp_path / "run")
-        (tmp_path / "w.safetensors").write_bytes(weights_of(MODEL))
-        said = draft(tmp_path / "run", checkpoints()[MODEL]).replace("license: FILL-IN", "license: MIT")
-        (tmp_path / "submission.yaml").write_text(said.replace("FILL-IN", "A. Tester"))
-        files = pack(tmp_path / "run", tmp_path / "submission.yaml", tmp_path / "w.safetensors")
-        write_folder(files, tmp_path / "bundle")
-        report = validate(tmp_path / "bundle", 3, device="cpu", seed=0, share=0.0, least=8)
-        assert report.status == "accepted" and report.passed == (0, 1, 2, 3), report.problems
-    finally:
-        load_protocol.cache_clear()
-        shutil.rmtree(tmp_path / "run")
+    short(name)
+    run = evaluate(model, digits, name, device="cpu")
+    save(run, tmp_path / "run")
+    (tmp_path / "w.safetensors").write_bytes(weights_of(MODEL))
+    said = draft(tmp_path / "run", checkpoints()[MODEL]).replace("license: FILL-IN", "license: MIT")
+    (tmp_path / "submission.yaml").write_text(said.replace("FILL-IN", "A. Tester"))
+    files = pack(tmp_path / "run", tmp_path / "submission.yaml", tmp_path / "w.safetensors")
+    write_folder(files, tmp_path / "bundle")
+    report = validate(tmp_path / "bundle", 3, device="cpu", seed=0, share=0.0, least=8)
+    assert report.status == "accepted" and report.passed == (0, 1, 2, 3), report.problems
 
 
 PROTOCOLS_TEXT = """name = "{name}"
@@ -420,7 +426,8 @@ def test_too_few_pictures_for_the_seeds(model, digits) -> None:
 @pytest.mark.parametrize(
     ("name", "words"), [("sides", "gallery alone"), ("universal", "on the other"), ("poison", "natural hubs")]
 )
-def test_as_a_user_types_it(typed, tmp_path, name, words) -> None:
+def test_as_a_user_types_it(typed, short, tmp_path, name, words) -> None:
+    short(name)
     run, table = str(tmp_path / "run"), str(tmp_path / "mine.csv")
     first = ("evaluate", "--model", MODEL, "--protocol", name, "--limit", "12", "--eps", "10/255,20/255")
     assert words in typed(*first, "--out", run, "--csv", table).out

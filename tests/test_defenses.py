@@ -18,25 +18,26 @@ from dmlbench.threat import Threat
 from dmlbench.training.defenses import DEFENSES, DESTINATIONS, Batch, Inner, Learner, base
 from dmlbench.training.defenses.base import Miner, frozen
 from dmlbench.training.defenses.manipulation import BOOST
+from dmlbench.training.defenses.proxies import diversity
 from dmlbench.training.losses import build_loss, hardness, proxy_anchor_each, triplet
 from dmlbench.training.sampling import SAMPLINGS, draw
 
 MARGIN = 0.2
 
 
-def learner(loss: str = "triplet", ensemble: bool = False) -> Learner:
+def learner(loss: str = "triplet", ensemble: bool = False, norms: int = 0) -> Learner:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         small = {"width": 2, "embed_dim": 6}
         network = (
             ARCHITECTURES["ensemble"](member="smallcnn", members=2, **small)
             if ensemble
-            else ARCHITECTURES["smallcnn"](**small)
+            else ARCHITECTURES["smallcnn-bn" if norms else "smallcnn"](**small)
         )
         embedder = Embedder(network, (1, 8, 8))
         params = {"margin": MARGIN} if loss == "triplet" else {}
         criteria = [build_loss(loss, 3, 6, embedder.distance, params) for _ in range(2 if ensemble else 1)]
-    return Learner(embedder.train(), nn.ModuleList(criteria), loss, MARGIN)
+    return Learner(embedder.train(), nn.ModuleList(criteria), loss, MARGIN, norms)
 
 
 @pytest.mark.parametrize("margin", [MARGIN, 0.7])
@@ -88,7 +89,7 @@ class Recorder:
 def run(name: str, loss: str | None = None, iteration: int = 0, **params):
     entry = DEFENSES[name]
     loss = loss or (entry.losses or ("triplet",))[0]
-    model = learner(loss, entry.ensemble)
+    model = learner(loss, entry.ensemble, entry.norms)
     model.previous.fill_(0.12)
     recorder = Recorder(model)
     inner = Inner(Threat(eps="40/255", step="8/255", steps=6), recorder)
@@ -117,9 +118,10 @@ def triplet_mean(e) -> float:
     return sum(max(0.0, distance(a, p) - distance(a, n) + MARGIN) for a, p, n in e) / len(e)
 
 
-@pytest.mark.parametrize("name", [n for n in DEFENSES if n not in ("none", "noise")])
+@pytest.mark.parametrize("name", [n for n in DEFENSES if n not in ("none", "noise", "adp")])
 def test_searches_improve_inside_the_ball_and_leave_the_model_as_it_was(name: str) -> None:
-    model, _, calls, value = run(name, **({"source": "R", "destination": "H"} if name == "hm" else {}))
+    params = {"hm": {"source": "R", "destination": "H"}, "mdprop": {"targets": 1}}
+    model, _, calls, value = run(name, **params.get(name, {}))
     assert calls
     assert all(bool((after.sum() < before.sum()) or before.sum() == 0) for _, _, before, after, _ in calls)
     assert any(bool((moved != images).any()) for images, moved, *_ in calls)
@@ -342,6 +344,114 @@ def test_eat_keeps_members_and_splits_together_where_a_split_is_empty() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+def normed(part):
+    """Embeddings of a batch in training by an untrained model, and the statistics that its batch norms then have."""
+    model = learner(norms=1)
+    with torch.no_grad():
+        e = model.embedder(part)
+    return e, [m.running_mean for m in base.batch_norms(model.embedder).values()]
+
+
+@pytest.mark.parametrize("targets", [1, 3])
+def test_mdprop_moves_each_half_to_its_targets_through_its_own_batch_norms(targets: int) -> None:
+    model, b, calls, value = trained("mdprop", targets=targets)
+    still = learner(norms=1).embedder.eval()
+    moved = [after for _, after, *_ in calls]
+    for which, (images, end, before, after, _) in enumerate(calls):
+        assert torch.equal(images, b.images[3 * which : 3 * which + 3])
+        order = b.stream(f"targets {which}", images).uniform(targets if which else 1).argsort(0)
+        with torch.no_grad():
+            aims, start, end = still(images), still(images), still(end)
+        for column in order.t():
+            assert sorted(column.tolist()) == [0, 1, 2]
+        for i in range(3):
+            for said, e in ((before, start), (after, end)):
+                wanted = sum(distance(e[i], aims[j]) for j in order[i]) / order.shape[1]
+                assert float(said[i]) == pytest.approx(wanted, abs=1e-4)
+    parts = [normed(part) for part in (b.images, *moved)]
+    rows = draw("R", torch.zeros(6, 12), b.labels.repeat(2), torch.tensor([0, 2, 4, 6, 8, 10]), 6,
+                b.stream("outer", torch.zeros(6)))  # fmt: skip
+    assert value.item() == pytest.approx(triplet_mean(torch.cat([e for e, _ in parts])[rows]), abs=1e-5)
+    sets = [base.batch_norms(model.embedder).values(), *model.norms]
+    for norms, (_, wanted) in zip(sets, parts, strict=True):
+        for norm, mean in zip(norms, wanted, strict=True):
+            torch.testing.assert_close(norm.running_mean, mean)
+            assert int(norm.num_batches_tracked) == 1
+
+
+def test_another_set_of_batch_norms_learns_and_leaves_the_embedders_alone() -> None:
+    model, x = learner(norms=2), batch().images
+    with torch.no_grad():
+        for i, norm in enumerate(model.norms[1]):
+            norm.weight.copy_(torch.linspace(0.5, 2.0, len(norm.weight)))
+            norm.bias.fill_(0.1 * i)
+    before = {k: v.clone() for k, v in model.embedder.state_dict().items()}
+    own = base.batch_norms(model.embedder)
+    e = model.through(1, x)
+    e.square()[:, 0].sum().backward()
+    assert all(n.weight.grad is not None for n in model.norms[1])
+    assert all(n.weight.grad is None for n in (*own.values(), *model.norms[0]))
+    assert all(torch.equal(v, before[k]) for k, v in model.embedder.state_dict().items())
+    twin = learner(norms=1)
+    for norm, theirs in zip(base.batch_norms(twin.embedder).values(), model.norms[1], strict=True):
+        norm.weight.data.copy_(theirs.weight.data), norm.bias.data.copy_(theirs.bias.data)
+    torch.testing.assert_close(embedded(twin, x), e.detach())
+
+
+def test_separate_batch_norms_need_a_network_that_has_some() -> None:
+    with pytest.raises(UsageError, match="this network has no batch norm"):
+        Learner(learner().embedder, nn.ModuleList(), "triplet", MARGIN, norms=1)
+
+
+def plain_diversity(cosines, label: int, temperature: float) -> tuple[float, float]:
+    """Entropy of the mean prediction and log det(VᵀV + 1e-6) of one image, from (members, classes) cosines."""
+    soft = [[math.exp(c / temperature) for c in row] for row in cosines]
+    soft = [[v / sum(row) for v in row] for row in soft]
+    mean = [sum(column) / len(soft) for column in zip(*soft, strict=True)]
+    directions = []
+    for row in soft:
+        others = np.array([v for c, v in enumerate(row) if c != label])
+        directions.append(others / math.sqrt(sum(others**2)))
+    gram = [[float(a @ b) + 1e-6 * (a is b) for b in directions] for a in directions]
+    return -sum(p * math.log(p) for p in mean), math.log(np.linalg.det(np.array(gram)))
+
+
+def test_adp_rewards_uncertain_and_different_members() -> None:
+    model, b, calls, value = trained("adp", entropy=1.5, diverse=0.3, temperature=0.4)
+    assert not calls
+    with torch.no_grad():
+        e = [nn.functional.normalize(m(b.images), dim=1) for m in model.embedder.network.members]
+    losses = [c(x, b.labels).item() for c, x in zip(model.criteria, e, strict=True)]
+    expected = sum(losses)
+    proxies = [nn.functional.normalize(c.proxies.detach(), dim=1) for c in model.criteria]
+    for i in range(6):
+        cosines = [[float(x[i] @ p) for p in its] for x, its in zip(e, proxies, strict=True)]
+        entropy, diverse = plain_diversity(cosines, int(b.labels[i]), 0.4)
+        expected -= (1.5 * entropy + 0.3 * diverse) / 6
+    assert value.item() == pytest.approx(expected, rel=1e-4)
+    *_, value = run("adp")
+    value.backward()
+    assert trained("adp", entropy=0.0, diverse=0.0)[-1].item() == pytest.approx(sum(losses))
+
+
+def test_diversity_is_the_volume_of_the_members_directions() -> None:
+    """0 for members that are sure of different wrong classes, of no volume for members that agree."""
+    apart = torch.tensor([[[0.6, 0.4, 0.0]], [[0.7, 0.0, 0.3]]])
+    alike = torch.tensor([[[0.6, 0.4, 0.0]], [[0.7, 0.3, 0.0]]])
+    labels = torch.tensor([0])
+    assert float(diversity(apart, labels)[1]) == pytest.approx(0.0, abs=1e-5)
+    assert float(diversity(alike, labels)[1]) == pytest.approx(math.log(2e-6), abs=0.1)
+    sure = torch.tensor([[[1.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]]])
+    assert float(diversity(sure, labels)[0]) == pytest.approx(math.log(2))
+
+
+def test_adp_needs_a_wrong_class_for_each_member() -> None:
+    model = learner("proxy-anchor", ensemble=True)
+    model.criteria = nn.ModuleList(build_loss("proxy-anchor", 2, 6, model.embedder.distance, {}) for _ in range(2))
+    with pytest.raises(UsageError, match=r"more classes than members.* 2 and 2"):
+        DEFENSES["adp"].step(model, batch(), Inner(Threat()))
+
+
 def test_the_search_follows_the_loss_that_is_trained() -> None:
     """alpha and margin of the proxy-anchor loss are the adversary's too."""
     model, b = learner("proxy-anchor"), batch()
@@ -385,6 +495,10 @@ def test_frozen_restores_modes_and_gradients() -> None:
         ("hm", {"ics": -0.5}, "ics -0.5 must be 0"),
         ("hm", {"ics": math.nan}, "ics nan must be 0"),
         ("ca-tride", {"temperature": 0.0}, "must be above 0"),
+        ("mdprop", {"targets": 0}, "targets 0 must be 1 or more"),
+        ("adp", {"entropy": -1.0}, "entropy -1.0 must be 0 or more"),
+        ("adp", {"diverse": math.nan}, "diverse nan must be 0 or more"),
+        ("adp", {"temperature": 0.0}, "must be above 0"),
         ("robust", {"element": "q"}, "must be one of a, p, n"),
         ("robust", {"attack_rate": 1.5}, "must lie in"),
     ],

@@ -33,6 +33,7 @@ from dmlbench.training.recipe import Recipe, command_of, load_recipe, make_recip
 
 SMALL = {"groups": 4, "steps": 2, "iterations": 6, "check_every": 3, "arch_kwargs": {"width": 2}, "embed_dim": 8}
 HM = "digits-smallcnn-triplet-hm-lga-ics"
+MDPROP = "digits-smallcnnbn-triplet-mdprop"
 
 
 def command(capsys, *arguments: object, code: int = 0) -> tuple[str, str]:
@@ -73,11 +74,12 @@ def test_every_packaged_checkpoint_says_how_it_was_made() -> None:
             assert (str(made.eps), made.steps) == (entry.train.eps, entry.train.steps)
 
 
-@pytest.mark.parametrize("name", ["none", "est", "act", "min-max", "hm", "robust", "ca-tride", "at", "trades", "eat"])
+@pytest.mark.parametrize("name", list(DEFENSES))
 def test_command_trains_every_defence(capsys, tmp_path: Path, name: str) -> None:
-    arch = "ensemble" if name == "eat" else "smallcnn"
+    entry = DEFENSES[name]
+    arch = "ensemble" if entry.ensemble else "smallcnn-bn" if entry.norms else "smallcnn"
     small = [f"--set={k}={json.dumps(v)}" for k, v in SMALL.items() if k not in ("arch_kwargs",)]
-    if name == "eat":
+    if entry.ensemble:
         small += ['--set=arch_kwargs={"member": "smallcnn", "members": 2, "width": 2}']
     options = ["--defense", name, "--dataset", "digits", "--arch", arch, *small, "--device", "cpu", "--json"]
     out, err = command(capsys, "train", *options, "--out", tmp_path / "r")
@@ -90,6 +92,11 @@ def test_command_trains_every_defence(capsys, tmp_path: Path, name: str) -> None
     fill(embedder.network, read_weights(tmp_path / "r" / "last.safetensors"), "weights")
     check_probe(embedder, entry, "again")
     assert {"best.safetensors", "recipe.json", "state.pt"} <= {p.name for p in (tmp_path / "r").iterdir()}
+
+
+def test_separate_batch_norms_are_refused_without_batch_norm(capsys, tmp_path: Path) -> None:
+    _, err = command(capsys, "train", MDPROP, "--set", "arch=smallcnn", "--out", tmp_path / "r", code=2)
+    assert "this network has no batch norm" in err and not (tmp_path / "r").exists()
 
 
 def same_weights(a: Path, b: Path) -> bool:
@@ -113,7 +120,8 @@ def test_the_entry_says_with_how_many_threads_the_same_bytes_come_again(capsys, 
     assert same_weights(tmp_path / "r", tmp_path / "again")
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [HM, MDPROP])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, name: str) -> None:
     class Stop(Exception):
         pass
 
@@ -121,7 +129,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
         if row.iteration == 6:
             raise Stop
 
-    long = recipe(iterations=9)
+    long = recipe(name, iterations=9)
     whole = train(long, tmp_path / "whole")
     with pytest.raises(Stop):
         train(long, tmp_path / "cut", report=stop)
@@ -129,7 +137,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
     assert [(r.iteration, r.loss) for r in whole.progress] == [(r.iteration, r.loss) for r in resumed.progress]
     assert whole.entry == resumed.entry
-    train(recipe(iterations=9, seed=1), tmp_path / "other")
+    train(recipe(name, iterations=9, seed=1), tmp_path / "other")
     assert not same_weights(tmp_path / "whole", tmp_path / "other")
 
 

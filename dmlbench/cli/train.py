@@ -17,7 +17,7 @@ from dmlbench.errors import UsageError
 from dmlbench.own_code import RUN
 from dmlbench.run.parallel import World
 from dmlbench.run.subject import resolve_device
-from dmlbench.training.defenses import own_defense
+from dmlbench.training.defenses import DEFENSES, own_defense
 from dmlbench.training.loop import train as run_training
 from dmlbench.training.progress import Progress as Row
 from dmlbench.training.recipe import Recipe, changed, load_recipe, make_recipe, packaged_recipes, short_name, slug
@@ -66,8 +66,9 @@ def gather(recipe: str | None, changes: dict[str, Any], named: dict[str, Any]) -
     missing = [f"--{key}" for key in ("defense", "dataset", "arch") if key not in named]
     if missing:
         raise UsageError(f"name a RECIPE, or give {', '.join(missing)} (dmlbench train --list shows the recipes)")
-    if named["defense"] in ("at", "trades", "eat"):
-        changes = {"loss": "proxy-anchor", **changes}
+    losses = DEFENSES[named["defense"]].losses
+    if losses and "triplet" not in losses:
+        changes = {"loss": losses[0], **changes}
     parts = (short_name(named["dataset"]), short_name(named["arch"]), changes.get("loss", "triplet"), named["defense"])
     name = slug("-".join(map(str, parts)))
     name += "-own" if name in packaged_recipes() else ""  # a registered id is no other model's

@@ -346,6 +346,7 @@ ARCHITECTURES: Registry[Callable[..., nn.Module]] = Registry(
         "smallcnn": smallcnn,
         "conv3": conv3,
         "c2f2": c2f2,
+        "smallcnn-bn": partial(smallcnn, batch_norm=True),
         "ensemble": ensemble,
         **{name: partial(published, name) for name in PUBLISHED},
     },

@@ -7,16 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def smallcnn(channels: int = 1, width: int = 16, embed_dim: int = 64, size: int = 8) -> nn.Module:
-    """Three 3x3 convolutions (strides 1, 2, 2) and a linear layer, for 8x8 images."""
+def smallcnn(
+    channels: int = 1, width: int = 16, embed_dim: int = 64, size: int = 8, *, batch_norm: bool = False
+) -> nn.Module:
+    """Three 3x3 convolutions (strides 1, 2, 2), each with a batch norm if asked for, and a linear layer, for 8x8 images."""
     side = (size + 3) // 4
+    layers: list[nn.Module] = []
+    for before, after, stride in ((channels, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)):
+        layers.append(nn.Conv2d(before, after, 3, stride=stride, padding=1))
+        layers += [nn.BatchNorm2d(after), nn.ReLU()] if batch_norm else [nn.ReLU()]
     return nn.Sequential(
-        nn.Conv2d(channels, width, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1),
-        nn.ReLU(),
+        *layers,
         nn.Flatten(),
         nn.Linear(4 * width * side * side, embed_dim),
     )

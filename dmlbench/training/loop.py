@@ -29,6 +29,7 @@ from dmlbench.results import json_bytes
 from dmlbench.rng import seed_of
 from dmlbench.run.parallel import World
 from dmlbench.training.defenses import DEFENSES, Batch, Inner, Learner
+from dmlbench.training.defenses.base import batch_norms
 from dmlbench.training.losses import build_loss
 from dmlbench.training.progress import COLLAPSE, QUICK_QUERIES, Progress, collapsed, log_bytes, quick_check
 from dmlbench.training.recipe import Recipe, load_recipe
@@ -92,12 +93,13 @@ def make_learner(
         criteria = [
             build_loss(recipe.loss, classes, dim, embedder.distance, {**params, **recipe.loss_params}) for dim in dims
         ]
-    learner = Learner(embedder.train(), nn.ModuleList(criteria), recipe.loss, recipe.margin)
+    norms = DEFENSES[recipe.defense].norms
+    learner = Learner(embedder.train(), nn.ModuleList(criteria), recipe.loss, recipe.margin, norms)
     if recipe.batch_norm == "frozen":
-        norms = [m for m in embedder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if not norms:
+        own = batch_norms(embedder).values()
+        if not own:
             raise UsageError(f"batch_norm 'frozen' would do nothing: network {recipe.arch!r} has no batch norm")
-        for norm in norms:
+        for norm in own:
             norm.eval()
     return learner, begun
 
@@ -224,7 +226,7 @@ def train(
     learner, told = learner.to(device), begun.told if begun else None
     optimizer = torch.optim.Adam(
         [
-            {"params": list(learner.embedder.parameters()), "lr": recipe.lr},
+            {"params": [*learner.embedder.parameters(), *learner.norms.parameters()], "lr": recipe.lr},
             {"params": list(learner.criteria.parameters()), "lr": recipe.proxy_lr},
         ],
         weight_decay=recipe.weight_decay,

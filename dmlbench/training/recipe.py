@@ -125,10 +125,11 @@ class Recipe(BaseModel):
         if entry.losses and self.loss not in entry.losses:
             raise UsageError(f"defence {self.defense!r} needs the loss {' or '.join(entry.losses)}, not {self.loss!r}")
         if entry.ensemble != (self.arch == "ensemble"):
+            kept = " or ".join(repr(name) for name, one in DEFENSES.items() if one.ensemble)
             raise UsageError(
                 f"defence {self.defense!r} needs arch = 'ensemble'"
                 if entry.ensemble
-                else f"arch 'ensemble' is trained by the defence 'eat', not {self.defense!r}"
+                else f"arch 'ensemble' is trained by the defence {kept}, not {self.defense!r}"
             )
         if idle := self.idle():
             raise UsageError(idle[0])

@@ -16,7 +16,8 @@ from dmlbench.own_code import own_code
 from dmlbench.registry import Registry, suggest
 from dmlbench.training.defenses.base import Batch, Inner, Learner, Step
 from dmlbench.training.defenses.manipulation import DESTINATIONS, hm
-from dmlbench.training.defenses.proxies import at, eat, trades
+from dmlbench.training.defenses.mdprop import mdprop
+from dmlbench.training.defenses.proxies import adp, at, eat, trades
 from dmlbench.training.defenses.triplets import act, ca_tride, est, min_max, noise, none, robust
 from dmlbench.training.sampling import SAMPLINGS
 
@@ -43,6 +44,7 @@ class DefenseEntry:
         paper: where it was published.
         losses: the losses it is defined on; empty for any.
         ensemble: True where the network must be an ensemble.
+        norms: further sets of batch norms that it trains with; where there are any, the network must have batch norms.
     """
 
     step: Step
@@ -50,6 +52,7 @@ class DefenseEntry:
     paper: Paper | None = None
     losses: tuple[str, ...] = ("triplet",)
     ensemble: bool = False
+    norms: int = 0
     defaults: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,6 +100,18 @@ _TRIDE = Paper(
 _PGD = Paper(
     "Towards Deep Learning Models Resistant to Adversarial Attacks", "https://arxiv.org/abs/1706.06083", "ICLR", 2018
 )
+_MDPROP = Paper(
+    "Advancing Deep Metric Learning With Adversarial Robustness",
+    "https://proceedings.mlr.press/v222/singh24a.html",
+    "ACML",
+    2023,
+)
+_ADP = Paper(
+    "Improving Adversarial Robustness via Promoting Ensemble Diversity",
+    "https://arxiv.org/abs/1901.08846",
+    "ICML",
+    2019,
+)
 _SMOOTHING = Paper(
     "Certified Adversarial Robustness via Randomized Smoothing", "https://arxiv.org/abs/1902.02918", "ICML", 2019
 )
@@ -120,6 +135,13 @@ DEFENSES: Registry[DefenseEntry] = Registry(
             robust, "robust training on one element of the triplet", _PANUM, losses=("triplet", "contrastive")
         ),
         "ca-tride": DefenseEntry(ca_tride, "CA-TRIDE: anchors and candidates in turn, gentle near collapse", _TRIDE),
+        "mdprop": DefenseEntry(
+            mdprop,
+            "MDProp: clean, single-targeted and multi-targeted images, each through batch norms of its own",
+            _MDPROP,
+            losses=(),
+            norms=2,
+        ),
         "at": DefenseEntry(at, "AT: proxy-anchor on images that maximise it", _PGD, losses=("proxy-anchor",)),
         "trades": DefenseEntry(
             trades, "TRADES: clean proxy-anchor + β · embedding shift", _TRADES, losses=("proxy-anchor",)
@@ -128,6 +150,13 @@ DEFENSES: Registry[DefenseEntry] = Registry(
             eat,
             "EAT: an ensemble on splits of the data, with self-transfer",
             _EAT,
+            losses=("proxy-anchor",),
+            ensemble=True,
+        ),
+        "adp": DefenseEntry(
+            adp,
+            "ADP: an ensemble whose members are rewarded for differing on the wrong classes",
+            _ADP,
             losses=("proxy-anchor",),
             ensemble=True,
         ),

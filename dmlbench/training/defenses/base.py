@@ -6,6 +6,7 @@ parameters frozen, so that only the gradient to the images is computed. Every im
 the t triplets of a step are searched as 3t images whose losses are those of their triplets.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +16,20 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dmlbench.embedding import Embedder
+from dmlbench.errors import UsageError
 from dmlbench.optimizers import Run, pgd
 from dmlbench.rng import Rng
 from dmlbench.threat import Threat
 from dmlbench.training.losses import MARGIN
 from dmlbench.training.sampling import draw
+
+
+def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
+    """The batch norms inside, by where they are."""
+    return {place: m for place, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
 
 
 class Learner(nn.Module):
@@ -31,19 +39,42 @@ class Learner(nn.Module):
         criteria: the losses, one for each member of an ensemble, else one.
         loss: name of the loss (of :data:`dmlbench.training.losses.LOSSES`).
         margin: the triplet margin γ, of the loss and of semihard mining.
+        norms: further sets of the network's batch norms, of which training alone knows, each a copy of those that the
+            embedder begins with, in their order; :meth:`through` is the embedder with one of them.
         previous: the triplet loss of the step before, as the gradual adversaries read it; infinite
             before the first step.
+
+    Raises:
+        UsageError: further batch norms of a network that has none.
     """
 
     previous: Tensor
 
-    def __init__(self, embedder: Embedder, criteria: nn.ModuleList, loss: str, margin: float = MARGIN) -> None:
+    def __init__(
+        self, embedder: Embedder, criteria: nn.ModuleList, loss: str, margin: float = MARGIN, norms: int = 0
+    ) -> None:
         super().__init__()
         self.embedder = embedder
         self.criteria = criteria
         self.loss = loss
         self.margin = margin
+        own = list(batch_norms(embedder).values())
+        if norms and not own:
+            raise UsageError(
+                "the defence keeps separate batch norms for attacked images, and this network has no batch norm"
+            )
+        self.norms = nn.ModuleList(nn.ModuleList(copy.deepcopy(norm) for norm in own) for _ in range(norms))
         self.register_buffer("previous", torch.tensor(torch.inf))
+
+    def through(self, which: int, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+        """Embeddings by the network with its batch norms' weights and statistics replaced by those of ``norms[which]``,
+        which are also the ones that learn and that follow the batch."""
+        state = {
+            f"{place}.{key}": value
+            for place, norm in zip(batch_norms(self.embedder), self.norms[which], strict=True)  # type: ignore[call-overload]
+            for key, value in norm.state_dict(keep_vars=True).items()
+        }
+        return functional_call(self.embedder, state, (images,))  # type: ignore[no-any-return]
 
     def outer(self, embeddings: Float[Tensor, "b d"], batch: "Batch", sampling: str) -> Tensor:
         """The training loss of an embedded batch: triplets are mined on these embeddings for the

@@ -1,15 +1,17 @@
-"""Defences on the proxy-anchor loss: AT, a TRADES-style variant, and the ensemble EAT.
+"""Defences on the proxy-anchor loss: AT, a TRADES-style variant, and the ensembles of ADP and EAT.
 
 AT follows Madry et al. (ICLR 2018), TRADES Zhang et al. (ICML 2019), both adapted from
 classification; EAT is Ke (arXiv 2501.01025), of whose text only the abstract and summaries were at
 hand. Searches maximise the proxy-anchor loss of each image by itself, since the batch's loss couples
-the images.
+the images. ADP follows Pang et al. (ICML 2019), adapted from classification too.
 """
 
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dmlbench.errors import UsageError
@@ -21,6 +23,17 @@ def _each(learner: Learner, embeddings: Tensor, labels: Tensor, member: int = 0)
     """(b,) the proxy-anchor loss of each image by itself, with the criterion's own proxies, margin and alpha."""
     criterion: Any = learner.criteria[member]
     return proxy_anchor_each(embeddings, labels, criterion.proxies, float(criterion.margin), float(criterion.alpha))
+
+
+def _members(learner: Learner) -> nn.ModuleList:
+    return cast(nn.ModuleList, learner.embedder.network.members)
+
+
+def _member(learner: Learner, m: int, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+    """Embeddings by one member of the ensemble alone."""
+    embedder = learner.embedder
+    normalised = images if embedder.identity else (images - embedder.mean) / embedder.std
+    return embedder.distance.finish(_members(learner)[m](normalised).float())
 
 
 def at(learner: Learner, batch: Batch, inner: Inner) -> Tensor:
@@ -60,20 +73,14 @@ def eat(learner: Learner, batch: Batch, inner: Inner) -> Tensor:
     against the sum of all members' losses. A member of whose split the batch has no image learns from
     the adversarial images alone. This is our reading of the abstract.
     """
-    members = cast(nn.ModuleList, learner.embedder.network.members)
-    count = len(members)
+    count = len(_members(learner))
     splits = [torch.from_numpy((batch.rows % count == m).nonzero()[0]).to(batch.labels.device) for m in range(count)]
-
-    def of(m: int, x: Tensor) -> Tensor:
-        embedder = learner.embedder
-        normalised = x if embedder.identity else (x - embedder.mean) / embedder.std
-        return embedder.distance.finish(members[m](normalised).float())
 
     def against(m: int, labels: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: -each(m, x, labels)
 
     def each(m: int, x: Tensor, labels: Tensor) -> Tensor:
-        return _each(learner, of(m, x), labels, m)
+        return _each(learner, _member(learner, m, x), labels, m)
 
     hard = []
     for m, split in enumerate(splits):
@@ -95,9 +102,70 @@ def eat(learner: Learner, batch: Batch, inner: Inner) -> Tensor:
     loss = batch.images.new_zeros(())
     for m, split in enumerate(splits):
         criterion = learner.criteria[m]
-        clean, *attacked = of(m, torch.cat([batch.images[split], stacked])).split([len(split), *sizes])
+        clean, *attacked = _member(learner, m, torch.cat([batch.images[split], stacked])).split([len(split), *sizes])
         if len(split):
             loss = loss + criterion(clean, batch.labels[split])
         for e, (_, labels) in zip(attacked, hard, strict=True):
             loss = loss + criterion(e, labels) / len(hard)
     return loss
+
+
+SAME = 1e-6
+"""Added to the diagonal of the products of directions, so that members that agree have a finite logarithm."""
+
+
+def diversity(
+    predictions: Float[Tensor, "m b c"], labels: Int[Tensor, " b"]
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """What ADP rewards (Pang et al., ICML 2019): of each image, the entropy of the members' mean prediction, in nats, and
+    the logarithm of the ensemble diversity det(VᵀV), the squared volume that the members' directions span: V's columns are
+    their predictions without the true class, scaled to length 1.
+
+    Args:
+        predictions: of each member, for each image, over the classes; they sum to 1.
+        labels: the true classes.
+    """
+    mean = predictions.mean(0)
+    entropy = -torch.xlogy(mean, mean).sum(1)
+    classes = predictions.shape[2]
+    wrong = ~F.one_hot(labels, classes).bool()
+    others = predictions[:, wrong].view(len(predictions), len(labels), classes - 1)
+    v = F.normalize(others, dim=2).transpose(0, 1)  # (b, m, c - 1)
+    gram = v @ v.transpose(1, 2) + SAME * torch.eye(len(predictions), device=v.device)
+    return entropy, torch.logdet(gram)
+
+
+def adp(
+    learner: Learner,
+    batch: Batch,
+    inner: Inner,
+    *,
+    entropy: float = 2.0,
+    diverse: float = 0.5,
+    temperature: float = 0.1,
+) -> Tensor:
+    """ADP (Pang et al., ICML 2019) for embeddings: the sum of the members' proxy-anchor losses on clean images
+    - ``entropy`` · H - ``diverse`` · log ED, both of :func:`diversity` and averaged over the images.
+
+    A member's prediction of a class is the softmax over the classes of cos(embedding, proxy) / ``temperature``, with the
+    member's own proxies, which learn from it too. Nothing is searched for, as in the publication's basic form.
+    """
+    for name, value in (("entropy", entropy), ("diverse", diverse)):
+        if not value >= 0:
+            raise UsageError(f"{name} {value} must be 0 or more")
+    if not temperature > 0:
+        raise UsageError(f"temperature {temperature} must be above 0")
+    count = len(_members(learner))
+    criteria: list[Any] = [*learner.criteria]
+    classes = len(criteria[0].proxies)
+    if classes <= count:
+        raise UsageError(
+            f"adp needs more classes than members, whose directions are among the wrong classes: {classes} and {count}"
+        )
+    embeddings = [_member(learner, m, batch.images) for m in range(count)]
+    cosines = [
+        F.normalize(e, dim=1) @ F.normalize(c.proxies, dim=1).t() for e, c in zip(embeddings, criteria, strict=True)
+    ]
+    uncertain, spread = diversity((torch.stack(cosines) / temperature).softmax(2), batch.labels)
+    loss: Tensor = torch.stack([c(e, batch.labels) for e, c in zip(embeddings, criteria, strict=True)]).sum()
+    return loss - entropy * uncertain.mean() - diverse * spread.mean()

@@ -237,7 +237,7 @@ def test_by_keyboard_alone(site, browser):
 
 
 def test_a_word_is_explained_where_it_stands(site, browser):
-    page = browser.page().open(site / "index.html")
+    page = browser.page().open(site / DIGITS)
     assert page.js("document.querySelectorAll('[popover]:popover-open').length") == 0
     page.js(f"{PANEL}.querySelector('th[data-column=ers] .ask').click()")
     assert KINDS["ers"].meaning in page.js("document.querySelector(':popover-open').textContent")

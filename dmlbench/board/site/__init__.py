@@ -20,7 +20,7 @@ from dmlbench.board.build import CLAIMS, load_boards
 from dmlbench.board.row import STATUSES, Row
 from dmlbench.board.site import models
 from dmlbench.board.site.boards import board, head
-from dmlbench.board.site.overview import COLUMNS, Entry, anchor, by_dataset, entries, eps_of, filled, of_pictures
+from dmlbench.board.site.overview import Entry, anchor, by_dataset, entries, eps_of, filled, of_pictures
 from dmlbench.board.site.words import words
 from dmlbench.checkpoints import PACKAGE, Checkpoint, checkpoints
 from dmlbench.datasets import DATASETS
@@ -53,7 +53,7 @@ def write_site(folder: Path, out: Path) -> list[str]:
                     places.setdefault(row.model, []).append((protocol, n, row))
     pages = Pages(sets, places)
     lists = {dataset: entries(of_set) for dataset, of_set in sets.items()}
-    pages.add("index.html", "index.html.j2", tabs=_front(lists), columns=[head(c) for c in COLUMNS])
+    pages.add("index.html", "index.html.j2", tabs=_front(lists))
     for dataset, of_set in sets.items():
         pages.add(
             f"datasets/{anchor(dataset)}.html", "dataset.html.j2", dataset=dataset, title=_title(dataset), at=eps_of(lists[dataset]), rows=lists[dataset],
@@ -104,7 +104,7 @@ def _front(lists: Mapping[str, list[Entry]]) -> list[dict[str, Any]]:
     """What the front page has under each of its tabs, the first few models of each data set."""
     found = []
     for name, pictures in (("Real pictures", True), ("Small pictures", False)):
-        groups = []
+        groups: list[dict[str, Any]] = []
         for dataset, rows in lists.items():
             if of_pictures(dataset) == pictures:
                 measured = [e for e in rows if e.row.status != "claimed"]
@@ -122,7 +122,8 @@ def _front(lists: Mapping[str, list[Entry]]) -> list[dict[str, Any]]:
                     }
                 )
         if groups:
-            found.append({"id": anchor(name.lower()), "title": name, "groups": groups})
+            columns = [head(c) for c in filled([e for group in groups for e in group["rows"]])]
+            found.append({"id": anchor(name.lower()), "title": name, "groups": groups, "columns": columns})
     return found
 
 

@@ -106,6 +106,7 @@ NUMBERS = (
         ranks=True,
         median=True,
         length=True,
+        beside_ers=True,
     ),
     Number(
         "worst_case_recall_at_1",

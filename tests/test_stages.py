@@ -56,7 +56,7 @@ def test_what_was_finished_before_is_a_stage_of_its_own(tmp_path: Path) -> None:
 
 
 def test_several_protocols_embed_once_and_share_a_report(typed, tmp_path: Path, embedded: list[int]) -> None:
-    words = ["evaluate", "--model", MODEL, "--device", "cpu", "--limit", "8", "--eps", "20/255"]
+    words = ["evaluate", "--model", MODEL, "--device", "cpu", "--limit", "8"]
     done = typed(*words, "--protocol", "ers-digits,strict-fast", "--out", "both")
     assert embedded == [896] and (tmp_path / "both" / "report.html").read_text().count("strict-fast")
     assert done.out.index("protocol ers-digits") < done.out.index("protocol strict-fast")

@@ -106,8 +106,7 @@ def arrays(name: str, change: Callable[[dict[str, np.ndarray]], Any]) -> Callabl
     """An attack that edits an npz file and seals the bundle."""
 
     def do(repository: Path, files: Files) -> None:
-        from dmlbench.compact import untabulated
-        from dmlbench.results import npz_bytes
+        from dmlbench.compact import npz_bytes, untabulated
         from dmlbench.submission.bundle import read_arrays
 
         stored = read_arrays(files[name], name)
@@ -138,9 +137,9 @@ def named(name: str) -> Callable[[Path, Files], None]:
 
 def invented(repository: Path, files: Files) -> None:
     """Outcomes that nobody measured for all queries whose images are not kept, with every sum made anew."""
-    from dmlbench.compact import unstacked, untabulated
+    from dmlbench.compact import npz_bytes, unstacked, untabulated
     from dmlbench.protocol import ers_of, load_protocol, score_intervals
-    from dmlbench.results import Evaluation, npz_bytes
+    from dmlbench.results import Evaluation
     from dmlbench.submission.bundle import read_arrays
 
     rules = load_protocol("ers-digits")

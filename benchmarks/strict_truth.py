@@ -32,11 +32,12 @@ from adversary import Ball, Field, Found, climb, likeliest, seed_of, square
 from torch import Tensor
 
 from dmlbench import evaluate, load_dataset, load_model, load_protocol
+from dmlbench.compact import npz_bytes, read_npz
 from dmlbench.errors import DataError, DmlbenchError, Interrupted, UsageError
 from dmlbench.fast.exact import true_float32
 from dmlbench.files import write_whole
 from dmlbench.metrics import recall_at_1
-from dmlbench.results import Evaluation, json_bytes, load, npz_bytes, read_npz, save
+from dmlbench.results import Evaluation, json_bytes, load, save
 from dmlbench.run.subject import Subject, prepare, query_order
 from dmlbench.threat import Threat, length
 

@@ -6,10 +6,8 @@ queries), ``adversarial_sample.npz`` (a few adversarial images, losslessly) and 
 """
 
 import html
-import io
 import json
 import math
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 
 from dmlbench.checkpoints import first_problem, sha256_of
-from dmlbench.compact import unstacked, untabulated
+from dmlbench.compact import npz_bytes, read_npz, unstacked, untabulated
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import lock, prepare_folder, write_whole
 from dmlbench.plain import read_json
@@ -289,31 +287,6 @@ class Evaluation(_Record):
         self._arrays = {**self._arrays, **arrays}
         self._sample = {**self._sample, **(sample or {})}
         return self
-
-
-def npz_bytes(arrays: Mapping[str, np.ndarray], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
-    """A compressed npz with the same bytes for the same arrays, whenever it is made.
-
-    Args:
-        compression: of :mod:`zipfile`; ``ZIP_LZMA`` takes a third less room and several times as long.
-    """
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as bundle:
-        for name in sorted(arrays):
-            member = io.BytesIO()
-            np.lib.format.write_array(member, np.ascontiguousarray(arrays[name]), allow_pickle=False)
-            info = zipfile.ZipInfo(f"{name.replace('/', '|')}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-            bundle.writestr(info, member.getvalue(), compress_type=compression)
-    return buffer.getvalue()
-
-
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Arrays of an npz file; nothing is unpickled."""
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as data:
-            return {name.replace("|", "/"): data[name] for name in data.files}
-    except Exception as error:  # zipfile, zlib, numpy and OS errors alike mean: not readable
-        raise DataError(f"{path} cannot be read: {error}") from None
 
 
 def json_bytes(value: Any) -> bytes:

@@ -87,7 +87,7 @@ def test_yaml_holds_what_json_could():
 
 
 def test_small_types_are_counted_at_the_widest(monkeypatch):
-    from dmlbench.results import npz_bytes
+    from dmlbench.compact import npz_bytes
 
     raw = npz_bytes({"a": np.zeros(1000, np.uint8)})
     monkeypatch.setattr(bundle, "ARRAYS_MOST", 8000)

@@ -462,7 +462,7 @@ def test_a_registered_models_file_by_another_door_names_the_record_that_feeds_it
     mine = {
         "theirs": entry.model_copy(update={"files": (File(url="https://x.org/mine.pth", hash=f"{kind}:{digits}"),)})
     }
-    monkeypatch.setattr("dmlbench.models.forms.checkpoints", lambda: mine)
+    monkeypatch.setattr("dmlbench.models.recognised.checkpoints", lambda: mine)
 
     def said(**options) -> bool:
         notes = open_model("torchvision:resnet18", ModelOptions(weights=str(tmp_path / "mine.pth"), **options)).notes

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 import dmlbench
+from dmlbench.compact import npz_bytes
 from dmlbench.evaluate import evaluate
-from dmlbench.results import load, npz_bytes
+from dmlbench.results import load
 from dmlbench.run import subject
 from dmlbench.run.units import Units, Work
 

@@ -32,10 +32,11 @@ import dmlbench
 from dmlbench import protocol
 from dmlbench.checkpoints import checkpoints
 from dmlbench.cli.schema import schemas
+from dmlbench.compact import npz_bytes
 from dmlbench.errors import UsageError
 from dmlbench.intervals import VERSION
 from dmlbench.protocol import load_protocol, score_intervals
-from dmlbench.results import Evaluation, load, npz_bytes, save
+from dmlbench.results import Evaluation, load, save
 from dmlbench.run.subject import query_order
 from dmlbench.submission import rerun
 from dmlbench.submission.bundle import LIMITS, Refused, read_arrays

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 import dmlbench
 from dmlbench.board.compare import compare
+from dmlbench.compact import npz_bytes
 from dmlbench.errors import UsageError
 from dmlbench.evaluate import evaluate
 from dmlbench.protocol import load_protocol, score_intervals
-from dmlbench.results import Evaluation, load, npz_bytes
+from dmlbench.results import Evaluation, load
 from dmlbench.run import looks
 from dmlbench.run.units import Units, Work
 

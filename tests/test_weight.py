@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dmlbench.board.table import from_csv
-from dmlbench.compact import COLUMNS, narrowed, stacked, tabulated, unstacked, untabulated, widened
+from dmlbench.compact import COLUMNS, narrowed, npz_bytes, stacked, tabulated, unstacked, untabulated, widened
 from dmlbench.datasets import DATASETS
 from dmlbench.errors import DataError
-from dmlbench.results import load, npz_bytes
+from dmlbench.results import load
 from dmlbench.submission.bundle import LIMITS
 from dmlbench.submission.pack import repacked, write_folder
 from dmlbench.submission.static import check_static

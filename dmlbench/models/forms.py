@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dmlbench.checkpoints import File, checkpoint, checkpoints, verified
+from dmlbench.checkpoints import checkpoint, checkpoints
 from dmlbench.embedding import DISTANCES, Distance, Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.models.architectures import (
@@ -40,8 +40,9 @@ from dmlbench.models.files import WeightsFile, is_weights, read_file
 from dmlbench.models.heads import head_of
 from dmlbench.models.inspection import best_fit, clip_names, width_of
 from dmlbench.models.layouts import match
+from dmlbench.models.recognised import fed_by_record, feeding, on_record
 from dmlbench.models.records import build, check_probe, registered, space_of, trained
-from dmlbench.models.spec import ModelOptions, Spec, preprocess_of
+from dmlbench.models.spec import ModelOptions, Spec
 from dmlbench.models.weights import fill_from
 from dmlbench.own_code import PREFIX, RUN, own_code
 from dmlbench.preprocess import Preprocess
@@ -88,87 +89,15 @@ def _filled(builder: str, kwargs: Mapping[str, Any], file: WeightsFile, options:
     """A network with a file's weights, fed in one way whatever door it came through."""
     chosen = _chosen(options)
     built, notes = load(assemble(builder, kwargs, file, chosen), file, builder, chosen)
-    built = _fed_by(file, replace(built, interpolation="bilinear" if built.fed is None else built.interpolation))
+    built = fed_by_record(file, replace(built, interpolation="bilinear" if built.fed is None else built.interpolation))
     embedder = _embedder(built, options, name)
     last = head_of(built.network)
     if options.embed_dim is None and options.head is None and ":" in builder and last is not None:
         width = width_of(built.network, embedder.input_shape)
         notes.append(f"the last layer ({last}, {width} values) is the embedding; --embed-dim 0 leaves it out")
     embedder.weights_sha256, embedder.arch = file.sha256, builder
-    embedder.notes = (*notes, _told(embedder), *_on_record(embedder, file))
+    embedder.notes = (*notes, feeding(embedder), *on_record(embedder, file))
     return embedder
-
-
-def _on_record(embedder: Embedder, file: WeightsFile) -> tuple[str, ...]:
-    """A sentence where the file is a registered model's, and its record feeds or compares it otherwise."""
-    sha256 = file.sha256
-    for name, entry in checkpoints().items():
-        costly = file.parts[0] if entry.arch.builder == embedder.arch and len(file.parts) == 1 else None
-        if any(_is(said, sha256, costly) for said in entry.files):
-            mean, std = entry.normalize.of_unit()
-            asks = Embedder(
-                embedder.network, embedder.input_shape, mean=mean, std=std, distance=DISTANCES[space_of(entry.embedding)],
-                preprocess=preprocess_of(entry.input),
-            )  # fmt: skip
-            image, width = probe_images(embedder.input_shape, 1), width_of(embedder.network, embedder.input_shape)
-            same = (asks.preprocess, asks.distance) == (embedder.preprocess, embedder.distance)
-            cut = width in (None, entry.arch.embed_dim)
-            if not (same and cut and torch.equal(asks.normalise(image), embedder.normalise(image))):
-                return (
-                    f"{file.name} is the file of {name}, whose record says otherwise how it is fed, cut and compared: "
-                    f"--model {name} --weights {file.path}",
-                )
-    return ()
-
-
-def _is(said: File, sha256: str, path: Path | None) -> bool:
-    """Whether a record names the file of this hash; by a hash of another kind where its ``path`` is given."""
-    known = said.sha256 or (said.hash or "").removeprefix("sha256:")
-    if "md5:" not in known:
-        return bool(known) and sha256.startswith(known)
-    try:
-        return path is not None and verified(path, said) == path
-    except DataError:
-        return False
-
-
-def _told(embedder: Embedder) -> str:
-    """One sentence on how a network is fed, and by which options otherwise."""
-    p = embedder.preprocess
-    way = (
-        f"the longest side to {p.longest} and padding" if p.longest else
-        f"the shorter side to {p.shorter}, then the centre {p.size[0]}x{p.size[1]}" if p.shorter else
-        f"all of it to {p.resize[0]}x{p.resize[1]}, then the centre {p.size[0]}x{p.size[1]}" if p.resize else
-        f"all of it to {p.size[0]}x{p.size[1]}"
-    )  # fmt: skip
-    if embedder.identity:
-        scaled = "pixels in [0, 1]"
-    else:
-        mean, std = (", ".join(f"{v:.3g}" for v in t.flatten().tolist()) for t in (embedder.mean, embedder.std))
-        scaled = f"mean {mean}, std {std}"
-    return f"a picture is fed so: {way} ({p.interpolation}), {scaled}; --resize, --mean and --std say otherwise"
-
-
-def _fed_by(file: WeightsFile, built: Built) -> Built:
-    """What the hub's configuration beside a file says of its pictures, where there is one."""
-    said = file.config.get("pretrained_cfg")
-    if not isinstance(said, Mapping):
-        return built
-    try:
-        channels, height, width = (int(v) for v in said.get("input_size") or built.input_shape or (3, 224, 224))
-        mean, std = (
-            tuple(float(v) for v in said.get(k) or own or ()) for k, own in (("mean", built.mean), ("std", built.std))
-        )
-        interpolation = str(said.get("interpolation") or built.interpolation)
-        plain = Preprocess.standard((channels, height, width), interpolation)
-        if said.get("crop_mode") == "squash":
-            plain = Preprocess((height, width), interpolation=interpolation, channels=channels)
-        elif said.get("crop_pct"):
-            short = int(min(height, width) / float(said["crop_pct"]))
-            plain = Preprocess((height, width), shorter=short, interpolation=interpolation, channels=channels)
-    except (TypeError, ValueError, ZeroDivisionError, UsageError) as error:
-        raise DataError(f"{file.path / 'config.json'}: pretrained_cfg is not understood: {error}") from None
-    return replace(built, input_shape=plain.shape, mean=mean, std=std, interpolation=interpolation, stated=plain)
 
 
 def _require_the_same(name: str, file: WeightsFile, options: ModelOptions) -> None:
@@ -213,7 +142,7 @@ def _unweighted(name: str, options: ModelOptions) -> Embedder:
     elif options.embed_dim is None and head_of(built.network) is not None:
         notes = (f"{name}: the class scores of its last layer are the embedding; --embed-dim 0 leaves that layer out",)
     embedder = _embedder(built, options, name)
-    embedder.notes, embedder.arch = (*notes, _told(embedder)), name
+    embedder.notes, embedder.arch = (*notes, feeding(embedder)), name
     return embedder
 
 
@@ -278,7 +207,7 @@ def _specified(path: Path, spec: Spec, options: ModelOptions) -> Embedder:
     made = assemble(spec.arch.builder, spec.arch.kwargs, file, chosen, most=MOST_PARAMETERS)
     built, notes = load(made, file, spec.arch.builder, chosen)
     preprocess = options.fed(spec.preprocess(), said=True)
-    own = _fed_by(file, built)
+    own = fed_by_record(file, built)
     stated = spec.normalize.of_unit() if spec.normalize else (own.mean, own.std)
     mean, std = options.normalisation(*stated, preprocess.channels)
     letter = space_of(spec.embedding) if spec.embedding else built.fed.space if built.fed else "N"
@@ -296,7 +225,7 @@ def _specified(path: Path, spec: Spec, options: ModelOptions) -> Embedder:
         given = embedder(probe_images(embedder.input_shape, 1)).shape[1]
     if given != spec.arch.embed_dim:
         raise DataError(f"spec {options.spec} says embed_dim {spec.arch.embed_dim}, the network gives {given}")
-    embedder.notes = (*embedder.notes, *notes, _told(embedder))
+    embedder.notes = (*embedder.notes, *notes, feeding(embedder))
     embedder.weights_sha256, embedder.arch = file.sha256, spec.arch.builder
     return embedder
 
@@ -333,7 +262,7 @@ def _python(rest: str, options: ModelOptions) -> Embedder:
         embedder.name = options.name or made.name
     else:
         embedder = _embedder(Built(made, stated_shape(made, f"python:{rest}")), options, f"python:{rest}")
-    notes = [RUN[f"{PREFIX}{rest}"], *([] if embedder is made else [_told(embedder)])]
+    notes = [RUN[f"{PREFIX}{rest}"], *([] if embedder is made else [feeding(embedder)])]
     if options.weights is not None:
         file, chosen = _weights_file(options), _chosen(options)
         found = match(file.tensors, embedder.network.state_dict(), chosen.prefix)

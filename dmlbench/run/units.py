@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from dmlbench.compact import npz_bytes, read_npz
 from dmlbench.datasets.cache import cache_folder
 from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.files import prepare_folder, write_whole
-from dmlbench.results import json_bytes, npz_bytes, read_npz
+from dmlbench.results import json_bytes
 from dmlbench.run.fingerprint import differing
 from dmlbench.run.parallel import World
 

@@ -11,14 +11,14 @@ from pydantic import ValidationError
 
 from dmlbench.board.row import superseded
 from dmlbench.checkpoints import PACKAGE, Checkpoint, checkpoints, first_problem, sha256_of
-from dmlbench.compact import stacked, tabulated
+from dmlbench.compact import npz_bytes, stacked, tabulated
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import write_whole
 from dmlbench.kinds.base import WHOLE
 from dmlbench.kinds.table import numbers_of
 from dmlbench.models.defended import FORM
 from dmlbench.plain import read_json
-from dmlbench.results import Evaluation, json_bytes, load, npz_bytes
+from dmlbench.results import Evaluation, json_bytes, load
 from dmlbench.run.subject import query_order
 from dmlbench.submission.bundle import LIMITS, MANIFEST, make_manifest, verification_of, zip_bytes
 from dmlbench.submission.kept import least_sample

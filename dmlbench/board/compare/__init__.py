@@ -5,8 +5,9 @@ judges, ``render.py`` writes. Sources: :mod:`dmlbench.intervals`.
 """
 
 from dmlbench.board.compare.gate import Gate
+from dmlbench.board.compare.records import Comparison, Difference, Failure
 from dmlbench.board.compare.render import as_junit, as_markdown, as_text
-from dmlbench.board.compare.verdict import Comparison, Difference, Failure, compare, compare_rows
+from dmlbench.board.compare.verdict import compare, compare_rows
 
 __all__ = [
     "Comparison",

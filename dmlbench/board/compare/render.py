@@ -3,7 +3,7 @@
 import html
 import xml.etree.ElementTree as ET
 
-from dmlbench.board.compare.verdict import Comparison, Difference
+from dmlbench.board.compare.records import Comparison, Difference
 from dmlbench.board.row import LENGTHS
 
 MARK = {"better": "▲", "same": "=", "worse": "▼", "inconclusive": "?"}

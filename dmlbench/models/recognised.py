@@ -1,0 +1,92 @@
+"""What is known of a weights file that somebody brings: what the registry says of it, and how its network is fed."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dmlbench.checkpoints import File, checkpoints, verified
+from dmlbench.embedding import DISTANCES, Embedder
+from dmlbench.errors import DataError, UsageError
+from dmlbench.models.architectures import (
+    Built,
+)
+from dmlbench.models.behaviour import probe_images
+from dmlbench.models.files import WeightsFile
+from dmlbench.models.inspection import width_of
+from dmlbench.models.records import space_of
+from dmlbench.models.spec import preprocess_of
+from dmlbench.preprocess import Preprocess
+
+
+def on_record(embedder: Embedder, file: WeightsFile) -> tuple[str, ...]:
+    """A sentence where the file is a registered model's, and its record feeds or compares it otherwise."""
+    sha256 = file.sha256
+    for name, entry in checkpoints().items():
+        costly = file.parts[0] if entry.arch.builder == embedder.arch and len(file.parts) == 1 else None
+        if any(_is(said, sha256, costly) for said in entry.files):
+            mean, std = entry.normalize.of_unit()
+            asks = Embedder(
+                embedder.network, embedder.input_shape, mean=mean, std=std, distance=DISTANCES[space_of(entry.embedding)],
+                preprocess=preprocess_of(entry.input),
+            )  # fmt: skip
+            image, width = probe_images(embedder.input_shape, 1), width_of(embedder.network, embedder.input_shape)
+            same = (asks.preprocess, asks.distance) == (embedder.preprocess, embedder.distance)
+            cut = width in (None, entry.arch.embed_dim)
+            if not (same and cut and torch.equal(asks.normalise(image), embedder.normalise(image))):
+                return (
+                    f"{file.name} is the file of {name}, whose record says otherwise how it is fed, cut and compared: "
+                    f"--model {name} --weights {file.path}",
+                )
+    return ()
+
+
+def _is(said: File, sha256: str, path: Path | None) -> bool:
+    """Whether a record names the file of this hash; by a hash of another kind where its ``path`` is given."""
+    known = said.sha256 or (said.hash or "").removeprefix("sha256:")
+    if "md5:" not in known:
+        return bool(known) and sha256.startswith(known)
+    try:
+        return path is not None and verified(path, said) == path
+    except DataError:
+        return False
+
+
+def feeding(embedder: Embedder) -> str:
+    """One sentence on how a network is fed, and by which options otherwise."""
+    p = embedder.preprocess
+    way = (
+        f"the longest side to {p.longest} and padding" if p.longest else
+        f"the shorter side to {p.shorter}, then the centre {p.size[0]}x{p.size[1]}" if p.shorter else
+        f"all of it to {p.resize[0]}x{p.resize[1]}, then the centre {p.size[0]}x{p.size[1]}" if p.resize else
+        f"all of it to {p.size[0]}x{p.size[1]}"
+    )  # fmt: skip
+    if embedder.identity:
+        scaled = "pixels in [0, 1]"
+    else:
+        mean, std = (", ".join(f"{v:.3g}" for v in t.flatten().tolist()) for t in (embedder.mean, embedder.std))
+        scaled = f"mean {mean}, std {std}"
+    return f"a picture is fed so: {way} ({p.interpolation}), {scaled}; --resize, --mean and --std say otherwise"
+
+
+def fed_by_record(file: WeightsFile, built: Built) -> Built:
+    """What the hub's configuration beside a file says of its pictures, where there is one."""
+    said = file.config.get("pretrained_cfg")
+    if not isinstance(said, Mapping):
+        return built
+    try:
+        channels, height, width = (int(v) for v in said.get("input_size") or built.input_shape or (3, 224, 224))
+        mean, std = (
+            tuple(float(v) for v in said.get(k) or own or ()) for k, own in (("mean", built.mean), ("std", built.std))
+        )
+        interpolation = str(said.get("interpolation") or built.interpolation)
+        plain = Preprocess.standard((channels, height, width), interpolation)
+        if said.get("crop_mode") == "squash":
+            plain = Preprocess((height, width), interpolation=interpolation, channels=channels)
+        elif said.get("crop_pct"):
+            short = int(min(height, width) / float(said["crop_pct"]))
+            plain = Preprocess((height, width), shorter=short, interpolation=interpolation, channels=channels)
+    except (TypeError, ValueError, ZeroDivisionError, UsageError) as error:
+        raise DataError(f"{file.path / 'config.json'}: pretrained_cfg is not understood: {error}") from None
+    return replace(built, input_shape=plain.shape, mean=mean, std=std, interpolation=interpolation, stated=plain)

@@ -63,7 +63,7 @@ class Component(_Record):
 
     def rescale(self, value: Any) -> Any:
         """Raw value, number or array, to a score."""
-        return 100.0 * (value - self.worst) / (self.best - self.worst)
+        return 100.0 * (value - self.worst) / (self.best - self.worst) + 0.0  # no -0.0
 
     @property
     def limits(self) -> Range:

@@ -279,7 +279,7 @@ def test_build_writes_what_differs_and_check_finds_it(typed, board):
     good = csv_file.read_bytes()
     assert "up to date" in typed("leaderboard", "build", "--check", "--board", board).out
     csv_file.write_bytes(good.replace(b"reproduced", b"verified", 1))
-    (board / "ers-224").mkdir()
+    (board / "ers-224").mkdir(exist_ok=True)
     (board / "ers-224" / "mnist.csv").write_bytes(good)
     (board / "ers-28-published" / "mnist.csv").unlink()
     done = typed("leaderboard", "build", "--check", "--board", board, code=1)

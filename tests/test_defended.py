@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import dmlbench
 from dmlbench.attacks import AttackLoss
-from dmlbench.doubts.questions import _gap, _randomness
+from dmlbench.doubts.questions import judged_random, passes_gap
 from dmlbench.embedding import Embedder, passes
 from dmlbench.errors import DataError, UsageError
 from dmlbench.kinds.strict.search import attempt
@@ -380,7 +380,7 @@ def test_the_audit_knows(run) -> None:
     assert (found["F1"], found["F2"]) == ("pass", "fail")
     for name, random in (("barrage", True), ("jpeg", False)):
         subject = prepare(dmlbench.load_model(f"defended:{name}:{MODEL}"), dmlbench.load_dataset("digits"), limit=4)
-        assert (_randomness(_gap(subject, subject.images(0, 4), subject.scene)).verdict == "fail") == random
+        assert (judged_random(passes_gap(subject, subject.images(0, 4), subject.scene)).verdict == "fail") == random
 
 
 # what is said of bad input

@@ -15,6 +15,7 @@ from torch import nn
 
 import dmlbench
 from dmlbench.board import from_evaluation
+from dmlbench.checkpoints import checkpoints
 from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, ShardDone, UsageError
@@ -24,12 +25,14 @@ from dmlbench.kinds.certified import record
 from dmlbench.kinds.certified.bound import errors, fewest, largest, margins, radii
 from dmlbench.kinds.certified.measure import CLEAN, LENGTH, MARGIN, RADIUS, Settings, components, smoothed
 from dmlbench.kinds.table import numbers_of
-from dmlbench.protocol import FOLDER, load_protocol, read_protocol
+from dmlbench.protocol import FOLDER, PROTOCOLS, load_protocol, read_protocol
 from dmlbench.results import save
 from dmlbench.run.subject import prepare
 from dmlbench.run.units import Shard, Units, Work, collect
 from dmlbench.scene import Gallery, Scene
 from dmlbench.submission import rerun
+from dmlbench.submission.pack import draft, pack, write_folder
+from dmlbench.submission.validate import validate
 
 MODEL = "digits-smallcnn-triplet-hm-lga-ics"
 
@@ -302,8 +305,29 @@ def test_what_is_stored_is_looked_at_again(done, model, digits) -> None:
     assert list(record.outcome_problems(lie({"certified@0.005/value": 100 - done.arrays["certified@0.005/value"]})))
     assert list(record.outcome_problems(lie({MARGIN: done.arrays[LENGTH] + 0.1})))
     assert list(record.outcome_problems(lie({LENGTH: done.arrays[LENGTH] + 1})))
-    other = lie({}, {CLEAN: done.sample[CLEAN] * 0.5})
-    assert [p.field for p in record.replay(other, kept)] == [f"run/adversarial_sample.npz {CLEAN}"]
+    bare = lie({})
+    bare.evaluation._sample = {}
+    for other in (lie({}, {CLEAN: done.sample[CLEAN] * 0.5}), bare):
+        assert [p.field for p in record.replay(other, kept)] == [f"run/adversarial_sample.npz {CLEAN}"]
+
+
+def test_a_bundle_passes_up_to_the_rerun(model, digits, tmp_path, monkeypatch) -> None:
+    """All queries of a protocol with few samples, which stands in the place of the packaged one."""
+    text = (FOLDER / "certified.toml").read_text().replace("samples = 10000", "samples = 400")
+    path = tmp_path / "certified.toml"
+    path.write_text(text.replace("alpha = 0.001", "alpha = 0.9").replace("queries = 500", "queries = 40"))
+    monkeypatch.setitem(PROTOCOLS._entries, "certified", path)
+    load_protocol.cache_clear()
+    try:
+        save(evaluate(model, digits, "certified", device="cpu"), tmp_path / "run")
+        said = draft(tmp_path / "run", checkpoints()[MODEL]).replace("license: FILL-IN", "license: MIT")
+        (tmp_path / "submission.yaml").write_text(said.replace("FILL-IN", "A. Tester"))
+        files = pack(tmp_path / "run", tmp_path / "submission.yaml", with_weights=False)
+        write_folder(files, tmp_path / "bundle")
+        report = validate(tmp_path / "bundle", 3, device="cpu", seed=0, share=0.0, least=8)
+    finally:
+        load_protocol.cache_clear()
+    assert report.status == "accepted" and report.passed == (0, 1, 2, 3), report.problems
 
 
 def test_a_share_measured_again_agrees_and_a_lie_does_not(done, model, digits) -> None:

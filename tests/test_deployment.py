@@ -13,7 +13,7 @@ from dmlbench.checkpoints import checkpoints
 from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate
 from dmlbench.kinds import universal
-from dmlbench.kinds.base import Kept, Stated
+from dmlbench.kinds.base import WHOLE, Kept, Stated
 from dmlbench.kinds.halves import halves
 from dmlbench.kinds.poison import search as poison
 from dmlbench.kinds.sides import search as sides
@@ -22,7 +22,7 @@ from dmlbench.protocol import PROTOCOLS, load_protocol, read_protocol
 from dmlbench.results import load, save
 from dmlbench.run.subject import prepare
 from dmlbench.run.units import Units, Work
-from dmlbench.submission.pack import draft, pack, write_folder
+from dmlbench.submission.pack import draft, pack, shortened, write_folder
 from dmlbench.submission.validate import validate
 
 MODEL = "digits-smallcnn-triplet-hm-lga-ics"
@@ -411,6 +411,13 @@ def test_a_picture_takes_a_query_where_it_is_the_nearest_in_its_clean_place(mode
         for j, place in enumerate(seeds.tolist()):
             free, _ = poison.read(subject, np.array([place]), images[j : j + 1])
             np.testing.assert_array_equal(taken[j], free == 0)
+
+
+def test_a_bundle_that_may_hold_no_picture_holds_no_poison(done) -> None:
+    """Pictures of the gallery are pictures of the data set too."""
+    whole, none = (shortened(done["poison"], count) for count in (32, 0))
+    assert whole.keys() == none.keys() and any(name.startswith(WHOLE) for name in none)
+    assert all(len(values) == 0 for values in none.values()) and all(len(values) for values in whole.values())
 
 
 def test_too_few_pictures_for_the_seeds(model, digits) -> None:

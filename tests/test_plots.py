@@ -133,6 +133,9 @@ def test_roc_is_the_field_s(runs: list[tuple[str, Evaluation]], pairs_run: tuple
     assert set(zip(found.x.round(4), found.y.round(4), strict=True)) <= on
     with pytest.raises(UsageError, match="pairs of both sorts"):
         roc(runs[:1])
+    other = changed(e, conditions=Conditions(pairs="0" * 64))
+    with pytest.raises(NotComparable, match="--pairs"):
+        roc([pairs_run, ("other", other)])
 
 
 def test_tsne_needs_the_sample_and_the_same_model(runs: list[tuple[str, Evaluation]], data: Path) -> None:
@@ -175,7 +178,9 @@ def test_every_kind_becomes_a_file(
         draw(figure, "gif")
 
 
-def test_command(typed, runs: list[tuple[str, Evaluation]], tmp_path: Path) -> None:
+def test_command(typed, runs: list[tuple[str, Evaluation]], pairs_run: tuple[str, Evaluation], tmp_path: Path) -> None:
+    pairs = save(pairs_run[1], tmp_path / "pairs")
+    assert typed("plot", pairs, "--kind", "roc", "--out", "f/roc.svg").out == "f/roc.svg\n"
     folders = [save(e, tmp_path / name) for name, e in runs]
     assert typed("plot", *folders, "--kind", "parts", "--out", "f/parts.pdf").out == "f/parts.pdf\n"
     told = typed("plot", *folders, "--kind", "parts", "--out", "f/parts.svg", "--json").json
@@ -183,5 +188,6 @@ def test_command(typed, runs: list[tuple[str, Evaluation]], tmp_path: Path) -> N
     assert (tmp_path / "f" / "parts.pdf").read_bytes() == draw(parts(runs), "pdf")
     assert "did you mean 'parts'" in typed("plot", *folders, "--kind", "part", "--out", "x.pdf", code=2).err
     assert "pdf, svg, png" in typed("plot", *folders, "--kind", "parts", "--out", "x.gif", code=2).err
+    assert "pairs of both sorts" in typed("plot", *folders, "--kind", "roc", "--out", "x.pdf", code=2).err
     assert "no curve over eps" in typed("plot", *folders, "--kind", "eps", "--out", "x.pdf", code=2).err
     assert not (tmp_path / "x.pdf").exists()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import arrays_of, edit_arrays, edit_yaml, put, sealed, valid, zipped
+from bundles import arrays_of, edit_arrays, edit_json, edit_yaml, put, sealed, valid, zipped
 from conftest import shared
 
 from dmlbench.datasets import DATASETS
@@ -66,6 +66,19 @@ def test_a_bundle_of_other_data_cannot_leave_them_out(tmp_path: Path) -> None:
 
     report = validate(zipped(edit_arrays(files, SAMPLE, tmp_path, emptied), tmp_path / "x.zip"), 0)
     assert report.status == "refused" and any(SAMPLE in p.field for p in report.problems)
+
+
+def test_metrics_of_groups_that_the_data_set_does_not_have(tmp_path: Path) -> None:
+    """They come out of their arrays, so it takes the data set to know."""
+    files = valid(tmp_path)
+
+    def invent(arrays: dict[str, np.ndarray]) -> None:
+        arrays["benign/minp"] = np.full(len(arrays["query"]), 99.0, dtype=np.float32)
+
+    files = edit_arrays(files, "run/per_query.npz", tmp_path, invent)
+    files = edit_json(files, "run/evaluation.json", put(("benign", "minp"), 99.0))
+    report = validate(zipped(files, tmp_path / "x.zip"), 2, device="cpu")
+    assert report.passed == (0, 1) and [p.field for p in report.problems] == ["run/evaluation.json benign.minp"]
 
 
 def test_a_model_of_another_publisher(tmp_path: Path) -> None:

@@ -4,8 +4,7 @@ The queries are dealt to two halves (:mod:`dmlbench.kinds.halves`). A perturbati
 over it, and read on every query: on those of its own half ("seen"), and on the others ("unseen"). So each query is read once by either.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from dmlbench.attacks import ATTACKS, Attack, AttackLoss, measure
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.errors import Problem, UsageError
 from dmlbench.kinds import page as md
+from dmlbench.kinds import readings
 from dmlbench.kinds.base import (
     AGREE,
     QUERIES,
@@ -36,12 +36,11 @@ from dmlbench.kinds.base import (
     Sheet,
     Stated,
     count_problems,
-    differences,
     outcomes_differ,
     settings_of,
     text_of,
 )
-from dmlbench.kinds.halves import halves
+from dmlbench.kinds.halves import halves, made_on_each
 from dmlbench.metrics import mean, retrieval
 from dmlbench.objectives import OBJECTIVES
 from dmlbench.optimizers import OPTIMIZERS, watched
@@ -141,25 +140,20 @@ def run(
     work: Work | None = None,
 ) -> Outcome | None:
     """Both halves' perturbations at every eps; None where ``work`` is a shard, whose part is then done. A unit is one of them."""
-    work = work or Work()
-    parts, half = components(rules, subject.dataset.images.shape), halves(subject.rows, seed)
-    grid, attack, count = rules.eps_for(subject.dataset.images.shape), Own.of(rules), len(half)
-    jobs = [(eps, own) for eps in grid for own in (0, 1)]
-    progress.start("universal", count * len(jobs))
+    work, parts, half = work or Work(), components(rules, subject.dataset.images.shape), halves(subject.rows, seed)
+    attack = Own.of(rules)
 
-    def unit(i: int) -> Arrays:
-        eps, own = jobs[i]
+    def make(eps: str, own: int) -> Arrays:
         return made(subject, attack, threat_at(rules, eps), seed, half, own, kept)
 
-    units = {i: (f"made on half {own} at {eps}", 0, count) for i, (eps, own) in enumerate(jobs)}
-    each = work.each("universal", units, unit, partial(progress.advance, "universal"))
-    if work.shard:
+    each = made_on_each("universal", subject, rules, make, progress, work)
+    if each is None:
         return None
     arrays: dict[str, np.ndarray] = {HALF: half}
     sample: dict[str, np.ndarray] = {}
     seconds: dict[str, float] = {}
     for part in parts:
-        pair = [each[jobs.index((part.threat["eps"], own))] for own in (0, 1)]
+        pair = [each[part.threat["eps"], own] for own in (0, 1)]
         by = half if part.attack == "seen" else 1 - half
         for key, name in (("recall_at_1", "value"), ("norm", "norm")):
             arrays[f"{part.name}/{name}"] = np.where(by == 0, pair[0][key], pair[1][key])
@@ -167,16 +161,7 @@ def run(
         seconds[part.name] = sum(float(p["seconds"].sum()) for p in pair) / len(READ)
     clean = retrieval(subject.scene, (1,))["recall_at_1"]
     nonfinite = sum(int(u["nonfinite"].sum()) for u in each.values())
-    return Outcome(parts, seconds, arrays, sample, summary(parts, clean, arrays), nonfinite=nonfinite)
-
-
-def summary(parts: Sequence[Component], clean: np.ndarray, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """``extras.universal``, from the queries' outcomes."""
-    rows: dict[str, dict[str, Any]] = {}
-    for part in parts:
-        eps = part.threat["eps"]
-        rows.setdefault(eps, {"eps": eps})[part.attack] = mean(arrays[f"{part.name}/value"])
-    return {"clean": mean(clean), "curve": list(rows.values())}
+    return Outcome(parts, seconds, arrays, sample, readings.summary(parts, clean, arrays), nonfinite=nonfinite)
 
 
 class RowForm(Form):
@@ -220,13 +205,6 @@ NUMBERS = (
     ),
 )  # fmt: skip
 COLUMN = dict(zip(("unseen", "seen"), (n.name for n in NUMBERS), strict=True))
-
-
-def by_query(e: Evaluation) -> dict[str, np.ndarray]:
-    """What each query adds to the numbers, at the largest eps; empty without the queries' outcomes."""
-    eps = e.extras["universal"]["curve"][-1]["eps"]
-    found = {column: e.arrays.get(f"{part}@{eps}/value") for part, column in COLUMN.items()}
-    return {column: values.astype(np.float64) for column, values in found.items() if values is not None}
 
 
 def curve(e: Evaluation) -> Curve:
@@ -298,13 +276,6 @@ def outcome_problems(stated: Stated) -> Iterator[Problem]:
         yield from count_problems(missing, f"{c.name}/value", "outcomes are missing in one of clean and attacked alone")
 
 
-def number_problems(stated: Stated) -> Iterator[Problem]:
-    """Does every number come out of the arrays again?"""
-    e = stated.evaluation
-    again = summary(stated.parts, e.arrays["benign/recall_at_1"].astype(np.float64), e.arrays)
-    yield from differences("extras.universal", e.extras["universal"], again)
-
-
 def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
     """The stored images of a half are all moved by one perturbation, and show what is stated."""
     e, subject, at = stated.evaluation, kept.subject, kept.positions
@@ -366,15 +337,15 @@ UNIVERSAL = Kind(
     form=UniversalForm,
     numbers=NUMBERS,
     columns=Columns,
-    read=lambda e: {column: e.extras["universal"]["curve"][-1][part] for part, column in COLUMN.items()},
-    by_query=by_query,
+    read=readings.read("universal", COLUMN),
+    by_query=readings.by_query("universal", COLUMN),
     curve=curve,
     shown=tuple(COLUMN.values()),
     tables=tables,
     page=page,
     arrays=arrays,
     outcome_problems=outcome_problems,
-    number_problems=number_problems,
+    number_problems=readings.number_problems("universal"),
     replay=replay,
     share=share,
 )

@@ -211,7 +211,7 @@ def shortened(e: Evaluation, count: int) -> dict[str, np.ndarray]:
     first = e.arrays["query"][np.searchsorted(np.sort(measured), measured[:count])]
     keep = np.isin(e.sample["rows"], first)
     return {
-        name: values if name.startswith(WHOLE) else values[keep]
+        name: values[: len(values) if count else 0] if name.startswith(WHOLE) else values[keep]
         for name, values in e.sample.items()
         if not name.startswith("closeup/")
     }

@@ -14,7 +14,7 @@ from dmlbench.embedding import Embedder
 from dmlbench.errors import Problem
 from dmlbench.kinds.base import AGREE, CLUSTERS_AGREE, DIFFER, QUERIES, RUN, SAMPLE, Kept
 from dmlbench.kinds.table import KINDS
-from dmlbench.metrics import RECALL_AT, agreement, assignments, retrieval
+from dmlbench.metrics import GROUPED, RECALL_AT, agreement, assignments, retrieval
 from dmlbench.results import Evaluation
 from dmlbench.run.subject import Subject, prepare, sample_positions
 from dmlbench.submission.bundle import Refused, refuse
@@ -100,7 +100,13 @@ def _outside(adversarial: torch.Tensor, clean: torch.Tensor, threat: Threat) -> 
 
 def _clean_problems(e: Evaluation, subject: Subject, seeds: tuple[int, ...]) -> Iterator[Problem]:
     """The clean outcomes of every query, and the clustering metrics."""
-    for name, values in retrieval(subject.scene, RECALL_AT, grouped=subject.dataset.grouped).items():
+    found = retrieval(subject.scene, RECALL_AT, grouped=subject.dataset.grouped)
+    for name in sorted(found.keys() ^ (e.benign.keys() & {*found, *GROUPED})):
+        said = "is missing" if name in found else f"is not read of data set {e.dataset.name!r}, which has no groups"
+        yield Problem(2, f"{RUN} benign.{name}", said)
+    for name, values in found.items():
+        if name not in e.benign:
+            continue
         stated = e.arrays[f"benign/{name}"].astype(np.float64)
         differing = (np.isnan(stated) != np.isnan(values)) | (np.abs(stated - values) > AGREE)
         if differing.mean() > DIFFER:
@@ -110,9 +116,9 @@ def _clean_problems(e: Evaluation, subject: Subject, seeds: tuple[int, ...]) -> 
     labels = gallery.labels[gallery.classed].cpu().numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        found = agreement(
+        clusters = agreement(
             labels, assignments(gallery.embeddings[gallery.classed].cpu().numpy(), len(np.unique(labels)), seeds)
         )
-    for name, value in found.items():
+    for name, value in clusters.items():
         if abs(value - e.benign.get(name, value)) > CLUSTERS_AGREE:
             yield Problem(2, f"{RUN} benign.{name}", f"says {e.benign[name]:.2f}, k-means here gives {value:.2f}")

@@ -57,7 +57,8 @@ def load_submitted(checked: Checked, weights: Path | None = None, fetch: bool = 
     raw = checked.bundle.files.get(WEIGHTS)
     if raw is None:
         path = _elsewhere(checked, weights, fetch)
-        if (known := checkpoints().get(checked.evaluation.model.id)) and known.files[0].format != "safetensors":
+        known = checkpoints().get(checked.evaluation.model.id)
+        if known and known.files and known.files[0].format != "safetensors":
             return _published(checked, path)
         raw = path.read_bytes()
     if (found := hashlib.sha256(raw).hexdigest()) != stated.weights_sha256:

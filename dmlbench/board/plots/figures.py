@@ -87,8 +87,11 @@ def roc(runs: Runs, metric: str | None = None, part: str | None = None) -> Figur
 
     Raises:
         UsageError: a run decides about no pairs, or has no pair of one sort.
+        NotComparable: the runs decide about pairs of different files.
     """
     _alike(runs)
+    if len({e.conditions.pairs for _, e in runs}) > 1:
+        raise NotComparable("the runs decide about different pairs: --pairs")
     series = []
     for name, (label, e) in zip(names_of(runs), runs, strict=True):
         points = np.array(kind_of(e).roc(e), dtype=np.float64)

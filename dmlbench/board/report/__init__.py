@@ -1,6 +1,6 @@
 """``dmlbench report``: run folders to one HTML page that needs nothing else.
 
-``page.py`` makes the page from records, ``pictures.py`` turns arrays into images, ``charts.py`` into drawings.
+``page.py`` makes the page from records, ``fallen.py`` finds who falls, ``pictures.py`` turns arrays into images.
 """
 
 from collections.abc import Sequence

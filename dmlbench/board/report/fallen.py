@@ -22,7 +22,7 @@ _READ = "recall_at_1"
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: a class or a query, how many queries it is, and its R@1 in % when clean and at each eps."""
+    """A class, how many queries it has, and its R@1 in % when clean and at each eps."""
 
     name: str
     queries: int
@@ -47,7 +47,8 @@ class Fallen:
         classes: the weakest classes, then one line for all the others; none where each has a single query.
         counts: of the queries that are right when clean, how many are first wrong at each eps, in the order of ``heads``
             after the first, and how many at none.
-        queries: those that fall, first at the smallest eps; ``listed`` of them, and how many there are.
+        queries: those that fall, first at the smallest eps, :data:`MOST` of them at the most.
+        total: how many fall.
         part: what has to be right: the names of the parts that R@1 is read of.
     """
 

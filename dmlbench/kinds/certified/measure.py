@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 
-from dmlbench.checkpoints import first_problem
 from dmlbench.embedding import Embedder, require_finite
-from dmlbench.errors import UsageError
 from dmlbench.intervals import cluster_median
+from dmlbench.kinds import base
 from dmlbench.kinds.base import Outcome
 from dmlbench.kinds.certified.bound import largest, margins, radii
 from dmlbench.metrics import mean
@@ -35,10 +34,8 @@ MARGIN, LENGTH, RADIUS = "certified/margin", "certified/length", "certified/radi
 """Of each query: how far its mean embedding is on the right side, how long that mean is, and its certified radius."""
 
 
-class Settings(BaseModel):
+class Settings(base.Settings):
     """``[settings]`` of a protocol."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
     sigma: float = Field(gt=0)
     """standard deviation of the noise in every value of the picture, [0, 1] scale"""
@@ -56,10 +53,7 @@ class Settings(BaseModel):
         Raises:
             UsageError: a key or value that means nothing.
         """
-        try:
-            return cls.model_validate(rules.settings)
-        except ValidationError as error:
-            raise UsageError(f"[settings] {first_problem(error)}") from None
+        return base.settings_of(cls, rules)
 
 
 def components(rules: Protocol, shape: Sequence[int]) -> list[Component]:

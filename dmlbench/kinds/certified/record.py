@@ -268,7 +268,7 @@ def number_problems(stated: Stated) -> Iterator[Problem]:
 def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
     """The sampled pictures are those of the data set, and the first of them under the same noise give the stated margins."""
     e, rules = stated.evaluation, stated.rules
-    if not np.array_equal(e.sample[CLEAN], kept.clean.cpu().numpy()):
+    if CLEAN not in e.sample or not np.array_equal(e.sample[CLEAN], kept.clean.cpu().numpy()):
         yield Problem(2, f"{SAMPLE} {CLEAN}", "are not the pictures of the data set")
         return
     few = kept.positions[:REPLAYED]

@@ -212,7 +212,7 @@ def number_problems(stated: Stated) -> Iterator[Problem]:
 def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
     """The sampled pictures are those of the data set, and corrupted again they find what the run says."""
     e, subject, rules = stated.evaluation, kept.subject, stated.rules
-    if not np.array_equal(e.sample[CLEAN], kept.clean.cpu().numpy()):
+    if CLEAN not in e.sample or not np.array_equal(e.sample[CLEAN], kept.clean.cpu().numpy()):
         yield Problem(2, f"{SAMPLE} {CLEAN}", "are not the pictures of the data set")
         return
     few = subject[kept.positions]

@@ -7,7 +7,6 @@ queries. A query is *taken* where its nearest entry is one of them. What a hub o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 from dmlbench.embedding import Embedder, require_finite
 from dmlbench.errors import UsageError
 from dmlbench.kinds.base import WHOLE, Outcome, Settings, settings_of
-from dmlbench.kinds.halves import halves
+from dmlbench.kinds.halves import halves, made_on_each
 from dmlbench.metrics import READOUTS, mean
 from dmlbench.optimizers import OPTIMIZERS, watched
 from dmlbench.protocol import Component, Protocol
@@ -223,33 +222,28 @@ def run(
     work: Work | None = None,
 ) -> Outcome | None:
     """Poisons of both halves at every eps; None where ``work`` is a shard, whose part is then done. A unit is those of one half."""
-    work = work or Work()
-    parts, half = components(rules, subject.dataset.images.shape), halves(subject.rows, seed)
-    grid, count, gallery = rules.eps_for(subject.dataset.images.shape), len(half), subject.dataset.gallery
-    jobs = [(eps, own) for eps in grid for own in (0, 1)]
-    progress.start("poison", count * len(jobs))
+    work, parts, half = work or Work(), components(rules, subject.dataset.images.shape), halves(subject.rows, seed)
 
-    def unit(i: int) -> Arrays:
-        return made(subject, rules, rules.threat_at(jobs[i][0]), seed, half, jobs[i][1])
+    def make(eps: str, own: int) -> Arrays:
+        return made(subject, rules, rules.threat_at(eps), seed, half, own)
 
-    units = {i: (f"poisons of half {own} at {eps}", 0, count) for i, (eps, own) in enumerate(jobs)}
-    each = work.each("poison", units, unit, partial(progress.advance, "poison"))
-    if work.shard:
+    each = made_on_each("poison", subject, rules, make, progress, work)
+    if each is None:
         return None
     nearest = two_nearest(subject.scene)[1][:, 0].cpu().numpy()
-    arrays = {HALF: half, NEAREST: gallery[nearest].astype(np.int64)}
+    arrays = {HALF: half, NEAREST: subject.dataset.gallery[nearest].astype(np.int64)}
     sample: dict[str, np.ndarray] = {}
-    for (eps, own), unit_ in zip(jobs, each.values(), strict=True):
-        name = stored(eps, own)
-        sample |= {name: unit_["images"], f"{name}/rows": unit_["rows"]}
+    for job, poisons in each.items():
+        name = stored(*job)
+        sample |= {name: poisons["images"], f"{name}/rows": poisons["rows"]}
     seconds: dict[str, float] = {}
     for part in parts:
-        m, pair = count_of(part), [each[jobs.index((part.threat["eps"], own))] for own in (0, 1)]
+        m, pair = count_of(part), [each[part.threat["eps"], own] for own in (0, 1)]
         for name, key, by in (("value", "free", 1 - half), ("known", "free", half), ("recall_at_1", "right", 1 - half)):
             arrays[f"{part.name}/{name}"] = np.where(by == 0, pair[0][f"{key}-{m}"], pair[1][f"{key}-{m}"]).astype(
                 np.float32
             )
-        seconds[part.name] = sum(float(p["seconds"].sum()) for p in pair) / (len(parts) // len(grid))
+        seconds[part.name] = sum(float(p["seconds"].sum()) for p in pair) / len(Own.of(rules).poisons)
     nonfinite = sum(int(u["nonfinite"].sum()) for u in each.values())
     return Outcome(parts, seconds, arrays, sample, summary(parts, arrays), nonfinite=nonfinite)
 

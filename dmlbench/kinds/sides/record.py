@@ -11,6 +11,7 @@ from dmlbench.attacks import ATTACKS
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.errors import Problem, UsageError
 from dmlbench.kinds import page as md
+from dmlbench.kinds import readings
 from dmlbench.kinds.base import (
     QUERIES,
     SAMPLE,
@@ -27,12 +28,11 @@ from dmlbench.kinds.base import (
     Sheet,
     Stated,
     count_problems,
-    differences,
     outcomes_differ,
     settings_of,
     text_of,
 )
-from dmlbench.kinds.sides.search import MOVED, OPTIMIZER, PICTURES, Own, components, pictures, read, run, summary
+from dmlbench.kinds.sides.search import MOVED, OPTIMIZER, PICTURES, Own, components, pictures, read, run
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Component, Protocol
 from dmlbench.results import Evaluation
@@ -87,13 +87,6 @@ NUMBERS = (
     ),
 )  # fmt: skip
 COLUMN = dict(zip(("both", "query", "gallery"), (n.name for n in NUMBERS), strict=True))
-
-
-def by_query(e: Evaluation) -> dict[str, np.ndarray]:
-    """What each query adds to the numbers, at the largest eps; empty without the queries' outcomes."""
-    eps = e.extras["sides"]["curve"][-1]["eps"]
-    found = {column: e.arrays.get(f"{part}@{eps}/value") for part, column in COLUMN.items()}
-    return {column: values.astype(np.float64) for column, values in found.items() if values is not None}
 
 
 def curve(e: Evaluation) -> Curve:
@@ -185,13 +178,6 @@ def outcome_problems(stated: Stated) -> Iterator[Problem]:
         before[c.attack] = value
 
 
-def number_problems(stated: Stated) -> Iterator[Problem]:
-    """Does every number come out of the arrays again?"""
-    e = stated.evaluation
-    again = summary(stated.parts, e.arrays["benign/recall_at_1"].astype(np.float64), e.arrays)
-    yield from differences("extras.sides", e.extras["sides"], again)
-
-
 def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
     """The stored pictures are of the query and of a wrong entry, within eps where they may be moved, and show what is stated."""
     e, subject, at = stated.evaluation, kept.subject, kept.positions
@@ -241,14 +227,14 @@ SIDES = Kind(
     form=SidesForm,
     numbers=NUMBERS,
     columns=Columns,
-    read=lambda e: {column: e.extras["sides"]["curve"][-1][part] for part, column in COLUMN.items()},
-    by_query=by_query,
+    read=readings.read("sides", COLUMN),
+    by_query=readings.by_query("sides", COLUMN),
     curve=curve,
     shown=tuple(COLUMN.values()),
     tables=tables,
     page=page,
     arrays=arrays,
     outcome_problems=outcome_problems,
-    number_problems=number_problems,
+    number_problems=readings.number_problems("sides"),
     replay=replay,
 )

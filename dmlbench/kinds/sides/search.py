@@ -6,9 +6,9 @@ ones, and wants it, or any other wrong picture, before every picture of the quer
 too; what is done for one query is not there for the next.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -17,14 +17,11 @@ from pydantic import Field
 from torch import Tensor
 
 from dmlbench.embedding import Embedder, require_finite
-from dmlbench.kinds.base import (
-    Outcome,
-    Settings,
-    settings_of,
-)
+from dmlbench.kinds.base import Outcome, Settings, settings_of
 from dmlbench.kinds.hunting import Field as Pass
 from dmlbench.kinds.hunting import Log, Watch
-from dmlbench.metrics import mean, retrieval, right_within
+from dmlbench.kinds.readings import summary
+from dmlbench.metrics import retrieval, right_within
 from dmlbench.optimizers import watched
 from dmlbench.protocol import Component, Protocol
 from dmlbench.run.subject import Progress, Subject
@@ -208,12 +205,3 @@ def run(
     if work.shard:
         return None
     return Outcome(parts, seconds, arrays, sample, summary(parts, clean, arrays), nonfinite=nonfinite)
-
-
-def summary(parts: Sequence[Component], clean: np.ndarray, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """``extras.sides``, from the queries' outcomes."""
-    rows: dict[str, dict[str, Any]] = {}
-    for part in parts:
-        eps = part.threat["eps"]
-        rows.setdefault(eps, {"eps": eps})[part.attack] = mean(arrays[f"{part.name}/value"])
-    return {"clean": mean(clean), "curve": list(rows.values())}

@@ -234,7 +234,7 @@ def plan_of(task: Task) -> list[dict[str, object]]:
                 on.noise(job.passes[1]) if job.attack is None else on.cost(job.attack, job.optimizer, job.threat)
             )
         time, peak = known[alike]
-        peak = before + (peak - before) * min(size, queries) / probe if where.type == "cpu" else peak
+        peak = before + max(peak - before, 0.0) * min(size, queries) / probe if where.type == "cpu" else peak
         row = _row(job.name, job.called, job.optimizer, job.eps, queries, dataset, job.steps, job.passes)
         time *= job.weight * queries / probe
         rows.append({**row, **_cost(replace(time, low=0.0) if job.at_most else time, peak, job.at_most)})
@@ -248,8 +248,8 @@ def plan_of(task: Task) -> list[dict[str, object]]:
 
 def _cost(time: Time, peak: float, at_most: bool = False) -> dict[str, object]:
     return {
-        "seconds": round(time.seconds, 1),
-        "range": [round(time.low, 1), round(time.high, 1)],
+        "seconds": round(time.seconds, 4),
+        "range": [round(time.low, 4), round(time.high, 4)],
         "at_most": at_most,
         "peak_mib": None if math.isnan(peak) else round(peak),
     }

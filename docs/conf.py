@@ -1,7 +1,9 @@
 """The documentation as a site: ``pip install '.[docs]' && sphinx-build -W --keep-going docs build/docs``.
 
 The pages are the Markdown files of this folder. Added here: the table of contents, a page for every command, the
-notebooks with their output (:mod:`notebook_pages`), and the board's own site under ``board/``.
+notebooks with their output (:mod:`notebook_pages`), a page that leads to other versions (:mod:`version_page`), and the
+board's own site under ``board/``. ``DMLBENCH_DOCS`` is the address at which the pages will be published, if they will,
+``DMLBENCH_RELEASES`` names the releases whose pages lie there too (.github/workflows/docs.yml sets both).
 """
 
 import os
@@ -15,6 +17,7 @@ from sphinx.application import Sphinx
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+import version_page
 from notebook_pages import page
 
 from dmlbench.board.site import write_site
@@ -43,7 +46,7 @@ CONTENTS = {
     "Train": ["training", "defended", "findings", "findings-tables"],
     "Board": ["leaderboard", "submitting", "forgeries", "published"],
     "Extend": ["extend", "architecture", "benchmarks"],
-    "Reference": ["reference", "commands/index"],
+    "Reference": ["reference", "commands/index", "versions"],
 }
 """The sections of the table of contents and their pages."""
 
@@ -51,7 +54,7 @@ project, author, version, release = "dmlbench", "The dmlbench authors", __versio
 project_copyright = author
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext", ".py": "notebook"}
-exclude_patterns = ["_templates", "conf.py", "notebook_pages.py", "**/__pycache__"]
+exclude_patterns = ["_templates", "conf.py", "notebook_pages.py", "version_page.py", "**/__pycache__"]
 
 myst_heading_anchors = 4
 
@@ -107,6 +110,12 @@ def command_pages() -> None:
         write(folder / f"{verb}.rst", directive)
 
 
+def versions() -> None:
+    """``versions.md``, which git ignores."""
+    releases = os.environ.get("DMLBENCH_RELEASES", "").split()
+    write(HERE / "versions.md", version_page.page(version, html_baseurl, releases))
+
+
 def add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
     """The table of contents stands here, not in ``index.md``, which is read on a repository's page too."""
     if docname == "index":
@@ -129,6 +138,7 @@ def add_board(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     """What Sphinx calls first."""
     command_pages()
+    versions()
     app.add_source_parser(NotebookParser)
     app.connect("source-read", add_contents)
     app.connect("sphinx-click-process-options", plain_at)

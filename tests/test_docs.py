@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,19 @@ def test_links_between_the_pages_are_found() -> None:
 def test_every_page_is_in_the_contents() -> None:
     contents = (DOCS / "conf.py").read_text(encoding="utf-8")
     assert [page.name for page in DOCS.glob("*.md") if f'"{page.stem}"' not in contents and page.stem != "index"] == []
+
+
+def test_a_version_leads_to_all_others_and_back() -> None:
+    page = runpy.run_path(str(DOCS / "version_page.py"))["page"]
+    site = "https://example.org/dmlbench/"
+    newest = page("0.11.0", site, ["v0.2.0", "v0.10.0"])
+    assert re.findall(r"\[(.*?)\]\((.*?)\)", newest) == [
+        ("v0.10.0", f"{site}v0.10.0/index.html"),
+        ("v0.2.0", f"{site}v0.2.0/index.html"),
+    ]
+    old = page("0.2.0", f"{site}v0.2.0/", [])
+    assert re.findall(r"\((\S+)\)", old) == [f"{site}versions.html"]
+    assert "](" not in page("0.2.0", "", [])
 
 
 def test_a_package_index_shows_absolute_links() -> None:

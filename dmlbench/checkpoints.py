@@ -69,7 +69,7 @@ class File(_Record):
     """One weights file: ``path`` inside the package's ``weights`` folder, or addresses in order.
 
     An address that begins with ``{base}/`` is looked for where ``DMLBENCH_CHECKPOINT_BASE`` says (an
-    address or a folder), else in the repository's ``checkpoints`` folder.
+    address or a folder), then in the repository's ``checkpoints`` folder.
 
     ``manual`` says how to get a file that cannot be fetched by a program.
 

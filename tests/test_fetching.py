@@ -136,6 +136,16 @@ def test_base_may_be_a_folder_or_an_address(served, monkeypatch: pytest.MonkeyPa
     assert fetch("m", file)[0].read_bytes() == (folder / "m.safetensors").read_bytes()
 
 
+def test_a_base_without_the_file_leaves_the_repositorys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "checkout" / "dmlbench"
+    (package.parent / "checkpoints").mkdir(parents=True)
+    (package.parent / "checkpoints" / "m.safetensors").write_bytes(b"ours")
+    monkeypatch.setattr("dmlbench.models.fetching.PACKAGE", package)
+    monkeypatch.setenv("DMLBENCH_CHECKPOINT_BASE", str(tmp_path / "other"))
+    file = File(url="{base}/m.safetensors", sha256=hashlib.sha256(b"ours").hexdigest())
+    assert fetch("m", file)[0] == package.parent / "checkpoints" / "m.safetensors"
+
+
 def test_a_file_of_any_address_may_lie_in_the_base_if_a_hash_tells_it(served, monkeypatch: pytest.MonkeyPatch) -> None:
     address, folder = served
     file = File(url=f"{address}/missing/m.safetensors", **weights(folder))

@@ -28,17 +28,16 @@ PLACEHOLDER = "{base}/"
 def addresses(file: File) -> Iterator[str]:
     """Where to look, in order: the address, then the mirrors, ``{base}`` filled in.
 
-    ``{base}`` is what ``DMLBENCH_CHECKPOINT_BASE`` names, else the checkout's ``checkpoints`` folder, else that folder of the
+    ``{base}`` is what ``DMLBENCH_CHECKPOINT_BASE`` names, then the checkout's ``checkpoints`` folder, else that folder of the
     repository that the installed release names as its source; an address with none of them is left out. A file of another
     address is looked for under what the variable names, too, by its last part, if the registry has a hash to tell it by.
     """
-    named = os.environ.get(BASE)
-    base = named or _checkpoints()
+    named, ours = os.environ.get(BASE), _checkpoints()
     for address in filter(None, (file.url, *file.mirrors)):
         at_base = address.startswith(PLACEHOLDER)
-        if base and (at_base or (named and (file.sha256 or file.hash))):
+        last = address.removeprefix(PLACEHOLDER) if at_base else address.rpartition("/")[2]
+        for base in filter(None, (named, ours) if at_base else (named if file.sha256 or file.hash else None,)):
             folder = base if "://" in base else str(Path(base).expanduser())
-            last = address.removeprefix(PLACEHOLDER) if at_base else address.rpartition("/")[2]
             yield f"{folder.rstrip('/')}/{last}"
         if not at_base:
             yield address

@@ -138,7 +138,8 @@ def named(name: str) -> Callable[[Path, Files], None]:
 def invented(repository: Path, files: Files) -> None:
     """Outcomes that nobody measured for all queries whose images are not kept, with every sum made anew."""
     from dmlbench.compact import npz_bytes, unstacked, untabulated
-    from dmlbench.protocol import ers_of, load_protocol, score_intervals
+    from dmlbench.protocol import ers_of, score_intervals
+    from dmlbench.protocols import load_protocol
     from dmlbench.results import Evaluation
     from dmlbench.submission.bundle import read_arrays
 

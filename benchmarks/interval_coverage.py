@@ -21,7 +21,8 @@ from jaxtyping import Float
 from scipy.special import betaincinv, ndtr
 
 from dmlbench.intervals import PERCENT, Intervals, class_intervals, paired_intervals
-from dmlbench.protocol import load_protocol, scored
+from dmlbench.protocol import scored
+from dmlbench.protocols import load_protocol
 from dmlbench.results import load
 
 RUNS = Path(__file__).parents[1] / "leaderboard" / "submissions"

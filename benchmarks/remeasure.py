@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dmlbench.checkpoints import checkpoints
 from dmlbench.errors import DataError
-from dmlbench.protocol import load_protocol
+from dmlbench.protocols import load_protocol
 from dmlbench.results import load
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch  # noqa: F401  (before scipy, whose OpenMP would else be the one)
 
-from dmlbench.protocol import Component, ers_of, load_protocol, packaged_protocol, scored
+from dmlbench.protocol import Component, ers_of, scored
+from dmlbench.protocols import load_protocol, packaged_protocol
 from dmlbench.results import load
 from dmlbench.run import looks
 

@@ -26,7 +26,7 @@ from dmlbench.fast.exact import true_float32
 from dmlbench.metrics import retrieval
 from dmlbench.objectives import OBJECTIVES
 from dmlbench.optimizers import OPTIMIZERS
-from dmlbench.protocol import load_protocol
+from dmlbench.protocols import load_protocol
 from dmlbench.run.search import searches
 from dmlbench.scene import Gallery, Scene
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from dmlbench.embedding import DISTANCES, Embedder
     from dmlbench.evaluate import evaluate
     from dmlbench.models import load_model
-    from dmlbench.protocol import Protocol, load_protocol
+    from dmlbench.protocol import Protocol
+    from dmlbench.protocols import load_protocol
     from dmlbench.results import Evaluation
     from dmlbench.training.loop import train
 
@@ -37,7 +38,7 @@ _HOMES = {
     "evaluate": "evaluate",
     "load_dataset": "datasets",
     "load_model": "models",
-    "load_protocol": "protocol",
+    "load_protocol": "protocols",
     "report": "board.report",
     "train": "training.loop",
 }

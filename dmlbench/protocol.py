@@ -1,8 +1,7 @@
 """Protocols: which attacks, how strong, read how. Declarative, versioned TOML files, never edited after release.
 
 A protocol's ``sha256`` is the hash of its parsed content and lands in every result; a bug in an
-attack or a changed number is a new version. ``NAME.toml`` is the current version of NAME; an older one stays as
-``NAME@VERSION.toml`` with ``superseded_by`` set, and still runs by that name.
+attack or a changed number is a new version.
 """
 
 import hashlib
@@ -10,29 +9,22 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from dmlbench.attacks import ATTACKS, parse, require_decision
-from dmlbench.checkpoints import PACKAGE, first_problem
-from dmlbench.errors import DataError, UsageError
-from dmlbench.files import read_toml
+from dmlbench.attacks import ATTACKS, parse
+from dmlbench.errors import UsageError
 from dmlbench.intervals import ANY, LEVEL, PERCENT, Intervals, Range, class_intervals
 from dmlbench.metrics import READOUTS
-from dmlbench.optimizers import OPTIMIZERS
-from dmlbench.registry import Registry, suggest
+from dmlbench.registry import suggest
 from dmlbench.threat import Threat, length
 
-FOLDER = PACKAGE / "protocols"
 COLOUR = "colour"
 """In a grid, beside sides in pixels: images of several channels."""
-
 
 FIRST_ATTACKS = ("C1", "C2", "C3", "U1", "U2", "U3")
 """What a clustering protocol runs that names no attacks, as its first version did not."""
@@ -382,159 +374,3 @@ class Chosen(NamedTuple):
     own: tuple[Component, ...]
     extra: tuple[Component, ...]
     runner: bool
-
-
-OF_A_KIND = {
-    "components": "[[components]]", "steps": "[[steps]]", "grid": "[grid]", "together": "together",
-    "threshold": "[threshold]", "audit": "audit", "attacks": "attacks", "joint": "[joint]", "settings": "[settings]",
-}  # fmt: skip
-"""The fields that only some kinds are run by, and how a file writes them."""
-
-
-def read_protocol(path: Path) -> Protocol:
-    """A protocol from a TOML file, every name and number in it checked.
-
-    Raises:
-        DataError: it cannot be read, or holds what is wrong or would do nothing; the file and the key are named.
-    """
-    try:
-        protocol = Protocol.model_validate(read_toml(path))
-        _check_kind(protocol)
-        for c in protocol.components:
-            _check_component(c, protocol)
-        for step in protocol.steps:
-            _check_step(step, protocol)
-        if twice := repeated(c.name for c in protocol.components):
-            raise UsageError(f"two components have the name {twice!r}: one would overwrite the other")
-        if twice := repeated(step.name for step in protocol.steps):
-            raise UsageError(f"two steps have the name {twice!r}: one would overwrite the other")
-        for side, grid in protocol.grid.items():
-            radii = [protocol.threat_at(eps).radius for eps in grid]
-            known = side == COLOUR or side.isdigit()
-            if not known or not radii or radii != sorted(radii) or radii[0] <= 0:
-                raise UsageError(
-                    f"grid {side!r} must be a side in pixels or {COLOUR!r}, and eps above 0 in ascending order"
-                )
-        return protocol
-    except ValidationError as error:
-        raise DataError(f"protocol {path}: {first_problem(error)}") from None
-    except (ValueError, TypeError, UsageError) as error:
-        raise DataError(f"protocol {path}: {error}") from None
-
-
-def _check_kind(protocol: Protocol) -> None:
-    """That the file has what its kind is run by, and nothing that its kind does not look at."""
-    from dmlbench.kinds.table import KINDS  # which stands on this module
-
-    kind = KINDS[protocol.kind]
-    plain = type(protocol).model_fields
-    for name, shown in OF_A_KIND.items():
-        there = getattr(protocol, name) != plain[name].default
-        if there and name not in (*kind.needs, *kind.reads):
-            raise UsageError(f"{shown} {'do' if shown.startswith('[[') else 'does'} nothing in kind {kind.name!r}")
-        if not there and name in kind.needs:
-            raise UsageError(f"kind {kind.name!r} needs {shown}")
-    for name in ("queries", "together"):
-        if (value := getattr(protocol, name)) is not None and value < 1:
-            raise UsageError(f"{name} {value} must be 1 or more")
-    if protocol.threshold is not None:
-        _check_threshold(protocol.threshold, protocol)
-    kind.check(protocol)
-    if unread := [key for key in kind.unread if key in protocol.threat]:
-        raise UsageError(f"[threat] {unread[0]} does nothing in kind {kind.name!r}")
-
-
-def _check_component(c: Component, protocol: Protocol) -> None:
-    OPTIMIZERS[c.optimizer], READOUTS[c.readout]
-    try:
-        protocol.threat_of(c)
-    except UsageError as error:
-        raise UsageError(f"component {c.name!r}: {error}") from None
-    require_decision(c.attack, c.optimizer)
-    if c.readout not in ATTACKS[c.attack].readouts:
-        raise UsageError(f"component {c.name!r}: attack {c.attack!r} is not read by {c.readout!r}")
-    if c.best == c.worst:
-        raise UsageError(f"component {c.name!r}: worst and best are both {c.worst}")
-
-
-def _check_step(step: Step, protocol: Protocol) -> None:
-    turns = [step.at(r)[0] for r in range(max(1, len(step.turns)))]
-    for turn in turns:
-        _check_search(f"step {step.name!r}", turn.attack, turn.optimizer, turn.threat, protocol)
-    for name in ("aims", "rounds", "fewest"):
-        if getattr(step, name) < 1:
-            raise UsageError(f"step {step.name!r}: {name} {getattr(step, name)} must be 1 or more")
-    if step.aims > 1 and not any(ATTACKS[turn.attack].targets for turn in turns):
-        raise UsageError(f"step {step.name!r}: aims {step.aims}, but attack {step.attack!r} has no targets to choose")
-    if step.rounds == 1 and (step.turns or step.fewest > 1 or step.until):
-        raise UsageError(f"step {step.name!r}: turns, fewest and until do nothing in a single round")
-    if step.fewest > step.rounds or not 0 <= step.until <= 100:
-        raise UsageError(
-            f"step {step.name!r}: fewest {step.fewest} is at most rounds {step.rounds}, and until {step.until} a percentage"
-        )
-
-
-def _check_search(where: str, attack: str, optimizer: str, threat: Mapping[str, Any], protocol: Protocol) -> None:
-    """That a search can be run on some of the queries at any eps."""
-    OPTIMIZERS[optimizer], ATTACKS[attack]
-    try:
-        protocol.threat_at("0", threat)
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
-    if "eps" in threat:
-        raise UsageError(f"{where}: threat eps does nothing, since the [grid] has eps")
-    if OPTIMIZERS[optimizer].whole_set:
-        raise UsageError(f"{where}: optimizer {optimizer!r} needs all queries at once, and a step has the survivors")
-
-
-def _check_threshold(t: Threshold, protocol: Protocol) -> None:
-    _check_search("threshold", t.attack, t.optimizer, t.threat, protocol)
-    if t.parts < 1 or t.parts & (t.parts - 1) or t.octaves < 1:
-        raise UsageError(f"threshold: parts {t.parts} must be a power of two and octaves {t.octaves} 1 or more")
-
-
-def protocol_files(where: Path) -> dict[str, Path]:
-    """The protocols of a folder, or the one of a file, by what :func:`load_protocol` calls them: NAME or NAME@VERSION."""
-    return {path.stem: path for path in (sorted(where.glob("*.toml")) if where.is_dir() else [where])}
-
-
-PROTOCOLS: Registry[Path] = Registry("protocol", protocol_files(FOLDER))
-"""The TOML file of each version, by NAME for the current one and NAME@VERSION for those before."""
-
-
-def protocol_names() -> list[str]:
-    """The packaged protocols, each of which stands for its current version; those of plugins too."""
-    return sorted(name for name in PROTOCOLS if "@" not in name)
-
-
-def protocol_versions(name: str) -> list[Protocol]:
-    """Every packaged version of one protocol, the current one first; empty for an unknown name."""
-    if name not in protocol_names():
-        return []
-    older = sorted(known for known in PROTOCOLS if known.startswith(f"{name}@"))
-    return [load_protocol(name), *map(load_protocol, older)]
-
-
-def packaged_protocol(name: str, sha256: str) -> Protocol | None:
-    """The packaged version of ``name`` with this content; None where there is none."""
-    return next((p for p in protocol_versions(name) if p.sha256 == sha256), None)
-
-
-@lru_cache
-def load_protocol(name: str) -> Protocol:
-    """A packaged protocol by name, one version of it by ``NAME@VERSION``, or any by the path of its TOML file.
-
-    Raises:
-        UsageError: unknown name or version. DataError: the file is missing or not a protocol.
-    """
-    if name.endswith(".toml"):
-        return read_protocol(Path(name))
-    base, _, version = name.partition("@")
-    if base not in protocol_names():
-        raise UsageError(f"unknown protocol {name!r}{suggest(name, protocol_names())}")
-    current = read_protocol(PROTOCOLS[base])
-    if version in ("", current.version):
-        return current
-    if name not in PROTOCOLS:
-        raise UsageError(f"protocol {base!r} has no version {version!r}; the current one is {current.version!r}")
-    return read_protocol(PROTOCOLS[name])

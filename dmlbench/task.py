@@ -23,7 +23,8 @@ from dmlbench.kinds.table import KINDS
 from dmlbench.models import load_model
 from dmlbench.models.defended import averaged
 from dmlbench.own_code import require_named
-from dmlbench.protocol import Chosen, Protocol, load_protocol
+from dmlbench.protocol import Chosen, Protocol
+from dmlbench.protocols import load_protocol
 from dmlbench.results import Conditions, Evaluation
 from dmlbench.rng import Rng
 from dmlbench.run.fingerprint import fingerprint

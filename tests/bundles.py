@@ -14,7 +14,7 @@ import yaml
 from dmlbench.checkpoints import PACKAGE, Checkpoint, File, checkpoints
 from dmlbench.compact import npz_bytes, read_npz, unstacked, untabulated
 from dmlbench.models import build, parameter_count, probe_images, write_weights
-from dmlbench.protocol import load_protocol
+from dmlbench.protocols import load_protocol
 from dmlbench.results import load, save
 from dmlbench.submission.bundle import make_manifest
 from dmlbench.submission.pack import draft, pack

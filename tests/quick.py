@@ -1,6 +1,6 @@
 """The packaged model, and strict protocols with so little of each search that a test can run them."""
 
-from dmlbench.protocol import load_protocol
+from dmlbench.protocols import load_protocol
 
 DEFAULT = "digits-smallcnn-triplet-hm-lga-ics"
 

@@ -3,7 +3,8 @@
 import numpy as np
 
 from dmlbench.intervals import VERSION
-from dmlbench.protocol import load_protocol, score_intervals
+from dmlbench.protocol import score_intervals
+from dmlbench.protocols import load_protocol
 from dmlbench.results import DatasetInfo, Environment, Evaluation, Measurement, ModelInfo, ProtocolInfo
 
 ENDS = {

@@ -10,7 +10,7 @@ from dmlbench.doubts.audit import CHECKS
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import OBJECTIVES
 from dmlbench.optimizers import OPTIMIZERS
-from dmlbench.protocol import protocol_names
+from dmlbench.protocols import protocol_names
 from dmlbench.targets import TARGETS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "protocols.md"

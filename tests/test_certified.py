@@ -25,7 +25,8 @@ from dmlbench.kinds.certified import record
 from dmlbench.kinds.certified.bound import errors, fewest, largest, margins, radii
 from dmlbench.kinds.certified.measure import CLEAN, LENGTH, MARGIN, RADIUS, Settings, components, smoothed
 from dmlbench.kinds.table import numbers_of
-from dmlbench.protocol import FOLDER, PROTOCOLS, load_protocol, read_protocol
+from dmlbench.protocols import FOLDER, PROTOCOLS, load_protocol
+from dmlbench.protocols.reading import read_protocol
 from dmlbench.results import save
 from dmlbench.run.subject import prepare
 from dmlbench.run.units import Shard, Units, Work, collect

@@ -162,7 +162,7 @@ def test_a_plan_crafts_on_the_surrogate_and_reads_on_the_model() -> None:
     from dmlbench.datasets import load_dataset
     from dmlbench.models import load_model
     from dmlbench.plan import plan_of
-    from dmlbench.protocol import load_protocol
+    from dmlbench.protocols import load_protocol
     from dmlbench.task import Options, Task
 
     seen: dict[str, list[bool]] = {"model": [], "surrogate": []}

@@ -19,7 +19,8 @@ from dmlbench.kinds.clustering import search as clustering
 from dmlbench.kinds.clustering.search import attacked, centroids
 from dmlbench.kinds.clustering.summary import pairwise_f1, worst
 from dmlbench.metrics import agreement, assignments
-from dmlbench.protocol import FOLDER, Joint, load_protocol
+from dmlbench.protocol import Joint
+from dmlbench.protocols import FOLDER, load_protocol
 from dmlbench.rng import Rng
 from dmlbench.run.subject import prepare
 from dmlbench.scene import Gallery, Scene

@@ -24,7 +24,7 @@ from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.intervals import PERCENT, nmi_by_weight, nmi_interval, paired_intervals
 from dmlbench.kinds.clustering.record import worst_clusters
 from dmlbench.kinds.table import numbers_of
-from dmlbench.protocol import load_protocol
+from dmlbench.protocols import load_protocol
 from dmlbench.results import Evaluation, Flag, Measurement, load, save
 
 RECALL = ("benign/recall_at_1", "benign/recall_at_2", "benign/recall_at_4", "benign/recall_at_8")

@@ -14,7 +14,8 @@ from dmlbench.kinds.base import Kept, Stated
 from dmlbench.kinds.corruptions import record
 from dmlbench.kinds.corruptions.measure import CLEAN, components, parsed
 from dmlbench.kinds.table import numbers_of
-from dmlbench.protocol import load_protocol, read_protocol
+from dmlbench.protocols import load_protocol
+from dmlbench.protocols.reading import read_protocol
 from dmlbench.run.subject import prepare
 
 MODEL = "digits-smallcnn-triplet-none"

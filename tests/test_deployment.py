@@ -18,7 +18,8 @@ from dmlbench.kinds.halves import halves
 from dmlbench.kinds.poison import search as poison
 from dmlbench.kinds.sides import search as sides
 from dmlbench.kinds.table import KINDS, numbers_of
-from dmlbench.protocol import PROTOCOLS, load_protocol, read_protocol
+from dmlbench.protocols import PROTOCOLS, load_protocol
+from dmlbench.protocols.reading import read_protocol
 from dmlbench.results import load, save
 from dmlbench.run.subject import prepare
 from dmlbench.run.units import Units, Work

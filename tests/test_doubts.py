@@ -19,7 +19,8 @@ from dmlbench.errors import DataError
 from dmlbench.evaluate import evaluate
 from dmlbench.metrics import retrieval
 from dmlbench.optimizers import autograd, watched
-from dmlbench.protocol import counted, ers_of, load_protocol
+from dmlbench.protocol import counted, ers_of
+from dmlbench.protocols import load_protocol
 from dmlbench.results import Evaluation, Measurement
 from dmlbench.rng import Rng
 from dmlbench.run.subject import Subject, prepare

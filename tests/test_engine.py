@@ -18,7 +18,7 @@ import dmlbench
 from dmlbench import results
 from dmlbench.errors import DataError, NotComparable, ShardDone, UsageError
 from dmlbench.evaluate import evaluate
-from dmlbench.protocol import load_protocol
+from dmlbench.protocols import load_protocol
 from dmlbench.run.fingerprint import differing, exact, fingerprint
 from dmlbench.run.parallel import World
 from dmlbench.run.search import auto_batch, halved, shrunk

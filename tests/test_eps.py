@@ -7,7 +7,7 @@ import pytest
 
 from dmlbench.errors import UsageError
 from dmlbench.evaluate import evaluate
-from dmlbench.protocol import load_protocol
+from dmlbench.protocols import load_protocol
 from dmlbench.results import Conditions, load
 from dmlbench.threat import length
 

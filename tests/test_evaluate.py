@@ -14,7 +14,8 @@ from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate, scores
 from dmlbench.metrics import mean
 from dmlbench.models import ARCHITECTURES
-from dmlbench.protocol import Component, load_protocol
+from dmlbench.protocol import Component
+from dmlbench.protocols import load_protocol
 from dmlbench.results import Evaluation, load, save
 from dmlbench.rng import Rng
 from dmlbench.run.search import aimed, searches

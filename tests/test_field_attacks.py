@@ -15,7 +15,7 @@ from dmlbench.embedding import DISTANCES
 from dmlbench.errors import UsageError
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import KEPT, OBJECTIVES
-from dmlbench.protocol import load_protocol, protocol_names
+from dmlbench.protocols import load_protocol, protocol_names
 from dmlbench.rng import Rng
 from dmlbench.scene import Gallery, Scene
 from dmlbench.targets import TARGETS
@@ -282,7 +282,7 @@ def test_a_surrogate_of_another_input_size_is_refused(model, short) -> None:
 def test_eps_outside_the_range_is_refused(tmp_path) -> None:
     from dmlbench.errors import DataError
 
-    text = (dmlbench.protocol.FOLDER / "strict-fast.toml").read_text().replace('"5/255"', '"5"')
+    text = (dmlbench.protocols.FOLDER / "strict-fast.toml").read_text().replace('"5/255"', '"5"')
     (tmp_path / "wild.toml").write_text(text)
     with pytest.raises(DataError, match=r"eps '5' is outside \[0, 1\]"):
         load_protocol(str(tmp_path / "wild.toml"))

@@ -12,7 +12,7 @@ from golden import NETWORKS, evaluate_golden, peer_scores
 from published_parity import DRAWN, published
 
 from dmlbench import evaluate, load_dataset, load_model
-from dmlbench.protocol import load_protocol
+from dmlbench.protocols import load_protocol
 from dmlbench.results import Evaluation
 from dmlbench.threat import Threat
 

@@ -17,7 +17,7 @@ from dmlbench.errors import DataError, ShardDone
 from dmlbench.evaluate import evaluate
 from dmlbench.kinds.hunting import BATCHES, Field
 from dmlbench.kinds.strict.search import begin, run, settle
-from dmlbench.protocol import load_protocol
+from dmlbench.protocols import load_protocol
 from dmlbench.run.parallel import World
 from dmlbench.run.subject import Silent, prepare
 from dmlbench.run.units import Shard, Units, Work, collect

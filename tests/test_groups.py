@@ -15,7 +15,7 @@ from dmlbench.errors import DataError, UsageError
 from dmlbench.fast.sweep import extreme_entries, nearest_entries, query_hinge
 from dmlbench.metrics import READOUTS, retrieval
 from dmlbench.objectives import OBJECTIVES
-from dmlbench.protocol import load_protocol
+from dmlbench.protocols import load_protocol
 from dmlbench.rng import Rng
 from dmlbench.run.subject import prepare
 from dmlbench.scene import Gallery, Scene

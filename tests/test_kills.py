@@ -22,7 +22,7 @@ import pytest
 
 import dmlbench
 from dmlbench.datasets import RetrievalDataset, TensorImages
-from dmlbench.protocol import FOLDER
+from dmlbench.protocols import FOLDER
 from dmlbench.results import SAMPLE
 
 MODEL = "digits-smallcnn-triplet-none"

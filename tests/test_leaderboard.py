@@ -19,7 +19,7 @@ from dmlbench.board import COLUMNS, PARTS, Row, add_row, from_csv, from_evaluati
 from dmlbench.board.build import differences, load_boards, rows_of
 from dmlbench.board.row import OF_KINDS
 from dmlbench.errors import DataError
-from dmlbench.protocol import load_protocol
+from dmlbench.protocols import load_protocol
 from dmlbench.results import Flag, Measurement
 from dmlbench.submission.rerun import Verification
 from dmlbench.submission.static import open_bundle

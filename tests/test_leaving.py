@@ -10,7 +10,7 @@ from dmlbench.evaluate import evaluate
 from dmlbench.fast import sweep
 from dmlbench.objectives import OBJECTIVES
 from dmlbench.optimizers import OPTIMIZERS, gradient, watched
-from dmlbench.protocol import load_protocol
+from dmlbench.protocols import load_protocol
 from dmlbench.rng import Rng
 from dmlbench.run.search import aimed, searches
 from dmlbench.run.subject import prepare

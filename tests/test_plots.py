@@ -9,7 +9,7 @@ import dmlbench
 from dmlbench.board.plots import KINDS, classes, draw, eps, matrix, parts, roc, scatter, tsne
 from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.intervals import PERCENT, class_intervals
-from dmlbench.protocol import load_protocol
+from dmlbench.protocols import load_protocol
 from dmlbench.results import Conditions, Evaluation, load, save
 
 ROOT = Path(__file__).resolve().parent.parent

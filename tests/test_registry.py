@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 import dmlbench
-from dmlbench import protocol
+from dmlbench import protocols
 from dmlbench.attacks import ATTACKS, parse
 from dmlbench.checkpoints import checkpoints, packaged
 from dmlbench.errors import DataError, UsageError
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import OBJECTIVES
-from dmlbench.protocol import FOLDER, load_protocol, packaged_protocol, protocol_names, protocol_versions, read_protocol
+from dmlbench.protocols import FOLDER, load_protocol, packaged_protocol, protocol_names, protocol_versions
+from dmlbench.protocols.reading import read_protocol
 from dmlbench.registry import Registry
 from dmlbench.targets import TARGETS
 
@@ -128,7 +129,7 @@ def test_a_version_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "strict-fast.toml").write_text(new, encoding="utf-8")
     old = text.replace("seed = 0", 'seed = 0\nsuperseded_by = "strict-fast@99"')
     (tmp_path / f"strict-fast@{version}.toml").write_text(old, encoding="utf-8")
-    monkeypatch.setattr(protocol, "PROTOCOLS", Registry("protocol", protocol.protocol_files(tmp_path)))
+    monkeypatch.setattr(protocols, "PROTOCOLS", Registry("protocol", protocols.protocol_files(tmp_path)))
     load_protocol.cache_clear()
     try:
         assert protocol_names() == ["strict-fast"]

@@ -15,7 +15,8 @@ from dmlbench.kinds.strict import search as strict
 from dmlbench.kinds.strict.search import CARRIED, CLEAN_WRONG, SURVIVED, attempt
 from dmlbench.kinds.strict.summary import area
 from dmlbench.models import ARCHITECTURES
-from dmlbench.protocol import load_protocol, read_protocol
+from dmlbench.protocols import load_protocol
+from dmlbench.protocols.reading import read_protocol
 from dmlbench.results import load, save
 from dmlbench.rng import Rng
 from dmlbench.run.subject import prepare
@@ -218,7 +219,7 @@ def test_a_collapsed_model_is_flagged() -> None:
     (('start = "random"', 'start = "edge"'), "'clean', 'random' or 'corner'"),
 ])  # fmt: skip
 def test_a_broken_protocol_file_is_one_line(tmp_path, change, message) -> None:
-    text = (dmlbench.protocol.FOLDER / "strict-fast.toml").read_text()
+    text = (dmlbench.protocols.FOLDER / "strict-fast.toml").read_text()
     assert change[0] in text
     (tmp_path / "p.toml").write_text(text.replace(*change, 1))
     with pytest.raises(DataError, match=message) as error:

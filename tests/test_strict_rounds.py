@@ -30,7 +30,8 @@ from dmlbench.kinds.strict.rounds import groups, missed, rounds_run
 from dmlbench.kinds.strict.search import CARRIED, CLEAN_WRONG, SMALLEST, attempt
 from dmlbench.objectives import margin_to_entry
 from dmlbench.optimizers import OPTIMIZERS
-from dmlbench.protocol import FOLDER, Component, Step, Threshold
+from dmlbench.protocol import Component, Step, Threshold
+from dmlbench.protocols import FOLDER
 from dmlbench.results import load
 from dmlbench.rng import Rng
 from dmlbench.run.subject import measured_queries, prepare, query_order

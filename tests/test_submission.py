@@ -29,13 +29,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 import dmlbench
-from dmlbench import protocol
+from dmlbench import protocols
 from dmlbench.checkpoints import checkpoints
 from dmlbench.cli.schema import schemas
 from dmlbench.compact import npz_bytes
 from dmlbench.errors import UsageError
 from dmlbench.intervals import VERSION
-from dmlbench.protocol import load_protocol, score_intervals
+from dmlbench.protocol import score_intervals
+from dmlbench.protocols import load_protocol
 from dmlbench.results import Evaluation, load, save
 from dmlbench.run.subject import query_order
 from dmlbench.submission import rerun
@@ -880,7 +881,7 @@ worst = 0
 best = 100
 """
     (tmp_path / "few.toml").write_text(rules)
-    monkeypatch.setitem(protocol.PROTOCOLS._entries, "few", tmp_path / "few.toml")
+    monkeypatch.setitem(protocols.PROTOCOLS._entries, "few", tmp_path / "few.toml")
     done = dmlbench.evaluate(NONE, "digits", "few", device="cpu")
     assert done.dataset.n_queries == 100 and not done.partial
     save(done, tmp_path / "run")

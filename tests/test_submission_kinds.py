@@ -15,7 +15,7 @@ from dmlbench.intervals import PERCENT, VERSION, class_intervals
 from dmlbench.kinds.clustering import search as clustering
 from dmlbench.kinds.smallest import within
 from dmlbench.kinds.strict import search as strict
-from dmlbench.protocol import load_protocol
+from dmlbench.protocols import load_protocol
 from dmlbench.results import Evaluation, Flag, save
 from dmlbench.submission import rerun
 from dmlbench.submission.pack import write_folder

@@ -14,7 +14,8 @@ from dmlbench.board.compare import compare
 from dmlbench.compact import npz_bytes
 from dmlbench.errors import UsageError
 from dmlbench.evaluate import evaluate
-from dmlbench.protocol import load_protocol, score_intervals
+from dmlbench.protocol import score_intervals
+from dmlbench.protocols import load_protocol
 from dmlbench.results import Evaluation, load
 from dmlbench.run import looks
 from dmlbench.run.units import Units, Work

@@ -26,7 +26,8 @@ from dmlbench.kinds.table import KINDS, numbers_of
 from dmlbench.kinds.verification import checks, search
 from dmlbench.kinds.verification.pairs import SIDES, drawn, folds_of_classes, threshold, thresholds
 from dmlbench.kinds.verification.summary import CARRIED, SURVIVED, components, eer, roc, tar_at
-from dmlbench.protocol import FOLDER, load_protocol, read_protocol
+from dmlbench.protocols import FOLDER, load_protocol
+from dmlbench.protocols.reading import read_protocol
 from dmlbench.results import Evaluation, load
 from dmlbench.rng import Rng
 from dmlbench.run.subject import prepare

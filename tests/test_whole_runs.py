@@ -6,7 +6,7 @@ import pytest
 import whole_runs
 from whole_runs import Case, Units
 
-from dmlbench.protocol import load_protocol
+from dmlbench.protocols import load_protocol
 from dmlbench.run.search import searches
 
 UNITS = Units(forward=1.0, gradient=3.0, step_pair=1e-3, rank_pair=1e-2, centroid_pair=1e-4)

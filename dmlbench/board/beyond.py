@@ -16,7 +16,8 @@ from scipy.special import stdtrit
 from dmlbench.board.row import headline
 from dmlbench.intervals import LEVEL, PERCENT, Ends, Range, cluster_medians, paired_intervals, stretched
 from dmlbench.kinds.table import kind_of, numbers
-from dmlbench.protocol import counted, packaged_protocol
+from dmlbench.protocol import counted
+from dmlbench.protocols import packaged_protocol
 from dmlbench.results import Evaluation
 
 At = Callable[[int, int, float], Ends]

@@ -16,7 +16,7 @@ from dmlbench.checkpoints import ID, checkpoints, packaged
 from dmlbench.errors import DataError
 from dmlbench.files import write_whole
 from dmlbench.plain import read_json
-from dmlbench.protocol import load_protocol, packaged_protocol, protocol_names
+from dmlbench.protocols import load_protocol, packaged_protocol, protocol_names
 from dmlbench.results import Evaluation
 from dmlbench.submission.bundle import SUBMISSIONS, VERIFICATIONS, Refused, verification_of
 from dmlbench.submission.rerun import Verification

@@ -9,7 +9,8 @@ from dmlbench.kinds.table import KINDS
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import OBJECTIVES
 from dmlbench.optimizers import OPTIMIZERS
-from dmlbench.protocol import COLOUR, Component, Protocol, protocol_names, protocol_versions
+from dmlbench.protocol import COLOUR, Component, Protocol
+from dmlbench.protocols import protocol_names, protocol_versions
 from dmlbench.targets import TARGETS
 
 HEAD = """# Protocols, attacks and scores

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
+from dmlbench.board.adversary import sizes_of
 from dmlbench.checkpoints import Checkpoint, checkpoints
 from dmlbench.intervals import PERCENT, VERSION, Ends, class_intervals
 from dmlbench.kinds.base import Count, Percent
-from dmlbench.kinds.table import KINDS, kind_of, numbers, numbers_of, sizes_of
-from dmlbench.protocol import packaged_protocol, score_intervals
+from dmlbench.kinds.table import KINDS, kind_of, numbers, numbers_of
+from dmlbench.protocol import score_intervals
+from dmlbench.protocols import packaged_protocol
 from dmlbench.registry import PLUGINS
 from dmlbench.results import Evaluation
 from dmlbench.threat import length

@@ -378,7 +378,8 @@ def print_evaluation(e: Evaluation) -> None:
         f"[bold]{e.model.id}[/bold] on {d.name} ({d.split}): {d.n_queries} queries, {d.n_gallery} gallery images, "
         f"{d.n_classes} classes; protocol {e.protocol.name} v{e.protocol.version} ({e.protocol.sha256[:8]})"
     )
-    from dmlbench.kinds.table import adversary, kind_of
+    from dmlbench.board.adversary import adversary
+    from dmlbench.kinds.table import kind_of
     from dmlbench.metrics import BENIGN
 
     kind = kind_of(e)

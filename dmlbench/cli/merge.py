@@ -61,7 +61,7 @@ def merge(
     """
     import dmlbench
     from dmlbench.attacks import ATTACKS
-    from dmlbench.protocol import packaged_protocol
+    from dmlbench.protocols import packaged_protocol
     from dmlbench.run.units import Units, Work, collect, shared_by
     from dmlbench.task import Options, Task
 

@@ -7,7 +7,7 @@ import click
 from dmlbench.cli.output import json_option, print_facts, print_json, print_list
 from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.files import write_whole
-from dmlbench.protocol import load_protocol, protocol_names, protocol_versions
+from dmlbench.protocols import load_protocol, protocol_names, protocol_versions
 
 
 @click.group(epilog="Example: dmlbench protocols list")

@@ -19,13 +19,8 @@ from dmlbench.errors import Problem
 from dmlbench.kinds.base import CLOSE, LENGTHS_CLOSE, QUERIES, RUN, SAMPLE, Stated
 from dmlbench.kinds.table import KINDS, numbers_of
 from dmlbench.plain import read_json
-from dmlbench.protocol import (
-    Component,
-    Protocol,
-    load_protocol,
-    packaged_protocol,
-    protocol_names,
-)
+from dmlbench.protocol import Component, Protocol
+from dmlbench.protocols import load_protocol, packaged_protocol, protocol_names
 from dmlbench.registry import suggest
 from dmlbench.results import Conditions, Evaluation
 from dmlbench.run.record import counts

@@ -9,12 +9,7 @@ from dmlbench.intervals import VERSION, Ends
 from dmlbench.kinds.base import CLOSE, QUERIES, RUN, Stated
 from dmlbench.kinds.table import KINDS
 from dmlbench.metrics import READOUTS
-from dmlbench.protocol import (
-    Component,
-    Protocol,
-    ers_of,
-    score_intervals,
-)
+from dmlbench.protocol import Component, Protocol, ers_of, score_intervals
 from dmlbench.results import Evaluation
 from dmlbench.submission import extras
 from dmlbench.threat import TOLERANCE

@@ -15,7 +15,7 @@ from dmlbench.attacks import ATTACKS, measure
 from dmlbench.board.plots import parts
 from dmlbench.datasets.base import RetrievalDataset, TensorImages
 from dmlbench.embedding import DISTANCES, Embedder
-from dmlbench.protocol import load_protocol
+from dmlbench.protocols import load_protocol
 from dmlbench.run.search import aimed, run_search, searches
 from dmlbench.run.subject import Silent, prepare
 

@@ -68,7 +68,8 @@ def components_of(evaluation: Evaluation, protocol_file: Path | None = None) -> 
     Raises:
         NotComparable: the protocol is none of the packaged ones (nor ``protocol_file``), or has changed.
     """
-    from dmlbench.protocol import Component, load_protocol, packaged_protocol, protocol_names
+    from dmlbench.protocol import Component
+    from dmlbench.protocols import load_protocol, packaged_protocol, protocol_names
 
     stated = evaluation.protocol
     if protocol_file is None and stated.name not in protocol_names():

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from dmlbench.kinds.table import kind_of, sizes_of
+from dmlbench.board.adversary import sizes_of
+from dmlbench.kinds.table import kind_of
 from dmlbench.results import Evaluation
 from dmlbench.run.closeup import names_of
 from dmlbench.threat import length, written

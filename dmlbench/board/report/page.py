@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from dmlbench.board.adversary import adversary, sizes_of
 from dmlbench.board.paper import Cell, header, table
 from dmlbench.board.paper import intervals as intervals_of
 from dmlbench.board.plots import Figure, Series, eps, inline, parts, reached
@@ -20,7 +21,7 @@ from dmlbench.board.report.fallen import FIRST, fallen
 from dmlbench.board.report.pictures import data_uri, magnified
 from dmlbench.board.row import headline, shown
 from dmlbench.errors import NotComparable
-from dmlbench.kinds.table import adversary, kind_of, sizes_of
+from dmlbench.kinds.table import kind_of
 from dmlbench.metrics import BENIGN, CLEAN
 from dmlbench.results import Evaluation, Measurement
 from dmlbench.run.closeup import names_of

@@ -13,7 +13,7 @@ from dmlbench.board.show import DEFAULT_COLUMNS
 from dmlbench.board.site.overview import anchor, cell, interval, norm, text
 from dmlbench.board.site.words import word_of, words
 from dmlbench.kinds.table import KINDS, numbers
-from dmlbench.protocol import load_protocol, protocol_names
+from dmlbench.protocols import load_protocol, protocol_names
 
 TITLES = {
     "model": "Model",

@@ -14,7 +14,7 @@ from dmlbench.board.site.boards import TITLES, row_id, title
 from dmlbench.board.site.overview import anchor, cell
 from dmlbench.checkpoints import PACKAGE, Checkpoint, File, Paper, checkpoints
 from dmlbench.kinds.table import kind_of
-from dmlbench.protocol import load_protocol, protocol_names
+from dmlbench.protocols import load_protocol, protocol_names
 from dmlbench.results import Evaluation
 
 Place = tuple[str, int, Row]

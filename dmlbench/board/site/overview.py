@@ -8,7 +8,7 @@ from typing import Any
 from dmlbench.board.row import LENGTHS, NUMBERS, RANKED, Row, shown
 from dmlbench.datasets import DATASETS
 from dmlbench.kinds.table import numbers
-from dmlbench.protocol import load_protocol, protocol_names
+from dmlbench.protocols import load_protocol, protocol_names
 from dmlbench.threat import written
 
 Boards = Mapping[str, Sequence[Row]]

@@ -13,7 +13,7 @@ from dmlbench.doubts.audit import FLAGS
 from dmlbench.kinds.page import text
 from dmlbench.kinds.table import KINDS, numbers
 from dmlbench.metrics import READOUTS
-from dmlbench.protocol import load_protocol, protocol_names
+from dmlbench.protocols import load_protocol, protocol_names
 
 
 @dataclass(frozen=True)

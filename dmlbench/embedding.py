@@ -248,6 +248,12 @@ class Embedder(nn.Module):
             twin = twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return twin
 
+    def undefended(self) -> "Embedder":
+        """Another Embedder around the same network, with nothing done to images before it."""
+        twin = self._sharing(None)
+        twin.front, twin.eot, twin.name = None, None, f"{self.name} without its defence"
+        return twin
+
     def _sharing(self, device: torch.device | str | None) -> "Embedder":
         """Another Embedder around the same network, in eval mode."""
         twin = copy.copy(self)

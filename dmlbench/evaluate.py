@@ -119,7 +119,7 @@ def evaluate(
 
 
 def embedded(task: Task, progress: Progress, work: Work) -> Subject:
-    """The model with its queries, everything clean embedded once; and the surrogate's, where there is one."""
+    """The model with its queries, everything clean embedded once; and the surrogate's and the undefended model's, where there is one."""
     o = task.options
     order = None if o.only is None else np.sort(np.asarray(o.only, dtype=np.int64))
     if o.until is not None:
@@ -129,9 +129,11 @@ def embedded(task: Task, progress: Progress, work: Work) -> Subject:
         cache=o.cache, shared=o.shared,
     )  # fmt: skip
     subject = prepared(task.embedder)
-    if task.surrogate is None:
-        return subject
-    return replace(subject, surrogate=prepared(task.surrogate, gradients=task.embedder, part="surrogate"))
+    surrogate, undefended = (
+        None if model is None else prepared(model, gradients=task.embedder, part=name)
+        for name, model in (("surrogate", task.surrogate), ("undefended", task.undefended))
+    )  # fmt: skip
+    return replace(subject, surrogate=surrogate, undefended=undefended)
 
 
 def clean_arrays(task: Task, subject: Subject, work: Work) -> dict[str, np.ndarray]:

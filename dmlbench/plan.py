@@ -223,19 +223,21 @@ def plan_of(task: Task) -> list[dict[str, object]]:
     on = stage(embedder, dataset, where, probe)
     rows = [_clean(on, dataset, protocol, queries)]
     if task.surrogate is not None:
-        on = replace(on, surrogate=stage(task.surrogate, dataset, where, probe))
-        rows.append(_embedded(on, dataset))
+        surrogate = stage(task.surrogate, dataset, where, probe)
+        on = replace(on, surrogate=surrogate)
+        rows.append(_embedded(surrogate, dataset, "surrogate's embeddings"))
+    plain = None if task.undefended is None else stage(task.undefended, dataset, where, probe)
+    if plain is not None:
+        rows.append(_embedded(plain, dataset, "embeddings without the defence"))
     before = peak_mib(where, "VmRSS") if where.type == "cpu" else 0.0
-    known: dict[tuple[Attack | None, str, Threat], tuple[Time, float]] = {}
+    known: dict[tuple[Attack | None, str, Threat, bool], tuple[Time, float]] = {}
     for job in _jobs(task):
-        alike = (job.attack, job.optimizer, job.threat.but(eps=1.0, step=1.0))  # of any size
+        alike = (job.attack, job.optimizer, job.threat.but(eps=1.0, step=1.0), job.undefended)  # of any size
         if alike not in known:
-            known[alike] = (
-                on.noise(job.passes[1]) if job.attack is None else on.cost(job.attack, job.optimizer, job.threat)
-            )
+            known[alike] = _measured(job, on, plain if job.undefended else None)
         time, peak = known[alike]
         peak = before + max(peak - before, 0.0) * min(size, queries) / probe if where.type == "cpu" else peak
-        row = _row(job.name, job.called, job.optimizer, job.eps, queries, dataset, job.steps, job.passes)
+        row = _row(job.name, job.called, job.optimizer, job.eps, queries, dataset, job.steps, job.spent)
         time *= job.weight * queries / probe
         rows.append({**row, **_cost(replace(time, low=0.0) if job.at_most else time, peak, job.at_most)})
     total = {"id": "total", **dict.fromkeys(("attack", "optimizer", "eps"), ""), "queries": queries}
@@ -244,6 +246,18 @@ def plan_of(task: Task) -> list[dict[str, object]]:
     peaks = [float(str(row["peak_mib"])) for row in rows if row["peak_mib"] is not None]
     times = reduce(Time.__add__, (Time(row["seconds"], *row["range"]) for row in rows))  # type: ignore[arg-type, misc]
     return [*rows, {**total, **_cost(times, max(peaks, default=math.nan), any(bool(row["at_most"]) for row in rows))}]
+
+
+def _measured(job: Job, on: Stage, plain: Stage | None) -> tuple[Time, float]:
+    """What one search of a job takes on a batch, and memory in MiB at its highest; made on ``plain``, where there is one, and
+    looked at on the other."""
+    if job.attack is None:
+        return on.noise(job.passes[1])
+    time, peak = (plain or on).cost(job.attack, job.optimizer, job.threat)
+    if plain is None:
+        return time, peak
+    looks, most = on.noise(round(sum(job.passes) / job.weight))
+    return time + looks, max(peak, most)
 
 
 def _cost(time: Time, peak: float, at_most: bool = False) -> dict[str, object]:
@@ -272,14 +286,13 @@ def _clean(on: Stage, dataset: RetrievalDataset, protocol: Protocol, queries: in
     return {**row, **_cost(embed + rank + means, peak_mib(on.device))}
 
 
-def _embedded(on: Stage, dataset: RetrievalDataset) -> dict[str, object]:
-    """The row of what a surrogate needs before any search: its own embeddings."""
-    assert on.surrogate is not None
-    everyone, embedder = len(np.union1d(dataset.gallery, dataset.query)), on.surrogate.embedder
+def _embedded(on: Stage, dataset: RetrievalDataset, name: str) -> dict[str, object]:
+    """The row of what another model that images are made on needs before any search: its own embeddings."""
+    everyone, embedder = len(np.union1d(dataset.gallery, dataset.query)), on.embedder
     forget_peak(on.device)
     with torch.no_grad():
         time = looked(lambda: embedder(on.images), on.device) * (everyone / len(on.images))
-    row = _row("surrogate's embeddings", "", "", "", everyone, dataset, 0)
+    row = _row(name, "", "", "", everyone, dataset, 0)
     return {**row, **_cost(time, peak_mib(on.device))}
 
 

@@ -103,6 +103,13 @@ def ers_of(scores: Sequence[float | None]) -> float | None:
     return float(np.mean(present)) if scores and len(present) == len(scores) else None
 
 
+class Turn(_Record):
+    """What a round changes of its step."""
+
+    attack: str = ""
+    start: str = ""
+
+
 class Step(_Record):
     """One step of a worst case: an attack on the queries that survived the steps before it.
 
@@ -121,7 +128,7 @@ class Step(_Record):
     rounds: int = 1
     fewest: int = 1
     until: FiniteFloat = 0.0
-    turns: tuple["Turn", ...] = ()
+    turns: tuple[Turn, ...] = ()
 
     def at(self, r: int) -> tuple["Step", int]:
         """Round ``r`` (from 0) as a step of its own, and how many rounds before it were of the same turn."""
@@ -130,13 +137,6 @@ class Step(_Record):
         turn = self.turns[r % len(self.turns)]
         threat = {**self.threat, **({"start": turn.start} if turn.start else {})}
         return self.model_copy(update={"attack": turn.attack or self.attack, "threat": threat}), r // len(self.turns)
-
-
-class Turn(_Record):
-    """What a round changes of its step."""
-
-    attack: str = ""
-    start: str = ""
 
 
 class Threshold(_Record):

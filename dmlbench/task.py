@@ -21,7 +21,7 @@ from dmlbench.fast.rounded import settled
 from dmlbench.kinds.base import Kind
 from dmlbench.kinds.table import KINDS
 from dmlbench.models import load_model
-from dmlbench.models.defended import averaged
+from dmlbench.models.defended import averaged, known_to_attacks
 from dmlbench.own_code import require_named
 from dmlbench.protocol import Chosen, Protocol
 from dmlbench.protocols import load_protocol
@@ -100,8 +100,9 @@ class Task:
 
     Attributes:
         official: the protocol, whose hash the result has.
-        rules: the same with the options' eps and averaged passes.
+        rules: the same with the options' eps and averaged passes, as its kind runs it on this model.
         surrogate: the model that adversarial images are made on, if it is another.
+        undefended: the model without its defence at test time, where the rules make some of the images on it.
     """
 
     embedder: Embedder
@@ -110,6 +111,7 @@ class Task:
     rules: Protocol
     options: Options
     surrogate: Embedder | None = None
+    undefended: Embedder | None = None
 
     @staticmethod
     def of(
@@ -152,6 +154,8 @@ class Task:
             raise UsageError(said)
         task = Task(embedder, dataset, rules, run, options, other)
         task._check()
+        if task.chosen.runner and known_to_attacks(embedder) and (more := task.kind.behind(run)) is not run:
+            task = replace(task, rules=more, undefended=embedder.undefended())
         return task
 
     def _check(self) -> None:

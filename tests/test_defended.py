@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 from scipy.optimize import minimize
-from synthetic import evaluation
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,10 +22,8 @@ from dmlbench.models.defended import Applied, averaged, defended, split
 from dmlbench.models.wrappers import STAGES, WRAPPERS, Given, Wrapper
 from dmlbench.objectives import margin
 from dmlbench.protocol import Step
-from dmlbench.results import save
 from dmlbench.rng import Pass, Rng, own_streams, passing
 from dmlbench.run.subject import prepare
-from dmlbench.submission.pack import draft
 from dmlbench.threat import Threat
 
 MODEL = "digits-smallcnn-triplet-none"
@@ -425,12 +422,6 @@ def test_the_command_line_refuses_and_takes(run, typed) -> None:
     said = ["--dataset", "digits", "--limit", "8", "--attacks", "GTM", "--csv", "board.csv", "--json"]
     made = run("evaluate", "--model", name, *said).json["model"]["id"]
     assert made == f"defended:tv(0.05):defended:jpeg(75):defended:bits(4):ensemble:{MODEL},{MODEL}"
-
-
-def test_no_bundle_is_made_of_it(tmp_path) -> None:
-    save(evaluation(model=f"defended:jpeg(75):{MODEL}"), tmp_path / "run")
-    with pytest.raises(UsageError, match="no place for a defence"):
-        draft(tmp_path / "run")
 
 
 def test_a_wrapper_of_another_package(monkeypatch) -> None:

@@ -15,6 +15,7 @@ from dmlbench.board.table import from_csv, rank, ranked, to_csv
 from dmlbench.checkpoints import ID, checkpoints, packaged
 from dmlbench.errors import DataError
 from dmlbench.files import write_whole
+from dmlbench.models.defended import network_of
 from dmlbench.plain import read_json
 from dmlbench.protocols import load_protocol, packaged_protocol, protocol_names
 from dmlbench.results import Evaluation
@@ -99,7 +100,7 @@ def status_of(opened: Opened, verification: Path) -> Status:
         verification: where the record of a full rerun would lie.
     """
     e, submission = opened.evaluation, opened.submission
-    card = checkpoints().get(e.model.id)
+    card = checkpoints().get(network_of(e.model.id))
     if submission.retracted or submission.checkpoint.status == "retracted" or (card and card.status == "retracted"):
         return "retracted"
     known = packaged_protocol(e.protocol.name, e.protocol.sha256)

@@ -17,6 +17,7 @@ from dmlbench.checkpoints import Checkpoint, checkpoints
 from dmlbench.intervals import PERCENT, VERSION, Ends, class_intervals
 from dmlbench.kinds.base import Count, Percent
 from dmlbench.kinds.table import KINDS, kind_of, numbers, numbers_of
+from dmlbench.models.defended import network_of
 from dmlbench.protocol import score_intervals
 from dmlbench.protocols import packaged_protocol
 from dmlbench.registry import PLUGINS
@@ -258,7 +259,7 @@ def superseded(protocol: str, sha256: str | None, model: str) -> str | None:
     rules = packaged_protocol(protocol, sha256) if sha256 else None
     if rules is not None and rules.superseded_by:
         return f"protocol {rules.id} is superseded by {rules.superseded_by}"
-    card = checkpoints().get(model)
+    card = checkpoints().get(network_of(model))
     if card is not None and card.status == "superseded":
         return f"model {model} is superseded by {card.superseded_by}"
     return None

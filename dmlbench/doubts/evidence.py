@@ -1,5 +1,6 @@
 """What the audit's checks look at, and what they answer."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -10,6 +11,7 @@ from torch import Tensor
 from dmlbench.attacks import AttackLoss
 from dmlbench.doubts.unseen import Survey, survey
 from dmlbench.kinds.strict.search import SURVIVED, attempt
+from dmlbench.kinds.strict.transfer import Transfer
 from dmlbench.objectives import margin
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Protocol, Step
@@ -52,14 +54,20 @@ def left_by(broken_by: np.ndarray, steps: int) -> np.ndarray:
 
 def white_steps(protocol: Protocol) -> int:
     """How many of the protocol's steps, from the first, use the gradient."""
-    flags = [OPTIMIZERS[step.optimizer].needs_gradients for step in protocol.steps]
+    flags = [OPTIMIZERS[s.optimizer].needs_gradients and not isinstance(s, Transfer) for s in protocol.steps]
     return flags.index(False) if False in flags else len(flags)
 
 
-def last_resort(protocol: Protocol, broken_by: np.ndarray) -> tuple[int, int]:
-    """How many queries the steps without a gradient break, and how many the steps with one had left."""
+def last_resorts(protocol: Protocol, broken_by: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """What breaks queries that the steps along the model's own gradient left, and which (Q,) bool: the steps that see values
+    alone, and those along the gradient of the model without its defence."""
     left = left_by(broken_by, white_steps(protocol))
-    return int((left & ~left_by(broken_by, len(protocol.steps))).sum()), int(left.sum())
+    groups: dict[str, list[int]] = {"Square": []}
+    for i, step in enumerate(protocol.steps):
+        name = "transfer from the undefended model" if isinstance(step, Transfer) else "Square"
+        groups.setdefault(name, []).append(i + 2)
+    for name, codes in groups.items():
+        yield name, left & np.isin(broken_by, codes)
 
 
 @dataclass(frozen=True, eq=False)

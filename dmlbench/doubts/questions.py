@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmlbench.attacks import AttackLoss
 from dmlbench.doubts.checks import COLLAPSE, spread
-from dmlbench.doubts.evidence import Evidence, Finding, left_by, white_steps
+from dmlbench.doubts.evidence import Evidence, Finding, last_resorts, white_steps
 from dmlbench.doubts.unseen import Survey, history
 from dmlbench.embedding import passes
 from dmlbench.metrics import READOUTS
@@ -105,8 +105,8 @@ def unbounded(evidence: Evidence) -> Finding:
 
 
 def black_beats_white(evidence: Evidence) -> Finding:
-    """F4: does an attack that sees values only (Square, 50 random images) break more than 1 %, and at least 3, of the
-    queries that all gradient searches leave?
+    """F4: does an attack that sees values only (Square, 50 random images), or the gradient of the model without its defence, break
+    more than 1 %, and at least 3, of the queries that all gradient searches leave?
 
     It fails where the gradient searches break so few of these even in a ball half as large again that more than
     1 % stays hidden from them, else it warns: on a rugged loss they miss by a hair what others hit by a hair.
@@ -118,9 +118,11 @@ def black_beats_white(evidence: Evidence) -> Finding:
         left = evidence.left(eps, steps)
         mine = evidence.positions[left[evidence.positions]]
         threat = evidence.protocol.threat_at(eps, {"queries": NOISE_DRAWS})
-        by_square = np.flatnonzero(left & ~left_by(broken_by, len(evidence.protocol.steps)))
+        last = [
+            (name, np.flatnonzero(hit), int(left.sum())) for name, hit in last_resorts(evidence.protocol, broken_by)
+        ]
         for name, hit, of in (
-            ("Square", by_square, int(left.sum())),
+            *last,
             (f"{NOISE_DRAWS} random images", mine[evidence.attacked(noise, threat, mine)], len(mine)),
         ):
             share = 100.0 * len(hit) / of if len(hit) >= FEW else 0.0

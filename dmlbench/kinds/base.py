@@ -186,6 +186,14 @@ class Job:
     weight: float = 1.0
     at_most: bool = False
     """queries that an earlier search breaks leave this one"""
+    undefended: bool = False
+    """its gradients are of the model without its defence, and each image is looked at by the whole model besides"""
+
+    @property
+    def spent(self) -> tuple[int, int]:
+        """The most passes a query costs (gradients, values), those of looking among them."""
+        gradients, values = self.passes
+        return gradients, values + (gradients + values if self.undefended else 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,6 +241,7 @@ class Kind:
         run: the whole run, (subject, rules, seed, batch size, progress, positions of the sampled queries, work) to an
             :class:`Outcome`, or None where ``work`` is a shard; None: the components are searched one after another.
         components: the parts of a run on images of a shape.
+        behind: the protocol as it is run on a model behind a defence at test time that attacks know; the same where it is run alike.
         mean: the mean of the parts' scores is ERS.
         moved: its parts are read at images that a search moved within a ball: each query has a norm, and the sample holds the
             images. Else the sample holds what ``replay`` looks at.
@@ -278,6 +287,7 @@ class Kind:
     check: Callable[[Protocol], None] = lambda rules: None
     run: Callable[[Subject, Protocol, int, int, Progress, np.ndarray, Work], Outcome | None] | None = None
     components: Callable[[Protocol, Shape], list[Component]] = own_components
+    behind: Callable[[Protocol], Protocol] = lambda rules: rules
     mean: bool = False
     moved: bool = True
     within: bool = False

@@ -93,7 +93,7 @@ class Watch:
 
     def __call__(self, images: Tensor) -> Float[Tensor, " n"]:
         values, margins = self._summed(images)
-        self.log.spend(self.eot * len(images), images.requires_grad)
+        self._spend(images)
         if images.requires_grad and (self.precision in ROUGH or self.embedder.steps is not None):
             margins = self._confirmed(images.detach(), margins)
         if self.within is not None:
@@ -101,6 +101,10 @@ class Watch:
             margins = torch.where(threat.contains(images.detach(), clean[self.at]), margins, torch.inf)
         self.log.note(self.at, margins, images.detach())
         return values / self.eot
+
+    def _spend(self, images: Tensor) -> None:
+        """Count the passes of one loss value of each image."""
+        self.log.spend(self.eot * len(images), images.requires_grad)
 
     def _confirmed(self, images: Tensor, margins: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """The margins, those of images that seem found for the first time made again in float32.

@@ -5,7 +5,7 @@ The whole gallery is embedded through them too. docs/defended.md.
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -166,6 +166,33 @@ def split(rest: str) -> tuple[Applied, str]:
     return Applied.read(found[1].strip(), found[2]), found[3].strip()
 
 
+def named(model: str) -> tuple[tuple[Applied, ...], str]:
+    """The wrappers that the name of a model in a result says, the outer one first, and the name of what stands behind them.
+
+    Raises:
+        UsageError: what :func:`split` refuses.
+    """
+    if not model.startswith(FORM):
+        return (), model
+    outer, rest = split(model.removeprefix(FORM))
+    inner, name = named(rest)
+    return (outer, *inner), name
+
+
+def network_of(model: str) -> str:
+    """The name of what stands behind the defences that the name of a model says, whether they are known here or not."""
+    while model.startswith(FORM) and (found := _SAID.fullmatch(model.removeprefix(FORM))):
+        model = found[3].strip()
+    return model
+
+
+def hashed(wrappers: Sequence[Applied], sha256: str) -> str:
+    """What stands for wrappers, the outer one first, before a model whose weights have this hash: that hash where there is none."""
+    for wrapper in reversed(wrappers):
+        sha256 = hashlib.sha256(f"{wrapper} {sha256}".encode()).hexdigest()
+    return sha256
+
+
 def defended(embedder: Embedder, outer: Applied) -> Embedder:
     """The model behind one more wrapper: the same object, changed.
 
@@ -185,7 +212,7 @@ def defended(embedder: Embedder, outer: Applied) -> Embedder:
     embedder.eot = max(averaged, default=None)
     embedder.name, embedder.arch = f"{FORM}{outer}:{embedder.name}", f"{outer}:{embedder.arch or 'own'}"
     if embedder.weights_sha256 is not None:
-        embedder.weights_sha256 = hashlib.sha256(f"{outer} {embedder.weights_sha256}".encode()).hexdigest()
+        embedder.weights_sha256 = hashed((outer,), embedder.weights_sha256)
     with torch.no_grad():
         embedder.eval()(probe_images(embedder.input_shape, 2).to(embedder.device))
     notes, doubts = [], []
@@ -201,6 +228,11 @@ def defended(embedder: Embedder, outer: Applied) -> Embedder:
         notes.append(f"{outer} is random: attacks and read-outs average {embedder.eot} passes, or what --eot says")
     embedder.notes, embedder.doubts = (*embedder.notes, *notes), (*embedder.doubts, *doubts)
     return embedder
+
+
+def known_to_attacks(embedder: Embedder) -> bool:
+    """Whether it is behind a defence, and attacks are to know all of it."""
+    return isinstance(embedder.front, Front) and not any(w.naive for w in embedder.front.wrappers)
 
 
 def _require_order(outer: Applied, inner: Applied) -> None:

@@ -73,6 +73,8 @@ class Subject:
     scene: Scene
     surrogate: "Subject | None" = None
     """another model on the same queries, on which adversarial images are made instead"""
+    undefended: "Subject | None" = None
+    """the model without its defence at test time, where a step of the protocol makes its images on it"""
     asked: Tensor | None = None
     """(Q', D) clean embeddings of every query of the data set, measured or not"""
 
@@ -80,7 +82,8 @@ class Subject:
         """The same models on some of the queries, by position."""
         at = index if isinstance(index, slice) else torch.from_numpy(index).to(self.device)
         other = None if self.surrogate is None else self.surrogate[index]
-        return replace(self, rows=self.rows[index], scene=self.scene[at], surrogate=other)
+        plain = None if self.undefended is None else self.undefended[index]
+        return replace(self, rows=self.rows[index], scene=self.scene[at], surrogate=other, undefended=plain)
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ValidationError, create_model
 
 from dmlbench.doubts.audit import CHECKS, FIRST
-from dmlbench.doubts.evidence import Finding, last_resort
+from dmlbench.doubts.evidence import Finding, last_resorts, left_by, white_steps
 from dmlbench.doubts.questions import FEW, HIDDEN
 from dmlbench.errors import Problem
 from dmlbench.evaluate import retention
@@ -126,8 +126,10 @@ def _audit_problems(stated: Stated) -> Iterator[Problem]:
     for f in findings:
         if f.check == "F4" and f.verdict not in ("warn", "fail"):
             for c in stated.parts:
-                broken, left = last_resort(rules, e.arrays[f"{c.name}/broken_by"])
-                share = 100.0 * broken / left if broken >= FEW else 0.0
-                if share > HIDDEN:
-                    said = f"says {f.verdict}, though at eps {c.threat['eps']} {broken} of {left} queries are broken without a gradient alone"
-                    yield Problem(0, f"{RUN} extras.audit.F4", said)
+                by = e.arrays[f"{c.name}/broken_by"]
+                left = int(left_by(by, white_steps(rules)).sum())
+                for _, hit in last_resorts(rules, by):
+                    broken = int(hit.sum())
+                    if broken >= FEW and 100.0 * broken / left > HIDDEN:
+                        said = f"says {f.verdict}, though at eps {c.threat['eps']} {broken} of {left} queries are broken without a gradient alone"
+                        yield Problem(0, f"{RUN} extras.audit.F4", said)

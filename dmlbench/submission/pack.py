@@ -1,5 +1,6 @@
 """From a run folder to a bundle: ``submission.yaml`` with what is known filled in, then one zip file."""
 
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from dmlbench.errors import DataError, UsageError
 from dmlbench.files import write_whole
 from dmlbench.kinds.base import WHOLE
 from dmlbench.kinds.table import numbers_of
-from dmlbench.models.defended import FORM
+from dmlbench.models.defended import hashed, named
 from dmlbench.plain import read_json
 from dmlbench.results import Evaluation, json_bytes, load
 from dmlbench.run.subject import query_order
@@ -51,16 +52,19 @@ def draft(run: Path, checkpoint: Checkpoint | None = None, authors: Sequence[str
         )
     if e.model.weights_sha256 is None:
         raise UsageError(f"{run} was made with a model in memory: evaluate a registered model or a weights file")
-    if e.model.id.startswith(FORM):
-        raise UsageError(
-            f"{run} measures {e.model.id!r}: a bundle holds a network, and has no place for a defence before it"
-        )
-    registered = checkpoints().get(e.model.id)
+    wrappers, network = named(e.model.id)
+    if any(w.naive for w in wrappers):
+        raise UsageError(f"{run} measures {e.model.id!r}, attacked as if nobody knew its defence: leave 'naive' out")
+    registered = checkpoints().get(network)
     card = checkpoint or registered
-    known = registered is not None and any(file.sha256 == e.model.weights_sha256 for file in registered.files)
+    known = registered is not None and any(_stands_for(e, file.sha256) for file in registered.files)
+    if wrappers and not any(_stands_for(e, file.sha256) for file in (card.files if card else ())):
+        raise UsageError(
+            f"{run} measures {e.model.id!r}: no record says what is behind the defence: name one with --checkpoint"
+        )
     content = {
         "schema_version": 1,
-        "id": f"{e.model.id}-{e.protocol.name}",
+        "id": re.sub("[^a-z0-9._-]+", "-", f"{e.model.id}-{e.protocol.name}"),
         "title": card.title if card and known else FILL_IN,
         "authors": list(authors) or [FILL_IN],
         "code_url": None,
@@ -94,6 +98,11 @@ def read_card(path: Path) -> Checkpoint:
         raise DataError(f"{path}: {first_problem(error)}") from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from None
+
+
+def _stands_for(e: Evaluation, sha256: str | None) -> bool:
+    """Whether the run was made with a network from the file with this hash."""
+    return sha256 is not None and hashed(named(e.model.id)[0], sha256) == e.model.weights_sha256
 
 
 def _record(card: Checkpoint, known: bool) -> dict[str, Any]:
@@ -152,7 +161,7 @@ def pack(
         path = weights or packaged_weights(e)
         if not path.is_file():
             raise DataError(f"weights file {path} does not exist")
-        if sha256_of(path) != e.model.weights_sha256:
+        if not _stands_for(e, sha256_of(path)):
             raise DataError(f"{path} is not the file that the run was made with (sha256 differs)")
         files[WEIGHTS] = path.read_bytes()
     return _sealed(files, e, least if sample is None else sample)
@@ -219,11 +228,12 @@ def shortened(e: Evaluation, count: int) -> dict[str, np.ndarray]:
 
 def packaged_weights(e: Evaluation) -> Path:
     """The weights file of the run's model in this package."""
-    card = checkpoints().get(e.model.id)
+    _, network = named(e.model.id)
+    card = checkpoints().get(network)
     for file in card.files if card else ():
         if file.path is not None and (PACKAGE / "weights" / file.path).is_file():
             return PACKAGE / "weights" / file.path
-    raise UsageError(f"the weights of {e.model.id!r} are not in this package: name the file with --weights")
+    raise UsageError(f"the weights of {network!r} are not in this package: name the file with --weights")
 
 
 def write_zip(files: dict[str, bytes], out: Path) -> None:

@@ -9,9 +9,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dmlbench.board.row import Percent, Row, Sha256, Text, Url, plain_text
 from dmlbench.checkpoints import ID, Checkpoint, DatasetRef, checkpoints
-from dmlbench.errors import Problem
+from dmlbench.errors import Problem, UsageError
 from dmlbench.kinds.table import numbers
 from dmlbench.metrics import CLEAN, GROUPED
+from dmlbench.models.defended import FORM, named
 from dmlbench.plain import read_yaml
 from dmlbench.registry import suggest
 from dmlbench.results import DatasetInfo, Environment, Evaluation, Measurement, ModelInfo
@@ -156,6 +157,21 @@ def _every_clean(found: dict[str, float]) -> dict[str, float]:
     return found
 
 
+def _model_name(name: str) -> str:
+    """``name`` if it is an id, or one behind defences that this installation has, written as a run writes them."""
+    try:
+        wrappers, network = named(name)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+    if not re.fullmatch(ID, network):
+        raise ValueError(f"String should match pattern '{ID}'")
+    if "".join(f"{FORM}{w}:" for w in wrappers) + network != name:
+        raise ValueError(f"{name!r} is not how a run writes that defence")
+    if any(w.naive for w in wrappers):
+        raise ValueError("was attacked as if nobody knew its defence")
+    return name
+
+
 Some = Annotated[int, Field(ge=1, le=10**8)]
 Seconds = Annotated[float, Field(ge=0, le=10**9)]
 Note = Annotated[str, Field(max_length=1000)]
@@ -164,7 +180,7 @@ Note = Annotated[str, Field(max_length=1000)]
 class RunModel(ModelInfo):
     """The model of a submitted run."""
 
-    id: Id
+    id: Annotated[str, AfterValidator(_model_name)]
     weights_sha256: Sha256
     arch: Text | None = None
     loss: Text | None = None

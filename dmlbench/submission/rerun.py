@@ -27,6 +27,7 @@ from dmlbench.intervals import ANY, PERCENT, Ends, paired_intervals
 from dmlbench.kinds.base import AGREE, RUN, Stated
 from dmlbench.kinds.table import KINDS
 from dmlbench.models import ModelOptions, build, check_probe, fill, open_model, parameter_count
+from dmlbench.models.defended import defended
 from dmlbench.models.fetching import fetch as fetched
 from dmlbench.models.spec import preprocess_of
 from dmlbench.protocol import Protocol, scored
@@ -53,16 +54,17 @@ def load_submitted(checked: Checked, weights: Path | None = None, fetch: bool = 
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    card, stated = checked.submission.checkpoint, checked.submission.stated
+    card = checked.submission.checkpoint
+    stated = str(card.files[0].sha256)  # of the network alone, which level 0 compared with the run's
     raw = checked.bundle.files.get(WEIGHTS)
     if raw is None:
         path = _elsewhere(checked, weights, fetch)
-        known = checkpoints().get(checked.evaluation.model.id)
+        known = checkpoints().get(checked.network)
         if known and known.files and known.files[0].format != "safetensors":
-            return _published(checked, path)
+            return _behind(checked, _published(checked, path))
         raw = path.read_bytes()
-    if (found := hashlib.sha256(raw).hexdigest()) != stated.weights_sha256:
-        raise refuse(1, WEIGHTS, f"has sha256 {found[:12]}…, the run was made with {stated.weights_sha256[:12]}…")
+    if (found := hashlib.sha256(raw).hexdigest()) != stated:
+        raise refuse(1, WEIGHTS, f"has sha256 {found[:12]}…, the run was made with {stated[:12]}…")
     try:
         tensors = load(raw)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -73,7 +75,7 @@ def load_submitted(checked: Checked, weights: Path | None = None, fetch: bool = 
     except DataError as error:
         raise refuse(1, WEIGHTS, str(error)) from None
     embedder.eval()
-    embedder.card, embedder.weights_sha256 = card, stated.weights_sha256
+    embedder.card, embedder.weights_sha256 = card, stated
     try:
         check_probe(embedder, card, checked.submission.id)
     except DataError as error:
@@ -81,6 +83,20 @@ def load_submitted(checked: Checked, weights: Path | None = None, fetch: bool = 
     except Exception as error:  # a network says in any way that it does not take its own images
         said = f"cannot be compared, the network does not take images of {_sides(embedder.input_shape)}: {first_line(error)}"
         raise refuse(1, "submission.yaml checkpoint.probe", said) from None
+    return _behind(checked, embedder)
+
+
+def _behind(checked: Checked, embedder: Embedder) -> Embedder:
+    """The network behind the run's defences.
+
+    Raises:
+        Refused: one that does not take its images, or an order of them that makes no sense.
+    """
+    try:
+        for wrapper in reversed(checked.wrappers):
+            embedder = defended(embedder, wrapper)
+    except DmlbenchError as error:
+        raise refuse(1, f"{RUN} model.id", str(error)) from None
     return embedder
 
 
@@ -90,14 +106,14 @@ def _published(checked: Checked, path: Path) -> Embedder:
     Raises:
         Refused: another file, another record than the registry's, or the probe disagrees.
     """
-    name, stated = checked.evaluation.model.id, checked.submission.stated
+    name, stated = checked.network, checked.submission.checkpoint.files[0].sha256
     if checked.submission.checkpoint.model_dump() != checkpoints()[name].model_dump():
         raise refuse(1, "submission.yaml checkpoint", f"is not what the registry says of {name!r}")
     try:
         embedder = open_model(name, ModelOptions(weights=str(path)))
     except DmlbenchError as error:
         raise refuse(1, WEIGHTS, str(error)) from None
-    if embedder.weights_sha256 != stated.weights_sha256:
+    if embedder.weights_sha256 != stated:
         raise refuse(1, WEIGHTS, f"{path} is not the file that the run was made with (sha256 differs)")
     return embedder
 
@@ -124,7 +140,7 @@ def _described(checked: Checked) -> Embedder:
             said = f"has {len(values)} values for images of {shape[0]} channel{'s' * (shape[0] != 1)}"
             raise refuse(1, f"submission.yaml checkpoint.normalize.{what}", said)
     try:
-        embedder = build(card, checked.evaluation.model.id)
+        embedder = build(card, checked.network)
     except DmlbenchError as error:
         raise refuse(1, "submission.yaml checkpoint.arch", str(error)) from None
     except Exception as error:  # what the record says is anybody's
@@ -147,7 +163,7 @@ def _elsewhere(checked: Checked, weights: Path | None, fetch: bool) -> Path:
         if not weights.is_file():
             raise refuse(1, WEIGHTS, f"{weights} does not exist")
         return weights
-    wanted = checked.submission.stated.weights_sha256
+    wanted = checked.submission.checkpoint.files[0].sha256
     for file in checked.submission.checkpoint.files:
         if file.path is not None:
             folder = (PACKAGE / "weights").resolve()

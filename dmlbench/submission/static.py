@@ -18,6 +18,7 @@ from dmlbench.datasets import DATASETS, load_dataset
 from dmlbench.errors import Problem
 from dmlbench.kinds.base import CLOSE, LENGTHS_CLOSE, QUERIES, RUN, SAMPLE, Stated
 from dmlbench.kinds.table import KINDS, numbers_of
+from dmlbench.models.defended import Applied, hashed, named
 from dmlbench.plain import read_json
 from dmlbench.protocol import Component, Protocol
 from dmlbench.protocols import load_protocol, packaged_protocol, protocol_names
@@ -45,6 +46,16 @@ class Opened:
     submission: Submission
     evaluation: Evaluation
 
+    @property
+    def wrappers(self) -> tuple[Applied, ...]:
+        """The defences at test time before the network that the bundle holds, the outer one first."""
+        return named(self.evaluation.model.id)[0]
+
+    @property
+    def network(self) -> str:
+        """What that network is called."""
+        return named(self.evaluation.model.id)[1]
+
 
 @dataclass(frozen=True, eq=False)
 class Checked(Opened):
@@ -57,7 +68,7 @@ class Checked(Opened):
     @property
     def stated(self) -> Stated:
         """What the kind of its protocol looks at."""
-        return Stated(self.evaluation, self.protocol, self.parts)
+        return Stated(self.evaluation, _as_run(self.protocol, self.evaluation), self.parts)
 
 
 def open_bundle(path: Path) -> Opened:
@@ -88,7 +99,7 @@ def check_static(path: Path, board: Path | None = None, aged: bool = False) -> C
     submission, evaluation = opened.submission, opened.evaluation
     rules = _protocol(evaluation, aged)
     parts = extras.parts_of(rules, evaluation)
-    stated = Stated(evaluation, rules, tuple(parts))
+    stated = Stated(evaluation, _as_run(rules, evaluation), tuple(parts))
     shapes = [*_shape_problems(evaluation, rules, parts), *extras.shape_problems(stated)]
     problems = [*shapes, *_identity_problems(submission, evaluation)]
     if not shapes:
@@ -105,6 +116,11 @@ def check_static(path: Path, board: Path | None = None, aged: bool = False) -> C
     if problems:
         raise Refused(problems)
     return Checked(opened.bundle, submission, evaluation, rules, tuple(parts), _row(submission, evaluation))
+
+
+def _as_run(rules: Protocol, e: Evaluation) -> Protocol:
+    """The protocol as its kind runs it on the run's model."""
+    return KINDS[rules.kind].behind(rules) if named(e.model.id)[0] else rules
 
 
 def _row(submission: Submission, evaluation: Evaluation) -> Row:
@@ -228,20 +244,23 @@ def _identity_problems(s: Submission, e: Evaluation) -> Iterator[Problem]:
         if (told is None) != (number is None) or abs((told or 0.0) - (number or 0.0)) > close:
             yield Problem(0, f"{file} stated.{name}", f"says {told}, the run {number}")
     card = s.checkpoint
-    if not card.files or card.files[0].sha256 != e.model.weights_sha256:
+    wrappers, network = named(e.model.id)
+    files = [hashed(wrappers, file.sha256) for file in card.files[:1] if file.sha256]
+    if files != [e.model.weights_sha256]:
         said = "is missing" if not card.files else f"says {str(card.files[0].sha256)[:12]}…"
         yield Problem(
-            0, f"{file} checkpoint.files", f"{said}, the run was made with {str(e.model.weights_sha256)[:12]}…"
+            0,
+            f"{file} checkpoint.files",
+            f"{said}, the run was made with {str(e.model.weights_sha256)[:12]}…"
+            + (", which stands for its defence too" if wrappers else ""),
         )
     if card.arch.embed_dim != e.model.embed_dim:
         yield Problem(
             0, f"{file} checkpoint.arch.embed_dim", f"says {card.arch.embed_dim}, the run {e.model.embed_dim}"
         )
-    known = checkpoints().get(e.model.id)
-    if known is not None and known.files and known.files[0].sha256 != e.model.weights_sha256:
-        yield Problem(
-            0, f"{RUN} model.id", f"{e.model.id!r} is registered with other weights; an id is never used again"
-        )
+    known = checkpoints().get(network)
+    if known is not None and known.files and card.files and known.files[0].sha256 != card.files[0].sha256:
+        yield Problem(0, f"{RUN} model.id", f"{network!r} is registered with other weights; an id is never used again")
 
 
 def _repeats(s: Submission, e: Evaluation, board: Path, path: Path) -> Iterator[Problem]:

@@ -30,6 +30,7 @@ from dmlbench.kinds.smallest import SmallestForm, halvings, shown, within
 from dmlbench.kinds.strict import checks
 from dmlbench.kinds.strict.search import run
 from dmlbench.kinds.strict.summary import SMALLEST, components
+from dmlbench.kinds.strict.transfer import Transfer, behind, transfers
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Protocol
 from dmlbench.results import Evaluation
@@ -206,15 +207,18 @@ def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
                 name=f"{step.name}@{eps}", called=step.attack, eps=eps, optimizer=step.optimizer, threat=threat,
                 attack=replace(attack, k=1) if attack.targets else attack, passes=(gradients, values),
                 steps=threat.queries if optimizer.by_queries else threat.steps, weight=float(times),
-                at_most=(eps, step) != (grid[0], p.steps[0]),
+                at_most=(eps, step) != (grid[0], p.steps[0]), undefended=isinstance(step, Transfer),
             )  # fmt: skip
     if (rule := p.threshold) is not None:
         threat, most = p.threat_at(grid[-1], rule.threat), halvings(rule)
         gradients, values = (most * n for n in OPTIMIZERS[rule.optimizer].passes(threat))
-        yield Job(
+        job = Job(
             name="smallest eps", called=rule.attack, optimizer=rule.optimizer, threat=threat, attack=ATTACKS[rule.attack],
             passes=(gradients, values), steps=threat.steps, weight=float(most), at_most=True,
         )  # fmt: skip
+        yield job
+        for step in transfers(p):
+            yield replace(job, name=f"smallest eps, {step.name}", undefended=True)
 
 
 def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
@@ -298,6 +302,7 @@ STRICT = Kind(
     check=check,
     run=run,
     components=components,
+    behind=behind,
     optimizers=optimizers,
     jobs=jobs,
     form=StrictForm,

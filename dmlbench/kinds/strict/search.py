@@ -37,6 +37,7 @@ from dmlbench.kinds.strict.summary import (
     outcome,
     summary,
 )
+from dmlbench.kinds.strict.transfer import Transfer, and_then, transfers
 from dmlbench.metrics import RECALL_AT, retrieval
 from dmlbench.objectives import OBJECTIVES, gap
 from dmlbench.optimizers import watched
@@ -80,6 +81,30 @@ class Misrank(Watch):
         if of_target is not None:
             return gap(e, scene, of_target, positive), margins
         return OBJECTIVES[self.objective](e, scene), margins
+
+
+class Transferred(Misrank):
+    """The same, but for the loss: that of the model without its defence, which knows its own gallery."""
+
+    def __init__(self, subject: Subject, on: Misrank, objective: str, scene: Scene, log: Log, eot: int) -> None:
+        super().__init__(subject.embedder, objective, scene, log, eot=eot)
+        self.on = on
+
+    def _summed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        values, _ = self.on._once(self.on.embedder(images))
+        with torch.no_grad():
+            _, margins = super()._summed(images.detach())
+        return self.eot * values, margins
+
+    def _spend(self, images: Tensor) -> None:
+        self.log.spend(len(images), images.requires_grad)
+        self.log.spend(self.eot * len(images), False)
+
+    def __getitem__(self, index: Tensor) -> "Transferred":
+        twin = super().__getitem__(index)
+        assert isinstance(twin, Transferred)
+        twin.on = self.on[index]  # type: ignore[assignment]
+        return twin
 
 
 @dataclass(frozen=True)
@@ -133,6 +158,11 @@ def attempt(
         for j in range(count):
             aimed = scene.aimed(scene.chosen[:, j : j + 1]) if count > 1 else scene
             hunt = Misrank(subject.embedder, attack.objective, aimed, log, eot=threat.eot)
+            if isinstance(step, Transfer):
+                assert subject.undefended is not None
+                plain = subject.undefended.scene[at].aimed(aimed.chosen)
+                on = Misrank(subject.undefended.embedder, attack.objective, plain, Log(clean))
+                hunt = Transferred(subject, on, attack.objective, aimed, log, threat.eot)
             images = hunt.searched(step.optimizer, clean, threat, rng.fold("aim", j))
             hunt.require_known(step.name, threat)
         images = log.stopped(images)
@@ -342,7 +372,14 @@ def smallest(
 
     def search(radius: float, positions: np.ndarray) -> Arrays:
         threat = protocol.threat_at("0", rule.threat).but(eps=radius)
-        return piece(field.subject, step, threat, field.seed, np.zeros(0, dtype=np.int64), None, positions)
+
+        def by(step: Step, positions: np.ndarray) -> Arrays:
+            return piece(field.subject, step, threat, field.seed, np.zeros(0, dtype=np.int64), None, positions)
+
+        found = by(step, positions)
+        for other in transfers(protocol):
+            found = and_then(found, positions, partial(by, Transfer.of(step, other.name)))
+        return found
 
     found, spent = between(field, step.name, ladder(radii, rule), broken_by >= CARRIED, search)
     return np.where(np.isnan(clean) | (clean != 100.0), np.nan, found), spent

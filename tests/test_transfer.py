@@ -83,9 +83,7 @@ def test_a_step_against_a_plain_loop() -> None:
     data = dmlbench.load_dataset("digits")
     model = dmlbench.load_model(DEFENDED)
     subject = prepare(model, data, limit=10, device="cpu")
-    subject = replace(
-        subject, undefended=prepare(model.undefended(), data, limit=10, device="cpu")
-    )
+    subject = replace(subject, undefended=prepare(model.undefended(), data, limit=10, device="cpu"))
     network = dmlbench.load_model(MODEL).requires_grad_(False)
 
     def plain(x):
@@ -155,9 +153,7 @@ def test_the_model_decides_and_the_protocol_stays(file) -> None:
 
 
 def test_r_at_1_is_never_above_the_one_without_it(whole, file, monkeypatch) -> None:
-    monkeypatch.setitem(
-        KINDS._entries, "strict", replace(record.STRICT, behind=lambda rules: rules)
-    )
+    monkeypatch.setitem(KINDS._entries, "strict", replace(record.STRICT, behind=lambda rules: rules))
     without = evaluate(DEFENDED, "digits", read_protocol(file), device="cpu")
     taken = 0
     for eps in ("10/255", "20/255"):

@@ -24,7 +24,7 @@ from dmlbench.fast.compiled import Steps
 from dmlbench.fast.exact import true_float32
 from dmlbench.intervals import VERSION, Intervals
 from dmlbench.kinds.base import Outcome
-from dmlbench.metrics import BENIGN, RECALL_AT, agreement, assignments, mean, retrieval
+from dmlbench.metrics import CLEAN_METRICS, OF_THE_GALLERY, RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.own_code import RUN
 from dmlbench.protocol import Component, Protocol, ers_of, score_intervals
 from dmlbench.results import Evaluation, Flag, Measurement, finite
@@ -36,9 +36,6 @@ from dmlbench.run.search import Attacked, run_searches
 from dmlbench.run.subject import Progress, Silent, Subject, prepare, sample_positions
 from dmlbench.run.units import Work
 from dmlbench.task import Options, Task
-
-OF_THE_GALLERY = ("benign/nmi", "benign/ami")
-"""Clean metrics of the whole gallery, which are no array of queries."""
 
 
 def benign_arrays(subject: Subject, seeds: Sequence[int]) -> dict[str, np.ndarray]:
@@ -162,9 +159,10 @@ class Measured:
         looked: Mapping[str, Any],
     ) -> None:
         self.task, self.subject, self.outcome, self.looked = task, subject, outcome, looked
-        metrics = {name: mean(clean[f"benign/{name}"]) for name in BENIGN if f"benign/{name}" in clean}
+        metrics = {name: mean(clean[f"benign/{name}"]) for name in CLEAN_METRICS if f"benign/{name}" in clean}
         self.benign = {name: value for name, value in metrics.items() if np.isfinite(value)}
-        self.arrays = {key: values for key, values in clean.items() if key not in OF_THE_GALLERY} | found.arrays
+        scalars = {f"benign/{name}" for name in OF_THE_GALLERY}
+        self.arrays = {key: values for key, values in clean.items() if key not in scalars} | found.arrays
         self.sample = {"rows": subject.rows[sample_positions(subject)], **found.sample}
         self.parts, self.seconds, self.nonfinite = list(task.chosen.own), found.seconds, found.nonfinite
         if outcome:

@@ -23,20 +23,42 @@ from dmlbench.registry import Registry, suggest
 from dmlbench.scene import Scene
 
 RECALL_AT = (1, 2, 4, 8)
-CLEAN = {
-    **{f"recall_at_{k}": f"R@{k}" for k in RECALL_AT},
-    "map": "mAP",
-    "map_at_r": "MAP@R",
-    "nmi": "NMI",
-    "ami": "AMI",
-}
-"""The clean metrics of a run in the order that results list them, and what a table calls them; percent, higher is better."""
 CMC_AT = (5, 10)
 """Ranks at which re-identification reads its cumulative match characteristic beside rank 1: R@k under another name."""
-GROUPED = {**{f"recall_at_{k}": f"R@{k}" for k in CMC_AT}, "minp": "mINP"}
-"""The same of a data set with groups that do not count for one another, such as cameras: read beside :data:`CLEAN`."""
-BENIGN = {**CLEAN, **GROUPED}
-"""Every clean metric that a run may have, in the order in which it is shown."""
+
+
+@dataclass(frozen=True)
+class CleanMetric:
+    """A metric of clean embeddings: a percentage, higher is better, written with one decimal.
+
+    Attributes:
+        title: what a table calls it.
+        grouped: read only of a data set with groups that do not count for one another, such as cameras.
+        by_query: the mean of what each query has; else read of the whole gallery at once.
+        lowest: percent.
+        drop: points that a candidate may lose in ``compare``; None: it is shown and gates nothing.
+    """
+
+    title: str
+    grouped: bool = False
+    by_query: bool = True
+    lowest: float = 0.0
+    drop: float | None = None
+
+
+CLEAN_METRICS = {
+    "recall_at_1": CleanMetric("R@1", drop=1.0),
+    **{f"recall_at_{k}": CleanMetric(f"R@{k}") for k in RECALL_AT[1:]},
+    "map": CleanMetric("mAP"),
+    "map_at_r": CleanMetric("MAP@R"),
+    "nmi": CleanMetric("NMI", by_query=False, drop=1.0),
+    "ami": CleanMetric("AMI", by_query=False, lowest=-100.0),
+    **{f"recall_at_{k}": CleanMetric(f"R@{k}", grouped=True) for k in CMC_AT},
+    "minp": CleanMetric("mINP", grouped=True),
+}
+"""Every clean metric that a run may have, in the order in which results list and tables show them."""
+OF_QUERIES = tuple(name for name, metric in CLEAN_METRICS.items() if metric.by_query)
+OF_THE_GALLERY = tuple(name for name, metric in CLEAN_METRICS.items() if not metric.by_query)
 BLOCK = 256
 """Queries ranked at a time; ranks need (BLOCK, N) distances."""
 
@@ -57,16 +79,21 @@ class Readout:
     @property
     def limits(self) -> tuple[float, float]:
         """The lowest and the highest value that there can be."""
-        return UNITS[self.unit]
+        return UNITS[self.unit][:2]
 
 
-UNITS: dict[str, tuple[float, float]] = {
-    "percent": (0.0, 100.0),
-    "cosine": (-1.0, 1.0),
-    "correlation": (-1.0, 1.0),
-    "distance": (0.0, float("inf")),
+UNITS = {
+    "percent": (0.0, 100.0, 1),
+    "cosine": (-1.0, 1.0, 3),
+    "correlation": (-1.0, 1.0, 3),
+    "distance": (0.0, float("inf"), 3),
 }
-"""The units of read-outs, and between what their values lie."""
+"""The units of read-outs: between what their values lie, and with how many decimals these are written."""
+
+
+def decimals(readout: str) -> int:
+    """With how many decimals the values of a read-out are written; one of a plugin that is not installed as percent."""
+    return UNITS[READOUTS[readout].unit if readout in READOUTS else "percent"][2]
 
 
 def right_within(d: Tensor, scene: Scene, k: int = 1) -> Tensor:
@@ -214,7 +241,7 @@ def retrieval(scene: Scene, ks: Sequence[int] = RECALL_AT, *, grouped: bool = Fa
 
     ``recall_at_k``; ``map``: average precision over the whole ranking; ``map_at_r`` (Musgrave, Belongie
     and Lim, "A Metric Learning Reality Check", 2020): over the first R, R the number of positives. With ``grouped`` the
-    :data:`GROUPED` ones too; ``minp``, the inverse negative penalty (Ye et al., "Deep Learning for Person Re-identification: A
+    grouped ones of :data:`CLEAN_METRICS` too; ``minp``, the inverse negative penalty (Ye et al., "Deep Learning for Person Re-identification: A
     Survey and Outlook", 2021): the number of positives / the rank of the last of them.
     """
     ks = (*ks, *CMC_AT) if grouped else ks

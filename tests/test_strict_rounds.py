@@ -17,7 +17,7 @@ import dmlbench
 from dmlbench.board.compare.paired import pair
 from dmlbench.board.row import from_evaluation
 from dmlbench.board.table import rank
-from dmlbench.cli.kinds import print_kind
+from dmlbench.cli.results import print_kind
 from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.embedding import Embedder
 from dmlbench.errors import ShardDone, UsageError

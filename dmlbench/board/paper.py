@@ -21,12 +21,12 @@ from dmlbench.board.row import EXECUTED, shown, superseded
 from dmlbench.errors import NotComparable, UsageError
 from dmlbench.intervals import PERCENT, Ends, class_intervals
 from dmlbench.kinds.table import KINDS, numbers_of
-from dmlbench.metrics import BENIGN
+from dmlbench.metrics import CLEAN_METRICS
 from dmlbench.protocol import score_intervals
 from dmlbench.registry import suggest
 from dmlbench.results import Evaluation
 
-HEADERS = {**BENIGN, "ers": "ERS"}
+HEADERS = {**{name: metric.title for name, metric in CLEAN_METRICS.items()}, "ers": "ERS"}
 """What columns are called; parts by their own name, other numbers in words."""
 
 

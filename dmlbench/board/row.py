@@ -17,6 +17,7 @@ from dmlbench.checkpoints import Checkpoint, checkpoints
 from dmlbench.intervals import PERCENT, VERSION, Ends, class_intervals
 from dmlbench.kinds.base import Count, Percent
 from dmlbench.kinds.table import KINDS, kind_of, numbers, numbers_of
+from dmlbench.metrics import CLEAN_METRICS
 from dmlbench.models.defended import network_of
 from dmlbench.protocol import score_intervals
 from dmlbench.protocols import packaged_protocol
@@ -221,6 +222,9 @@ LENGTHS = {f"{n.name}{end}" for n in numbers().values() if n.length for end in (
 COLUMNS: tuple[str, ...] = tuple(Row.model_fields)
 """Every column, in the order of the CSV."""
 
+CLEAN_COLUMNS = tuple(name for name in CLEAN_METRICS if name in COLUMNS)
+"""The clean metrics that a board has a column for."""
+
 OF_KINDS = frozenset(name for kind in KINDS.values() if kind.columns for name in kind.columns.model_fields)
 """The columns of kinds of protocol, which a file has only where they hold something."""
 
@@ -293,7 +297,7 @@ def from_evaluation(
         if m.component in PARTS:
             columns[f"{PARTS[m.component]}_raw"] = _neat(m.value, 6)
             columns[f"{PARTS[m.component]}_score"] = _neat(m.score)
-    for name in ("recall_at_1", "recall_at_2", "map", "map_at_r", "nmi", "ami"):
+    for name in CLEAN_COLUMNS:
         columns[name] = _neat(e.benign.get(name))
     extra = set(e.extras.get("extra_parts", ()))
     scored = [(m.score, m.component) for m in e.measurements if m.score is not None and m.component not in extra]

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dmlbench.cli.kinds import print_findings
 from dmlbench.cli.model_options import load_subject, model_options
 from dmlbench.cli.output import console, json_option, print_json, progress
+from dmlbench.cli.results import print_findings
 
 if TYPE_CHECKING:
     from dmlbench.models import ModelOptions

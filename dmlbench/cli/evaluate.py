@@ -6,15 +6,13 @@ import sys
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
-from rich.markup import escape
-from rich.table import Table
 
-from dmlbench.cli.kinds import print_findings, print_kind
 from dmlbench.cli.model_options import MODEL_HELP, load_subject, model_options
-from dmlbench.cli.output import console, hint, json_option, print_json, progress, tell
+from dmlbench.cli.output import hint, json_option, print_json, progress, tell
+from dmlbench.cli.results import print_evaluation, print_plan
 from dmlbench.errors import Interrupted, ShardDone, UsageError
 from dmlbench.files import prepare_folder
 from dmlbench.results import Evaluation, held, load, refuse_partial, save
@@ -26,9 +24,6 @@ if TYPE_CHECKING:
     from dmlbench.run.units import Shard, Units
     from dmlbench.task import Task
 
-MOST_PARTS = 30
-"""Parts that are listed one by one."""
-ARROW = {"higher": "↑", "lower": "↓"}
 EPILOG = "Example: dmlbench evaluate --model digits-smallcnn-triplet-hm-lga-ics --out runs/digits --csv mine.csv"
 
 
@@ -174,7 +169,7 @@ def evaluate(
             print_json(plans if many else next(iter(plans.values())))
             return
         for name, work in plans.items():
-            _print_plan(work, f"{name}, " if many else "")
+            print_plan(work, f"{name}, " if many else "")
         return
     done: list[tuple[Path | None, Evaluation]] = []
     try:
@@ -339,95 +334,3 @@ def _how_to_go_on(kept: bool) -> str:
         return "interrupted; nothing was kept (with --out a run can be gone on with)"
     command = [word for word in sys.argv[1:] if word != "--resume"]
     return f"interrupted; go on with: dmlbench {shlex.join([*command, '--resume'])}"
-
-
-def _print_plan(work: list[dict[str, object]], which: str) -> None:
-    table = Table(box=None, pad_edge=False, title=f"{which}expected, from a few measured steps", title_justify="left")
-    table.add_column("search", no_wrap=True)
-    for column in ("optimizer", "eps", "queries", "steps", "time", "peak MiB"):
-        table.add_column(column, justify="right")
-    for row in work:
-        shown = [str(row[key] or "") for key in ("id", "optimizer", "eps", "queries", "steps")]
-        table.add_row(*shown, _range(row), str(row["peak_mib"] or "–"))
-    console().print(table)
-
-
-def _range(row: dict[str, Any]) -> str:
-    """The times between which a search is expected to end; "at most" where queries that are broken leave it."""
-    low, high = row["range"]
-    most = "at most " * row["at_most"] + _clock(high)
-    return f"{_clock(low)} – {most}" if low else most
-
-
-def _clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
-
-
-def _interval(ends: tuple[float, float] | None) -> str:
-    return "" if ends is None else f"{ends[0]:.1f} – {ends[1]:.1f}"
-
-
-def print_evaluation(e: Evaluation) -> None:
-    """The tables of one result on stdout."""
-    out = console()
-    d = e.dataset
-    out.print(
-        f"[bold]{e.model.id}[/bold] on {d.name} ({d.split}): {d.n_queries} queries, {d.n_gallery} gallery images, "
-        f"{d.n_classes} classes; protocol {e.protocol.name} v{e.protocol.version} ({e.protocol.sha256[:8]})"
-    )
-    from dmlbench.board.adversary import adversary
-    from dmlbench.kinds.table import kind_of
-    from dmlbench.metrics import BENIGN
-
-    kind = kind_of(e)
-    benign = Table(box=None, pad_edge=False, title="benign, %", title_justify="left")
-    shown = [name for name in BENIGN if name in e.benign]
-    for name in shown:
-        benign.add_column(BENIGN[name], justify="right")
-    benign.add_row(*(f"{e.benign[name]:.1f}" for name in shown))
-    out.print(benign)
-
-    if attacked := adversary(e):
-        what = "under attack" if kind.moved else "against"
-        out.print(f"[italic]{what}[/italic]: {escape(attacked)}")
-    parts = Table(box=None, pad_edge=False)
-    parts.add_column("part", overflow="fold")  # a name is never cut
-    kept = e.extras.get("retention", {})
-    for column in ("raw", "better", "score", "95 % interval", "retention", "queries", "seconds"):
-        parts.add_column(column, justify="right")
-    for m in e.measurements:
-        parts.add_row(
-            m.component,
-            "–"
-            if m.value is None
-            else f"{m.value:.3f}"
-            if m.readout in ("target_cosine", "embedding_shift")
-            else f"{m.value:.1f}",
-            ARROW[m.better],
-            "–" if m.score is None else f"{m.score:.1f}",
-            _interval(m.interval),
-            f"{kept[m.component]:.1f}" if m.component in kept else "",
-            str(m.n),
-            f"{m.seconds:.1f}",
-        )
-    if not out.is_terminal:  # the lines of a file or a pipe may be as long as they need
-        out.width = max(out.width, out.measure(parts, options=out.options.update(max_width=1000)).maximum)
-    if len(e.measurements) <= MOST_PARTS or kind.name not in e.extras:  # else the kind's own table says it shorter
-        out.print(parts)
-    if kind.name in e.extras:
-        print_kind(kind.tables(e.extras[kind.name]), out)
-    if "audit" in e.extras:
-        print_findings(e.extras["audit"], out)
-    if e.ers is not None:
-        partial = f"  (partial: {', '.join(e.partial)})" if e.partial else ""
-        out.print(f"[bold]ERS {e.ers:.1f}[/bold]  95 % interval {_interval(e.ers_interval)}{partial}")
-    elif e.partial:
-        score = "" if kind.run else "ERS –  "
-        out.print(f"{score}(partial: {', '.join(e.partial)})")
-    elif any(m.value is None for m in e.measurements):
-        out.print("ERS –  (a part has no value)")
-    for warning in e.warnings:
-        out.print(f"[yellow]warning[/yellow] {warning.flag}: {warning.message}")

@@ -11,7 +11,7 @@ from dmlbench.board.row import Percent, Row, Sha256, Text, Url, plain_text
 from dmlbench.checkpoints import ID, Checkpoint, DatasetRef, checkpoints
 from dmlbench.errors import Problem, UsageError
 from dmlbench.kinds.table import numbers
-from dmlbench.metrics import CLEAN, GROUPED
+from dmlbench.metrics import CLEAN_METRICS
 from dmlbench.models.defended import FORM, named
 from dmlbench.plain import read_yaml
 from dmlbench.registry import suggest
@@ -152,8 +152,9 @@ def _moment(text: str) -> str:
 
 
 def _every_clean(found: dict[str, float]) -> dict[str, float]:
-    if wrong := sorted(set(found) - set(GROUPED) ^ set(CLEAN)):
-        raise ValueError(f"{wrong[0]} is {'missing' if wrong[0] in CLEAN else 'none of the clean metrics'}")
+    required = {name for name, metric in CLEAN_METRICS.items() if not metric.grouped}
+    if wrong := sorted((required - found.keys()) | (found.keys() - CLEAN_METRICS.keys())):
+        raise ValueError(f"{wrong[0]} is {'missing' if wrong[0] in required else 'none of the clean metrics'}")
     return found
 
 

@@ -1,6 +1,7 @@
 """Does every number that a run states come out of its queries' own outcomes again?"""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -8,7 +9,7 @@ from dmlbench.errors import Problem
 from dmlbench.intervals import VERSION, Ends
 from dmlbench.kinds.base import CLOSE, QUERIES, RUN, Stated
 from dmlbench.kinds.table import KINDS
-from dmlbench.metrics import READOUTS
+from dmlbench.metrics import CLEAN_METRICS, OF_THE_GALLERY, READOUTS, RECALL_AT
 from dmlbench.protocol import Component, Protocol, ers_of, score_intervals
 from dmlbench.results import Evaluation
 from dmlbench.submission import extras
@@ -81,8 +82,7 @@ def _outcome_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]
 
 def _benign_problems(e: Evaluation) -> Iterator[Problem]:
     for name, value in e.benign.items():
-        low = -100.0 if name == "ami" else 0.0
-        if not low <= value <= 100.0 + CLOSE:
+        if not CLEAN_METRICS[name].lowest <= value <= 100.0 + CLOSE:
             yield Problem(0, f"{RUN} benign.{name}", f"{value} is not a percentage")
         per_query = e.arrays.get(f"benign/{name}")
         if per_query is not None:
@@ -92,9 +92,9 @@ def _benign_problems(e: Evaluation) -> Iterator[Problem]:
             kept = per_query.astype(np.float64)
             kept = kept[~np.isnan(kept)]
             yield from _same(f"{RUN} benign.{name}", value, float(kept.mean()) if len(kept) else None)
-        elif name not in ("nmi", "ami"):
+        elif name not in OF_THE_GALLERY:
             yield Problem(0, f"{QUERIES} benign/{name}", "is missing, though the run states its mean")
-    for a, b in (("recall_at_1", "recall_at_2"), ("recall_at_2", "recall_at_4"), ("recall_at_4", "recall_at_8")):
+    for a, b in pairwise(f"recall_at_{k}" for k in RECALL_AT):
         if e.benign.get(a, 0.0) > e.benign.get(b, 100.0) + CLOSE:
             yield Problem(0, f"{RUN} benign.{a}", f"{e.benign[a]:.2f} is above {b} ({e.benign[b]:.2f})")
 

@@ -23,19 +23,18 @@ from dmlbench.checkpoints import first_problem
 from dmlbench.errors import UsageError
 from dmlbench.files import read_toml
 from dmlbench.kinds.table import numbers
-from dmlbench.metrics import BENIGN
+from dmlbench.metrics import CLEAN_METRICS
 from dmlbench.registry import suggest
 
 DEFAULT_DROPS: Mapping[str, float] = {
     "ers": 1.0,
-    "recall_at_1": 1.0,
-    "nmi": 1.0,
+    **{name: metric.drop for name, metric in CLEAN_METRICS.items() if metric.drop is not None},
     **{name: number.drop for name, number in numbers().items() if number.drop is not None},
     "any": 3.0,
 }
 """Points that a metric may lose; ``any`` is any attack part, but for those whose R@1 is within the attacked set."""
 
-GATED = ("ers", "any", *BENIGN, *numbers())
+GATED = ("ers", "any", *CLEAN_METRICS, *numbers())
 
 
 class Gate(BaseModel):

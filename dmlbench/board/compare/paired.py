@@ -19,6 +19,7 @@ from jaxtyping import Float
 from dmlbench.errors import DataError, NotComparable
 from dmlbench.intervals import DRAWS, PERCENT, Ends, cluster_medians, nmi_interval, paired_intervals, stretched
 from dmlbench.kinds.table import kind_of, numbers_of
+from dmlbench.metrics import OF_THE_GALLERY
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Component, counted, ers_of
 from dmlbench.results import Evaluation
@@ -145,7 +146,7 @@ def pair(
             sides = counted(first[:, counts]), counted(second[:, counts])
             ends = paired_intervals(*sides, label, [ranges[c] for c in counts], PERCENT).mean
         out.insert(0, Paired("ers", False, before, after, ends, bool(equal[counts].all())))
-    for name in ("nmi", "ami"):  # of the whole gallery, whichever queries were measured
+    for name in OF_THE_GALLERY:  # whichever queries were measured
         if name in base.benign:
             values = base.benign[name], candidate.benign.get(name)
             interval = None

@@ -20,7 +20,7 @@ import numpy as np
 from dmlbench.board.compare.gate import DEFAULT_DROPS, Gate, metric_name
 from dmlbench.board.compare.paired import Paired, common, pair, unshared
 from dmlbench.board.compare.records import Comparison, Difference, Failure, Side, Verdict
-from dmlbench.board.row import PARTS, Row, from_evaluation, superseded
+from dmlbench.board.row import CLEAN_COLUMNS, PARTS, Row, from_evaluation, superseded
 from dmlbench.errors import NotComparable
 from dmlbench.intervals import DRAWS
 from dmlbench.kinds.table import numbers
@@ -235,7 +235,7 @@ def compare_rows(
     _differing({k: (getattr(base, k), getattr(candidate, k)) for k in keys} | _conditions(*said), stale)
     queries = base.n_queries or 0, candidate.n_queries or 0
     names = {"ers": "ers"} | {k: f"{v}_score" for k, v in PARTS.items()}
-    names |= {n: n for n in ("recall_at_1", "recall_at_2", "map", "map_at_r", "nmi", "ami", *numbers())}
+    names |= {n: n for n in (*CLEAN_COLUMNS, *numbers())}
     metrics = []
     for metric, column in names.items():
         first, second = getattr(base, column), getattr(candidate, column)

@@ -21,16 +21,16 @@ from dmlbench.board.report.fallen import FIRST, fallen
 from dmlbench.board.report.pictures import data_uri, magnified
 from dmlbench.board.row import headline, shown
 from dmlbench.errors import NotComparable
+from dmlbench.kinds.base import text_of
 from dmlbench.kinds.table import kind_of
-from dmlbench.metrics import BENIGN, CLEAN
-from dmlbench.results import Evaluation, Measurement
+from dmlbench.metrics import CLEAN_METRICS, decimals
+from dmlbench.results import Evaluation
 from dmlbench.run.closeup import names_of
 from dmlbench.threat import written
 
 STRIPS = 4
 """Queries shown for each part."""
 _MOVED = ("clean", "attacked", "gallery")
-_RAW_DECIMALS = {"target_cosine": 3, "embedding_shift": 3}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def page(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = _number
+    environment.filters["number"] = text_of
     environment.filters["interval"] = _interval
     return environment.get_template("report.html").render(
         runs=runs,
@@ -97,11 +97,11 @@ def page(runs: Sequence[Run]) -> str:
         adversary=adversary(first),
         headline=_headline(first),
         benign=[
-            (label, [run.evaluation.benign.get(key) for run in runs])
-            for key, label in BENIGN.items()
-            if key in CLEAN or any(key in run.evaluation.benign for run in runs)
+            (metric.title, [run.evaluation.benign.get(name) for run in runs])
+            for name, metric in CLEAN_METRICS.items()
+            if not metric.grouped or any(name in run.evaluation.benign for run in runs)
         ],
-        parts=[(m, _raw(m)) for m in first.measurements],
+        parts=[(m, text_of(m.value, decimals(m.readout))) for m in first.measurements],
         chart=_chart(runs),
         sides=_sides(runs),
         curves=_curves(runs),
@@ -130,16 +130,8 @@ def _headline(e: Evaluation) -> tuple[str, str, str] | None:
     return text(found[1]), number.title, "" if ends[0] is None else f"{text(ends[0])} – {text(ends[1])}"
 
 
-def _number(value: float | None, decimals: int = 1) -> str:
-    return "–" if value is None else f"{value:.{decimals}f}"
-
-
 def _interval(ends: tuple[float, float] | None) -> str:
     return "" if ends is None else f"{ends[0]:.1f} – {ends[1]:.1f}"
-
-
-def _raw(m: Measurement) -> str:
-    return _number(m.value, _RAW_DECIMALS.get(m.readout, 1))
 
 
 def _chart(runs: Sequence[Run]) -> Markup | None:

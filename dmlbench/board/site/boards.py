@@ -8,22 +8,18 @@ from markupsafe import Markup
 
 from dmlbench.board.plots.draw import Figure, Series
 from dmlbench.board.plots.page import inline
-from dmlbench.board.row import COLUMNS, HEADLINES, NUMBERS, PARTS, Row
+from dmlbench.board.row import CLEAN_COLUMNS, COLUMNS, HEADLINES, NUMBERS, PARTS, Row
 from dmlbench.board.show import DEFAULT_COLUMNS
 from dmlbench.board.site.overview import anchor, cell, interval, norm, text
 from dmlbench.board.site.words import word_of, words
 from dmlbench.kinds.table import KINDS, numbers
+from dmlbench.metrics import CLEAN_METRICS
 from dmlbench.protocols import load_protocol, protocol_names
 
 TITLES = {
     "model": "Model",
     "defense": "Defence",
-    "recall_at_1": "R@1 %",
-    "recall_at_2": "R@2 %",
-    "map": "mAP %",
-    "map_at_r": "MAP@R %",
-    "nmi": "NMI %",
-    "ami": "AMI %",
+    **{name: f"{CLEAN_METRICS[name].title} %" for name in CLEAN_COLUMNS},
     "arch": "Network",
     "loss": "Loss",
     **{f"{column}_{end}": f"{part} {end}" for part, column in PARTS.items() for end in ("raw", "score")},

@@ -12,7 +12,7 @@ from dmlbench.board.row import PARTS, STATUSES
 from dmlbench.doubts.audit import FLAGS
 from dmlbench.kinds.page import text
 from dmlbench.kinds.table import KINDS, numbers
-from dmlbench.metrics import READOUTS
+from dmlbench.metrics import CLEAN_METRICS, READOUTS
 from dmlbench.protocols import load_protocol, protocol_names
 
 
@@ -32,7 +32,7 @@ def _begun(sentence: str) -> str:
 SCORES, PARTS_OF_ERS, STATUS, FLAG = "Scores", "Parts of ERS", "Status", "Flags"
 _OWN = {
     "recall_at_1": Word(
-        "R@1",
+        CLEAN_METRICS["recall_at_1"].title,
         "Recall at 1: the share of queries, in percent, whose nearest image in the gallery is of their class. Where a wrong image "
         "is as near as the nearest right one, the query counts as missed.",
         SCORES,

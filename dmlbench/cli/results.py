@@ -1,0 +1,137 @@
+"""How a result, what a run is expected to cost and the audit's findings are printed."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dmlbench.cli.output import console
+
+if TYPE_CHECKING:
+    from dmlbench.kinds.base import Line, Sheet
+    from dmlbench.results import Evaluation
+
+MARK = {"pass": "[green]pass[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]", "skip": "skip"}
+MOST_PARTS = 30
+"""Parts that are listed one by one."""
+ARROW = {"higher": "↑", "lower": "↓"}
+
+
+def print_kind(tables: "Iterable[Sheet | Line]", out: Console) -> None:
+    """What the record of a kind of protocol shows of a run."""
+    from dmlbench.kinds.base import Line
+
+    for shown in tables:
+        if isinstance(shown, Line):
+            out.print(f"[bold]{shown.head}[/bold]  {shown.text}" if shown.head else shown.text)
+            continue
+        table = Table(box=None, pad_edge=False, title=shown.title, title_justify="left")
+        for name in shown.names:
+            table.add_column(name)
+        for column in shown.columns:
+            table.add_column(column, justify="right")
+        for n, row in enumerate(shown.rows):
+            table.add_row(*row, style="bold" if n in shown.bold else None)
+        out.print(table)
+
+
+def print_findings(findings: Sequence[dict[str, Any]], out: Console) -> None:
+    """One line for each check: verdict and evidence."""
+    table = Table(box=None, pad_edge=False, title="audit", title_justify="left")
+    for column in ("check", "verdict", "evidence"):
+        table.add_column(column)
+    for f in findings:
+        table.add_row(f["check"], MARK[f["verdict"]], f["message"])
+    out.print(table)
+
+
+def print_plan(work: list[dict[str, object]], which: str) -> None:
+    """The searches of a run with the time and memory that each is expected to take; ``which`` run begins the title."""
+    table = Table(box=None, pad_edge=False, title=f"{which}expected, from a few measured steps", title_justify="left")
+    table.add_column("search", no_wrap=True)
+    for column in ("optimizer", "eps", "queries", "steps", "time", "peak MiB"):
+        table.add_column(column, justify="right")
+    for row in work:
+        shown = [str(row[key] or "") for key in ("id", "optimizer", "eps", "queries", "steps")]
+        table.add_row(*shown, _range(row), str(row["peak_mib"] or "–"))
+    console().print(table)
+
+
+def _range(row: dict[str, Any]) -> str:
+    """The times between which a search is expected to end; "at most" where queries that are broken leave it."""
+    low, high = row["range"]
+    most = "at most " * row["at_most"] + _clock(high)
+    return f"{_clock(low)} – {most}" if low else most
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f"{ends[0]:.1f} – {ends[1]:.1f}"
+
+
+def print_evaluation(e: "Evaluation") -> None:
+    """The tables of one result on stdout."""
+    out = console()
+    d = e.dataset
+    out.print(
+        f"[bold]{e.model.id}[/bold] on {d.name} ({d.split}): {d.n_queries} queries, {d.n_gallery} gallery images, "
+        f"{d.n_classes} classes; protocol {e.protocol.name} v{e.protocol.version} ({e.protocol.sha256[:8]})"
+    )
+    from dmlbench.board.adversary import adversary
+    from dmlbench.kinds.base import text_of
+    from dmlbench.kinds.table import kind_of
+    from dmlbench.metrics import CLEAN_METRICS, decimals
+
+    kind = kind_of(e)
+    benign = Table(box=None, pad_edge=False, title="benign, %", title_justify="left")
+    shown = [name for name in CLEAN_METRICS if name in e.benign]
+    for name in shown:
+        benign.add_column(CLEAN_METRICS[name].title, justify="right")
+    benign.add_row(*(f"{e.benign[name]:.1f}" for name in shown))
+    out.print(benign)
+
+    if attacked := adversary(e):
+        what = "under attack" if kind.moved else "against"
+        out.print(f"[italic]{what}[/italic]: {escape(attacked)}")
+    parts = Table(box=None, pad_edge=False)
+    parts.add_column("part", overflow="fold")  # a name is never cut
+    kept = e.extras.get("retention", {})
+    for column in ("raw", "better", "score", "95 % interval", "retention", "queries", "seconds"):
+        parts.add_column(column, justify="right")
+    for m in e.measurements:
+        parts.add_row(
+            m.component,
+            text_of(m.value, decimals(m.readout)),
+            ARROW[m.better],
+            text_of(m.score),
+            _interval(m.interval),
+            f"{kept[m.component]:.1f}" if m.component in kept else "",
+            str(m.n),
+            f"{m.seconds:.1f}",
+        )
+    if not out.is_terminal:  # the lines of a file or a pipe may be as long as they need
+        out.width = max(out.width, out.measure(parts, options=out.options.update(max_width=1000)).maximum)
+    if len(e.measurements) <= MOST_PARTS or kind.name not in e.extras:  # else the kind's own table says it shorter
+        out.print(parts)
+    if kind.name in e.extras:
+        print_kind(kind.tables(e.extras[kind.name]), out)
+    if "audit" in e.extras:
+        print_findings(e.extras["audit"], out)
+    if e.ers is not None:
+        partial = f"  (partial: {', '.join(e.partial)})" if e.partial else ""
+        out.print(f"[bold]ERS {e.ers:.1f}[/bold]  95 % interval {_interval(e.ers_interval)}{partial}")
+    elif e.partial:
+        score = "" if kind.run else "ERS –  "
+        out.print(f"{score}(partial: {', '.join(e.partial)})")
+    elif any(m.value is None for m in e.measurements):
+        out.print("ERS –  (a part has no value)")
+    for warning in e.warnings:
+        out.print(f"[yellow]warning[/yellow] {warning.flag}: {warning.message}")

@@ -31,7 +31,7 @@ class Mutant:
 
 
 MUTANTS = (
-    Mutant("GTT: ties count for the model", "(d <= c).sum(1) - 1", "(d < c).sum(1)",
+    Mutant("GTT: ties count for the model", "ahead(d, c).sum(1) - 1", "(d < c).sum(1)",
            "test_metrics.py::test_entries_as_near_as_the_target_push_it_out_of_the_top_4"),
     Mutant("ES: blur without the scale", "size.detach() <= scene.gallery.blur * scene.gallery.scale",
            "size.detach() <= scene.gallery.blur", BLUR),

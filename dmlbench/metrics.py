@@ -3,7 +3,7 @@
 Read-outs are per image, (embeddings, Scene) to (B,), and end in the :data:`READOUTS` table; benign
 retrieval metrics are per query too and reduced at the edge. Shares and ranks are percent. A query
 without another image of its class in the gallery has no recall: its outcome is NaN, and means leave
-it out. Ties count against the model: a positive must be strictly nearer than every negative.
+it out. Ties count against the model (:func:`~dmlbench.objectives.ahead`).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from torch import Tensor
 from dmlbench.errors import UsageError
 from dmlbench.fast.kmeans import lloyd, mutual_information
 from dmlbench.fast.ranking import average_precisions, inverse_negative_penalty, negatives_ahead, recalled
-from dmlbench.objectives import KEPT, flip
+from dmlbench.objectives import KEPT, ahead, flip, right_by
 from dmlbench.registry import Registry, suggest
 from dmlbench.scene import Scene
 
@@ -99,8 +99,8 @@ def decimals(readout: str) -> int:
 def right_within(d: Tensor, scene: Scene, k: int = 1) -> Tensor:
     """(B,) 100 where a positive is among the k nearest by the distances d (B, N), else 0, NaN without positives."""
     best = d.masked_fill(~scene.same, torch.inf).amin(1, keepdim=True)  # (B, 1)
-    ahead = ((d <= best) & scene.other).sum(1)
-    return torch.where(scene.has_positive, (ahead < k).float() * 100.0, torch.nan)
+    before = (ahead(d, best) & scene.other).sum(1)
+    return torch.where(scene.has_positive, (before < k).float() * 100.0, torch.nan)
 
 
 def recall_at_1(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
@@ -115,10 +115,10 @@ def _rank(
     counted: int | Int[Tensor, "B k"],
 ) -> Float[Tensor, " B"]:
     """Mean over K of the share of the entries that count which are nearer than ``d``, percent."""
-    ahead = d[:, :, None] > to_all
+    nearer = d[:, :, None] > to_all
     if ignored is None:
-        return 100.0 * ahead.float().mean((1, 2))
-    return 100.0 * ((ahead & ~ignored).sum(2) / counted).mean(1)
+        return 100.0 * nearer.float().mean((1, 2))
+    return 100.0 * ((nearer & ~ignored).sum(2) / counted).mean(1)
 
 
 def candidate_rank(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
@@ -152,8 +152,8 @@ def kept_in_top_4(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """GTT: is the target, the clean top-1, still among the 4 nearest (own entry left out)? Percent."""
     d = scene.ranked(e)  # (B, N)
     c = d.gather(1, scene.chosen[:, :1])  # (B, 1)
-    ahead = (d <= c).sum(1) - 1
-    return (ahead < 4).float() * 100.0
+    before = ahead(d, c).sum(1) - 1
+    return (before < 4).float() * 100.0
 
 
 def target_not_first(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
@@ -161,7 +161,7 @@ def target_not_first(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B
     d = scene.ranked(e)  # (B, N)
     of_target = d.gather(1, scene.chosen).amin(1)  # (B,)
     others = d.scatter(1, scene.chosen, torch.inf).amin(1)
-    return ((others < of_target) | of_target.isinf()).float() * 100.0
+    return (~ahead(of_target, others) | of_target.isinf()).float() * 100.0
 
 
 def map_at_r(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
@@ -189,7 +189,7 @@ def decided(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     threshold. Ties count against the model."""
     if scene.threshold is None:
         return torch.full_like(e[:, 0], torch.nan)
-    return (flip(e, scene) > 0).float() * 100.0
+    return right_by(flip(e, scene)).float() * 100.0
 
 
 def kendall_tau(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
@@ -255,11 +255,11 @@ def retrieval(scene: Scene, ks: Sequence[int] = RECALL_AT, *, grouped: bool = Fa
 
 
 def _retrieval_block(d: Tensor, scene: Scene, ks: Sequence[int], grouped: bool) -> dict[str, Tensor]:
-    ahead, real = negatives_ahead(d, scene)
-    out = {f"recall_at_{k}": recalled(ahead, real, k) for k in ks}
-    out["map"], out["map_at_r"] = average_precisions(ahead, real)
+    before, real = negatives_ahead(d, scene)
+    out = {f"recall_at_{k}": recalled(before, real, k) for k in ks}
+    out["map"], out["map_at_r"] = average_precisions(before, real)
     if grouped:
-        out["minp"] = inverse_negative_penalty(ahead, real)
+        out["minp"] = inverse_negative_penalty(before, real)
     return out
 
 

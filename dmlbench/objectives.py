@@ -8,7 +8,9 @@ it is a query and its targets are candidates. ``B`` images, ``K`` targets, ``N``
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -22,6 +24,23 @@ Objective = Callable[[Tensor, Scene], Tensor]
 
 KEPT = 5
 """How many of the query's nearest entries the semantics-preserving attacks keep near the head of the list."""
+
+Real = TypeVar("Real", Tensor, np.ndarray)
+
+
+def ahead(negative: Real, positive: Real) -> Real:
+    """Which negatives stand before a positive, by their distances: ties count against the model, so one that is as near does."""
+    return negative <= positive
+
+
+def wrong_by(margin: Real) -> Real:
+    """Which decisions are wrong, by how much nearer the positive is than every negative: a tie, 0, is. NaN is neither wrong nor right."""
+    return margin <= 0
+
+
+def right_by(margin: Real) -> Real:
+    """Which are right: above 0."""
+    return margin > 0
 
 
 def raise_candidate(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
@@ -149,8 +168,8 @@ def gap(
 def margin(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """WM: put the nearest entry of another class before the nearest positive, both looked up at every step.
 
-    min over other-class X of d - min over same-class X of d (own entry left out): the query is
-    misranked where this is 0 or less.
+    min over other-class X of d - min over same-class X of d (own entry left out); :func:`wrong_by` says where the query
+    is misranked.
     """
     positive, negative, _ = nearest_entries(e, scene)
     return gap(e, scene, negative, positive)
@@ -195,7 +214,7 @@ def flip(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """FLIP: the decision on the pair of the image and its target. t - d(f(x~), c) where both are of one class, else d(f(x~), c) - t.
 
     Of a genuine pair the distance is to pass the threshold t (dodging), of an impostor pair to fall below it (impersonation): the
-    decision is wrong where this is 0 or less. t is 0 where nobody decides.
+    decision is wrong by :func:`wrong_by`. t is 0 where nobody decides.
     """
     edge = 0.0 if scene.threshold is None else scene.threshold
     margin = scene.distance.paired(e, scene.targets[:, 0]) - edge

@@ -93,7 +93,7 @@ class Evidence:
     seed: int
 
     def loss(self) -> AttackLoss:
-        """The margin of R@1 of each image; 0 or less is misranked."""
+        """The margin of R@1 of each image."""
         return AttackLoss(self.subject.embedder, margin, self.scene)
 
     def left(self, eps: str, steps: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmlbench.attacks import AttackLoss
 from dmlbench.embedding import Embedder
-from dmlbench.objectives import margin
+from dmlbench.objectives import margin, right_by
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.run.subject import Subject
 from dmlbench.threat import Threat
@@ -78,11 +78,11 @@ def survey(subject: Subject, positions: np.ndarray) -> Survey:
     right, kept = {}, {}
     with torch.no_grad():
         for name, start in starts.items():
-            fine = loss(start) > 0
+            fine = right_by(loss(start))
             right[name] = fine.cpu().numpy()
-            kept[name] = (fine & (loss(OPTIMIZERS["pgd"](loss, start, threat, rng)) > 0)).cpu().numpy()
+            kept[name] = (fine & right_by(loss(OPTIMIZERS["pgd"](loss, start, threat, rng)))).cpu().numpy()
         flipped = (images + BIT * rng.signs(*images.shape[1:])).clamp(0, 1)
-        right["least bits"] = (loss(flipped) > 0).cpu().numpy()
+        right["least bits"] = right_by(loss(flipped)).cpu().numpy()
         to_midpoint = scene.distances(subject.embedder(starts["midpoint"])).amin(1)
         to_query = scene.ranked(scene.clean).amin(1)
         nearness = torch.where(to_query > 0, to_midpoint / to_query, torch.nan).cpu().numpy()

@@ -20,6 +20,7 @@ from torch import Tensor
 from dmlbench.embedding import Embedder, passes, require_finite
 from dmlbench.errors import DataError
 from dmlbench.fast.exact import true_float32
+from dmlbench.objectives import wrong_by
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Protocol
 from dmlbench.rng import Rng
@@ -60,7 +61,7 @@ class Log:
     def note(self, at: Int[Tensor, " n"], margins: Float[Tensor, " n"], images: Tensor) -> None:
         """One more loss value for the images ``at``."""
         self.calls[at] += 1
-        fresh = (margins <= 0) & (self.first[at] == 0)  # (n,)
+        fresh = wrong_by(margins) & (self.first[at] == 0)  # (n,)
         self.first[at] = torch.where(fresh, self.calls[at], self.first[at])
         shape = (-1, *[1] * (images.dim() - 1))
         self.found[at] = torch.where(fresh.view(shape), images, self.found[at])
@@ -76,7 +77,7 @@ class Log:
 
 
 class Watch:
-    """An attack's loss that also watches a margin, 0 or less where an image is what is looked for, whatever it descends.
+    """An attack's loss that also watches a margin, whatever it descends: an image is what is looked for where :func:`wrong_by` says so.
 
     A :class:`~dmlbench.optimizers.Hunt`: images that have been found once are settled. Where the passes of
     a gradient are rounded or compiled, an image counts as found once a pass as of a read-out says so too.
@@ -112,7 +113,7 @@ class Watch:
         A pass that is rounded on its way to a gradient can be wrong by more than the margin; a search that stops
         for it leaves a query that the read-out finds right, and that the rest of the search might have broken.
         """
-        at = ((margins <= 0) & self.unsettled()).nonzero()[:, 0]
+        at = (wrong_by(margins) & self.unsettled()).nonzero()[:, 0]
         if not len(at):
             return margins
         again = self[at]

@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor
 
+from dmlbench.objectives import wrong_by
 from dmlbench.optimizers.base import Hunt, Loss, Shown, each
 from dmlbench.rng import Rng
 from dmlbench.threat import Threat
@@ -42,7 +43,7 @@ class _Search:
         if not self.left:
             raise _Spent
         self.left -= 1
-        found = self.loss(x) <= 0
+        found = wrong_by(self.loss(x))
         size = self.size(x)
         nearer = found & (size < self.nearest)
         self.best, self.nearest = (

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dmlbench.embedding import Embedder
+from dmlbench.objectives import right_by
 from dmlbench.optimizers import pgd
 from dmlbench.rng import Rng
 from dmlbench.training.defenses import Learner
@@ -79,7 +80,7 @@ def quick_check(learner: Learner, recipe: Recipe, images: Tensor, labels: Tensor
     parts = torch.arange(len(images), device=images.device).split(max(1, QUICK_VALUES // images[0].numel()))
     with torch.no_grad():
         clean = torch.cat([embedder(images[rows]) for rows in parts])
-        benign = margins(embedder, clean, labels, clean) > 0
+        benign = right_by(margins(embedder, clean, labels, clean))
         length = clean.norm(dim=1).mean().clamp_min(1e-12)
         spread = (clean - clean.roll(len(clean) // 2, 0)).norm(dim=1).mean() / length
     threat = recipe.threat.but(steps=QUICK_STEPS, step=2.5 * recipe.threat.radius / QUICK_STEPS, start="clean")
@@ -91,7 +92,7 @@ def quick_check(learner: Learner, recipe: Recipe, images: Tensor, labels: Tensor
 
         moved = pgd(margin, images[rows], threat, Rng(0, rows))
         with torch.no_grad():
-            right += int((margin(moved) > 0).sum())
+            right += int(right_by(margin(moved)).sum())
     return 100.0 * float(benign.float().mean()), 100.0 * right / len(images), float(spread)
 
 

@@ -20,6 +20,7 @@ from dmlbench.errors import UsageError
 from dmlbench.kinds.base import WHOLE, Outcome, Settings, settings_of
 from dmlbench.kinds.halves import halves, made_on_each
 from dmlbench.metrics import READOUTS, mean
+from dmlbench.objectives import ahead
 from dmlbench.optimizers import OPTIMIZERS, watched
 from dmlbench.protocol import Component, Protocol
 from dmlbench.rng import Rng, seed_of
@@ -143,8 +144,8 @@ class Taken:
         return -torch.sigmoid(gap).mean(1)
 
     def taken(self, images: Tensor) -> Bool[Tensor, "b K"]:
-        """Which known queries each picture takes by itself; ties count for the adversary."""
-        return self.distances(images) <= self.known.limit
+        """Which known queries each picture takes by itself."""
+        return ahead(self.distances(images), self.known.limit)
 
 
 def covering(taken: Bool[np.ndarray, "b K"], count: int) -> Int[np.ndarray, " m"]:

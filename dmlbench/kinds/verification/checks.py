@@ -35,6 +35,7 @@ from dmlbench.kinds.verification.summary import (
     outcome,
     summary,
 )
+from dmlbench.objectives import right_by
 from dmlbench.protocol import Component, Protocol
 
 CLOSE_DISTANCE = 1e-3
@@ -58,7 +59,7 @@ def outcome_problems(stated: Stated) -> Iterator[Problem]:
         yield Problem(0, f"{QUERIES} {FOLD}", "holds other folds than those from 0 on")
         return
     distance = distances(e.arrays)
-    right = margins(distance, thresholds(distance, fold, Settings.of(rules).far)[fold]) > 0
+    right = right_by(margins(distance, thresholds(distance, fold, Settings.of(rules).far)[fold]))
     for i, side in enumerate(SIDES):
         parts = [c for c in stated.parts if c.attack == side]
         missing = e.arrays[f"{side}/partner"] < 0
@@ -149,7 +150,7 @@ def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
         yield Problem(2, f"{QUERIES} distance", f"{int(off)} clean distances are others than stated")
         return
     edge = thresholds(said, pairs.fold, Settings.of(rules).far)[pairs.fold]
-    bench = Bench.of(subject, pairs, edge, margins(said, edge) > 0)
+    bench = Bench.of(subject, pairs, edge, right_by(margins(said, edge)))
     for i, side in enumerate(SIDES):
         own = np.flatnonzero(bench.side == i)
         of_query = np.full(len(subject.rows), -1)

@@ -33,7 +33,7 @@ from dmlbench.kinds.verification.summary import (
     summary,
 )
 from dmlbench.metrics import READOUTS
-from dmlbench.objectives import OBJECTIVES
+from dmlbench.objectives import OBJECTIVES, right_by
 from dmlbench.optimizers import OPTIMIZERS, watched
 from dmlbench.protocol import Protocol, Step
 from dmlbench.rng import Rng, seed_of
@@ -199,7 +199,7 @@ def run(
     here = np.searchsorted(everyone, subject.rows)
     pairs, distance = pairs.at(here), distance[here]
     edge = edges[pairs.fold]
-    right = margins(distance, edge) > 0
+    right = right_by(margins(distance, edge))
     there = pairs.partner >= 0
     bench = Bench.of(subject, pairs, edge, right)
     arrays: dict[str, np.ndarray] = {FOLD: pairs.fold}

@@ -37,7 +37,7 @@ def distances(arrays: Mapping[str, np.ndarray]) -> Float[np.ndarray, "Q 2"]:
 
 
 def margins(distance: Float[np.ndarray, "Q 2"], edge: Float[np.ndarray, " Q"]) -> Float[np.ndarray, "Q 2"]:
-    """How far each pair is on the right side of its threshold: above 0 where it is decided rightly."""
+    """How far each pair is on the right side of its threshold."""
     return (distance - edge[:, None]) * np.array([-1, 1], dtype=np.float32)
 
 

@@ -7,7 +7,7 @@ Euclidean; the default), ``C`` (L2-normalised, 1 - cosine), ``E`` (not normalise
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -293,6 +293,21 @@ def passes(
         with passing(Pass(purpose, turn, rows, calls)):
             e = embedder(images)
         yield e
+
+
+STEADY = 1e-5
+"""Embeddings of the same images that differ by more, see :func:`disagreement`, are not those of one function of the image."""
+
+
+def disagreement(embeddings: Iterable[Float[Tensor, "b d"]], scale: Tensor | None = None) -> float:
+    """The largest difference of later passes from the first, as a share of ``scale``, by default the first's largest number.
+
+    NaN where an embedding is.
+    """
+    first, *others = embeddings
+    scale = first.abs().amax() if scale is None else scale
+    largest = torch.stack([(e - first).abs().amax() for e in others]).amax()
+    return float(largest / scale.clamp_min(1e-30))
 
 
 def require_finite(embeddings: Float[Tensor, "b d"], name: str, images: str = "images") -> None:

@@ -15,7 +15,7 @@ from dmlbench.attacks import AttackLoss
 from dmlbench.doubts.checks import COLLAPSE, spread
 from dmlbench.doubts.evidence import Evidence, Finding, last_resorts, white_steps
 from dmlbench.doubts.unseen import Survey, history
-from dmlbench.embedding import passes
+from dmlbench.embedding import STEADY, disagreement, passes
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import margin
 from dmlbench.optimizers import OPTIMIZERS, autograd, watched
@@ -46,26 +46,24 @@ LANDED = 0.3
 
 
 def randomness(evidence: Evidence) -> Finding:
-    """F1: do passes of one batch differ by more than 1e-5 (of the embeddings' root mean square length)?"""
+    """F1: do passes of one batch differ by more than :data:`STEADY` (of the embeddings' root mean square length)?"""
     return judged_random(passes_gap(evidence.subject, evidence.images, evidence.scene))
 
 
 def passes_gap(subject: Subject, images: Tensor, scene: Scene) -> float:
     """The largest difference of :data:`PASSES` passes from the first, relative to the embeddings' root mean square length."""
     with torch.no_grad():
-        first, *others = passes(subject.embedder, images, PASSES, rows=scene.query)
-        largest = torch.stack([(e - first).abs().amax() for e in others]).amax()
-    return float(largest / scene.gallery.scale.clamp_min(1e-30))
+        return disagreement(passes(subject.embedder, images, PASSES, rows=scene.query), scene.gallery.scale)
 
 
 def judged_random(gap: float) -> Finding:
-    if gap > 1e-5:
+    if gap > STEADY:
         message = (
             f"two passes of the same images differ by {gap:.1e}, so the model is random and a single gradient "
             "says little: attack it with --eot N, which averages N passes"
         )
-        return Finding("F1", "fail", gap, 1e-5, message)
-    return Finding("F1", "pass", gap, 1e-5, "two passes of the same images agree")
+        return Finding("F1", "fail", gap, STEADY, message)
+    return Finding("F1", "pass", gap, STEADY, "two passes of the same images agree")
 
 
 def zero_gradients(evidence: Evidence) -> Finding:
@@ -204,22 +202,22 @@ def noise_is_no_rival(evidence: Evidence) -> Finding:
 
 
 def forgets(evidence: Evidence) -> Finding:
-    """F5: does a copy that has just seen images 1/255 away embed new images as the model does, to 1e-5?"""
+    """F5: does a copy that has just seen images 1/255 away embed new images as the model does, to :data:`STEADY`?"""
     if randomness(evidence).verdict == "fail":
-        return Finding("F5", "skip", None, 1e-5, "two passes differ anyway, since the model is random")
+        return Finding("F5", "skip", None, STEADY, "two passes differ anyway, since the model is random")
     return judged_memory(history(evidence.subject, evidence.positions))
 
 
 def judged_memory(gap: float) -> Finding:
     if math.isnan(gap):
-        return Finding("F5", "skip", None, 1e-5, "the model cannot be copied")
-    if gap > 1e-5:
+        return Finding("F5", "skip", None, STEADY, "the model cannot be copied")
+    if gap > STEADY:
         message = (
             f"embeddings change by {gap:.1e} where other images were embedded before: the model remembers what it was "
             "shown, so it is not one function of the image, and attacks on it prove nothing"
         )
-        return Finding("F5", "fail", gap, 1e-5, message)
-    return Finding("F5", "pass", gap, 1e-5, "embeddings do not depend on what was embedded before")
+        return Finding("F5", "fail", gap, STEADY, message)
+    return Finding("F5", "pass", gap, STEADY, "embeddings do not depend on what was embedded before")
 
 
 def generalises(evidence: Evidence) -> Finding:

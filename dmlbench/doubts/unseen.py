@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dmlbench.attacks import AttackLoss
-from dmlbench.embedding import Embedder
+from dmlbench.embedding import Embedder, disagreement
 from dmlbench.objectives import margin, right_by
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.run.subject import Subject
@@ -113,8 +113,7 @@ def history(subject: Subject, positions: np.ndarray) -> float:
         return math.nan
     with torch.no_grad():
         twin((fresh + BIT * signs).clamp(0, 1))
-        gap = (twin(fresh) - subject.embedder(fresh)).abs().amax()
-    return float(gap / subject.scene.gallery.scale.clamp_min(1e-30))
+        return disagreement([twin(fresh), subject.embedder(fresh)], subject.scene.gallery.scale)
 
 
 def copied(embedder: Embedder) -> Embedder:

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmlbench.embedding import Embedder
+from dmlbench.embedding import STEADY, Embedder, disagreement
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import first_line
 
-SAME = 1e-5
-"""Two forwards of one batch differ by more than this, relative to the largest value: the model is random."""
 ALONE = 1e-3
 """An image embedded alone differs by more than this from the same image in a batch: batches matter."""
 
@@ -138,18 +136,18 @@ def settle(embedder: Embedder, output_key: str | None = None) -> None:
         output = attempt(embedder, images)
         embedder.network, said = pick_output(embedder.network, output, len(images), output_key, embedder.name)
         first, second, alone = embedder(images), embedder(images), embedder(images[:1])
-    scale = max(float(first.abs().max()), 1e-12)
-    if float((first - second).abs().max()) > SAME * scale:
+    gap = disagreement([first, second])
+    if gap > STEADY:
         dropout = [n for n, m in embedder.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
         cause = f"; it has dropout ({dropout[0]})" if dropout else ""
         doubts.append(
             (
                 "randomised",
-                f"two forwards of one batch differ by {float((first - second).abs().max()) / scale:.1e}{cause}: "
+                f"two forwards of one batch differ by {gap:.1e}{cause}: "
                 "attack scores are too high unless the attack averages over the randomness",
             )
         )
-    elif float((first[:1] - alone).abs().max()) > ALONE * scale:
+    elif disagreement([first[:1], alone], first.abs().amax()) > ALONE:
         doubts.append(
             (
                 "batch-dependent",

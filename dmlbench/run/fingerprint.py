@@ -14,14 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dmlbench.embedding import Embedder, digest_of
+from dmlbench.embedding import STEADY, Embedder, digest_of, disagreement
 from dmlbench.fast.exact import true_float32
 from dmlbench.models import probe_images
 
 NEAR = 1e-3
 """How far a number of the probe may be off, relative to its largest: far above what processors differ by."""
-STEADY = 1e-5
-"""Passes of the same images that differ by more, relative to the largest number, say nothing about the model."""
 IMAGES, DIRECTIONS, PASSES = 2, 8, 3
 
 
@@ -33,14 +31,13 @@ def probed(embedder: Embedder) -> Float[Tensor, "b d"] | None:
     """
     where = embedder.device
     images = probe_images(embedder.input_shape, IMAGES).to(where)
-    passes = []
+    drawn = []
     with torch.no_grad(), torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         for _ in range(PASSES):
             torch.manual_seed(0)
-            passes.append(embedder.eval()(images).cpu())
-    scale = float(passes[0].abs().amax())
-    steady = all(float((e - passes[0]).abs().amax()) <= STEADY * scale for e in passes[1:])  # not where one is NaN
-    return passes[0] if steady and bool(torch.isfinite(passes[0]).all()) else None
+            drawn.append(embedder.eval()(images).cpu())
+    steady = disagreement(drawn) <= STEADY  # not where one is NaN
+    return drawn[0] if steady and bool(torch.isfinite(drawn[0]).all()) else None
 
 
 def fingerprint(embedder: Embedder) -> dict[str, Any]:

@@ -57,7 +57,6 @@ CLEAN_METRICS = {
     "minp": CleanMetric("mINP", grouped=True),
 }
 """Every clean metric that a run may have, in the order in which results list and tables show them."""
-OF_QUERIES = tuple(name for name, metric in CLEAN_METRICS.items() if metric.by_query)
 OF_THE_GALLERY = tuple(name for name, metric in CLEAN_METRICS.items() if not metric.by_query)
 BLOCK = 256
 """Queries ranked at a time; ranks need (BLOCK, N) distances."""
@@ -265,8 +264,8 @@ def _retrieval_block(d: Tensor, scene: Scene, ks: Sequence[int], grouped: bool) 
 
 def mean(values: np.ndarray) -> float:
     """Mean over queries in float64, those without an outcome (NaN) left out; NaN if none has one."""
-    kept = values[~np.isnan(values)]
-    return float(kept.mean(dtype=np.float64)) if len(kept) else float("nan")
+    present = values[~np.isnan(values)]
+    return float(present.mean(dtype=np.float64)) if len(present) else float("nan")
 
 
 def kmeans(embeddings: np.ndarray, k: int, seed: int, iterations: int = 40) -> np.ndarray:
@@ -303,5 +302,5 @@ def agreement(labels: np.ndarray, assigned: np.ndarray) -> dict[str, float]:
 
     AMI is corrected for chance; NMI of many small clusters is far above 0 for random ones.
     """
-    found = np.array([mutual_information(labels, clusters) for clusters in assigned.T])  # (seeds, 2)
-    return {"nmi": 100.0 * float(found[:, 0].mean()), "ami": 100.0 * float(found[:, 1].mean())}
+    nmi, ami = np.array([mutual_information(labels, clusters) for clusters in assigned.T]).T  # (seeds,) each
+    return {"nmi": 100.0 * float(nmi.mean()), "ami": 100.0 * float(ami.mean())}

@@ -77,12 +77,10 @@ def score_intervals(
     """Intervals of the components' scores and of their mean as it counts in ERS (:func:`counted`), classes being the
     unit; of 95 % unless another level is asked for."""
     table, ranges = scored(components, arrays), [c.limits for c in components]
-    found, within = class_intervals(table, arrays["label"], ranges, PERCENT, level), counted(table)
-    return (
-        found
-        if within is table
-        else replace(found, mean=class_intervals(within, arrays["label"], ranges, PERCENT, level).mean)
-    )
+    intervals, within = class_intervals(table, arrays["label"], ranges, PERCENT, level), counted(table)
+    if within is table:
+        return intervals
+    return replace(intervals, mean=class_intervals(within, arrays["label"], ranges, PERCENT, level).mean)
 
 
 def counted(scores: np.ndarray) -> np.ndarray:
@@ -328,7 +326,7 @@ class Protocol(_Record):
         if not self.grid and "eps" not in self.threat:
             raise UsageError(f"protocol {self.name!r} has no eps: {name} cannot be run under it")
         plain = name if "@" in name else f"{name}@{optimizer}"
-        found = []
+        columns = []
         for eps in self.eps_for(shape) if self.grid else (None,):
             threat: dict[str, Any] = {}
             if eps is not None:
@@ -338,18 +336,9 @@ class Protocol(_Record):
                 label = plain if eps is None else f"{plain}@{eps}"
                 if len(ATTACKS[attack].readouts) > 1:
                     label = f"{label}:{readout}"
-                found.append(
-                    Component(
-                        name=label,
-                        attack=attack,
-                        readout=readout,
-                        worst=worst,
-                        best=best,
-                        optimizer=optimizer,
-                        threat=threat,
-                    )
-                )
-        return found
+                named: dict[str, Any] = {"attack": attack, "readout": readout, "optimizer": optimizer, "threat": threat}
+                columns.append(Component(name=label, worst=worst, best=best, **named))
+        return columns
 
 
 def _once(components: Sequence[Component]) -> tuple[Component, ...]:

@@ -8,7 +8,7 @@ pixels, and may be written as fractions ("8/255", "0.25/255").
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from dataclasses import fields as dataclass_fields
 from fractions import Fraction
 from typing import Any
@@ -136,10 +136,6 @@ class Threat:
     def but(self, **changes: Any) -> "Threat":
         """A copy with some fields changed."""
         return replace(self, **changes)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain fields, as a result records them."""
-        return asdict(self)
 
     def project(self, images: Tensor, clean: Tensor) -> Tensor:
         """The nearest images inside both the ball around ``clean`` and [0, 1]."""

@@ -8,7 +8,7 @@ from dmlbench.results import Evaluation
 def sizes_of(e: Evaluation) -> tuple[str, tuple[str, ...]]:
     """Norm and eps of the adversary, ascending; no eps where nothing is perturbed within a ball, or nobody knows.
 
-    Of a result of before they were kept the packaged protocol tells.
+    For a result that is older than these fields, the packaged protocol says it.
     """
     rules = None if e.protocol.norm else packaged_protocol(e.protocol.name, e.protocol.sha256)
     if rules is None:

@@ -175,16 +175,16 @@ def evaluate(
     try:
         for name, task in tasks.items():
             folder = out / name if out and many else out
-            found = _measured(task, folder, csv, part, world)
-            if found:
-                done.append((folder, found))
+            evaluation = _measured(task, folder, csv, part, world)
+            if evaluation:
+                done.append((folder, evaluation))
                 if not (many and as_json):
-                    present(found, folder, csv, as_json)
+                    present(evaluation, folder, csv, as_json)
     finally:
         world.leave()
     if many and world.leads:
         if as_json:
-            print_json([found.model_dump(mode="json") for _, found in done])
+            print_json([evaluation.model_dump(mode="json") for _, evaluation in done])
         if out and len(done) == len(tasks):
             _write_report(out, [folder for folder, _ in done if folder])
 
@@ -235,7 +235,7 @@ def _measured(
             options = replace(task.options, progress=bars, work=Work(units, world, part))
             evaluation = dmlbench.evaluate(task.embedder, task.dataset, task.official, options)
     except KeyboardInterrupt:
-        raise Interrupted(_how_to_go_on(out is not None)) from None
+        raise Interrupted(_how_to_resume(out is not None)) from None
     except ShardDone as finished:
         click.echo(f"{finished}; when all are: dmlbench merge {out} … --out RUN", err=True)
         return None
@@ -273,12 +273,6 @@ def foreseen(task: "Task", csv: Path | None) -> None:
             "dataset_sha256": images.sha256,
         }  # fmt: skip
         foresee(csv, task.partial, **known, arch=None if embedder.card else embedder.arch)
-
-
-def deliver(evaluation: Evaluation, out: Path | None, csv: Path | None, as_json: bool, units: "Units | None") -> None:
-    """Write the run folder and the row, delete the finished units, and print the result."""
-    keep(evaluation, out, units)
-    present(evaluation, out, csv, as_json)
 
 
 def keep(evaluation: Evaluation, out: Path | None, units: "Units | None") -> None:
@@ -328,9 +322,9 @@ def _join(device: str) -> "tuple[World, str]":
     return World.join(where), str(where)
 
 
-def _how_to_go_on(kept: bool) -> str:
-    """What is said when the user stops a run."""
-    if not kept:
+def _how_to_resume(has_folder: bool) -> str:
+    """The message to a user who stops a run."""
+    if not has_folder:
         return "interrupted; nothing was kept (with --out a run can be gone on with)"
     command = [word for word in sys.argv[1:] if word != "--resume"]
     return f"interrupted; go on with: dmlbench {shlex.join([*command, '--resume'])}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dmlbench.cli.evaluate import deliver, foreseen, named
+from dmlbench.cli.evaluate import foreseen, keep, named, present
 from dmlbench.cli.model_options import load_subject, model_options
 from dmlbench.cli.output import json_option, progress
 from dmlbench.errors import UsageError
@@ -91,4 +91,5 @@ def merge(
     with progress() as bars:
         gathering = replace(task.options, progress=bars, work=Work(units, gather=True))
         evaluation = dmlbench.evaluate(embedder, images, rules, gathering)
-    deliver(evaluation, out, csv, as_json, units)
+    keep(evaluation, out, units)
+    present(evaluation, out, csv, as_json)

@@ -73,10 +73,6 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
-def _interval(ends: tuple[float, float] | None) -> str:
-    return "" if ends is None else f"{ends[0]:.1f} – {ends[1]:.1f}"
-
-
 def print_evaluation(e: "Evaluation") -> None:
     """The tables of one result on stdout."""
     out = console()
@@ -86,7 +82,7 @@ def print_evaluation(e: "Evaluation") -> None:
         f"{d.n_classes} classes; protocol {e.protocol.name} v{e.protocol.version} ({e.protocol.sha256[:8]})"
     )
     from dmlbench.board.adversary import adversary
-    from dmlbench.kinds.base import text_of
+    from dmlbench.kinds.base import interval_text, text_of
     from dmlbench.kinds.table import kind_of
     from dmlbench.metrics import CLEAN_METRICS, decimals
 
@@ -103,7 +99,7 @@ def print_evaluation(e: "Evaluation") -> None:
         out.print(f"[italic]{what}[/italic]: {escape(attacked)}")
     parts = Table(box=None, pad_edge=False)
     parts.add_column("part", overflow="fold")  # a name is never cut
-    kept = e.extras.get("retention", {})
+    retention = e.extras.get("retention", {})
     for column in ("raw", "better", "score", "95 % interval", "retention", "queries", "seconds"):
         parts.add_column(column, justify="right")
     for m in e.measurements:
@@ -112,8 +108,8 @@ def print_evaluation(e: "Evaluation") -> None:
             text_of(m.value, decimals(m.readout)),
             ARROW[m.better],
             text_of(m.score),
-            _interval(m.interval),
-            f"{kept[m.component]:.1f}" if m.component in kept else "",
+            interval_text(m.interval),
+            f"{retention[m.component]:.1f}" if m.component in retention else "",
             str(m.n),
             f"{m.seconds:.1f}",
         )
@@ -127,7 +123,7 @@ def print_evaluation(e: "Evaluation") -> None:
         print_findings(e.extras["audit"], out)
     if e.ers is not None:
         partial = f"  (partial: {', '.join(e.partial)})" if e.partial else ""
-        out.print(f"[bold]ERS {e.ers:.1f}[/bold]  95 % interval {_interval(e.ers_interval)}{partial}")
+        out.print(f"[bold]ERS {e.ers:.1f}[/bold]  95 % interval {interval_text(e.ers_interval)}{partial}")
     elif e.partial:
         score = "" if kind.run else "ERS –  "
         out.print(f"{score}(partial: {', '.join(e.partial)})")

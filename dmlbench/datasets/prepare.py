@@ -18,8 +18,6 @@ from dmlbench.datasets.unpack import unpack
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import sweep, written_whole
 
-_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz")
-
 
 @dataclass(frozen=True)
 class Origin:

@@ -111,21 +111,21 @@ def black_beats_white(evidence: Evidence) -> Finding:
     """
     steps = white_steps(evidence.protocol)
     noise = Step(name="noise", attack="WM", optimizer="noise")
-    found = [Finding("F4", "pass", 0.0, HIDDEN, "attacks without gradients break next to nothing that others left")]
+    findings = [Finding("F4", "pass", 0.0, HIDDEN, "attacks without gradients break next to nothing that others left")]
     for eps, broken_by in evidence.broken_by.items():
         left = evidence.left(eps, steps)
-        mine = evidence.positions[left[evidence.positions]]
+        some_left = evidence.positions[left[evidence.positions]]
         threat = evidence.protocol.threat_at(eps, {"queries": NOISE_DRAWS})
         last = [
             (name, np.flatnonzero(hit), int(left.sum())) for name, hit in last_resorts(evidence.protocol, broken_by)
         ]
         for name, hit, of in (
             *last,
-            (f"{NOISE_DRAWS} random images", mine[evidence.attacked(noise, threat, mine)], len(mine)),
+            (f"{NOISE_DRAWS} random images", some_left[evidence.attacked(noise, threat, some_left)], len(some_left)),
         ):
             share = 100.0 * len(hit) / of if len(hit) >= FEW else 0.0
             if share <= HIDDEN:
-                found.append(replace(found[0], value=share))
+                findings.append(replace(findings[0], value=share))
                 continue
             beyond = _broken_beyond(evidence, eps, hit)
             message = (
@@ -134,8 +134,8 @@ def black_beats_white(evidence: Evidence) -> Finding:
             )
             hidden = share * (1 - beyond) > HIDDEN and len(hit) * (1 - beyond) >= FEW
             end = ": the gradient hides what is there" if hidden else ": the loss is rugged"
-            found.append(Finding("F4", "fail" if hidden else "warn", share, HIDDEN, message + end))
-    return max(found, key=lambda f: (("pass", "warn", "fail").index(f.verdict), f.value or 0.0))
+            findings.append(Finding("F4", "fail" if hidden else "warn", share, HIDDEN, message + end))
+    return max(findings, key=lambda f: (("pass", "warn", "fail").index(f.verdict), f.value or 0.0))
 
 
 def _broken_beyond(evidence: Evidence, eps: str, queries: np.ndarray) -> float:
@@ -230,9 +230,9 @@ def generalises(evidence: Evidence) -> Finding:
     return judged_survey(evidence.surveyed)
 
 
-def judged_survey(found: Survey) -> Finding:
-    right = {name: 100.0 * float(values.mean()) for name, values in found.right.items()}
-    kept = {name: 100.0 * float(values.mean()) for name, values in found.kept.items()}
+def judged_survey(surveyed: Survey) -> Finding:
+    right = {name: 100.0 * float(values.mean()) for name, values in surveyed.right.items()}
+    survived = {name: 100.0 * float(values.mean()) for name, values in surveyed.survived.items()}
     known = min(right["least bits"], max(right["midpoint"], right["aside"]))
     if known < KNOWN:
         message = (
@@ -241,11 +241,11 @@ def judged_survey(found: Survey) -> Finding:
             "of the class: the model knows the test images rather than their classes"
         )
         return Finding("A3", "warn", known, KNOWN, message)
-    lost = kept["as is"] - max(kept["midpoint"], kept["aside"])
-    limit = LOST + CHANCE / math.sqrt(len(found.nearness))
+    lost = survived["as is"] - max(survived["midpoint"], survived["aside"])
+    limit = LOST + CHANCE / math.sqrt(len(surveyed.nearness))
     message = (
-        f"{kept['as is']:.1f} % of the queries survive a short search from the test image, {kept['midpoint']:.1f} % from "
-        f"half-way to another image of the class and {kept['aside']:.1f} % from one pixel aside"
+        f"{survived['as is']:.1f} % of the queries survive a short search from the test image, {survived['midpoint']:.1f} % from "
+        f"half-way to another image of the class and {survived['aside']:.1f} % from one pixel aside"
     )
     if lost > limit:
         return Finding("A3", "warn", lost, limit, f"{message}: what withstands is the test images, not their classes")
@@ -257,8 +257,8 @@ def leaves_the_entries(evidence: Evidence) -> Finding:
     return judged_entries(evidence.surveyed)
 
 
-def judged_entries(found: Survey) -> Finding:
-    apart = found.nearness[~np.isnan(found.nearness)]
+def judged_entries(surveyed: Survey) -> Finding:
+    apart = surveyed.nearness[~np.isnan(surveyed.nearness)]
     if not len(apart):
         return Finding("A4", "skip", None, LANDED, "every query's embedding is also that of another entry")
     ratio = float(np.median(apart))

@@ -36,13 +36,13 @@ class Survey:
 
     Attributes:
         right: by start, is the image right before any search?
-        kept: by start, is it right at the end of the search too?
+        survived: by start, is it right at the end of the search too?
         nearness: distance of the midpoint to the nearest entry, over that of the query (own entry left out); NaN where
             the query has an entry at distance 0.
     """
 
     right: dict[str, np.ndarray]
-    kept: dict[str, np.ndarray]
+    survived: dict[str, np.ndarray]
     nearness: np.ndarray
 
 
@@ -53,8 +53,8 @@ def midpoints(subject: Subject, positions: np.ndarray, draw: str) -> Tensor:
     rows, _ = scene.kin_rows
     chance = subject.rng(draw)[at].uniform(rows.shape[1]).masked_fill(~scene.positive_rows, -1.0)
     partner = rows.gather(1, chance.argmax(1, keepdim=True))[:, 0].cpu().numpy()
-    theirs = subject.dataset.images[subject.dataset.gallery[partner]].to(subject.device)
-    return (clean_images(subject, positions) + theirs) / 2
+    partners = subject.dataset.images[subject.dataset.gallery[partner]].to(subject.device)
+    return (clean_images(subject, positions) + partners) / 2
 
 
 def clean_images(subject: Subject, positions: np.ndarray) -> Tensor:
@@ -75,18 +75,18 @@ def survey(subject: Subject, positions: np.ndarray) -> Survey:
     threat = Threat(norm="linf", eps=eps, steps=STEPS)
     threat = threat.but(step=2.5 * threat.radius / STEPS)
     starts = {"as is": images, "midpoint": midpoints(subject, positions, "midpoint"), "aside": aside(images)}
-    right, kept = {}, {}
+    right, survived = {}, {}
     with torch.no_grad():
         for name, start in starts.items():
-            fine = right_by(loss(start))
-            right[name] = fine.cpu().numpy()
-            kept[name] = (fine & right_by(loss(OPTIMIZERS["pgd"](loss, start, threat, rng)))).cpu().numpy()
+            at_start = right_by(loss(start))
+            right[name] = at_start.cpu().numpy()
+            survived[name] = (at_start & right_by(loss(OPTIMIZERS["pgd"](loss, start, threat, rng)))).cpu().numpy()
         flipped = (images + BIT * rng.signs(*images.shape[1:])).clamp(0, 1)
         right["least bits"] = right_by(loss(flipped)).cpu().numpy()
         to_midpoint = scene.distances(subject.embedder(starts["midpoint"])).amin(1)
         to_query = scene.ranked(scene.clean).amin(1)
         nearness = torch.where(to_query > 0, to_midpoint / to_query, torch.nan).cpu().numpy()
-    return Survey(right, kept, nearness)
+    return Survey(right, survived, nearness)
 
 
 def joined(surveys: list[Survey]) -> Survey:
@@ -96,7 +96,7 @@ def joined(surveys: list[Survey]) -> Survey:
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
     nearness = np.concatenate([s.nearness for s in surveys])
-    return Survey(whole([s.right for s in surveys]), whole([s.kept for s in surveys]), nearness)
+    return Survey(whole([s.right for s in surveys]), whole([s.survived for s in surveys]), nearness)
 
 
 def history(subject: Subject, positions: np.ndarray) -> float:

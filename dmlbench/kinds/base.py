@@ -353,3 +353,8 @@ def outcomes_differ(
 def text_of(value: float | None, digits: int = 1) -> str:
     """A number as a table shows it; a run folder holds no NaN but null."""
     return "–" if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
+
+
+def interval_text(ends: Ends) -> str:
+    """The two ends of an interval as a table shows them; empty where there is none."""
+    return "" if ends is None else f"{ends[0]:.1f} – {ends[1]:.1f}"

@@ -35,9 +35,8 @@ def kind_of(e: Evaluation) -> Kind:
 
 
 def numbers_of(e: Evaluation) -> dict[str, float]:
-    """The numbers that the result's kind gives, those that there are: one of nothing, as where no query has a positive, is
-    left out."""
+    """The numbers of the result's kind that have a value; where no query has a positive, for one, they have none."""
     kind = kind_of(e)
-    given = kind.read(e)
-    found = {number.name: given.get(number.name) for number in kind.numbers}
-    return {name: float(value) for name, value in found.items() if value is not None and np.isfinite(value)}
+    columns = kind.read(e)
+    values = {number.name: columns.get(number.name) for number in kind.numbers}
+    return {name: float(value) for name, value in values.items() if value is not None and np.isfinite(value)}

@@ -60,8 +60,8 @@ def _projections(e: Float[Tensor, "b d"]) -> list[float]:
     """Each embedding along a few fixed waves of unit length."""
     place = torch.arange(e.shape[1], dtype=torch.float64)
     waves = torch.cos(place[:, None] * torch.arange(1, DIRECTIONS + 1) * 0.7 + 0.3)  # (d, DIRECTIONS)
-    found = e.double() @ (waves / waves.norm(dim=0))
-    return [float(f"{value:.6g}") for value in found.flatten().tolist()]
+    projected = e.double() @ (waves / waves.norm(dim=0))
+    return [float(f"{value:.6g}") for value in projected.flatten().tolist()]
 
 
 def alike(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
@@ -82,9 +82,9 @@ def _same(key: str, a: Any, b: Any) -> bool:
 
 
 def exact(embedder: Embedder) -> str | None:
-    """A hash for what is kept on one machine: another one for any change that shows; None where passes differ."""
+    """A hash for a cache on one machine: any change of the model that shows gives another one; None where passes differ."""
     e = probed(embedder)
     if e is None:
         return None
-    told = f"{digest_of(embedder)} {embedder.arch} {embedder.distance.space} {tuple(e.shape)}"
-    return hashlib.sha256(told.encode() + e.contiguous().numpy().tobytes()).hexdigest()
+    described = f"{digest_of(embedder)} {embedder.arch} {embedder.distance.space} {tuple(e.shape)}"
+    return hashlib.sha256(described.encode() + e.contiguous().numpy().tobytes()).hexdigest()

@@ -14,7 +14,7 @@ from dmlbench.embedding import Embedder
 from dmlbench.errors import Problem
 from dmlbench.kinds.base import AGREE, CLUSTERS_AGREE, DIFFER, QUERIES, RUN, SAMPLE, Kept
 from dmlbench.kinds.table import KINDS
-from dmlbench.metrics import OF_QUERIES, RECALL_AT, agreement, assignments, retrieval
+from dmlbench.metrics import OF_THE_GALLERY, RECALL_AT, agreement, assignments, retrieval
 from dmlbench.results import Evaluation
 from dmlbench.run.subject import Subject, prepare, sample_positions
 from dmlbench.submission.bundle import Refused, refuse
@@ -101,7 +101,7 @@ def _outside(adversarial: torch.Tensor, clean: torch.Tensor, threat: Threat) -> 
 def _clean_problems(e: Evaluation, subject: Subject, seeds: tuple[int, ...]) -> Iterator[Problem]:
     """The clean outcomes of every query, and the clustering metrics."""
     found = retrieval(subject.scene, RECALL_AT, grouped=subject.dataset.grouped)
-    for name in sorted(found.keys() ^ (e.benign.keys() & set(OF_QUERIES))):
+    for name in sorted(found.keys() ^ (e.benign.keys() - set(OF_THE_GALLERY))):
         said = "is missing" if name in found else f"is not read of data set {e.dataset.name!r}, which has no groups"
         yield Problem(2, f"{RUN} benign.{name}", said)
     for name, values in found.items():

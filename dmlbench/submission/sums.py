@@ -7,11 +7,11 @@ import numpy as np
 
 from dmlbench.errors import Problem
 from dmlbench.intervals import VERSION, Ends
-from dmlbench.kinds.base import CLOSE, QUERIES, RUN, Stated
+from dmlbench.kinds.base import CLOSE, QUERIES, RUN, Stated, differences
 from dmlbench.kinds.table import KINDS
-from dmlbench.metrics import CLEAN_METRICS, OF_THE_GALLERY, READOUTS, RECALL_AT
+from dmlbench.metrics import CLEAN_METRICS, OF_THE_GALLERY, READOUTS, RECALL_AT, mean
 from dmlbench.protocol import Component, Protocol, ers_of, score_intervals
-from dmlbench.results import Evaluation
+from dmlbench.results import Evaluation, finite
 from dmlbench.submission import extras
 from dmlbench.threat import TOLERANCE
 
@@ -30,11 +30,11 @@ def sum_problems(stated: Stated) -> Iterator[Problem]:
         if named != (c.attack, c.optimizer, c.readout, c.better):
             yield Problem(0, where, f"{named} is not the protocol's {(c.attack, c.optimizer, c.readout, c.better)}")
         raw = e.arrays[f"{c.name}/value"].astype(np.float64)
-        kept = raw[~np.isnan(raw)]
-        if m.n != len(kept):
-            yield Problem(0, f"{where}.n", f"says {m.n}, the arrays hold {len(kept)} outcomes")
-        yield from _same(f"{where}.value", m.value, float(kept.mean()) if len(kept) else None)
-        yield from _same(f"{where}.score", m.score, float(c.rescale(kept.mean())) if len(kept) else None)
+        count, value = int((~np.isnan(raw)).sum()), finite(mean(raw))
+        if m.n != count:
+            yield Problem(0, f"{where}.n", f"says {m.n}, the arrays hold {count} outcomes")
+        yield from differences(f"measurements.{c.name}.value", m.value, value)
+        yield from differences(f"measurements.{c.name}.score", m.score, None if value is None else c.rescale(value))
         if (
             m.value is not None
             and c.readout == "recall_at_1"
@@ -47,11 +47,12 @@ def sum_problems(stated: Stated) -> Iterator[Problem]:
                 yield Problem(0, f"{where}.value", f"R@1 of {m.value:.2f} under attack is above the clean {clean:.2f}")
     if parts:
         intervals = score_intervals(parts, e.arrays)
-        mean = ers_of([m.score for m in e.measurements]) if kind.mean else None
-        yield from _same(f"{RUN} ers", e.ers, mean)
-        said = [(f"measurements.{m.component}.interval", m.score, m.interval) for m in e.measurements]
-        found = [*intervals.columns, None if mean is None else intervals.mean]
-        for (field, score, ends), again in zip([*said, ("ers_interval", e.ers, e.ers_interval)], found, strict=True):
+        ers = ers_of([m.score for m in e.measurements]) if kind.mean else None
+        yield from differences("ers", e.ers, ers)
+        stated_ends = [(f"measurements.{m.component}.interval", m.score, m.interval) for m in e.measurements]
+        stated_ends.append(("ers_interval", e.ers, e.ers_interval))
+        computed = [*intervals.columns, None if ers is None else intervals.mean]
+        for (field, score, ends), again in zip(stated_ends, computed, strict=True):
             yield from _end_problems(f"{RUN} {field}", score, ends, again, e.interval_version == VERSION)
     yield from extras.number_problems(stated)
 
@@ -76,8 +77,8 @@ def _outcome_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]
         limit = threat.radius + TOLERANCE * max(1.0, threat.radius)
         outside = ~(np.isfinite(norm) & (norm >= 0) & (norm <= limit))
         if outside.any():
-            said = f"{int(outside.sum())} perturbations are outside the {threat.norm} ball of {threat.eps}"
-            yield Problem(0, f"{QUERIES} {c.name}/norm", said)
+            reason = f"{int(outside.sum())} perturbations are outside the {threat.norm} ball of {threat.eps}"
+            yield Problem(0, f"{QUERIES} {c.name}/norm", reason)
 
 
 def _benign_problems(e: Evaluation) -> Iterator[Problem]:
@@ -89,21 +90,12 @@ def _benign_problems(e: Evaluation) -> Iterator[Problem]:
             if per_query.shape != e.arrays["query"].shape or per_query.dtype.kind != "f":
                 yield Problem(0, f"{QUERIES} benign/{name}", "is not one number for each query")
                 continue
-            kept = per_query.astype(np.float64)
-            kept = kept[~np.isnan(kept)]
-            yield from _same(f"{RUN} benign.{name}", value, float(kept.mean()) if len(kept) else None)
+            yield from differences(f"benign.{name}", value, finite(mean(per_query)))
         elif name not in OF_THE_GALLERY:
             yield Problem(0, f"{QUERIES} benign/{name}", "is missing, though the run states its mean")
     for a, b in pairwise(f"recall_at_{k}" for k in RECALL_AT):
         if e.benign.get(a, 0.0) > e.benign.get(b, 100.0) + CLOSE:
             yield Problem(0, f"{RUN} benign.{a}", f"{e.benign[a]:.2f} is above {b} ({e.benign[b]:.2f})")
-
-
-def _same(where: str, stated: float | None, found: float | None) -> Iterator[Problem]:
-    if (stated is None) != (found is None) or (
-        stated is not None and found is not None and not abs(stated - found) <= CLOSE
-    ):
-        yield Problem(0, where, f"says {stated}, the queries' own outcomes give {found}")
 
 
 def _end_problems(where: str, score: float | None, stated: Ends, found: Ends, current: bool) -> Iterator[Problem]:

@@ -21,7 +21,7 @@ from dmlbench.board.report.fallen import FIRST, fallen
 from dmlbench.board.report.pictures import data_uri, magnified
 from dmlbench.board.row import headline, shown
 from dmlbench.errors import NotComparable
-from dmlbench.kinds.base import text_of
+from dmlbench.kinds.base import interval_text, text_of
 from dmlbench.kinds.table import kind_of
 from dmlbench.metrics import CLEAN_METRICS, decimals
 from dmlbench.results import Evaluation
@@ -89,7 +89,7 @@ def page(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = text_of
-    environment.filters["interval"] = _interval
+    environment.filters["interval"] = interval_text
     return environment.get_template("report.html").render(
         runs=runs,
         first=runs[0],
@@ -128,10 +128,6 @@ def _headline(e: Evaluation) -> tuple[str, str, str] | None:
         return written(value, norm) if number.length else shown(number.name, value)
 
     return text(found[1]), number.title, "" if ends[0] is None else f"{text(ends[0])} – {text(ends[1])}"
-
-
-def _interval(ends: tuple[float, float] | None) -> str:
-    return "" if ends is None else f"{ends[0]:.1f} – {ends[1]:.1f}"
 
 
 def _chart(runs: Sequence[Run]) -> Markup | None:

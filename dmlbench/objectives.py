@@ -168,8 +168,8 @@ def gap(
 def margin(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """WM: put the nearest entry of another class before the nearest positive, both looked up at every step.
 
-    min over other-class X of d - min over same-class X of d (own entry left out); :func:`wrong_by` says where the query
-    is misranked.
+    min over other-class X of d - min over same-class X of d (own entry left out): the query is
+    misranked where this is 0 or less.
     """
     positive, negative, _ = nearest_entries(e, scene)
     return gap(e, scene, negative, positive)
@@ -214,7 +214,7 @@ def flip(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """FLIP: the decision on the pair of the image and its target. t - d(f(x~), c) where both are of one class, else d(f(x~), c) - t.
 
     Of a genuine pair the distance is to pass the threshold t (dodging), of an impostor pair to fall below it (impersonation): the
-    decision is wrong by :func:`wrong_by`. t is 0 where nobody decides.
+    decision is wrong where this is 0 or less. t is 0 where nobody decides.
     """
     edge = 0.0 if scene.threshold is None else scene.threshold
     margin = scene.distance.paired(e, scene.targets[:, 0]) - edge

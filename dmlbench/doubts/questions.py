@@ -46,7 +46,7 @@ LANDED = 0.3
 
 
 def randomness(evidence: Evidence) -> Finding:
-    """F1: do passes of one batch differ by more than :data:`STEADY` (of the embeddings' root mean square length)?"""
+    """F1: do passes of one batch differ by more than 1e-5 (of the embeddings' root mean square length)?"""
     return judged_random(passes_gap(evidence.subject, evidence.images, evidence.scene))
 
 
@@ -202,7 +202,7 @@ def noise_is_no_rival(evidence: Evidence) -> Finding:
 
 
 def forgets(evidence: Evidence) -> Finding:
-    """F5: does a copy that has just seen images 1/255 away embed new images as the model does, to :data:`STEADY`?"""
+    """F5: does a copy that has just seen images 1/255 away embed new images as the model does, to 1e-5?"""
     if randomness(evidence).verdict == "fail":
         return Finding("F5", "skip", None, STEADY, "two passes differ anyway, since the model is random")
     return judged_memory(history(evidence.subject, evidence.positions))

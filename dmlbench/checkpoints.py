@@ -149,6 +149,8 @@ class Embedding(_Record):
 
     normalized: bool = True
     metric: Literal["euclidean", "cosine"] = "euclidean"
+    lipschitz: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """L of which its author claims that embeddings, as they are compared, are at most L times as far apart as pixels in [0, 1], L2"""
 
 
 class DatasetRef(_Record):

@@ -208,6 +208,7 @@ def defended(embedder: Embedder, outer: Applied) -> Embedder:
     embedder.front = Front(
         (outer, *inner), bgr, front.pool if isinstance(front, Front) else probe_images(embedder.input_shape, 8)
     )
+    embedder.lipschitz = None  # claimed of the network alone
     averaged = [w.wrapper.eot for w in embedder.front.wrappers if not w.naive and w.wrapper.eot > 1]
     embedder.eot = max(averaged, default=None)
     embedder.name, embedder.arch = f"{FORM}{outer}:{embedder.name}", f"{outer}:{embedder.arch or 'own'}"

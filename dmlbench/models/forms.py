@@ -12,6 +12,7 @@ a run folder            what ``dmlbench train`` left: its last weights
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from operator import index
@@ -220,6 +221,8 @@ def _specified(path: Path, spec: Spec, options: ModelOptions) -> Embedder:
         name=options.name or _named(file),
         preprocess=preprocess,
     )
+    if spec.embedding and options.keeps_claims:
+        embedder.lipschitz = spec.embedding.lipschitz
     settle(embedder, options.output_key or spec.output_key)
     with torch.no_grad():
         given = embedder(probe_images(embedder.input_shape, 1)).shape[1]
@@ -262,6 +265,10 @@ def _python(rest: str, options: ModelOptions) -> Embedder:
         embedder.name = options.name or made.name
     else:
         embedder = _embedder(Built(made, stated_shape(made, f"python:{rest}")), options, f"python:{rest}")
+        embedder.lipschitz = getattr(made, "lipschitz", None) if options.keeps_claims else None
+    claim = embedder.lipschitz
+    sound = isinstance(claim, int | float) and not isinstance(claim, bool) and 0 < claim < math.inf
+    own.require(claim is None or sound, f"gave a model whose lipschitz {claim!r} is no positive number")
     notes = [RUN[f"{PREFIX}{rest}"], *([] if embedder is made else [feeding(embedder)])]
     if options.weights is not None:
         file, chosen = _weights_file(options), _chosen(options)

@@ -36,7 +36,7 @@ def build(entry: Checkpoint, name: str) -> Embedder:
     built = build_network(entry.arch.builder, embed_dim=width, kwargs=entry.arch.kwargs, most=MOST_PARAMETERS)
     preprocess = preprocess_of(entry.input)
     mean, std = entry.normalize.of_unit()
-    return Embedder(
+    embedder = Embedder(
         built.network,
         preprocess.shape,
         mean=mean,
@@ -45,6 +45,8 @@ def build(entry: Checkpoint, name: str) -> Embedder:
         name=name,
         preprocess=preprocess,
     )
+    embedder.lipschitz = entry.embedding.lipschitz
+    return embedder
 
 
 def check_probe(embedder: Embedder, entry: Checkpoint, name: str) -> None:

@@ -189,6 +189,13 @@ class ModelOptions:
                 "mean and std are of pixels of 0 to 255"
             )
 
+    @property
+    def keeps_claims(self) -> bool:
+        """Whether what an author claims of a model's embeddings is still of this one: neither its input nor its output is scaled otherwise."""
+        return all(
+            value is None for value in (self.mean, self.std, self.scale, self.normalize, self.distance, self.head)
+        )
+
     def fed(self, plain: Preprocess, said: bool = False) -> Preprocess:
         """``plain`` with what the options change; another size has the field's resize for that size.
 

@@ -18,6 +18,7 @@ from dmlbench.embedding import Embedder, require_finite
 from dmlbench.intervals import cluster_median
 from dmlbench.kinds import base
 from dmlbench.kinds.base import Outcome
+from dmlbench.kinds.certified import lipschitz
 from dmlbench.kinds.certified.bound import largest, margins, radii
 from dmlbench.metrics import mean
 from dmlbench.protocol import Component, Protocol
@@ -102,6 +103,7 @@ def run(
     work, settings, count = work or Work(), Settings.of(rules), len(subject.rows)
     parts = components(rules, subject.dataset.images.shape)
     everyone = rules.measured(len(subject.dataset.query))
+    claim = lipschitz.claimed(subject)
     progress.start("smoothing", count)
 
     def unit(a: int, b: int) -> Arrays:
@@ -116,7 +118,9 @@ def run(
     arrays = outcomes(margin, lengths, settings, parts, everyone)
     seconds = sum(float(part["seconds"].sum()) for part in done)
     sample = {CLEAN: subject.images(0, count)[torch.from_numpy(kept).to(subject.device)].cpu().numpy()}
-    said = summary(settings, parts, everyone, subject.dataset.labels[subject.rows], arrays)
+    if claim is not None:
+        arrays |= lipschitz.plain(subject)
+    said = summary(settings, parts, everyone, subject.dataset.labels[subject.rows], arrays, claim)
     return Outcome(parts, {part.name: seconds / len(parts) for part in parts}, arrays, sample, said)
 
 
@@ -144,7 +148,12 @@ def right(margin: Float[np.ndarray, " Q"]) -> Float[np.ndarray, " Q"]:
 
 
 def summary(
-    settings: Settings, parts: Sequence[Component], everyone: int, labels: np.ndarray, arrays: Mapping[str, np.ndarray]
+    settings: Settings,
+    parts: Sequence[Component],
+    everyone: int,
+    labels: np.ndarray,
+    arrays: Mapping[str, np.ndarray],
+    claim: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """All that a run says of its queries' outcomes: what goes into ``extras.certified``.
 
@@ -152,6 +161,7 @@ def summary(
         everyone: queries that the protocol measures, over which ``alpha`` is shared.
         labels: (Q,) classes of the queries, which intervals resample.
         arrays: :data:`MARGIN`, :data:`RADIUS` and by part ``value``, (Q,) each.
+        claim: the Lipschitz constant that the model declares, and the steepest slope that was seen.
     """
     radius = arrays[RADIUS].astype(np.float64)
     median, ends = cluster_median(radius, labels)
@@ -172,4 +182,9 @@ def summary(
         "curve": [
             {"eps": part.threat["eps"], "recall_at_1": finite(mean(arrays[f"{part.name}/value"]))} for part in parts
         ],
+        **(
+            {"lipschitz": lipschitz.summary(*claim, settings.radius, parts, arrays[lipschitz.PLAIN])}
+            if claim is not None
+            else {}
+        ),
     }

@@ -12,6 +12,7 @@ from dmlbench.kinds import page as md
 from dmlbench.kinds.base import (
     DIFFER,
     QUERIES,
+    RUN,
     SAMPLE,
     Cost,
     Count,
@@ -31,6 +32,7 @@ from dmlbench.kinds.base import (
     differences,
     text_of,
 )
+from dmlbench.kinds.certified import lipschitz
 from dmlbench.kinds.certified.bound import fewest
 from dmlbench.kinds.certified.measure import (
     CLEAN,
@@ -63,6 +65,16 @@ class RadiusForm(Form):
     recall_at_1: Points | None
 
 
+class LipschitzForm(Form):
+    """What the constant proves that the model declares, without noise."""
+
+    constant: Annotated[float, Field(gt=0)]
+    seen: Cost
+    recall_at_1: Points | None
+    median: Cost | None
+    curve: Annotated[tuple[RadiusForm, ...], Field(min_length=1)]
+
+
 class CertifiedForm(Form):
     """``extras.certified``."""
 
@@ -80,6 +92,7 @@ class CertifiedForm(Form):
     median: Cost | None
     interval: tuple[Cost, Cost] | None
     curve: Annotated[tuple[RadiusForm, ...], Field(min_length=1)]
+    lipschitz: LipschitzForm | None = None
 
 
 class Columns(BaseModel):
@@ -103,6 +116,10 @@ class Columns(BaseModel):
     """of the mean embeddings, without a certificate"""
     smoothed_recall_at_1_lo: float | None = None
     smoothed_recall_at_1_hi: float | None = None
+    lipschitz_recall_at_1: Percent | None = None
+    """of the plain model, proven by the Lipschitz constant that it declares, at the radius that the protocol ranks at"""
+    lipschitz_recall_at_1_lo: float | None = None
+    lipschitz_recall_at_1_hi: float | None = None
 
 
 NUMBERS = (
@@ -140,6 +157,12 @@ NUMBERS = (
         "R@1 of the model that the certificates are about, which answers by the mean embedding of many noisy copies of a query. Set it beside "
         "the plain R@1 to see what the noise costs.",
     ),
+    Number(
+        "lipschitz_recall_at_1",
+        "R@1 by a declared Lipschitz constant %",
+        "The share of queries whose first answer by the plain model is right within the same radius, if the Lipschitz constant that its author "
+        "declares is true. It is empty where none is declared.",
+    ),
 )  # fmt: skip
 
 
@@ -153,6 +176,8 @@ def read(e: Evaluation) -> dict[str, float | None]:
         "certified_at_all": said["certified"],
         "smoothed_recall_at_1": said["smoothed"],
     }
+    if "lipschitz" in said:
+        found["lipschitz_recall_at_1"] = said["lipschitz"]["recall_at_1"]
     if said["interval"]:
         found["certified_radius_lo"], found["certified_radius_hi"] = said["interval"]
     return found
@@ -162,12 +187,17 @@ def by_query(e: Evaluation) -> dict[str, np.ndarray]:
     """What each query adds to the numbers; empty without the queries' outcomes."""
     if RADIUS not in e.arrays or MARGIN not in e.arrays:
         return {}
-    radius = e.arrays[RADIUS].astype(np.float64)
+    radius, said = e.arrays[RADIUS].astype(np.float64), e.extras["certified"]
+    claimed = {}
+    if "lipschitz" in said and lipschitz.PLAIN in e.arrays:
+        values = lipschitz.proven(e.arrays[lipschitz.PLAIN], said["lipschitz"]["constant"], said["radius"])
+        claimed = {"lipschitz_recall_at_1": values.astype(np.float64)}
     return {
         "certified_recall_at_1": within(radius, e.extras["certified"]["radius"]).astype(np.float64),
         "certified_radius": radius,
         "certified_at_all": within(radius, 0.0).astype(np.float64),
         "smoothed_recall_at_1": right(e.arrays[MARGIN]).astype(np.float64),
+        **claimed,
     }
 
 
@@ -213,6 +243,14 @@ def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
     """Certified R@1 by radius, the radii, and of what."""
     rows = [("0", text_of(said["certified"])), *((row["eps"], text_of(row["recall_at_1"])) for row in said["curve"])]
     yield Sheet("certified R@1, %, by L2 radius", ("radius",), ("R@1",), tuple(rows))
+    if claim := said.get("lipschitz"):
+        rows = [(row["eps"], text_of(row["recall_at_1"])) for row in claim["curve"]]
+        yield Sheet("the plain model's, %, if what it declares is true", ("radius",), ("R@1",), tuple(rows))
+        middle = "–" if claim["median"] is None else written(claim["median"], "l2")
+        yield Line(
+            f"declared by its author, not verified; the steepest slope that two pictures showed is {claim['seen']:.4g}. Median radius {middle}.",
+            f"Lipschitz constant {claim['constant']:g}",
+        )
     ends = f" ({' – '.join(written(end, 'l2') for end in said['interval'])})" if said["interval"] else ""
     median, average = ("–" if said[key] is None else written(said[key], "l2") for key in ("median", "average"))
     yield Line(
@@ -242,6 +280,7 @@ def arrays(rules: Protocol, parts: Sequence[Component]) -> dict[str, tuple[str, 
 def outcome_problems(stated: Stated) -> Iterator[Problem]:
     """Radii follow from margins and lengths, and outcomes from the radii."""
     e = stated.evaluation
+    yield from _claim_problems(e)
     margin, lengths = e.arrays[MARGIN], e.arrays[LENGTH]
     missing = np.isnan(margin) != np.isnan(e.arrays["benign/recall_at_1"])
     yield from count_problems(missing, MARGIN, "are there in one of margins and clean outcomes alone")
@@ -257,11 +296,38 @@ def outcome_problems(stated: Stated) -> Iterator[Problem]:
         yield from count_problems(differ, name, "do not follow from margins and lengths")
 
 
+def _claim_problems(e: Evaluation) -> Iterator[Problem]:
+    """Is what a declared Lipschitz constant proves there with the margins that it follows from, and not contradicted by itself?"""
+    claim, margin = e.extras["certified"].get("lipschitz"), e.arrays.get(lipschitz.PLAIN)
+    if (claim is None) != (margin is None):
+        yield Problem(
+            0, f"{QUERIES} {lipschitz.PLAIN}", "is there in one of the arrays and extras.certified.lipschitz alone"
+        )
+    if claim is None or margin is None:
+        return
+    if margin.shape != e.arrays[MARGIN].shape or margin.dtype.kind != "f":
+        yield Problem(0, f"{QUERIES} {lipschitz.PLAIN}", "is not one number for each query")
+        return
+    clean = e.arrays["benign/recall_at_1"]
+    yield from count_problems(
+        np.isnan(margin) != np.isnan(clean), lipschitz.PLAIN, "are there in one of margins and clean outcomes alone"
+    )
+    yield from count_problems(
+        (margin > NEAR) & (clean == 0), lipschitz.PLAIN, "are above 0 where the clean answer is wrong"
+    )
+    yield from count_problems((margin > 1 + NEAR) & np.isfinite(margin), lipschitz.PLAIN, "are above 1")
+    if lipschitz.broken(claim["constant"], claim["seen"]):
+        said = f"is {claim['constant']:g}, and the steepest slope that was seen is {claim['seen']:g}"
+        yield Problem(0, f"{RUN} extras.certified.lipschitz.constant", said)
+
+
 def number_problems(stated: Stated) -> Iterator[Problem]:
     """Does every number come out of the arrays again?"""
     e, rules = stated.evaluation, stated.rules
     everyone = rules.measured(e.dataset.n_queries_full)
-    again = summary(Settings.of(rules), stated.parts, everyone, e.arrays["label"], e.arrays)
+    claim = e.extras["certified"].get("lipschitz")
+    constant = None if claim is None else (claim["constant"], claim["seen"])
+    again = summary(Settings.of(rules), stated.parts, everyone, e.arrays["label"], e.arrays, constant)
     yield from differences("extras.certified", e.extras["certified"], again, 1e-6)
 
 
@@ -271,6 +337,21 @@ def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
     if CLEAN not in e.sample or not np.array_equal(e.sample[CLEAN], kept.clean.cpu().numpy()):
         yield Problem(2, f"{SAMPLE} {CLEAN}", "are not the pictures of the data set")
         return
+    claim = e.extras["certified"].get("lipschitz")
+    if (constant := kept.subject.embedder.lipschitz) != (claim and claim["constant"]):
+        said = f"says {claim and claim['constant']}, the model's record {constant}"
+        yield Problem(2, f"{RUN} extras.certified.lipschitz.constant", said)
+    elif constant is not None:
+        if lipschitz.broken(constant, slope := lipschitz.seen(kept.subject)):
+            yield Problem(
+                2, f"{RUN} extras.certified.lipschitz.constant", f"is {constant:g}, and two pictures show {slope:.4g}"
+            )
+        plain = lipschitz.plain(kept.subject)[lipschitz.PLAIN]
+        differ = ~np.isclose(e.arrays[lipschitz.PLAIN], plain, rtol=0.0, atol=NEAR, equal_nan=True)
+        if differ.sum() > max(1, DIFFER * len(plain)):
+            yield Problem(
+                2, f"{QUERIES} {lipschitz.PLAIN}", f"{int(differ.sum())} of {len(plain)} are others than stated"
+            )
     few = kept.positions[:REPLAYED]
     found = readings(kept.subject[few], Settings.of(rules), rules.seed)
     for name, again in ((MARGIN, found["margin"]), (LENGTH, found["length"])):
@@ -301,7 +382,13 @@ CERTIFIED = Kind(
     read=read,
     by_query=by_query,
     curve=curve,
-    shown=("certified_recall_at_1", "certified_radius", "certified_at_all", "smoothed_recall_at_1"),
+    shown=(
+        "certified_recall_at_1",
+        "certified_radius",
+        "certified_at_all",
+        "smoothed_recall_at_1",
+        "lipschitz_recall_at_1",
+    ),
     tables=tables,
     page=page,
     arrays=arrays,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import shared
 from PIL import Image
 
@@ -148,3 +149,91 @@ def test_the_registry_is_written_in_one_way() -> None:
     content = json.loads(text)
     assert list(content["checkpoints"]) == sorted(content["checkpoints"])
     assert text == json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def scattered(shapes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Seeded values in place of a network's tensors, variances above zero."""
+    generator = torch.Generator().manual_seed(1)
+    out = {}
+    for name, tensor in shapes.items():
+        if tensor.is_floating_point():
+            values = torch.randn(tensor.shape, generator=generator) * 0.05
+            tensor = values.abs() + 0.5 if name.endswith("running_var") else values + name.endswith("bn3.weight")
+        out[name] = tensor
+    return out
+
+
+def test_a_file_of_mocos_gives_its_query_encoders_features(tmp_path: Path) -> None:
+    """`state_dict` with both encoders, each with the two layers of its projection head, and the queue."""
+    body = scattered({k: v for k, v in torchvision.models.resnet50().state_dict().items() if not k.startswith("fc.")})
+    layers = {"fc.0.weight": (2048, 2048), "fc.0.bias": (2048,), "fc.2.weight": (128, 2048), "fc.2.bias": (128,)}
+    head = {name: torch.zeros(shape) for name, shape in layers.items()}
+    held = {f"module.encoder_q.{k}": v for k, v in {**body, **head}.items()}
+    other = {k: v + 1 if v.is_floating_point() else v for k, v in held.items()}
+    both = held | {k.replace("encoder_q", "encoder_k"): v for k, v in other.items()}
+    both |= {"module.queue": torch.zeros(128, 8), "module.queue_ptr": torch.zeros(1, dtype=torch.int64)}
+    record = checkpoints()["moco-v2-r50"].model_dump(mode="json", exclude_defaults=True)
+    record["files"] = [{"manual": "by hand", "format": "torch"}]  # whose md5 no file of ours can have
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"moco-v2-r50": record}))
+    plain = torchvision.models.resnet50()
+    plain.fc = torch.nn.Identity()
+    plain.load_state_dict(body)
+    images = probe_images((3, 224, 224), 1)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(plain.eval()((images - mean) / std), dim=1)
+        for name, tensors in (("q", held), ("both", both)):
+            path = tmp_path / f"{name}.pth.tar"
+            torch.save({"epoch": 800, "arch": "resnet50", "state_dict": tensors}, path)
+            embedder = open_model(str(path), ModelOptions(spec=spec))
+            torch.testing.assert_close(embedder(images), expected)
+    with pytest.raises(DataError, match="is not the file registered"):
+        open_model("moco-v2-r50", ModelOptions(weights=str(path)))
+
+
+def iresnet(tensors: dict[str, torch.Tensor], x: torch.Tensor, blocks: tuple[int, ...]) -> torch.Tensor:
+    """IResNet's function written out from a file's tensors."""
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        parts = [tensors[f"{name}.{key}"] for key in ("weight", "bias", "running_mean", "running_var")]
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        weight, bias, mean, var = (part.view(shape) for part in parts)
+        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+    def steep(x: torch.Tensor, name: str) -> torch.Tensor:
+        return torch.where(x > 0, x, x * tensors[f"{name}.weight"].view(1, -1, 1, 1))
+
+    def conv(x: torch.Tensor, name: str, stride: int, pad: int = 1) -> torch.Tensor:
+        return torch.nn.functional.conv2d(x, tensors[f"{name}.weight"], None, stride, pad)
+
+    x = steep(norm(conv(x, "conv1", 1), "bn1"), "prelu")
+    for stage, count in enumerate(blocks, 1):
+        for i in range(count):
+            at, stride = f"layer{stage}.{i}", 2 if i == 0 else 1
+            y = steep(norm(conv(norm(x, f"{at}.bn1"), f"{at}.conv1", 1), f"{at}.bn2"), f"{at}.prelu")
+            y = norm(conv(y, f"{at}.conv2", stride), f"{at}.bn3")
+            if i == 0:
+                x = norm(conv(x, f"{at}.downsample.0", 2, 0), f"{at}.downsample.1")
+            x = x + y
+    x = norm(x, "bn2").flatten(1) @ tensors["fc.weight"].t() + tensors["fc.bias"]
+    return norm(x, "features")
+
+
+def test_a_file_of_arcfaces_is_its_own_layout(tmp_path: Path) -> None:
+    """The names of arcface_torch's backbone.pth, of 18 layers; 50 layers do not take it."""
+    network = build_network("iresnet18").network
+    tensors = scattered(network.state_dict())
+    torch.save({f"module.{k}": v for k, v in tensors.items()}, tmp_path / "backbone.pth")
+    embedder = open_model(str(tmp_path / "backbone.pth"), ModelOptions())
+    assert embedder.arch == "iresnet18" and embedder.distance.space == "C" and embedder.input_shape == (3, 112, 112)
+    images = probe_images((3, 112, 112), 2)
+    with torch.no_grad():
+        expected = iresnet(tensors, (images - 0.5) / 0.5, (2, 2, 2, 2))
+    torch.testing.assert_close(embedder(images), torch.nn.functional.normalize(expected, dim=1), atol=1e-4, rtol=1e-3)
+    with torch.device("meta"):
+        names = {name: build_network(name).network.state_dict().keys() for name in ("iresnet18", "iresnet50")}
+    assert "layer3.13.conv2.weight" in names["iresnet50"] and "layer3.14.conv2.weight" not in names["iresnet50"]
+    assert "downsample.1.running_var" in " ".join(names["iresnet18"])
+    with pytest.raises(DataError, match=r"layer1\.2"):
+        open_model("arcface-r50-ms1mv3", ModelOptions(weights=str(tmp_path / "backbone.pth")))

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from dmlbench.models.published_networks import FaceNet, OSNet, ProxyAnchorResNet, Unicom, mobilefacenet
+from dmlbench.models.published_networks import FaceNet, IResNet, OSNet, ProxyAnchorResNet, Unicom, mobilefacenet
 from dmlbench.preprocess import Preprocess
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -78,6 +78,12 @@ def _of_unicom(**arguments: int) -> Publication:
     return Publication(Unicom, "feature.0.weight", "feature.2.weight", fed, arguments)
 
 
+def _of_arcface(*blocks: int) -> Publication:
+    half = (0.5, 0.5, 0.5)
+    fed = Fed(_square(112), half, half, "C")
+    return Publication(IResNet, "layer1.0.prelu.weight", "fc.weight", fed, {"blocks": blocks})
+
+
 _LARGE = {"patch": 14, "width": 1024, "depth": 24, "heads": 16, "embed_dim": 768}
 
 PUBLISHED: dict[str, Publication] = {
@@ -92,6 +98,10 @@ PUBLISHED: dict[str, Publication] = {
         for text, width in (("1_0", 1.0), ("0_75", 0.75), ("0_5", 0.5), ("0_25", 0.25))
     },
     **{f"proxyanchor-resnet{depth}": _of_proxy_anchor(depth) for depth in (18, 34, 50, 101)},
+    "iresnet18": _of_arcface(2, 2, 2, 2),
+    "iresnet34": _of_arcface(3, 4, 6, 3),
+    "iresnet50": _of_arcface(3, 4, 14, 3),
+    "iresnet100": _of_arcface(3, 13, 30, 3),
     "unicom-vitb32": _of_unicom(),
     "unicom-vitb16": _of_unicom(patch=16, embed_dim=768),
     "unicom-vitl14": _of_unicom(**_LARGE),

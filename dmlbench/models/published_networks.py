@@ -180,6 +180,47 @@ class ProxyAnchorResNet(nn.Module):
         return embedding
 
 
+class _Residual(nn.Module):
+    """IResNet's block: batch norm first, and none of its sums goes through a ReLU."""
+
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inside), nn.Conv2d(inside, outside, 3, 1, 1, bias=False)
+        self.bn2, self.prelu = nn.BatchNorm2d(outside), nn.PReLU(outside)
+        self.conv2, self.bn3 = nn.Conv2d(outside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside)
+        self.downsample = None
+        if stride > 1:
+            narrowed = nn.Conv2d(inside, outside, 1, stride, bias=False)
+            self.downsample = nn.Sequential(narrowed, nn.BatchNorm2d(outside))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.prelu(self.bn2(self.conv1(self.bn1(x))))
+        return self.bn3(self.conv2(x)) + shortcut  # type: ignore[no-any-return]
+
+
+class IResNet(nn.Module):
+    """ArcFace's network (Deng et al., CVPR 2019) for faces of 112x112, names as InsightFace's arcface_torch."""
+
+    def __init__(self, blocks: tuple[int, int, int, int] = (3, 4, 14, 3), embed_dim: int = 512) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.prelu = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64)
+        inside = 64
+        for i, (width, count) in enumerate(zip((64, 128, 256, 512), blocks, strict=True), 1):
+            stage = [_Residual(inside, width, 2), *(_Residual(width, width, 1) for _ in range(count - 1))]
+            self.add_module(f"layer{i}", nn.Sequential(*stage))
+            inside = width
+        self.bn2, self.fc = nn.BatchNorm2d(512), nn.Linear(512 * 7 * 7, embed_dim)
+        self.features = nn.BatchNorm1d(embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.prelu(self.bn1(self.conv1(x)))
+        for i in range(1, 5):
+            x = getattr(self, f"layer{i}")(x)
+        embedding: Tensor = self.features(self.fc(self.bn2(x).flatten(1)))
+        return embedding
+
+
 class _Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
@@ -124,13 +116,9 @@ class Lines:
         self._tasks[task], now = (done + count, total, begun), self._clock()
         if now - self._said >= EVERY and done + count < total and now > begun:
             self._said, rate = now, (done + count) / (now - begun)
-            left = (total - done - count) / rate
-            click.echo(
-                f"{task}: {done + count:,} of {total:,}, {rate:.1f} a second, about {left / 60:.0f} min left"
-                if left >= 90
-                else f"{task}: {done + count:,} of {total:,}, {rate:.1f} a second, about {left:.0f} s left",
-                err=True,
-            )
+            seconds = (total - done - count) / rate
+            left = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+            click.echo(f"{task}: {done + count:,} of {total:,}, {rate:.1f} a second, about {left} left", err=True)
 
 
 class Rate(ProgressColumn):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from dmlbench.cli.output import console
 
@@ -19,6 +19,12 @@ MOST_PARTS = 30
 ARROW = {"higher": "↑", "lower": "↓"}
 
 
+def _table(title: str | None, names: Iterable[str | Column], numbers: Iterable[str] = ()) -> Table:
+    """An empty one with columns of text, then of numbers."""
+    columns = (*names, *(Column(name, justify="right") for name in numbers))
+    return Table(*columns, box=None, pad_edge=False, title=title, title_justify="left")
+
+
 def print_kind(tables: "Iterable[Sheet | Line]", out: Console) -> None:
     """What the record of a kind of protocol shows of a run."""
     from dmlbench.kinds.base import Line
@@ -27,11 +33,7 @@ def print_kind(tables: "Iterable[Sheet | Line]", out: Console) -> None:
         if isinstance(shown, Line):
             out.print(f"[bold]{shown.head}[/bold]  {shown.text}" if shown.head else shown.text)
             continue
-        table = Table(box=None, pad_edge=False, title=shown.title, title_justify="left")
-        for name in shown.names:
-            table.add_column(name)
-        for column in shown.columns:
-            table.add_column(column, justify="right")
+        table = _table(shown.title, shown.names, shown.columns)
         for n, row in enumerate(shown.rows):
             table.add_row(*row, style="bold" if n in shown.bold else None)
         out.print(table)
@@ -39,9 +41,7 @@ def print_kind(tables: "Iterable[Sheet | Line]", out: Console) -> None:
 
 def print_findings(findings: Sequence[dict[str, Any]], out: Console) -> None:
     """One line for each check: verdict and evidence."""
-    table = Table(box=None, pad_edge=False, title="audit", title_justify="left")
-    for column in ("check", "verdict", "evidence"):
-        table.add_column(column)
+    table = _table("audit", ("check", "verdict", "evidence"))
     for f in findings:
         table.add_row(f["check"], MARK[f["verdict"]], f["message"])
     out.print(table)
@@ -49,10 +49,8 @@ def print_findings(findings: Sequence[dict[str, Any]], out: Console) -> None:
 
 def print_plan(work: list[dict[str, object]], which: str) -> None:
     """The searches of a run with the time and memory that each is expected to take; ``which`` run begins the title."""
-    table = Table(box=None, pad_edge=False, title=f"{which}expected, from a few measured steps", title_justify="left")
-    table.add_column("search", no_wrap=True)
-    for column in ("optimizer", "eps", "queries", "steps", "time", "peak MiB"):
-        table.add_column(column, justify="right")
+    numbers = ("optimizer", "eps", "queries", "steps", "time", "peak MiB")
+    table = _table(f"{which}expected, from a few measured steps", [Column("search", no_wrap=True)], numbers)
     for row in work:
         shown = [str(row[key] or "") for key in ("id", "optimizer", "eps", "queries", "steps")]
         table.add_row(*shown, _range(row), str(row["peak_mib"] or "–"))
@@ -87,21 +85,17 @@ def print_evaluation(e: "Evaluation") -> None:
     from dmlbench.metrics import CLEAN_METRICS, decimals
 
     kind = kind_of(e)
-    benign = Table(box=None, pad_edge=False, title="benign, %", title_justify="left")
-    shown = [name for name in CLEAN_METRICS if name in e.benign]
-    for name in shown:
-        benign.add_column(CLEAN_METRICS[name].title, justify="right")
-    benign.add_row(*(f"{e.benign[name]:.1f}" for name in shown))
+    shown = {metric.title: e.benign[name] for name, metric in CLEAN_METRICS.items() if name in e.benign}
+    benign = _table("benign, %", (), shown)
+    benign.add_row(*map(text_of, shown.values()))
     out.print(benign)
 
     if attacked := adversary(e):
         what = "under attack" if kind.moved else "against"
         out.print(f"[italic]{what}[/italic]: {escape(attacked)}")
-    parts = Table(box=None, pad_edge=False)
-    parts.add_column("part", overflow="fold")  # a name is never cut
+    numbers = ("raw", "better", "score", "95 % interval", "retention", "queries", "seconds")
+    parts = _table(None, [Column("part", overflow="fold")], numbers)  # a name is never cut
     retention = e.extras.get("retention", {})
-    for column in ("raw", "better", "score", "95 % interval", "retention", "queries", "seconds"):
-        parts.add_column(column, justify="right")
     for m in e.measurements:
         parts.add_row(
             m.component,

@@ -231,8 +231,8 @@ def compare_rows(
     gate = gate or Gate()
     keys = ("protocol", "protocol_version", "protocol_sha256", "dataset", "split", "dataset_sha256", "n_gallery")
     stale = _stale([(row.protocol, row.protocol_sha256, row.model) for row in (base, candidate)])
-    said = [Conditions.of((row.partial or "").split(";")) for row in (base, candidate)]
-    _differing({k: (getattr(base, k), getattr(candidate, k)) for k in keys} | _conditions(*said), stale)
+    conditions = [Conditions.of((row.partial or "").split(";")) for row in (base, candidate)]
+    _differing({k: (getattr(base, k), getattr(candidate, k)) for k in keys} | _conditions(*conditions), stale)
     queries = base.n_queries or 0, candidate.n_queries or 0
     names = {"ers": "ers"} | {k: f"{v}_score" for k, v in PARTS.items()}
     names |= {n: n for n in (*CLEAN_COLUMNS, *numbers())}
@@ -243,18 +243,14 @@ def compare_rows(
             interval = _independent(base, candidate, metric) if second is not None else None
             metrics.append(judge(Paired(metric, metric in PARTS, first, second, interval), gate))
     _known(gate, [])
+    sides = [
+        Side(label=label, model=row.model, weights_sha256=row.weights_sha256, date=row.date, seed=row.seed)
+        for label, row in zip(labels, (base, candidate), strict=True)
+    ]
     new = sorted(set((candidate.flags or "").split()) - set((base.flags or "").split()))
     return Comparison(
-        base=Side(
-            label=labels[0], model=base.model, weights_sha256=base.weights_sha256, date=base.date, seed=base.seed
-        ),
-        candidate=Side(
-            label=labels[1],
-            model=candidate.model,
-            weights_sha256=candidate.weights_sha256,
-            date=candidate.date,
-            seed=candidate.seed,
-        ),
+        base=sides[0],
+        candidate=sides[1],
         protocol=base.protocol,
         dataset=f"{base.dataset}/{base.split or 'test'}",
         paired=False,
@@ -277,10 +273,7 @@ def _independent(base: Row, candidate: Row, metric: str) -> tuple[float, float] 
     if any(value is None for side in sides for value in side):
         return None
     (low1, x1, high1), (low2, x2, high2) = sides
-    return (
-        float(x2 - x1 - np.hypot(x2 - low2, high1 - x1)),
-        float(x2 - x1 + np.hypot(high2 - x2, x1 - low1)),
-    )
+    return float(x2 - x1 - np.hypot(x2 - low2, high1 - x1)), float(x2 - x1 + np.hypot(high2 - x2, x1 - low1))
 
 
 def _failures(

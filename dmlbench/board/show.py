@@ -13,21 +13,8 @@ from dmlbench.errors import UsageError
 from dmlbench.kinds.table import KINDS
 from dmlbench.registry import Registry, suggest
 
-DEFAULT_COLUMNS = (
-    "rank",
-    "better_than",
-    "model",
-    "defense",
-    "recall_at_1",
-    "ers",
-    "ers_lo",
-    "ers_hi",
-    "worst_part",
-    "claimed_ers",
-    "status",
-    "flags",
-)
 OF_ERS = ("ers", "ers_lo", "ers_hi", "worst_part", "claimed_ers")
+DEFAULT_COLUMNS = ("rank", "better_than", "model", "defense", "recall_at_1", *OF_ERS, "status", "flags")
 OWN_COLUMNS = (*OF_ERS, *(column for kind in KINDS.values() for column in kind.shown))
 """Columns that belong to protocols of one kind: shown at first where a row has a value."""
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {

@@ -283,9 +283,8 @@ def nothing_changes(evidence: Evidence) -> Finding:
         again = evidence.subject.embedder(moved[0])
         wrong = int((READOUTS["recall_at_1"].read(again, evidence.scene) != 100).sum())
     if differing:
-        return Finding(
-            "H1", "fail", float(differing), 0.0, f"{differing} images were changed at eps 0: the harness is at fault"
-        )
+        message = f"{differing} images were changed at eps 0: the harness is at fault"
+        return Finding("H1", "fail", float(differing), 0.0, message)
     if passes_gap(evidence.subject, evidence.images, evidence.scene) > 0:
         message = "at eps 0 every image is the clean one; outcomes cannot be compared, since the model is random"
         return Finding("H1", "skip", None, 0.0, message)
@@ -308,9 +307,8 @@ def not_collapsed(evidence: Evidence) -> Finding:
             f"the gallery's embeddings are (nearly) constant, spread {width:.1e} of their length: collapsed, not robust"
         )
         return Finding("H3", "fail", width, COLLAPSE, message)
-    return Finding(
-        "H3", "pass", width, COLLAPSE, f"the gallery's embeddings differ, spread {width:.2f} of their length"
-    )
+    message = f"the gallery's embeddings differ, spread {width:.2f} of their length"
+    return Finding("H3", "pass", width, COLLAPSE, message)
 
 
 def shown(subject: Subject, positions: np.ndarray) -> tuple[Tensor, Scene]:

@@ -35,10 +35,9 @@ def read_protocol(path: Path) -> Protocol:
             _check_component(c, protocol)
         for step in protocol.steps:
             _check_step(step, protocol)
-        if twice := repeated(c.name for c in protocol.components):
-            raise UsageError(f"two components have the name {twice!r}: one would overwrite the other")
-        if twice := repeated(step.name for step in protocol.steps):
-            raise UsageError(f"two steps have the name {twice!r}: one would overwrite the other")
+        for entries in ("components", "steps"):
+            if twice := repeated(entry.name for entry in getattr(protocol, entries)):
+                raise UsageError(f"two {entries} have the name {twice!r}: one would overwrite the other")
         for side, grid in protocol.grid.items():
             radii = [protocol.threat_at(eps).radius for eps in grid]
             known = side == COLOUR or side.isdigit()
@@ -56,12 +55,12 @@ def read_protocol(path: Path) -> Protocol:
 def _check_kind(protocol: Protocol) -> None:
     """That the file has what its kind is run by, and nothing that its kind does not look at."""
     kind = KINDS[protocol.kind]
-    plain = type(protocol).model_fields
+    fields = type(protocol).model_fields
     for name, shown in OF_A_KIND.items():
-        there = getattr(protocol, name) != plain[name].default
-        if there and name not in (*kind.needs, *kind.reads):
+        written = getattr(protocol, name) != fields[name].default
+        if written and name not in (*kind.needs, *kind.reads):
             raise UsageError(f"{shown} {'do' if shown.startswith('[[') else 'does'} nothing in kind {kind.name!r}")
-        if not there and name in kind.needs:
+        if not written and name in kind.needs:
             raise UsageError(f"kind {kind.name!r} needs {shown}")
     for name in ("queries", "together"):
         if (value := getattr(protocol, name)) is not None and value < 1:

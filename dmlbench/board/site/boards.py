@@ -30,18 +30,8 @@ TITLES = {
     "claimed_ers": "Claimed ERS",
 }
 """What columns are called; the others by their name in the CSV."""
-FIRST = (
-    "rank",
-    "model",
-    "recall_at_1",
-    *HEADLINES,
-    *numbers(),
-    "claimed_ers",
-    "claim_gap",
-    "better_than",
-    "worst_part",
-)
-FIRST = tuple(dict.fromkeys((*FIRST, "status", "flags", "defense")))
+_AFTER_NUMBERS = ("claimed_ers", "claim_gap", "better_than", "worst_part", "status", "flags", "defense")
+FIRST = tuple(dict.fromkeys(("rank", "model", "recall_at_1", *HEADLINES, *numbers(), *_AFTER_NUMBERS)))
 LEFT_OUT = ("protocol", "dataset", "schema_version")
 ORDER = (*FIRST, *(c for c in COLUMNS if c not in FIRST and c not in LEFT_OUT))
 SHOWN = {*DEFAULT_COLUMNS, *numbers(), "claim_gap"} - {"ers_lo", "ers_hi"}

@@ -1,5 +1,6 @@
 """A Lipschitz constant that a model declares: what it proves against a closed form and a search, and what refutes it."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 import dmlbench
 from dmlbench.board import from_evaluation
-from dmlbench.checkpoints import Embedding
+from dmlbench.checkpoints import PACKAGE, Embedding, checkpoints
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError
 from dmlbench.evaluate import evaluate
@@ -21,7 +22,7 @@ from dmlbench.kinds.base import Kept, Stated
 from dmlbench.kinds.certified import record
 from dmlbench.kinds.certified.lipschitz import PLAIN, broken, proven, seen, slopes
 from dmlbench.kinds.certified.measure import components
-from dmlbench.models import ModelOptions
+from dmlbench.models import ModelOptions, build
 from dmlbench.models.defended import defended, split
 from dmlbench.protocols import load_protocol
 from dmlbench.run.subject import prepare
@@ -56,6 +57,21 @@ def file(tmp_path_factory):
         return f"python:{path}:make"
 
     return written
+
+
+POOLED = """
+import torch
+
+class Pooled(torch.nn.Module):
+    input_shape, lipschitz = (1, 8, 8), 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 4, 1)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))
+"""
 
 
 def rules(queries=40):
@@ -204,18 +220,36 @@ def test_a_constant_that_is_none(tmp_path, typed, value) -> None:
     assert "is no positive number" in done.err
 
 
-def test_a_claim_is_of_the_model_as_it_was_claimed(file, model) -> None:
+def test_a_claim_is_of_the_model_as_it_was_claimed(file, model, tmp_path) -> None:
     """Not of one that is fed or scaled otherwise, nor of one behind a wrapper."""
+    (tmp_path / "pooled.py").write_text(POOLED)
+    any_size = f"python:{tmp_path / 'pooled.py'}:Pooled"
     assert model.lipschitz == pytest.approx(float(torch.linalg.matrix_norm(model.network.turn.detach(), 2)) / 2)
     assert ModelOptions(name="x", input_size=(8, 8)).keeps_claims
     for options in ({"std": (0.5,)}, {"mean": (0.5,)}, {"normalize": False}, {"scale": 255.0}, {"distance": "cosine"}):
         assert dmlbench.load_model(file(1.0, "other"), **options).lipschitz is None
+    assert dmlbench.load_model(any_size).lipschitz == 1.0
+    assert dmlbench.load_model(any_size, input_size=(8, 8)).lipschitz == 1.0
+    assert dmlbench.load_model(any_size, input_size=(16, 16)).lipschitz is None
     twin = dmlbench.load_model(file(1.0, "behind"))
     assert defended(twin, split("bits(3):x")[0]).lipschitz is None
     assert Embedding(lipschitz=2.5).lipschitz == 2.5
     for wrong in (0.0, -1.0, math.inf):
         with pytest.raises(ValueError, match="lipschitz"):
             Embedding(lipschitz=wrong)
+
+
+def test_a_spec_and_a_record_declare_one(tmp_path, typed) -> None:
+    name = "digits-smallcnn-triplet-none"
+    entry, weights = checkpoints()[name], PACKAGE / "weights" / f"{name}.safetensors"
+    entry = entry.model_copy(update={"embedding": Embedding(lipschitz=0.01)})
+    assert build(entry, name).lipschitz == 0.01
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({name: entry.model_dump(mode="json", exclude_none=True)}))
+    for changes, claim in (({}, 0.01), ({"input_size": (8, 8)}, 0.01), ({"mean": (0.5,)}, None)):
+        assert dmlbench.load_model(str(weights), spec=spec, **changes).lipschitz == claim
+    said = ("--model", weights, "--spec", spec, "--dataset", "digits", "--protocol", "certified", "--limit", "4")
+    assert "declares the Lipschitz constant 0.01, and two pictures show" in typed("evaluate", *said, code=4).err
 
 
 def test_what_is_stored_is_looked_at_again(done, model, digits) -> None:

@@ -221,7 +221,7 @@ def _specified(path: Path, spec: Spec, options: ModelOptions) -> Embedder:
         name=options.name or _named(file),
         preprocess=preprocess,
     )
-    if spec.embedding and options.keeps_claims:
+    if spec.embedding and options.keeps_claims and preprocess.shape == spec.preprocess().shape:
         embedder.lipschitz = spec.embedding.lipschitz
     settle(embedder, options.output_key or spec.output_key)
     with torch.no_grad():
@@ -264,8 +264,10 @@ def _python(rest: str, options: ModelOptions) -> Embedder:
         embedder = made
         embedder.name = options.name or made.name
     else:
-        embedder = _embedder(Built(made, stated_shape(made, f"python:{rest}")), options, f"python:{rest}")
-        embedder.lipschitz = getattr(made, "lipschitz", None) if options.keeps_claims else None
+        shape = stated_shape(made, f"python:{rest}")
+        embedder = _embedder(Built(made, shape), options, f"python:{rest}")
+        kept = options.keeps_claims and shape in (None, embedder.input_shape)
+        embedder.lipschitz = getattr(made, "lipschitz", None) if kept else None
     claim = embedder.lipschitz
     sound = isinstance(claim, int | float) and not isinstance(claim, bool) and 0 < claim < math.inf
     own.require(claim is None or sound, f"gave a model whose lipschitz {claim!r} is no positive number")

@@ -113,7 +113,8 @@ def _rank(
     ignored: Bool[Tensor, "B k N"] | None,
     counted: int | Int[Tensor, "B k"],
 ) -> Float[Tensor, " B"]:
-    """Mean over K of the share of the entries that count which are nearer than ``d``, percent."""
+    """Mean over K of the share of the entries that count which are nearer than ``d``, percent: the papers' indicator, by which an
+    entry as near is not nearer. No answer is right or wrong by it, so the rule of ties has no say."""
     nearer = d[:, :, None] > to_all
     if ignored is None:
         return 100.0 * nearer.float().mean((1, 2))

@@ -29,17 +29,21 @@ Real = TypeVar("Real", Tensor, np.ndarray)
 
 
 def ahead(negative: Real, positive: Real) -> Real:
-    """Which negatives stand before a positive, by their distances: ties count against the model, so one that is as near does."""
+    """Which negatives stand before a positive, by their distances: ties count against the model, so one that is as near does.
+
+    :func:`~dmlbench.fast.ranking.negatives_ahead` counts them without comparing each pair, to the same numbers.
+    """
     return negative <= positive
 
 
 def wrong_by(margin: Real) -> Real:
-    """Which decisions are wrong, by how much nearer the positive is than every negative: a tie, 0, is. NaN is neither wrong nor right."""
+    """Which decisions are wrong. A margin is by how much nearer the positive is than every negative; a tie, 0, is wrong, NaN neither
+    wrong nor right."""
     return margin <= 0
 
 
 def right_by(margin: Real) -> Real:
-    """Which are right: above 0."""
+    """Which decisions are right: those whose margin is above 0."""
     return margin > 0
 
 

@@ -9,7 +9,9 @@ from plain import average, distance, order, to_all
 from scenes import B, scene_of
 
 from dmlbench.embedding import DISTANCES
+from dmlbench.fast import ranking
 from dmlbench.metrics import READOUTS, clustering, kmeans, mean, retrieval
+from dmlbench.objectives import ahead
 from dmlbench.rng import Rng
 from dmlbench.scene import Gallery, Scene
 
@@ -120,6 +122,31 @@ def test_a_lonely_query_has_no_outcome_and_ties_count_against() -> None:
     constant = torch.ones_like(scene.clean)
     tied = Scene(scene.distance, Gallery(constant, scene.labels), constant, scene.labels, scene.row, scene.chosen)
     assert mean(retrieval(tied)["recall_at_1"]) == 0
+
+
+@given(data=st.data(), queries=st.integers(1, 4), many=st.sampled_from([0, 64]))
+def test_the_fast_ranking_counts_the_negatives_that_the_rule_of_ties_puts_ahead(data, queries, many) -> None:
+    """Distances of 0 to 3, so that nearly all tie; queries in the gallery and not, entries that share a group left out."""
+    labels = data.draw(st.lists(st.integers(0, 2), min_size=2, max_size=14))
+    n = len(labels)
+    row = torch.tensor(data.draw(st.lists(st.integers(-1, n - 1), min_size=queries, max_size=queries)))
+    y = [labels[r] if r >= 0 else data.draw(st.integers(0, 2)) for r in row.tolist()]
+    groups = data.draw(st.none() | st.lists(st.integers(0, 3), min_size=n, max_size=n))
+    asking = None if groups is None else torch.tensor([[groups[r] if r >= 0 else 0] for r in row.tolist()])
+    drawn = [data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)) for _ in range(queries)]
+    gallery = Gallery(
+        torch.zeros(n, 2), torch.tensor(labels), groups=None if groups is None else torch.tensor(groups)[:, None]
+    )
+    clean, nobody = torch.zeros(queries, 2), torch.zeros(queries, 0, dtype=torch.long)
+    scene = Scene(DISTANCES["E"], gallery, clean, torch.tensor(y), row, nobody, groups=asking)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranking, "MANY", many)  # 0: every list is sorted
+        counts, real = ranking.negatives_ahead(torch.tensor(drawn).float(), scene)
+    for i, (d, label) in enumerate(zip(drawn, y, strict=True)):
+        apart = [groups is not None and g == asking[i, 0] for g in groups or labels]
+        kin = sorted(d[j] for j in range(n) if labels[j] == label and j != row[i] and not apart[j])
+        others = np.array([d[j] for j in range(n) if labels[j] != label and not apart[j]])
+        assert counts[i][real[i]].tolist() == [int(ahead(others, np.array(positive)).sum()) for positive in kin]
 
 
 def test_clustering_finds_clusters_and_ami_is_zero_by_chance() -> None:

@@ -3,7 +3,8 @@
 Recall, average precision and MAP@R depend on the ranks of the positives alone, and a positive's rank is
 one more than the positives before it and the negatives that are not farther than it. So each positive
 costs one comparison of a row of distances with a number; only where positives are many is the row
-sorted. Ties count against the model. The query's own entry is nowhere in its list, nor is one that does not count for it.
+sorted. Ties count against the model, by the rule of :func:`dmlbench.objectives.ahead`; a test with many ties compares the two.
+The query's own entry is nowhere in its list, nor is one that does not count for it.
 """
 
 import numpy as np

@@ -18,6 +18,7 @@ from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError
 from dmlbench.kinds.certified.bound import margins
 from dmlbench.metrics import mean
+from dmlbench.objectives import right_by
 from dmlbench.protocol import Component
 from dmlbench.results import finite
 from dmlbench.run.subject import Subject
@@ -94,7 +95,7 @@ def plain(subject: Subject) -> dict[str, np.ndarray]:
 
 def proven(margin: Float[np.ndarray, " Q"], constant: float, size: float) -> Float[np.ndarray, " Q"]:
     """100 where a change of this size leaves the first answer right, else 0, percent; NaN where there is no margin."""
-    return np.where(np.isnan(margin), np.nan, 100.0 * (margin > constant * size)).astype(np.float32)
+    return np.where(np.isnan(margin), np.nan, 100.0 * right_by(margin - constant * size)).astype(np.float32)
 
 
 def summary(

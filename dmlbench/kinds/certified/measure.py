@@ -21,6 +21,7 @@ from dmlbench.kinds.base import Outcome
 from dmlbench.kinds.certified import lipschitz
 from dmlbench.kinds.certified.bound import largest, margins, radii
 from dmlbench.metrics import mean
+from dmlbench.objectives import right_by
 from dmlbench.protocol import Component, Protocol
 from dmlbench.results import finite
 from dmlbench.rng import Rng
@@ -138,8 +139,9 @@ def outcomes(
 
 
 def within(radius: Float[np.ndarray, " Q"], size: float) -> Float[np.ndarray, " Q"]:
-    """100 where a change of this size is certified, else 0, percent; NaN where there is no radius."""
-    return np.where(np.isnan(radius), np.nan, 100.0 * (radius > size)).astype(np.float32)
+    """100 where a change of this size is certified, else 0, percent; NaN where there is no radius. A change as long as the radius
+    may bring about a tie, which is wrong."""
+    return np.where(np.isnan(radius), np.nan, 100.0 * right_by(radius - size)).astype(np.float32)
 
 
 def right(margin: Float[np.ndarray, " Q"]) -> Float[np.ndarray, " Q"]:

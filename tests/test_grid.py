@@ -15,7 +15,7 @@ import dmlbench
 from dmlbench import results
 from dmlbench.errors import DataError, ShardDone
 from dmlbench.evaluate import evaluate
-from dmlbench.kinds.hunting import BATCHES, Field
+from dmlbench.kinds.hunting import Field
 from dmlbench.kinds.strict.search import begin, run, settle
 from dmlbench.protocols import load_protocol
 from dmlbench.run.parallel import World
@@ -192,7 +192,7 @@ def test_every_query_is_attacked_in_one_unit_of_a_step(whole, measured, tmp_path
             ]
             assert sum(len(unit["broken"]) for unit in found) == step["attacked"]
             assert sum(int(unit["broken"].sum()) for unit in found) == step["broken"]
-            assert len(found) <= -(-LIMIT["strict"] // (BATCHES * 4))
+            assert len(found) == -(-step["attacked"] // 4)  # batches stay full
     assert curve[0]["steps"][0]["attacked"] > curve[1]["steps"][1]["attacked"] > 0
 
 
@@ -221,12 +221,12 @@ def test_what_is_kept_counts_only_for_the_survivors_it_was_made_for(model, files
         settle(field, rules, standing, 0, "10/255", {})
         return standing
 
-    standing = attacked(begin(subject))
+    standing = attacked(begin(subject), shard=Shard(1, 1))
     again = attacked(begin(subject), gather=True)
     np.testing.assert_array_equal(again.broken_by, standing.broken_by)
     fewer = begin(subject)
     fewer.alive[np.flatnonzero(fewer.alive)[0]] = False
-    with pytest.raises(DataError, match=r"1 of 2 units of 'W2@10/255' are missing"):
+    with pytest.raises(DataError, match=r"1 of 3 units of 'W2@10/255' are missing"):
         attacked(fewer, gather=True)
 
 
@@ -282,8 +282,8 @@ def test_torchrun_gives_what_one_process_gives(kind, files, whole, tmp_path):
     same(results.load(out), whole[kind])
 
 
-def test_two_processes_divide_the_blocks(model, files, monkeypatch):
-    """Each rank attacks its blocks alone; the exchange is played by hand."""
+def test_two_processes_divide_the_batches(model, files, monkeypatch):
+    """Each rank attacks its batches alone; the exchange is played by hand."""
     subject = prepare(model, dmlbench.load_dataset("digits"), limit=40, device="cpu")
     rules = load_protocol(str(files["strict"]))
     seen = []
@@ -292,7 +292,7 @@ def test_two_processes_divide_the_blocks(model, files, monkeypatch):
         work = Work(world=World(rank, 2))
         field = Field.of(subject, rules, 0, 4, Silent(), work, np.zeros(0, dtype=np.int64))
         settle(field, rules, begin(subject), 0, "10/255", {})
-    assert [sorted(found) for found in seen] == [[0, 2, 4], [1, 3]]
+    assert [sorted(found) for found in seen] == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
 
 
 @pytest.fixture

@@ -30,8 +30,6 @@ from dmlbench.run.units import Arrays, Work
 from dmlbench.scene import Scene
 from dmlbench.threat import Threat
 
-BATCHES = 2
-"""Batches in a unit at most: few enough to be dealt out, enough that a batch is not almost empty once few survive."""
 ROUGH = ("tf32", "bfloat16")
 """Precisions in which the embeddings of a gradient's forward pass are rounded."""
 
@@ -170,7 +168,7 @@ class Field:
     """What every pass over the queries needs to know.
 
     Attributes:
-        bounds: of the blocks of queries that units are made of, in the order of ``query_order``.
+        bounds: of the blocks of queries that shards are dealt, in the order of ``query_order``.
         keep: the queries whose adversarial images are wanted.
     """
 
@@ -193,9 +191,9 @@ class Field:
         work: Work,
         keep: np.ndarray,
     ) -> "Field":
-        """Blocks of :data:`BATCHES` batches, but of whole groups of the protocol's."""
+        """Blocks of a batch, but of whole groups of the protocol's."""
         order = query_order(len(subject.rows))
-        size = max(1, BATCHES * batch_size // protocol.together) * protocol.together
+        size = max(1, batch_size // protocol.together) * protocol.together
         return Field(subject, seed, batch_size, progress, work, tuple(batches(len(order), size)), order, keep)
 
     def over(
@@ -203,24 +201,32 @@ class Field:
     ) -> list[tuple[np.ndarray, Arrays]]:
         """``search`` of the queries that are ``wanted`` (Q,) bool, in units; by unit the queries' positions and what it gave.
 
-        A unit is made of a fixed block of queries, drawn from all over the set so that blocks thin out alike. Who is
-        wanted is part of its name: what is kept counts for nobody else. Under a shard, units of others are left out.
+        A unit is a batch, filled up with those who are wanted from all over the set. A shard knows only its own queries: there
+        a unit is what is wanted of a fixed block, drawn from all over the set so that blocks thin out alike. Who is
+        wanted is part of a unit's name: what is kept counts for nobody else. Units of other shards are left out.
         """
-        left = {i: np.sort(self.order[a:b][wanted[self.order[a:b]]]) for i, (a, b) in enumerate(self.bounds)}
-        left = {i: positions for i, positions in left.items() if len(positions)}
-        units = {i: (f"{unit} of {_digest(positions)}", *self.bounds[i]) for i, positions in left.items()}
+        if self.work.shard or self.work.gather:
+            units = [self.order[a:b][wanted[self.order[a:b]]] for a, b in self.bounds]
+        else:
+            units = self._batches(self.order[wanted[self.order]])
+        left = {i: np.sort(positions) for i, positions in enumerate(units) if len(positions)}
 
         def compute(i: int) -> Arrays:
             def part(a: int, b: int) -> Arrays:
                 return search(left[i][a:b])
 
-            count = len(left[i])
-            ends = np.linspace(0, count, -(-count // self.batch_size) + 1).astype(int).tolist()
+            sizes = [len(batch) for batch in self._batches(left[i])]
+            ends = np.cumsum([0, *sizes]).tolist()
             return joined([halved(part, a, b) for a, b in pairwise(ends)])
 
-        self.progress.start(name, sum(b - a for _, a, b in units.values()))
-        found = self.work.each(name, units, compute, partial(self.progress.advance, name))
+        named = {i: (f"{unit} of {_digest(positions)}", 0, len(positions)) for i, positions in left.items()}
+        self.progress.start(name, sum(map(len, left.values())))
+        found = self.work.each(name, named, compute, partial(self.progress.advance, name))
         return [(left[i], arrays) for i, arrays in found.items()]
+
+    def _batches(self, positions: np.ndarray) -> list[np.ndarray]:
+        """As few batches as there can be, of about the same size."""
+        return np.array_split(positions, -(-len(positions) // self.batch_size)) if len(positions) else []
 
 
 def read_out(

@@ -20,7 +20,7 @@ from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, ShardDone, UsageError
 from dmlbench.evaluate import evaluate
-from dmlbench.kinds.base import Kept, Stated
+from dmlbench.kinds.base import Stated, StoredSample
 from dmlbench.kinds.certified import record
 from dmlbench.kinds.certified.bound import errors, fewest, largest, margins, radii
 from dmlbench.kinds.certified.measure import CLEAN, LENGTH, MARGIN, RADIUS, Settings, components, smoothed
@@ -291,7 +291,7 @@ def test_what_is_stored_is_looked_at_again(done, model, digits) -> None:
     rule = rules(1000)
     stated = Stated(done, rule, tuple(components(rule, (1, 8, 8))))
     subject = prepare(model, digits, limit=24, device="cpu")
-    kept = Kept(subject, np.arange(24), subject.images(0, 24))
+    kept = StoredSample(subject, np.arange(24), subject.images(0, 24))
     record.CERTIFIED.form.model_validate(done.extras["certified"])
     assert not list(record.outcome_problems(stated)) and not list(record.number_problems(stated))
     assert not list(record.replay(stated, kept))

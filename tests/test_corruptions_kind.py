@@ -10,7 +10,7 @@ from dmlbench.corruptions import CORRUPTIONS, corrupted
 from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate
-from dmlbench.kinds.base import Kept, Stated
+from dmlbench.kinds.base import Stated, StoredSample
 from dmlbench.kinds.corruptions import record
 from dmlbench.kinds.corruptions.measure import CLEAN, components, parsed
 from dmlbench.kinds.table import numbers_of
@@ -123,7 +123,7 @@ def test_what_is_stored_is_looked_at_again(done, model, digits) -> None:
     rule = rules()
     stated = Stated(done, rule, tuple(components(rule, (1, 8, 8))))
     subject = prepare(model, digits, limit=24, device="cpu")
-    kept = Kept(subject, np.arange(24), subject.images(0, 24))
+    kept = StoredSample(subject, np.arange(24), subject.images(0, 24))
     assert not list(record.outcome_problems(stated)) and not list(record.number_problems(stated))
     assert not list(record.replay(stated, kept))
     lie = done.model_copy().with_arrays({"fog@5/value": 100.0 - done.arrays["fog@5/value"]})

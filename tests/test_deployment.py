@@ -13,7 +13,7 @@ from dmlbench.checkpoints import checkpoints
 from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate
 from dmlbench.kinds import universal
-from dmlbench.kinds.base import WHOLE, Kept, Stated
+from dmlbench.kinds.base import WHOLE_RUN, Stated, StoredSample
 from dmlbench.kinds.halves import halves
 from dmlbench.kinds.poison import search as poison
 from dmlbench.kinds.sides import search as sides
@@ -72,7 +72,7 @@ def stated(run, name, eps=("10/255", "20/255")):
 def kept(model, digits, run):
     subject = prepare(model, digits, limit=32, device="cpu")
     at = np.flatnonzero(np.isin(subject.rows, run.sample["rows"]))
-    return Kept(subject, at, subject.images(0, 32)[torch.from_numpy(at)])
+    return StoredSample(subject, at, subject.images(0, 32)[torch.from_numpy(at)])
 
 
 @pytest.fixture
@@ -320,7 +320,7 @@ def test_without_a_ball_every_query_is_as_when_clean(model, digits) -> None:
     subject = prepare(model, digits, limit=20, device="cpu")
     rule, half = rules("universal"), halves(subject.rows, 0)
     nothing = replace(rule.threat_at("1/255"), eps=0, step=0)
-    found = universal.made(subject, universal.Own.of(rule), nothing, 0, half, 0, np.arange(20))
+    found = universal.made(subject, universal.UniversalSettings.of(rule), nothing, 0, half, 0, np.arange(20))
     np.testing.assert_array_equal(found["recall_at_1"] == 100, right_when_clean(subject))
     assert not found["norm"].any()
 
@@ -417,7 +417,7 @@ def test_a_picture_takes_a_query_where_it_is_the_nearest_in_its_clean_place(mode
 def test_a_bundle_that_may_hold_no_picture_holds_no_poison(done) -> None:
     """Pictures of the gallery are pictures of the data set too."""
     whole, none = (shortened(done["poison"], count) for count in (32, 0))
-    assert whole.keys() == none.keys() and any(name.startswith(WHOLE) for name in none)
+    assert whole.keys() == none.keys() and any(name.startswith(WHOLE_RUN) for name in none)
     assert all(len(values) == 0 for values in none.values()) and all(len(values) for values in whole.values())
 
 

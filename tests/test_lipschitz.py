@@ -18,7 +18,7 @@ from dmlbench.checkpoints import PACKAGE, Embedding, checkpoints
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError
 from dmlbench.evaluate import evaluate
-from dmlbench.kinds.base import Kept, Stated
+from dmlbench.kinds.base import Stated, StoredSample
 from dmlbench.kinds.certified import record
 from dmlbench.kinds.certified.lipschitz import PLAIN, broken, proven, seen, slopes
 from dmlbench.kinds.certified.measure import components
@@ -257,7 +257,7 @@ def test_what_is_stored_is_looked_at_again(done, model, digits) -> None:
     stated = Stated(done, rule, tuple(components(rule, (1, 8, 8))))
     subject = prepare(model, digits, limit=40, device="cpu")
     at = np.arange(40)
-    kept = Kept(subject, at, subject.images(0, 40))
+    kept = StoredSample(subject, at, subject.images(0, 40))
     record.CERTIFIED.form.model_validate(done.extras["certified"])
 
     def problems(arrays=None, **claim):
@@ -281,7 +281,7 @@ def test_what_is_stored_is_looked_at_again(done, model, digits) -> None:
         replace(stated, evaluation=done.model_copy().with_arrays({**done.arrays, PLAIN: done.arrays[PLAIN][:3]}, {}))
     ))  # fmt: skip
     twin = dmlbench.load_model("digits-smallcnn-triplet-none")
-    other = Kept(replace(subject, embedder=twin), at, kept.clean)
+    other = StoredSample(replace(subject, embedder=twin), at, kept.clean)
     assert any("the model's record None" in p.reason for p in record.replay(stated, other))
 
 

@@ -21,7 +21,7 @@ from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.datasets.pairs import with_pairs
 from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate
-from dmlbench.kinds.base import Kept, Stated
+from dmlbench.kinds.base import Stated, StoredSample
 from dmlbench.kinds.table import KINDS, numbers_of
 from dmlbench.kinds.verification import checks, search
 from dmlbench.kinds.verification.pairs import SIDES, drawn, folds_of_classes, threshold, thresholds
@@ -504,7 +504,7 @@ def test_a_run_holds_what_it_must(whole, model, small) -> None:
     for name, (letter, _) in kind.arrays(whole.rules, whole.parts).items():
         assert e.arrays[name].shape == (60,) and e.arrays[name].dtype.kind == letter, name
     subject = prepare(model, small, device="cpu")
-    assert not list(checks.replay(whole, Kept(subject, np.arange(60), subject.images(0, 60))))
+    assert not list(checks.replay(whole, StoredSample(subject, np.arange(60), subject.images(0, 60))))
 
 
 @pytest.mark.parametrize(
@@ -563,7 +563,7 @@ def test_edited_arrays(whole, name, change, reason) -> None:
 
 def test_other_pairs_and_images_that_lie_fall_at_the_replay(whole, model, small) -> None:
     e, subject = whole.evaluation, prepare(model, small, device="cpu")
-    kept = Kept(subject, np.arange(60), subject.images(0, 60))
+    kept = StoredSample(subject, np.arange(60), subject.images(0, 60))
 
     def replayed(arrays, sample):
         return list(checks.replay(replace(whole, evaluation=e.model_copy().with_arrays(arrays, sample)), kept))

@@ -28,7 +28,7 @@ from dmlbench.threat import Threat
 RUN = "run/evaluation.json"
 QUERIES = "run/per_query.npz"
 SAMPLE = "run/adversarial_sample.npz"
-WHOLE = "whole/"
+WHOLE_RUN = "whole/"
 """How names in the sample begin of what is of the whole run, where the others have something of each sampled query."""
 
 CLOSE = 1e-3
@@ -206,7 +206,7 @@ class Stated:
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class StoredSample:
     """What the stored adversarial images are looked at with: the model and its queries, the ``positions`` of those whose
     images are stored, and their clean images."""
 
@@ -215,7 +215,7 @@ class Kept:
     clean: Tensor
 
 
-def own_components(rules: Protocol, shape: Shape) -> list[Component]:
+def listed_components(rules: Protocol, shape: Shape) -> list[Component]:
     """The components that the protocol's file lists."""
     return list(rules.components)
 
@@ -286,7 +286,7 @@ class Kind:
     unread: tuple[str, ...] = ()
     check: Callable[[Protocol], None] = lambda rules: None
     run: Callable[[Subject, Protocol, int, int, Progress, np.ndarray, Work], Outcome | None] | None = None
-    components: Callable[[Protocol, Shape], list[Component]] = own_components
+    components: Callable[[Protocol, Shape], list[Component]] = listed_components
     behind: Callable[[Protocol], Protocol] = lambda rules: rules
     mean: bool = False
     moved: bool = True
@@ -310,44 +310,44 @@ class Kind:
     arrays: Callable[[Protocol, Sequence[Component]], Mapping[str, tuple[str, int]]] = lambda rules, parts: {}
     outcome_problems: Callable[[Stated], Iterator[Problem]] = nothing
     number_problems: Callable[[Stated], Iterator[Problem]] = nothing
-    replay: Callable[[Stated, Kept], Iterator[Problem]] = nothing
+    replay: Callable[[Stated, StoredSample], Iterator[Problem]] = nothing
     as_long: Callable[[Protocol, Evaluation], Protocol] = lambda rules, evaluation: rules
     share: Callable[[Stated, Subject, np.random.Generator, Progress], tuple[str, Iterable[Problem]]] | None = None
     disagree: Callable[[Stated, Evaluation, np.ndarray, int], Iterator[Problem]] | None = None
 
 
-def count_problems(bad: Any, field: str, said: str) -> Iterator[Problem]:
+def count_problems(bad: Any, field: str, text: str) -> Iterator[Problem]:
     """A problem with how many queries are ``bad`` (Q,), where any is."""
     if np.any(bad):
-        yield Problem(0, f"{QUERIES} {field}", f"{int(np.sum(bad))} {said}")
+        yield Problem(0, f"{QUERIES} {field}", f"{int(np.sum(bad))} {text}")
 
 
-def differences(where: str, stated: Any, found: Any, close: float = CLOSE) -> Iterator[Problem]:
+def differences(where: str, stated: Any, recomputed: Any, close: float = CLOSE) -> Iterator[Problem]:
     """Where two trees of lists, mappings and values differ, numbers by more than ``close``."""
-    if isinstance(stated, dict) and isinstance(found, dict):
-        for key in sorted({*stated, *found}):
-            yield from differences(f"{where}.{key}", stated.get(key), found.get(key), close)
-    elif isinstance(stated, list) and isinstance(found, list) and len(stated) == len(found):
-        for n, (a, b) in enumerate(zip(stated, found, strict=True)):
+    if isinstance(stated, dict) and isinstance(recomputed, dict):
+        for key in sorted({*stated, *recomputed}):
+            yield from differences(f"{where}.{key}", stated.get(key), recomputed.get(key), close)
+    elif isinstance(stated, list) and isinstance(recomputed, list) and len(stated) == len(recomputed):
+        for n, (a, b) in enumerate(zip(stated, recomputed, strict=True)):
             yield from differences(f"{where}.{n}", a, b, close)
-    elif isinstance(stated, int | float) and isinstance(found, float):
-        if not abs(stated - found) <= close:
-            yield Problem(0, f"{RUN} {where}", f"says {stated}, the queries' own outcomes give {found}")
-    elif stated != found:
-        yield Problem(0, f"{RUN} {where}", f"says {stated!r}, the queries' own outcomes give {found!r}")
+    elif isinstance(stated, int | float) and isinstance(recomputed, float):
+        if not abs(stated - recomputed) <= close:
+            yield Problem(0, f"{RUN} {where}", f"says {stated}, the queries' own outcomes give {recomputed}")
+    elif stated != recomputed:
+        yield Problem(0, f"{RUN} {where}", f"says {stated!r}, the queries' own outcomes give {recomputed!r}")
 
 
 def outcomes_differ(
-    e: Evaluation, c: Component, found: Mapping[str, np.ndarray], positions: np.ndarray
+    e: Evaluation, c: Component, read_outs: Mapping[str, np.ndarray], positions: np.ndarray
 ) -> Iterator[Problem]:
     """A problem where too many stored images of a part score otherwise than the run states of the queries at ``positions``."""
     stated = e.arrays[f"{c.name}/value"][positions].astype(np.float64)
-    again = found[c.readout].astype(np.float64)
+    again = read_outs[c.readout].astype(np.float64)
     points = np.abs(c.rescale(stated) - c.rescale(again))
     differing = (np.isnan(stated) != np.isnan(again)) | (points > AGREE)
     if differing.sum() > max(1, DIFFER * len(positions)):
-        said = f"{int(differing.sum())} of {len(positions)} stored images score otherwise than stated"
-        yield Problem(2, f"{QUERIES} {c.name}/value", said)
+        text = f"{int(differing.sum())} of {len(positions)} stored images score otherwise than stated"
+        yield Problem(2, f"{QUERIES} {c.name}/value", text)
 
 
 def text_of(value: float | None, digits: int = 1) -> str:

@@ -37,8 +37,8 @@ def made_on_each(
         make: at an eps, on the half 0 or 1; one unit of work.
     """
     count = len(subject.rows)
-    jobs = [(eps, own) for eps in rules.eps_for(subject.dataset.images.shape) for own in (0, 1)]
+    jobs = [(eps, which) for eps in rules.eps_for(subject.dataset.images.shape) for which in (0, 1)]
     progress.start(what, count * len(jobs))
-    units = {i: (f"{what} of half {own} at {eps}", 0, count) for i, (eps, own) in enumerate(jobs)}
-    found = work.each(what, units, lambda i: make(*jobs[i]), partial(progress.advance, what))
-    return None if work.shard else {job: found[i] for i, job in enumerate(jobs)}
+    units = {i: (f"{what} of half {which} at {eps}", 0, count) for i, (eps, which) in enumerate(jobs)}
+    results = work.each(what, units, lambda i: make(*jobs[i]), partial(progress.advance, what))
+    return None if work.shard else {job: results[i] for i, job in enumerate(jobs)}

@@ -46,7 +46,7 @@ class Log:
     """
 
     def __init__(self, images: Tensor) -> None:
-        self.found = images.clone()
+        self.first_wrong = images.clone()
         self.first = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         self.calls = torch.zeros_like(self.first)
         self.gradients = self.values = 0
@@ -62,16 +62,16 @@ class Log:
         fresh = wrong_by(margins) & (self.first[at] == 0)  # (n,)
         self.first[at] = torch.where(fresh, self.calls[at], self.first[at])
         shape = (-1, *[1] * (images.dim() - 1))
-        self.found[at] = torch.where(fresh.view(shape), images, self.found[at])
+        self.first_wrong[at] = torch.where(fresh.view(shape), images, self.first_wrong[at])
 
     def stopped(self, images: Tensor) -> Tensor:
         """``images`` (b, ...), with the first found one of each that has one in its place."""
-        return torch.where((self.first > 0).view(-1, *[1] * (images.dim() - 1)), self.found, images)
+        return torch.where((self.first > 0).view(-1, *[1] * (images.dim() - 1)), self.first_wrong, images)
 
-    def looked(self, found: Bool[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
-        """How many images had been looked at when the first was found, of those that a read-out ``found`` too; else 0."""
+    def calls_until(self, broken: Bool[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
+        """How many images had been looked at when the first was found, of those that a read-out ``broken`` too; else 0."""
         first, calls = self.first.cpu().numpy(), self.calls.cpu().numpy()
-        return np.where(found, np.where(first > 0, first, calls), 0).astype(np.int32)
+        return np.where(broken, np.where(first > 0, first, calls), 0).astype(np.int32)
 
 
 class Watch:
@@ -197,18 +197,18 @@ class Field:
         return Field(subject, seed, batch_size, progress, work, tuple(batches(len(order), size)), order, keep)
 
     def over(
-        self, name: str, unit: str, wanted: np.ndarray, search: Callable[[np.ndarray], Arrays]
+        self, name: str, unit: str, selected: np.ndarray, search: Callable[[np.ndarray], Arrays]
     ) -> list[tuple[np.ndarray, Arrays]]:
-        """``search`` of the queries that are ``wanted`` (Q,) bool, in units; by unit the queries' positions and what it gave.
+        """``search`` of the queries that are ``selected`` (Q,) bool, in units; by unit the queries' positions and what it gave.
 
         A unit is a batch, filled up with those who are wanted from all over the set. A shard knows only its own queries: there
         a unit is what is wanted of a fixed block, drawn from all over the set so that blocks thin out alike. Who is
         wanted is part of a unit's name: what is kept counts for nobody else. Units of other shards are left out.
         """
         if self.work.shard or self.work.gather:
-            units = [self.order[a:b][wanted[self.order[a:b]]] for a, b in self.bounds]
+            units = [self.order[a:b][selected[self.order[a:b]]] for a, b in self.bounds]
         else:
-            units = self._batches(self.order[wanted[self.order]])
+            units = self._batches(self.order[selected[self.order]])
         left = {i: np.sort(positions) for i, positions in enumerate(units) if len(positions)}
 
         def compute(i: int) -> Arrays:
@@ -221,8 +221,8 @@ class Field:
 
         named = {i: (f"{unit} of {_digest(positions)}", 0, len(positions)) for i, positions in left.items()}
         self.progress.start(name, sum(map(len, left.values())))
-        found = self.work.each(name, named, compute, partial(self.progress.advance, name))
-        return [(left[i], arrays) for i, arrays in found.items()]
+        results = self.work.each(name, named, compute, partial(self.progress.advance, name))
+        return [(left[i], arrays) for i, arrays in results.items()]
 
     def _batches(self, positions: np.ndarray) -> list[np.ndarray]:
         """As few batches as there can be, of about the same size."""
@@ -247,10 +247,10 @@ def read_out(
     return embeddings
 
 
-def cost(found: Iterable[tuple[np.ndarray, Arrays]]) -> dict[str, Any]:
+def cost(units: Iterable[tuple[np.ndarray, Arrays]]) -> dict[str, Any]:
     """What units of a search cost together: ``gradients``, ``values``, ``nonfinite`` and ``seconds``."""
-    spent = {key: sum(int(arrays[key].sum()) for _, arrays in found) for key in ("gradients", "values", "nonfinite")}
-    return {**spent, "seconds": float(sum(arrays["seconds"].sum() for _, arrays in found))}
+    spent = {key: sum(int(arrays[key].sum()) for _, arrays in units) for key in ("gradients", "values", "nonfinite")}
+    return {**spent, "seconds": float(sum(arrays["seconds"].sum() for _, arrays in units))}
 
 
 def _digest(positions: np.ndarray) -> str:

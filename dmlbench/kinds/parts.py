@@ -6,7 +6,7 @@ import torch
 
 from dmlbench.attacks import ATTACKS, measure
 from dmlbench.errors import Problem
-from dmlbench.kinds.base import Kept, Kind, Stated, outcomes_differ
+from dmlbench.kinds.base import Kind, Stated, StoredSample, outcomes_differ
 from dmlbench.protocol import Protocol
 from dmlbench.run.search import aimed, searches
 
@@ -16,15 +16,17 @@ def page(p: Protocol) -> Iterator[str]:
     yield "Score: ERS, the mean of the parts' scores, 0 to 100, higher is more robust.\n"
 
 
-def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
+def replay(stated: Stated, stored: StoredSample) -> Iterator[Problem]:
     """Do the stored images of each attack score the same?"""
-    e, rules, subject = stated.evaluation, stated.rules, kept.subject
+    e, rules, subject = stated.evaluation, stated.rules, stored.subject
     for search in searches(rules, rules.components):
-        scene = aimed(subject, search, rules.seed)[torch.from_numpy(kept.positions).to(subject.device)]
+        scene = aimed(subject, search, rules.seed)[torch.from_numpy(stored.positions).to(subject.device)]
         for c in search.components:
             adversarial = torch.from_numpy(e.sample[c.name].copy()).to(subject.device)
-            found = measure(subject.embedder, ATTACKS[search.attack], search.threat, adversarial, kept.clean, scene)
-            yield from outcomes_differ(e, c, found, kept.positions)
+            read_outs = measure(
+                subject.embedder, ATTACKS[search.attack], search.threat, adversarial, stored.clean, scene
+            )
+            yield from outcomes_differ(e, c, read_outs, stored.positions)
 
 
 ERS = Kind(

@@ -36,12 +36,12 @@ def read(kind: str, column: Mapping[str, str]) -> Callable[[Evaluation], dict[st
 def by_query(kind: str, column: Mapping[str, str]) -> Callable[[Evaluation], dict[str, Float[np.ndarray, " Q"]]]:
     """What each query adds to the numbers; empty without the queries' outcomes."""
 
-    def found(e: Evaluation) -> dict[str, np.ndarray]:
+    def values_of(e: Evaluation) -> dict[str, np.ndarray]:
         eps = e.extras[kind]["curve"][-1]["eps"]
         values = {name: e.arrays.get(f"{reading}@{eps}/value") for reading, name in column.items()}
         return {name: each.astype(np.float64) for name, each in values.items() if each is not None}
 
-    return found
+    return values_of
 
 
 def number_problems(kind: str) -> Callable[[Stated], Iterator[Problem]]:

@@ -84,14 +84,14 @@ def between(
         if not undecided.any():
             break
         middle = (low + high) // 2
-        found = field.over(name, f"{name}, halving {halving}", undecided, each)
-        for _, arrays in found:
+        results = field.over(name, f"{name}, halving {halving}", undecided, each)
+        for _, arrays in results:
             at, hit = arrays["at"], arrays["broken"]
             high[at[hit]], low[at[~hit]] = middle[at[hit]], middle[at[~hit]]
-        known = np.concatenate([positions for positions, _ in found]) if found else nothing
+        known = np.concatenate([positions for positions, _ in results]) if results else nothing
         others = np.setdiff1d(np.flatnonzero(undecided), known)  # of another shard
         low[others] = high[others] - 1
-        spent += found
+        spent += results
     return np.append(steps, np.inf)[high], cost(spent)
 
 
@@ -110,7 +110,7 @@ class SmallestForm(Form):
 def halfway(
     protocol: Protocol,
     grid: Sequence[str],
-    found: Float[np.ndarray, " Q"],
+    smallest: Float[np.ndarray, " Q"],
     labels: Int[np.ndarray, " Q"],
     halving: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -122,8 +122,8 @@ def halfway(
     """
     assert protocol.threshold is not None
     steps, _ = ladder([protocol.threat_at(eps).radius for eps in grid], protocol.threshold)
-    place = np.searchsorted(steps, found * (1 - 1e-6)).astype(np.float64)  # beyond the last where none was found
-    middle, ends = cluster_median(np.where(np.isnan(found), np.nan, place), labels)
+    place = np.searchsorted(steps, smallest * (1 - 1e-6)).astype(np.float64)  # beyond the last where none was found
+    middle, ends = cluster_median(np.where(np.isnan(smallest), np.nan, place), labels)
 
     def at(position: float | None) -> float | None:
         return None if position is None else ([*steps.tolist(), None, 0.0][int(np.clip(position, -1, len(steps)))])
@@ -143,14 +143,14 @@ def within(value: float | None, smallest: dict[str, Any]) -> float:
     return float(smallest["largest"] if value is None else value)
 
 
-def shown(value: float | None, found: dict[str, Any]) -> str:
+def shown(value: float | None, numbers: dict[str, Any]) -> str:
     """A length in a sentence; one that is beyond the largest of the grid is said to be so."""
-    return f"> {written(found['largest'], found['norm'])}" if value is None else written(value, found["norm"])
+    return f"> {written(numbers['largest'], numbers['norm'])}" if value is None else written(value, numbers["norm"])
 
 
 def length_problems(
     name: str,
-    found: Float[np.ndarray, " Q"],
+    stated: Float[np.ndarray, " Q"],
     right: Bool[np.ndarray, " Q"],
     broken: Bool[np.ndarray, "E Q"],
     eps: Ladder,
@@ -158,14 +158,14 @@ def length_problems(
     """Of a submitted run: is the smallest eps of each query one that is asked about, between the last eps of the grid that left
     it alone and the first that did not?"""
     yield from count_problems(
-        np.isnan(found) == right, name, "are missing where the query is right when clean, or there where not"
+        np.isnan(stated) == right, name, "are missing where the query is right when clean, or there where not"
     )
     steps, places = eps
     low, high = bracket(broken, places, len(steps))
     lengths = np.append(steps, np.inf)
-    at = np.searchsorted(steps, found * (1 - LENGTHS_CLOSE))
+    at = np.searchsorted(steps, stated * (1 - LENGTHS_CLOSE))
     with np.errstate(invalid="ignore"):
-        off = (found != lengths[at]) & ~(np.abs(found - lengths[at]) <= LENGTHS_CLOSE * found)
+        off = (stated != lengths[at]) & ~(np.abs(stated - lengths[at]) <= LENGTHS_CLOSE * stated)
     yield from count_problems(right & off, name, "are none of the eps that are asked about")
     yield from count_problems(
         right & ((at <= low) | (at > high)), name, "do not lie between the grid's eps that say so"

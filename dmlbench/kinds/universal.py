@@ -24,7 +24,6 @@ from dmlbench.kinds.base import (
     Curve,
     Form,
     Job,
-    Kept,
     Kind,
     Line,
     Number,
@@ -35,6 +34,7 @@ from dmlbench.kinds.base import (
     Settings,
     Sheet,
     Stated,
+    StoredSample,
     count_problems,
     outcomes_differ,
     settings_of,
@@ -61,7 +61,7 @@ SAME = 1e-4
 """How far apart two pictures' changes of a pixel may be, which the ends of [0, 1] did not cut off."""
 
 
-class Own(Settings):
+class UniversalSettings(Settings):
     """``[settings]``."""
 
     attack: str = "WM"
@@ -94,14 +94,20 @@ def components(rules: Protocol, shape: Sequence[int]) -> list[Component]:
 
 def threat_at(rules: Protocol, eps: str) -> Threat:
     """The threat at one eps, with steps of 2.5 eps / steps."""
-    found = rules.threat_at(eps)
-    return found.but(step=2.5 * found.radius / max(1, found.steps))
+    threat = rules.threat_at(eps)
+    return threat.but(step=2.5 * threat.radius / max(1, threat.steps))
 
 
 def made(
-    subject: Subject, attack: Attack, threat: Threat, seed: int, half: Int[np.ndarray, " Q"], own: int, keep: np.ndarray
+    subject: Subject,
+    attack: Attack,
+    threat: Threat,
+    seed: int,
+    half: Int[np.ndarray, " Q"],
+    which: int,
+    keep: np.ndarray,
 ) -> Arrays:
-    """The perturbation of the half ``own``, on every query.
+    """The perturbation of the half ``which``, on every query.
 
     Returns:
         ``recall_at_1`` and ``norm`` (Q,), ``images`` (m, C, H, W) at the positions ``keep``, and ``nonfinite`` (1,) gradients.
@@ -109,19 +115,19 @@ def made(
     Raises:
         AssertionError: an image left the ball or [0, 1]. DataError: the model gives NaN or infinite embeddings for one.
     """
-    known = subject[np.flatnonzero(half == own)]
+    known = subject[np.flatnonzero(half == which)]
     rng = known.rng(seed, "universal")
     with torch.no_grad(), watched() as trouble:
         loss = AttackLoss(subject.embedder, OBJECTIVES[attack.objective], known.scene, threat.eot)
         shared = perturbation(loss, known.images(0, len(known.rows)), threat, rng, block=BLOCK)
-    found = []
+    blocks = []
     images = []
     for a, b in batches(len(subject.rows), BLOCK):
         clean = subject.images(a, b)
         moved = worn(shared, clean, threat)
-        found.append(dict(measure(subject.embedder, attack, threat, moved, clean, subject.scene[a:b])))
+        blocks.append(dict(measure(subject.embedder, attack, threat, moved, clean, subject.scene[a:b])))
         images.append(moved[torch.from_numpy(keep[(keep >= a) & (keep < b)] - a).to(moved.device)].cpu().numpy())
-    read = joined(found)
+    read = joined(blocks)
     return {
         "recall_at_1": read["recall_at_1"].astype(np.float32),
         "norm": read["norm"],
@@ -136,15 +142,15 @@ def run(
     seed: int,
     batch_size: int,
     progress: Progress,
-    kept: np.ndarray,
+    sampled: np.ndarray,
     work: Work | None = None,
 ) -> Outcome | None:
     """Both halves' perturbations at every eps; None where ``work`` is a shard, whose part is then done. A unit is one of them."""
     work, parts, half = work or Work(), components(rules, subject.dataset.images.shape), halves(subject.rows, seed)
-    attack = Own.of(rules)
+    attack = UniversalSettings.of(rules)
 
-    def make(eps: str, own: int) -> Arrays:
-        return made(subject, attack, threat_at(rules, eps), seed, half, own, kept)
+    def make(eps: str, which: int) -> Arrays:
+        return made(subject, attack, threat_at(rules, eps), seed, half, which, sampled)
 
     each = made_on_each("universal", subject, rules, make, progress, work)
     if each is None:
@@ -153,11 +159,11 @@ def run(
     sample: dict[str, np.ndarray] = {}
     seconds: dict[str, float] = {}
     for part in parts:
-        pair = [each[part.threat["eps"], own] for own in (0, 1)]
+        pair = [each[part.threat["eps"], which] for which in (0, 1)]
         by = half if part.attack == "seen" else 1 - half
         for key, name in (("recall_at_1", "value"), ("norm", "norm")):
             arrays[f"{part.name}/{name}"] = np.where(by == 0, pair[0][key], pair[1][key])
-        sample[part.name] = np.where(by[kept][:, None, None, None] == 0, pair[0]["images"], pair[1]["images"])
+        sample[part.name] = np.where(by[sampled][:, None, None, None] == 0, pair[0]["images"], pair[1]["images"])
         seconds[part.name] = sum(float(p["seconds"].sum()) for p in pair) / len(READ)
     clean = retrieval(subject.scene, (1,))["recall_at_1"]
     nonfinite = sum(int(u["nonfinite"].sum()) for u in each.values())
@@ -209,9 +215,9 @@ COLUMN = dict(zip(("unseen", "seen"), (n.name for n in NUMBERS), strict=True))
 
 def curve(e: Evaluation) -> Curve:
     """R@1 of unseen queries against eps."""
-    said = e.extras["universal"]
-    points = (Point(row["eps"], row["unseen"], f"unseen@{row['eps']}") for row in said["curve"])
-    return Curve("R@1 under an unseen universal perturbation, %", (Point("0", said["clean"], "recall_at_1"), *points))
+    extras = e.extras["universal"]
+    points = (Point(row["eps"], row["unseen"], f"unseen@{row['eps']}") for row in extras["curve"])
+    return Curve("R@1 under an unseen universal perturbation, %", (Point("0", extras["clean"], "recall_at_1"), *points))
 
 
 def check(p: Protocol) -> None:
@@ -220,7 +226,7 @@ def check(p: Protocol) -> None:
     Raises:
         UsageError: it is not.
     """
-    Own.of(p)
+    UniversalSettings.of(p)
 
 
 def require(rules: Protocol, dataset: RetrievalDataset, seed: int) -> None:
@@ -237,15 +243,15 @@ def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
     for eps in p.eps_for(dataset.images.shape):
         threat = threat_at(p, eps)
         yield Job(
-            name=f"universal@{eps}", eps=eps, optimizer="universal", threat=threat, attack=Own.of(p),
+            name=f"universal@{eps}", eps=eps, optimizer="universal", threat=threat, attack=UniversalSettings.of(p),
             passes=OPTIMIZERS["universal"].passes(threat), steps=threat.steps,
         )  # fmt: skip
 
 
-def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
+def tables(extras: dict[str, Any]) -> Iterator[Sheet | Line]:
     """R@1 by eps, seen and unseen."""
-    rows = [("0", *2 * (text_of(said["clean"]),))]
-    rows += [(row["eps"], *(text_of(row[part]) for part in READ)) for row in said["curve"]]
+    rows = [("0", *2 * (text_of(extras["clean"]),))]
+    rows += [(row["eps"], *(text_of(row[part]) for part in READ)) for row in extras["curve"]]
     yield Sheet(
         "R@1 % under one perturbation for all queries", ("eps",), ("made on this half", "on the other"), tuple(rows)
     )
@@ -255,7 +261,7 @@ def page(p: Protocol) -> Iterator[str]:
     """What the perturbation is made on and read on."""
     yield (
         f"The queries are dealt to two halves. One perturbation is made on each ({p.threat_at('0').steps} signed steps of 2.5 eps / steps on the sum of "
-        f"`{settings_of(Own, p).attack}`'s losses), and added to every query: to those that it saw, and to the others. Score: R@1 of the others, "
+        f"`{settings_of(UniversalSettings, p).attack}`'s losses), and added to every query: to those that it saw, and to the others. Score: R@1 of the others, "
         "percent, ↑ robust.\n"
     )
     yield from md.table(["number", "what"], [[f"`{n.name}`", n.title] for n in NUMBERS])
@@ -276,15 +282,15 @@ def outcome_problems(stated: Stated) -> Iterator[Problem]:
         yield from count_problems(missing, f"{c.name}/value", "outcomes are missing in one of clean and attacked alone")
 
 
-def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
+def replay(stated: Stated, stored: StoredSample) -> Iterator[Problem]:
     """The stored images of a half are all moved by one perturbation, and show what is stated."""
-    e, subject, at = stated.evaluation, kept.subject, kept.positions
-    attack, scene = Own.of(stated.rules), subject.scene[torch.from_numpy(at).to(subject.device)]
-    half, clean = e.arrays[HALF][at], kept.clean.cpu().numpy()
+    e, subject, at = stated.evaluation, stored.subject, stored.positions
+    attack, scene = UniversalSettings.of(stated.rules), subject.scene[torch.from_numpy(at).to(subject.device)]
+    half, clean = e.arrays[HALF][at], stored.clean.cpu().numpy()
     for c in stated.parts:
         images = e.sample[c.name]
-        for own in (0, 1):
-            one, rest = images[half == own], clean[half == own]
+        for which in (0, 1):
+            one, rest = images[half == which], clean[half == which]
             free = (one > SAME) & (one < 1 - SAME)
             moved = one - rest
             spread = np.where(free, moved, -np.inf).max(0, initial=-np.inf) - np.where(free, moved, np.inf).min(
@@ -292,13 +298,13 @@ def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
             )
             if (spread > SAME).any():
                 yield Problem(
-                    2, f"{SAMPLE} {c.name}", f"the images of half {own} are not all moved by one perturbation"
+                    2, f"{SAMPLE} {c.name}", f"the images of half {which} are not all moved by one perturbation"
                 )
         threat = stated.rules.threat_of(c)
-        found = measure(
-            subject.embedder, attack, threat, torch.from_numpy(images.copy()).to(subject.device), kept.clean, scene
+        read_outs = measure(
+            subject.embedder, attack, threat, torch.from_numpy(images.copy()).to(subject.device), stored.clean, scene
         )
-        yield from outcomes_differ(e, c, found, at)
+        yield from outcomes_differ(e, c, read_outs, at)
 
 
 def share(
@@ -307,17 +313,27 @@ def share(
     """One half's perturbation at one eps, drawn, made again and read on all queries."""
     e, rules, half = stated.evaluation, stated.rules, halves(subject.rows, stated.rules.seed)
     grid = rules.eps_for(subject.dataset.images.shape)
-    eps, own = grid[draw.integers(len(grid))], int(draw.integers(2))
+    eps, which = grid[draw.integers(len(grid))], int(draw.integers(2))
     progress.start("universal", len(half))
-    again = made(subject, Own.of(rules), threat_at(rules, eps), rules.seed, half, own, np.zeros(0, dtype=np.int64))
+    again = made(
+        subject,
+        UniversalSettings.of(rules),
+        threat_at(rules, eps),
+        rules.seed,
+        half,
+        which,
+        np.zeros(0, dtype=np.int64),
+    )
     progress.advance("universal", len(half))
     problems = []
-    for read, at in (("seen", half == own), ("unseen", half != own)):
-        said, found = (mean(values[at]) for values in (e.arrays[f"{read}@{eps}/value"], again["recall_at_1"]))
-        if abs(said - found) > AGREE:
-            words = f"give R@1 {said:.2f} of half {own}'s perturbation, made again it gives {found:.2f}"
+    for read, at in (("seen", half == which), ("unseen", half != which)):
+        stated_mean, mean_again = (
+            mean(values[at]) for values in (e.arrays[f"{read}@{eps}/value"], again["recall_at_1"])
+        )
+        if abs(stated_mean - mean_again) > AGREE:
+            words = f"give R@1 {stated_mean:.2f} of half {which}'s perturbation, made again it gives {mean_again:.2f}"
             problems.append(Problem(3, f"{QUERIES} {read}@{eps}/value", words))
-    return f"made half {own}'s perturbation at {eps} again, and read it on all {len(half)} queries", problems
+    return f"made half {which}'s perturbation at {eps} again, and read it on all {len(half)} queries", problems
 
 
 UNIVERSAL = Kind(

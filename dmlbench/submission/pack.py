@@ -15,7 +15,7 @@ from dmlbench.checkpoints import PACKAGE, Checkpoint, checkpoints, first_problem
 from dmlbench.compact import npz_bytes, stacked, tabulated
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import write_whole
-from dmlbench.kinds.base import WHOLE
+from dmlbench.kinds.base import WHOLE_RUN
 from dmlbench.kinds.table import numbers_of
 from dmlbench.models.defended import hashed, named
 from dmlbench.plain import read_json
@@ -220,7 +220,7 @@ def shortened(e: Evaluation, count: int) -> dict[str, np.ndarray]:
     first = e.arrays["query"][np.searchsorted(np.sort(measured), measured[:count])]
     keep = np.isin(e.sample["rows"], first)
     return {
-        name: values[: len(values) if count else 0] if name.startswith(WHOLE) else values[keep]
+        name: values[: len(values) if count else 0] if name.startswith(WHOLE_RUN) else values[keep]
         for name, values in e.sample.items()
         if not name.startswith("closeup/")
     }

@@ -12,7 +12,7 @@ import torch
 from dmlbench.datasets import RetrievalDataset, load_dataset
 from dmlbench.embedding import Embedder
 from dmlbench.errors import Problem
-from dmlbench.kinds.base import AGREE, CLUSTERS_AGREE, DIFFER, QUERIES, RUN, SAMPLE, Kept
+from dmlbench.kinds.base import AGREE, CLUSTERS_AGREE, DIFFER, QUERIES, RUN, SAMPLE, StoredSample
 from dmlbench.kinds.table import KINDS
 from dmlbench.metrics import OF_THE_GALLERY, RECALL_AT, agreement, assignments, retrieval
 from dmlbench.results import Evaluation
@@ -63,7 +63,7 @@ def replay(checked: Checked, embedder: Embedder, device: str = "auto") -> None:
     problems += images
     sound = not any(p.field.startswith(SAMPLE) for p in images)
     if sound:  # no image outside its ball is embedded
-        problems += KINDS[rules.kind].replay(checked.stated, Kept(subject, keep, clean))
+        problems += KINDS[rules.kind].replay(checked.stated, StoredSample(subject, keep, clean))
     if problems:
         raise Refused(problems)
 

@@ -28,7 +28,7 @@ def margins(smoothed: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]
     """
     entries = torch.nn.functional.normalize(scene.gallery.embeddings.double(), dim=1)
     near = smoothed.double() @ entries.t()  # (B, N)
-    found = near.new_full((len(scene),), torch.nan)
+    values = near.new_full((len(scene),), torch.nan)
     for label in scene.labels.unique():
         of_class = scene.gallery.labels == label
         kin, others = of_class.nonzero()[:, 0], (~of_class).nonzero()[:, 0]
@@ -40,8 +40,8 @@ def margins(smoothed: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]
             gap = near[i, kin[p], None] - near[i, None, others[n]]
             distance = apart[p][:, n]
             gap = torch.where(distance > SAME, gap / distance, 0.0)
-            found[i] = gap.amin(1).amax() if bool(n.any()) else torch.inf
-    return found
+            values[i] = gap.amin(1).amax() if bool(n.any()) else torch.inf
+    return values
 
 
 def _evidence(samples: int, alpha: float, queries: int) -> float:
@@ -58,8 +58,8 @@ def errors(lengths: Float[np.ndarray, " Q"], samples: int, alpha: float, queries
     """
     y, s = _evidence(samples, alpha, queries), np.clip(lengths, 0.0, 1.0)
     b = 4.0 * y * (s + 1.0 / 3.0)
-    found: np.ndarray = (b + np.sqrt(b * b + 8.0 * y * (1.0 + 2.0 * y) * (1.0 - s * s))) / (2.0 * (1.0 + 2.0 * y))
-    return found
+    bound: np.ndarray = (b + np.sqrt(b * b + 8.0 * y * (1.0 + 2.0 * y) * (1.0 - s * s))) / (2.0 * (1.0 + 2.0 * y))
+    return bound
 
 
 def fewest(alpha: float, queries: int) -> int:
@@ -80,8 +80,8 @@ def radii(
     0 where nothing is proven, NaN where there is no margin. None is above :func:`largest`.
     """
     share = (1.0 + margin - errors(lengths, samples, alpha, queries)) / 2.0
-    found = sigma * ndtri(np.clip(share, 0.5, 1.0))
-    return np.where(np.isposinf(margin), largest(sigma, samples, alpha, queries), found)
+    radius = sigma * ndtri(np.clip(share, 0.5, 1.0))
+    return np.where(np.isposinf(margin), largest(sigma, samples, alpha, queries), radius)
 
 
 def largest(sigma: float, samples: int, alpha: float, queries: int) -> float:

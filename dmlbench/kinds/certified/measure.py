@@ -97,7 +97,7 @@ def run(
     seed: int,
     batch_size: int,
     progress: Progress,
-    kept: np.ndarray,
+    sampled: np.ndarray,
     work: Work | None = None,
 ) -> Outcome | None:
     """Every query's certified radius; None where ``work`` is a shard, whose part is then done. A unit is a batch of queries."""
@@ -111,18 +111,18 @@ def run(
         return halved(lambda a, b: readings(subject[a:b], settings, seed), a, b)
 
     bounds = [(a, min(a + batch_size, count)) for a in range(0, count, batch_size)]
-    found = work.map("smoothing", bounds, unit, partial(progress.advance, "smoothing"))
+    units = work.map("smoothing", bounds, unit, partial(progress.advance, "smoothing"))
     if work.shard:
         return None
-    done = [arrays for arrays in found if arrays is not None]
+    done = [arrays for arrays in units if arrays is not None]
     margin, lengths = (np.concatenate([arrays[key] for arrays in done]) for key in ("margin", "length"))
     arrays = outcomes(margin, lengths, settings, parts, everyone)
     seconds = sum(float(part["seconds"].sum()) for part in done)
-    sample = {CLEAN: subject.images(0, count)[torch.from_numpy(kept).to(subject.device)].cpu().numpy()}
+    sample = {CLEAN: subject.images(0, count)[torch.from_numpy(sampled).to(subject.device)].cpu().numpy()}
     if claim is not None:
         arrays |= lipschitz.plain(subject)
-    said = summary(settings, parts, everyone, subject.dataset.labels[subject.rows], arrays, claim)
-    return Outcome(parts, {part.name: seconds / len(parts) for part in parts}, arrays, sample, said)
+    extras = summary(settings, parts, everyone, subject.dataset.labels[subject.rows], arrays, claim)
+    return Outcome(parts, {part.name: seconds / len(parts) for part in parts}, arrays, sample, extras)
 
 
 def outcomes(
@@ -133,9 +133,9 @@ def outcomes(
     everyone: int,
 ) -> dict[str, np.ndarray]:
     """What follows for each query: its certified radius, and by part 100 where the part's radius is within it, else 0."""
-    found = radii(margin, lengths, settings.sigma, settings.samples, settings.alpha, everyone)
-    arrays = {MARGIN: margin, LENGTH: lengths, RADIUS: found}
-    return arrays | {f"{part.name}/value": within(found, length(part.threat["eps"])) for part in parts}
+    radius = radii(margin, lengths, settings.sigma, settings.samples, settings.alpha, everyone)
+    arrays = {MARGIN: margin, LENGTH: lengths, RADIUS: radius}
+    return arrays | {f"{part.name}/value": within(radius, length(part.threat["eps"])) for part in parts}
 
 
 def within(radius: Float[np.ndarray, " Q"], size: float) -> Float[np.ndarray, " Q"]:

@@ -19,7 +19,6 @@ from dmlbench.kinds.base import (
     Curve,
     Form,
     Job,
-    Kept,
     Kind,
     Line,
     Number,
@@ -28,6 +27,7 @@ from dmlbench.kinds.base import (
     Points,
     Sheet,
     Stated,
+    StoredSample,
     count_problems,
     differences,
     text_of,
@@ -168,29 +168,29 @@ NUMBERS = (
 
 def read(e: Evaluation) -> dict[str, float | None]:
     """The numbers, and the interval of the median."""
-    said = e.extras["certified"]
-    found = {
-        "certified_recall_at_1": said["recall_at_1"],
-        "certified_radius": said["median"],
-        "certified_radius_mean": said["average"],
-        "certified_at_all": said["certified"],
-        "smoothed_recall_at_1": said["smoothed"],
+    extras = e.extras["certified"]
+    columns = {
+        "certified_recall_at_1": extras["recall_at_1"],
+        "certified_radius": extras["median"],
+        "certified_radius_mean": extras["average"],
+        "certified_at_all": extras["certified"],
+        "smoothed_recall_at_1": extras["smoothed"],
     }
-    if "lipschitz" in said:
-        found["lipschitz_recall_at_1"] = said["lipschitz"]["recall_at_1"]
-    if said["interval"]:
-        found["certified_radius_lo"], found["certified_radius_hi"] = said["interval"]
-    return found
+    if "lipschitz" in extras:
+        columns["lipschitz_recall_at_1"] = extras["lipschitz"]["recall_at_1"]
+    if extras["interval"]:
+        columns["certified_radius_lo"], columns["certified_radius_hi"] = extras["interval"]
+    return columns
 
 
 def by_query(e: Evaluation) -> dict[str, np.ndarray]:
     """What each query adds to the numbers; empty without the queries' outcomes."""
     if RADIUS not in e.arrays or MARGIN not in e.arrays:
         return {}
-    radius, said = e.arrays[RADIUS].astype(np.float64), e.extras["certified"]
+    radius, extras = e.arrays[RADIUS].astype(np.float64), e.extras["certified"]
     claimed = {}
-    if "lipschitz" in said and lipschitz.PLAIN in e.arrays:
-        values = lipschitz.proven(e.arrays[lipschitz.PLAIN], said["lipschitz"]["constant"], said["radius"])
+    if "lipschitz" in extras and lipschitz.PLAIN in e.arrays:
+        values = lipschitz.proven(e.arrays[lipschitz.PLAIN], extras["lipschitz"]["constant"], extras["radius"])
         claimed = {"lipschitz_recall_at_1": values.astype(np.float64)}
     return {
         "certified_recall_at_1": within(radius, e.extras["certified"]["radius"]).astype(np.float64),
@@ -203,9 +203,9 @@ def by_query(e: Evaluation) -> dict[str, np.ndarray]:
 
 def curve(e: Evaluation) -> Curve:
     """Certified R@1 against the radius; at 0 the share with any certificate."""
-    said = e.extras["certified"]
-    points = (Point(row["eps"], row["recall_at_1"], f"certified@{row['eps']}") for row in said["curve"])
-    return Curve("certified R@1, %", (Point("0", said["certified"]), *points))
+    extras = e.extras["certified"]
+    points = (Point(row["eps"], row["recall_at_1"], f"certified@{row['eps']}") for row in extras["curve"])
+    return Curve("certified R@1, %", (Point("0", extras["certified"]), *points))
 
 
 def check(p: Protocol) -> None:
@@ -239,11 +239,14 @@ def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
     yield Job(name="smoothing", passes=(0, Settings.of(p).samples))
 
 
-def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
+def tables(extras: dict[str, Any]) -> Iterator[Sheet | Line]:
     """Certified R@1 by radius, the radii, and of what."""
-    rows = [("0", text_of(said["certified"])), *((row["eps"], text_of(row["recall_at_1"])) for row in said["curve"])]
+    rows = [
+        ("0", text_of(extras["certified"])),
+        *((row["eps"], text_of(row["recall_at_1"])) for row in extras["curve"]),
+    ]
     yield Sheet("certified R@1, %, by L2 radius", ("radius",), ("R@1",), tuple(rows))
-    if claim := said.get("lipschitz"):
+    if claim := extras.get("lipschitz"):
         rows = [(row["eps"], text_of(row["recall_at_1"])) for row in claim["curve"]]
         yield Sheet("the plain model's, %, if what it declares is true", ("radius",), ("R@1",), tuple(rows))
         middle = "–" if claim["median"] is None else written(claim["median"], "l2")
@@ -251,13 +254,13 @@ def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
             f"declared by its author, not verified; the steepest slope that two pictures showed is {claim['seen']:.4g}. Median radius {middle}.",
             f"Lipschitz constant {claim['constant']:g}",
         )
-    ends = f" ({' – '.join(written(end, 'l2') for end in said['interval'])})" if said["interval"] else ""
-    median, average = ("–" if said[key] is None else written(said[key], "l2") for key in ("median", "average"))
+    ends = f" ({' – '.join(written(end, 'l2') for end in extras['interval'])})" if extras["interval"] else ""
+    median, average = ("–" if extras[key] is None else written(extras[key], "l2") for key in ("median", "average"))
     yield Line(
-        f"median radius {median}{ends}, average {average}, {said['abstained']} abstained; smoothed R@1 {text_of(said['smoothed'])}. "
-        f"sigma {said['sigma']:g}, {said['samples']} samples, wrong with probability {said['alpha']:g} at the most in all "
-        f"{said['queries']} queries; no radius above {written(said['largest'], 'l2')} can be proven with these.",
-        f"certified R@1 {text_of(said['recall_at_1'])} at {written(said['radius'], 'l2')}",
+        f"median radius {median}{ends}, average {average}, {extras['abstained']} abstained; smoothed R@1 {text_of(extras['smoothed'])}. "
+        f"sigma {extras['sigma']:g}, {extras['samples']} samples, wrong with probability {extras['alpha']:g} at the most in all "
+        f"{extras['queries']} queries; no radius above {written(extras['largest'], 'l2')} can be proven with these.",
+        f"certified R@1 {text_of(extras['recall_at_1'])} at {written(extras['radius'], 'l2')}",
     )
 
 
@@ -288,10 +291,10 @@ def outcome_problems(stated: Stated) -> Iterator[Problem]:
     with np.errstate(invalid="ignore"):
         far = (np.abs(margin) > lengths + NEAR) & np.isfinite(margin)
     yield from count_problems(far, MARGIN, "are farther than the mean embedding is long")
-    found = outcomes(
+    recomputed = outcomes(
         margin, lengths, Settings.of(stated.rules), stated.parts, stated.rules.measured(e.dataset.n_queries_full)
     )
-    for name, again in found.items():
+    for name, again in recomputed.items():
         differ = ~np.isclose(e.arrays[name], again, rtol=1e-6, atol=1e-9, equal_nan=True)
         yield from count_problems(differ, name, "do not follow from margins and lengths")
 
@@ -317,8 +320,8 @@ def _claim_problems(e: Evaluation) -> Iterator[Problem]:
     )
     yield from count_problems((margin > 1 + NEAR) & np.isfinite(margin), lipschitz.PLAIN, "are above 1")
     if lipschitz.broken(claim["constant"], claim["seen"]):
-        said = f"is {claim['constant']:g}, and the steepest slope that was seen is {claim['seen']:g}"
-        yield Problem(0, f"{RUN} extras.certified.lipschitz.constant", said)
+        text = f"is {claim['constant']:g}, and the steepest slope that was seen is {claim['seen']:g}"
+        yield Problem(0, f"{RUN} extras.certified.lipschitz.constant", text)
 
 
 def number_problems(stated: Stated) -> Iterator[Problem]:
@@ -331,31 +334,31 @@ def number_problems(stated: Stated) -> Iterator[Problem]:
     yield from differences("extras.certified", e.extras["certified"], again, 1e-6)
 
 
-def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
+def replay(stated: Stated, stored: StoredSample) -> Iterator[Problem]:
     """The sampled pictures are those of the data set, and the first of them under the same noise give the stated margins."""
     e, rules = stated.evaluation, stated.rules
-    if CLEAN not in e.sample or not np.array_equal(e.sample[CLEAN], kept.clean.cpu().numpy()):
+    if CLEAN not in e.sample or not np.array_equal(e.sample[CLEAN], stored.clean.cpu().numpy()):
         yield Problem(2, f"{SAMPLE} {CLEAN}", "are not the pictures of the data set")
         return
     claim = e.extras["certified"].get("lipschitz")
-    if (constant := kept.subject.embedder.lipschitz) != (claim and claim["constant"]):
-        said = f"says {claim and claim['constant']}, the model's record {constant}"
-        yield Problem(2, f"{RUN} extras.certified.lipschitz.constant", said)
+    if (constant := stored.subject.embedder.lipschitz) != (claim and claim["constant"]):
+        text = f"says {claim and claim['constant']}, the model's record {constant}"
+        yield Problem(2, f"{RUN} extras.certified.lipschitz.constant", text)
     elif constant is not None:
-        if lipschitz.broken(constant, slope := lipschitz.seen(kept.subject)):
+        if lipschitz.broken(constant, slope := lipschitz.seen(stored.subject)):
             yield Problem(
                 2, f"{RUN} extras.certified.lipschitz.constant", f"is {constant:g}, and two pictures show {slope:.4g}"
             )
-        plain = lipschitz.plain(kept.subject)[lipschitz.PLAIN]
+        plain = lipschitz.plain(stored.subject)[lipschitz.PLAIN]
         differ = ~np.isclose(e.arrays[lipschitz.PLAIN], plain, rtol=0.0, atol=NEAR, equal_nan=True)
         if differ.sum() > max(1, DIFFER * len(plain)):
             yield Problem(
                 2, f"{QUERIES} {lipschitz.PLAIN}", f"{int(differ.sum())} of {len(plain)} are others than stated"
             )
-    few = kept.positions[:REPLAYED]
-    found = readings(kept.subject[few], Settings.of(rules), rules.seed)
-    for name, again in ((MARGIN, found["margin"]), (LENGTH, found["length"])):
-        differ = ~np.isclose(e.arrays[name][few], again, rtol=0.0, atol=NEAR, equal_nan=True)
+    few = stored.positions[:REPLAYED]
+    again = readings(stored.subject[few], Settings.of(rules), rules.seed)
+    for name, recomputed in ((MARGIN, again["margin"]), (LENGTH, again["length"])):
+        differ = ~np.isclose(e.arrays[name][few], recomputed, rtol=0.0, atol=NEAR, equal_nan=True)
         if differ.sum() > max(1, DIFFER * len(few)):
             yield Problem(2, f"{QUERIES} {name}", f"{int(differ.sum())} of {len(few)} are others than stated")
 

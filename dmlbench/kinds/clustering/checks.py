@@ -13,7 +13,7 @@ import numpy as np
 from dmlbench.cluster_attacks import CLUSTER_ATTACKS
 from dmlbench.errors import Problem
 from dmlbench.fast.exact import true_float32
-from dmlbench.kinds.base import CLUSTERS_AGREE, QUERIES, SAMPLE, Kept, Stated, count_problems, differences
+from dmlbench.kinds.base import CLUSTERS_AGREE, QUERIES, SAMPLE, Stated, StoredSample, count_problems, differences
 from dmlbench.kinds.clustering.search import groups, measured, readings, union
 from dmlbench.kinds.clustering.summary import before, numbers, restarts, summary
 from dmlbench.protocol import Component, Protocol
@@ -27,9 +27,9 @@ RECALL_AGREE = 2.0
 def arrays(rules: Protocol, parts: Sequence[Component]) -> dict[str, tuple[str, int]]:
     """Clusters by k-means seed, of the clean images too, and what a union chose."""
     seeds = len(rules.clustering_seeds)
-    found = {f"{name}/clusters": ("i", seeds) for name in (CLEAN, *(c.name for c in parts))}
+    clusters = {f"{name}/clusters": ("i", seeds) for name in (CLEAN, *(c.name for c in parts))}
     choices = {f"{c.name}/choice": ("i", 1) for c in parts if CLUSTER_ATTACKS[c.attack].way == "union"}
-    return {**found, f"{CLEAN}/value": ("f", 1), **choices}
+    return {**clusters, f"{CLEAN}/value": ("f", 1), **choices}
 
 
 CLEAN = "clustering/clean"
@@ -44,11 +44,11 @@ def outcome_problems(stated: Stated) -> Iterator[Problem]:
         clusters, value = e.arrays[f"{name}/clusters"], e.arrays[f"{name}/value"]
         bad = ((clusters < 0) | (clusters >= len(sizes))).any(1)
         yield from count_problems(bad, f"{name}/clusters", f"images are in clusters other than 0 to {len(sizes) - 1}")
-        said = "outcomes are missing where the class has another image, or there where it has none"
-        yield from count_problems(np.isnan(value) != (sizes[at] == 1), f"{name}/value", said)
-        kept = ~np.isnan(value)
+        text = "outcomes are missing where the class has another image, or there where it has none"
+        yield from count_problems(np.isnan(value) != (sizes[at] == 1), f"{name}/value", text)
+        present = ~np.isnan(value)
         yield from count_problems(
-            kept & ~np.isin(value, (0.0, 100.0)), f"{name}/value", "outcomes are other than 0 and 100"
+            present & ~np.isin(value, (0.0, 100.0)), f"{name}/value", "outcomes are other than 0 and 100"
         )
     for c in parts:
         if CLUSTER_ATTACKS[c.attack].way == "union":
@@ -58,9 +58,9 @@ def outcome_problems(stated: Stated) -> Iterator[Problem]:
             )
             bad = (choice < 0) | (choice >= len(norms))
             yield from count_problems(bad, f"{c.name}/choice", f"are other than 0 to {len(norms) - 1}")
-            wanted = np.choose(choice, norms, mode="clip")
+            expected = np.choose(choice, norms, mode="clip")
             yield from count_problems(
-                e.arrays[f"{c.name}/norm"] != wanted, f"{c.name}/norm", "are not those of the chosen images"
+                e.arrays[f"{c.name}/norm"] != expected, f"{c.name}/norm", "are not those of the chosen images"
             )
 
 
@@ -71,17 +71,17 @@ def number_problems(stated: Stated) -> Iterator[Problem]:
     yield from differences("extras.clustering", e.extras["clustering"], again)
 
 
-def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
+def replay(stated: Stated, stored: StoredSample) -> Iterator[Problem]:
     """The clusters of the clean embeddings, and R@1 among them; the images of a union are those that it chose."""
-    e, subject = stated.evaluation, kept.subject
+    e, subject = stated.evaluation, stored.subject
     labels = subject.scene.labels.cpu().numpy()
-    found = readings(subject, subject.scene.clean, labels, stated.rules.clustering_seeds)
-    yield from clusters_differ(2, CLEAN, e, found, labels)
+    recomputed = readings(subject, subject.scene.clean, labels, stated.rules.clustering_seeds)
+    yield from clusters_differ(2, CLEAN, e, recomputed, labels)
     for c in stated.parts:
         if CLUSTER_ATTACKS[c.attack].way == "union":
             others = np.stack([e.sample[other.name] for other in before(stated.parts, c)])
-            wanted = others[e.arrays[f"{c.name}/choice"][kept.positions], np.arange(others.shape[1])]
-            if not np.array_equal(wanted, e.sample[c.name]):
+            expected = others[e.arrays[f"{c.name}/choice"][stored.positions], np.arange(others.shape[1])]
+            if not np.array_equal(expected, e.sample[c.name]):
                 yield Problem(2, f"{SAMPLE} {c.name}", "holds other images than those that were chosen")
 
 
@@ -91,37 +91,37 @@ def share(
 ) -> tuple[str, Iterable[Problem]]:
     """One attack at one eps, drawn, on all images, and its clusters."""
     rules, labels = stated.rules, subject.scene.labels.cpu().numpy()
-    part, own = stated.parts[draw.integers(len(stated.parts))], groups(subject, rules)
+    part, image_groups = stated.parts[draw.integers(len(stated.parts))], groups(subject, rules)
 
     def again(part: Component) -> dict[str, np.ndarray]:
         if CLUSTER_ATTACKS[part.attack].way == "union":
-            return union(subject, rules, own[True], list(map(again, before(stated.parts, part))))
+            return union(subject, rules, image_groups[True], list(map(again, before(stated.parts, part))))
         progress.start(part.name, len(labels) * rules.threat_of(part).steps * restarts(rules, part))
-        return measured(subject, rules, part, own, rules.seed, partial(progress.advance, part.name))[1]
+        return measured(subject, rules, part, image_groups, rules.seed, partial(progress.advance, part.name))[1]
 
     problems = [*clusters_differ(3, part.name, stated.evaluation, again(part), labels)]
     return f"attacked all {len(labels)} images again by {part.name}", problems
 
 
-def disagree(stated: Stated, found: Evaluation, at: np.ndarray, level: int) -> Iterator[Problem]:
+def disagree(stated: Stated, rerun: Evaluation, at: np.ndarray, level: int) -> Iterator[Problem]:
     """Attacks whose clusters are not the stated ones within the tolerance."""
     for name in (CLEAN, *(c.name for c in stated.parts)):
-        again = {key: found.arrays[f"{name}/{key}"] for key in ("clusters", "value")}
+        again = {key: rerun.arrays[f"{name}/{key}"] for key in ("clusters", "value")}
         yield from clusters_differ(level, name, stated.evaluation, again, stated.evaluation.arrays["label"][at])
 
 
 def clusters_differ(
-    level: int, name: str, e: Evaluation, found: Mapping[str, np.ndarray], labels: np.ndarray
+    level: int, name: str, e: Evaluation, recomputed: Mapping[str, np.ndarray], labels: np.ndarray
 ) -> Iterator[Problem]:
     """Numbers of one set of clusters that are not the stated ones within the tolerance."""
     stated, again = (
         numbers(labels, arrays["clusters"], arrays["value"])
-        for arrays in ({k: e.arrays[f"{name}/{k}"] for k in ("clusters", "value")}, found)
+        for arrays in ({k: e.arrays[f"{name}/{k}"] for k in ("clusters", "value")}, recomputed)
     )
     for key, allowed in (("nmi", CLUSTERS_AGREE), ("ami", CLUSTERS_AGREE), ("recall_at_1", RECALL_AGREE)):
         if not abs(again[key] - stated[key]) <= allowed:
             file = f"{QUERIES} {name}/{'value' if key == 'recall_at_1' else 'clusters'}"
-            said = (
+            text = (
                 f"give {key} {stated[key]:.2f}, measured again it is {again[key]:.2f} ({allowed:g} points are allowed)"
             )
-            yield Problem(level, file, said)
+            yield Problem(level, file, text)

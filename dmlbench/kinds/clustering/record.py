@@ -116,20 +116,20 @@ NUMBERS = (
 
 def read(e: Evaluation) -> dict[str, float | None]:
     """NMI and AMI, clean and at the largest eps, the lowest of the attacks that know the labels."""
-    said = e.extras["clustering"]
-    last = [row for row in said["worst"] if row["labelled"]][-1]
+    extras = e.extras["clustering"]
+    last = [row for row in extras["worst"] if row["labelled"]][-1]
     return {
         f"clustering_{name}{suffix}": row[name]
         for name in ("nmi", "ami")
-        for suffix, row in (("", said["clean"]), ("_attacked", last))
+        for suffix, row in (("", extras["clean"]), ("_attacked", last))
     }
 
 
 def curve(e: Evaluation) -> Curve:
     """The lowest NMI of the attacks that know the labels against eps."""
-    said = e.extras["clustering"]
-    points = (Point(row["eps"], row["nmi"]) for row in said["worst"] if row["labelled"])
-    return Curve("NMI under attack, %", (Point("0", said["clean"]["nmi"]), *points))
+    extras = e.extras["clustering"]
+    points = (Point(row["eps"], row["nmi"]) for row in extras["worst"] if row["labelled"])
+    return Curve("NMI under attack, %", (Point("0", extras["clean"]["nmi"]), *points))
 
 
 def check(p: Protocol) -> None:
@@ -163,16 +163,16 @@ def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
             )  # fmt: skip
 
 
-def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
+def tables(extras: dict[str, Any]) -> Iterator[Sheet | Line]:
     """Every attack, and the lowest of each number."""
     names = {"nmi": "NMI", "ami": "AMI", "f1": "pair F1", "recall_at_1": "R@1 within"}
 
-    def row(eps: str, what: str, found: dict[str, Any]) -> tuple[str, ...]:
-        return eps, what, *(text_of(found[key]) for key in names)
+    def row(eps: str, what: str, numbers_of: dict[str, Any]) -> tuple[str, ...]:
+        return eps, what, *(text_of(numbers_of[key]) for key in names)
 
-    rows = [row("0", "none", said["clean"]), *(row(r["eps"], r["attack"], r) for r in said["attacks"])]
+    rows = [row("0", "none", extras["clean"]), *(row(r["eps"], r["attack"], r) for r in extras["attacks"])]
     lowest = [
-        row(r["eps"], "lowest, labels known" if r["labelled"] else "lowest, label-free", r) for r in said["worst"]
+        row(r["eps"], "lowest, labels known" if r["labelled"] else "lowest, label-free", r) for r in extras["worst"]
     ]
     bold = frozenset(range(len(rows), len(rows) + len(lowest)))
     title = "k-means on attacked images, %"

@@ -160,20 +160,20 @@ def jointly(
 
 def _started(e: Float[Tensor, "N D"], k: int, seeds: tuple[int, ...]) -> Float[Tensor, "S k D"]:
     """Centroids of a fresh k-means for each seed."""
-    found = torch.from_numpy(assignments(e, k, seeds)).long().to(e.device)
-    return torch.stack([centroids(e, clusters, k) for clusters in found.T])
+    labels = torch.from_numpy(assignments(e, k, seeds)).long().to(e.device)
+    return torch.stack([centroids(e, clusters, k) for clusters in labels.T])
 
 
 def _followed(e: Float[Tensor, "N D"], centres: Float[Tensor, "S k D"]) -> Float[Tensor, "S k D"]:
     """Each k-means a few iterations further; a cluster without members stays where it was."""
-    found = []
+    followed = []
     for middle in centres:
         for _ in range(LLOYD):
             at, _ = nearest_centre(e, middle)
             some = torch.bincount(at, minlength=len(middle)) > 0
             middle = torch.where(some[:, None], centroids(e, at, len(middle)), middle)
-        found.append(middle)
-    return torch.stack(found)
+        followed.append(middle)
+    return torch.stack(followed)
 
 
 def united(
@@ -192,7 +192,7 @@ def united(
         clusters: of each attack, by k-means seed.
     """
     k, n, at = int(classes.max()) + 1, len(classes), np.arange(len(classes))
-    values = [agreement(classes, found)["nmi"] for found in clusters]
+    values = [agreement(classes, labels)["nmi"] for labels in clusters]
     first = int(np.argmin(values))
     choice = best = np.full(n, first)
     lowest, idle, now = values[first], 0, clusters[first]
@@ -224,15 +224,15 @@ def sizes(subject: Subject, threat: Threat, x: Float[Tensor, "N C H W"]) -> Floa
     Raises:
         AssertionError: an image left the ball or [0, 1].
     """
-    found = []
+    norms = []
     for a in range(0, len(x), BLOCK):
         part = x[a : a + BLOCK]
         clean = subject.images(a, a + len(part))
         inside = threat.contains(part, clean)
         if not bool(inside.all()):
             raise AssertionError(f"{int((~inside).sum())} adversarial images are outside the threat {threat}")
-        found.append(threat.ball.size(part - clean))
-    return torch.cat(found).cpu().numpy()
+        norms.append(threat.ball.size(part - clean))
+    return torch.cat(norms).cpu().numpy()
 
 
 def readings(subject: Subject, e: Tensor, labels: np.ndarray, seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -247,7 +247,7 @@ def run(
     seed: int,
     batch_size: int,
     progress: Progress,
-    kept: np.ndarray,
+    sampled: np.ndarray,
     work: Work | None = None,
 ) -> Outcome | None:
     """Every clustering attack at every eps of the grid; None where ``work`` is a shard, whose part is then done.
@@ -260,7 +260,7 @@ def run(
     """
     work = work or Work()
     labels, shape = subject.scene.labels.cpu().numpy(), subject.dataset.images.shape
-    own = groups(subject, protocol, work)
+    image_groups = groups(subject, protocol, work)
     parts = components(protocol, shape)
     alone = [part for part in parts if CLUSTER_ATTACKS[part.attack].way != "union"]
 
@@ -270,11 +270,11 @@ def run(
         part = alone[i - 1]
         progress.start(part.name, len(labels) * protocol.threat_of(part).steps * restarts(protocol, part))
         with watched() as trouble:
-            x, found = measured(subject, protocol, part, own, seed, partial(progress.advance, part.name))
+            x, outcomes = measured(subject, protocol, part, image_groups, seed, partial(progress.advance, part.name))
         if len(alone) == len(parts):
-            del found["embeddings"]
-        found["nonfinite"] = np.array([trouble.count])
-        return {**found, "images": x[torch.from_numpy(kept).to(x.device)].cpu().numpy()}
+            del outcomes["embeddings"]
+        outcomes["nonfinite"] = np.array([trouble.count])
+        return {**outcomes, "images": x[torch.from_numpy(sampled).to(x.device)].cpu().numpy()}
 
     names = ["clustering/clean", *(part.name for part in alone)]
     each = work.each("clustering", {i: (name, 0, len(labels)) for i, name in enumerate(names)}, unit)
@@ -287,18 +287,18 @@ def run(
 
             def chosen(others: list[Arrays] = others) -> Arrays:
                 began = time.monotonic()
-                found = union(subject, protocol, own[True], others)
-                at = found["choice"][kept]
-                images = np.stack([other["images"] for other in others])[at, np.arange(len(kept))]
-                return {**found, "images": images, "seconds": np.array([time.monotonic() - began])}
+                outcomes = union(subject, protocol, image_groups[True], others)
+                at = outcomes["choice"][sampled]
+                images = np.stack([other["images"] for other in others])[at, np.arange(len(sampled))]
+                return {**outcomes, "images": images, "seconds": np.array([time.monotonic() - began])}
 
             done[part.name] = work.once(part.name, len(labels), chosen)
     arrays = {f"{name}/{key}": done[name][key] for name in done for key in READ if key in done[name]}
     sample = {part.name: done[part.name]["images"] for part in parts}
     seconds = {part.name: float(done[part.name]["seconds"].sum()) for part in parts}
-    said = summary(protocol, protocol.eps_for(shape), labels, arrays)
+    extras = summary(protocol, protocol.eps_for(shape), labels, arrays)
     nonfinite = sum(int(done[part.name]["nonfinite"].sum()) for part in alone)
-    return Outcome(parts, seconds, arrays, sample, said, nonfinite=nonfinite)
+    return Outcome(parts, seconds, arrays, sample, extras, nonfinite=nonfinite)
 
 
 def groups(subject: Subject, protocol: Protocol, work: Work | None = None) -> dict[bool, np.ndarray]:
@@ -311,18 +311,18 @@ def groups(subject: Subject, protocol: Protocol, work: Work | None = None) -> di
     if len(names) < 2:
         raise UsageError(f"data set {subject.dataset.name!r} has a single class: there is nothing to cluster")
 
-    def found() -> Arrays:
+    def clean_clusters() -> Arrays:
         return {"clusters": kmeans(subject.scene.clean.cpu().numpy(), len(names), protocol.clustering_seeds[0])}
 
-    kept = (work or Work()).once("clean clusters", len(true), found)
-    return {True: true, False: np.unique(kept["clusters"], return_inverse=True)[1]}
+    clean = (work or Work()).once("clean clusters", len(true), clean_clusters)
+    return {True: true, False: np.unique(clean["clusters"], return_inverse=True)[1]}
 
 
 def measured(
     subject: Subject,
     protocol: Protocol,
     part: Component,
-    own: dict[bool, np.ndarray],
+    image_groups: dict[bool, np.ndarray],
     seed: int,
     progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[Float[Tensor, "N C H W"], dict[str, np.ndarray]]:
@@ -331,17 +331,17 @@ def measured(
     rng = subject.rng(seed, "clustering", part.attack)
     if attack.way == "joint":
         assert protocol.joint is not None
-        x = jointly(subject, protocol.joint, threat, own[True], seeds, rng, progress)
+        x = jointly(subject, protocol.joint, threat, image_groups[True], seeds, rng, progress)
     else:
         threat = threat.but(step=STEP * threat.radius / max(1, threat.steps))
-        mine = torch.from_numpy(own[attack.labelled]).to(subject.device)
+        mine = torch.from_numpy(image_groups[attack.labelled]).to(subject.device)
         last = int(mine.max())
         drawn = rng.integers(max(1, last), 1)
         wrong = (drawn + (drawn >= mine[:, None]).long()).clamp(max=last)
         x = attacked(subject, attack, threat, mine, wrong, progress)
     e = _embedded(subject, x, threat.eot)
-    found = readings(subject, e, subject.scene.labels.cpu().numpy(), seeds)
-    return x, {**found, "norm": sizes(subject, threat, x), "embeddings": e.cpu().numpy()}
+    outcomes = readings(subject, e, subject.scene.labels.cpu().numpy(), seeds)
+    return x, {**outcomes, "norm": sizes(subject, threat, x), "embeddings": e.cpu().numpy()}
 
 
 def union(
@@ -351,11 +351,11 @@ def union(
     ``choice`` (N,), which of the others each image takes."""
     assert protocol.joint is not None
     embeddings, seeds = (
-        torch.from_numpy(np.stack([found["embeddings"] for found in others], 1)),
+        torch.from_numpy(np.stack([outcomes["embeddings"] for outcomes in others], 1)),
         protocol.clustering_seeds,
     )
-    choice = united(protocol.joint, classes, embeddings, [found["clusters"] for found in others], seeds)
+    choice = united(protocol.joint, classes, embeddings, [outcomes["clusters"] for outcomes in others], seeds)
     at = np.arange(len(choice))
     e = embeddings[torch.from_numpy(at), torch.from_numpy(choice)].to(subject.device)
-    norm = np.stack([found["norm"] for found in others])[choice, at]
+    norm = np.stack([outcomes["norm"] for outcomes in others])[choice, at]
     return {**readings(subject, e, subject.scene.labels.cpu().numpy(), seeds), "norm": norm, "choice": choice}

@@ -31,7 +31,7 @@ CLEAN = "clean"
 """Under which name the sample holds the pictures before any corruption."""
 
 
-def wanted(protocol: Protocol, shape: Sequence[int]) -> list[tuple[str, int]]:
+def corruptions_and_severities(protocol: Protocol, shape: Sequence[int]) -> list[tuple[str, int]]:
     """Every corruption at every severity, but those that change colours for grey pictures."""
     severities = protocol.settings.get("severities", SEVERITIES)
     names = [name for name, c in CORRUPTIONS.items() if not c.colour or shape[0] > 1]
@@ -42,7 +42,7 @@ def components(protocol: Protocol, shape: Sequence[int]) -> list[Component]:
     """One column for each corruption and severity, for pictures of this shape (channels, height, width)."""
     return [
         Component(name=f"{name}@{severity}", attack=name, readout="recall_at_1", worst=0, best=100, optimizer="none")
-        for name, severity in wanted(protocol, shape)
+        for name, severity in corruptions_and_severities(protocol, shape)
     ]
 
 
@@ -64,14 +64,14 @@ def embedded(subject: Subject, rows: np.ndarray, name: str, severity: int, seed:
     Raises:
         DataError: one is NaN or infinite.
     """
-    found = []
+    blocks = []
     with torch.no_grad():
         for a in range(0, len(rows), BLOCK):
             eight = pictures(subject.dataset.images[rows[a : a + BLOCK]])
             changed = np.stack([corrupted(one, name, severity, seed) for one in eight])
             images = torch.from_numpy(changed).permute(0, 3, 1, 2).float() / 255
-            found.append(subject.embedder(images.contiguous().to(subject.device)))
-    e = torch.cat(found)
+            blocks.append(subject.embedder(images.contiguous().to(subject.device)))
+    e = torch.cat(blocks)
     require_finite(e, subject.embedder.name, "corrupted pictures")
     return e
 
@@ -86,8 +86,8 @@ def readings(subject: Subject, protocol: Protocol, name: str, severity: int, see
     if protocol.settings.get("gallery", False):
         e = embedded(subject, subject.dataset.gallery, name, severity, seed)
         scene = replace(scene, gallery=Gallery(e, scene.gallery.labels, groups=scene.gallery.groups))
-    found = retrieval(scene, (1,))
-    return {"value": found["recall_at_1"], **{key: found[key] for key in ALSO}}
+    metrics = retrieval(scene, (1,))
+    return {"value": metrics["recall_at_1"], **{key: metrics[key] for key in ALSO}}
 
 
 def run(
@@ -96,7 +96,7 @@ def run(
     seed: int,
     batch_size: int,
     progress: Progress,
-    kept: np.ndarray,
+    sampled: np.ndarray,
     work: Work | None = None,
 ) -> Outcome | None:
     """Every corruption at every severity; None where ``work`` is a shard, whose part is then done.
@@ -117,7 +117,7 @@ def run(
         return None
     arrays = {f"{part.name}/{key}": each[i][key] for i, part in enumerate(parts) for key in ("value", *ALSO)}
     seconds = {part.name: float(each[i]["seconds"].sum()) for i, part in enumerate(parts)}
-    sample = {CLEAN: subject.images(0, len(subject.rows))[torch.from_numpy(kept).to(subject.device)].cpu().numpy()}
+    sample = {CLEAN: subject.images(0, len(subject.rows))[torch.from_numpy(sampled).to(subject.device)].cpu().numpy()}
     clean = {
         key: mean(values) for key, values in retrieval(subject.scene, (1,)).items() if key in ("recall_at_1", *ALSO)
     }

@@ -16,7 +16,6 @@ from dmlbench.kinds.base import (
     SAMPLE,
     Count,
     Form,
-    Kept,
     Kind,
     Line,
     Number,
@@ -24,6 +23,7 @@ from dmlbench.kinds.base import (
     Points,
     Sheet,
     Stated,
+    StoredSample,
     count_problems,
     differences,
     text_of,
@@ -113,12 +113,12 @@ NUMBERS = (
 
 def read(e: Evaluation) -> dict[str, float | None]:
     """The numbers."""
-    said = e.extras["corruptions"]
+    extras = e.extras["corruptions"]
     return {
-        "corruption_recall_at_1": said["mean"]["recall_at_1"],
-        "corruption_retention": said["retention"],
-        "corruption_worst": said["worst"]["recall_at_1"],
-        "corruption_map_at_r": said["mean"]["map_at_r"],
+        "corruption_recall_at_1": extras["mean"]["recall_at_1"],
+        "corruption_retention": extras["retention"],
+        "corruption_worst": extras["worst"]["recall_at_1"],
+        "corruption_map_at_r": extras["mean"]["map_at_r"],
     }
 
 
@@ -127,10 +127,10 @@ def by_query(e: Evaluation) -> dict[str, np.ndarray]:
     usual = [f"{row['corruption']}@{row['severity']}" for row in e.extras["corruptions"]["table"] if not row["extra"]]
     if any(f"{name}/{key}" not in e.arrays for name in usual for key in ("value", *ALSO)):
         return {}
-    found = {}
+    values = {}
     for number, key in (("corruption_recall_at_1", "value"), ("corruption_map_at_r", "map_at_r")):
-        found[number] = np.mean([e.arrays[f"{name}/{key}"].astype(np.float64) for name in usual], axis=0)
-    return found
+        values[number] = np.mean([e.arrays[f"{name}/{key}"].astype(np.float64) for name in usual], axis=0)
+    return values
 
 
 def check(p: Protocol) -> None:
@@ -150,22 +150,22 @@ def check(p: Protocol) -> None:
         raise UsageError(f"[settings] severities {severities!r} must be some of {list(SEVERITIES)}, ascending")
 
 
-def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
+def tables(extras: dict[str, Any]) -> Iterator[Sheet | Line]:
     """R@1 by corruption and severity, and the means."""
-    severities = list(dict.fromkeys(row["severity"] for row in said["table"]))
+    severities = list(dict.fromkeys(row["severity"] for row in extras["table"]))
     rows = []
-    for name in dict.fromkeys(row["corruption"] for row in said["table"]):
-        own = [row for row in said["table"] if row["corruption"] == name]
-        title = f"{name} (extra)" if own[0]["extra"] else name
-        values = [row["recall_at_1"] for row in own]
+    for name in dict.fromkeys(row["corruption"] for row in extras["table"]):
+        rows_of_name = [row for row in extras["table"] if row["corruption"] == name]
+        title = f"{name} (extra)" if rows_of_name[0]["extra"] else name
+        values = [row["recall_at_1"] for row in rows_of_name]
         rows.append((title, *map(text_of, values), text_of(float(np.mean(values)))))
     columns = (*(f"severity {s}" for s in severities), "mean")
     yield Sheet("R@1 under corruptions, %", ("corruption",), columns, tuple(rows))
     yield Line(
-        f"of clean {text_of(said['clean']['recall_at_1'])}: {text_of(said['retention'])} % retained. "
-        f"MAP@R {text_of(said['mean']['map_at_r'])} (clean {text_of(said['clean']['map_at_r'])}). "
-        f"Worst: {said['worst']['corruption']}, R@1 {text_of(said['worst']['recall_at_1'])}",
-        f"R@1 under the 15 corruptions {text_of(said['mean']['recall_at_1'])}",
+        f"of clean {text_of(extras['clean']['recall_at_1'])}: {text_of(extras['retention'])} % retained. "
+        f"MAP@R {text_of(extras['mean']['map_at_r'])} (clean {text_of(extras['clean']['map_at_r'])}). "
+        f"Worst: {extras['worst']['corruption']}, R@1 {text_of(extras['worst']['recall_at_1'])}",
+        f"R@1 under the 15 corruptions {text_of(extras['mean']['recall_at_1'])}",
     )
 
 
@@ -209,20 +209,20 @@ def number_problems(stated: Stated) -> Iterator[Problem]:
     yield from differences("extras.corruptions", e.extras["corruptions"], again)
 
 
-def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
+def replay(stated: Stated, stored: StoredSample) -> Iterator[Problem]:
     """The sampled pictures are those of the data set, and corrupted again they find what the run says."""
-    e, subject, rules = stated.evaluation, kept.subject, stated.rules
-    if CLEAN not in e.sample or not np.array_equal(e.sample[CLEAN], kept.clean.cpu().numpy()):
+    e, subject, rules = stated.evaluation, stored.subject, stated.rules
+    if CLEAN not in e.sample or not np.array_equal(e.sample[CLEAN], stored.clean.cpu().numpy()):
         yield Problem(2, f"{SAMPLE} {CLEAN}", "are not the pictures of the data set")
         return
-    few = subject[kept.positions]
+    few = subject[stored.positions]
     for c in stated.parts:
-        found = readings(few, rules, *parsed(c), rules.seed)
+        recomputed = readings(few, rules, *parsed(c), rules.seed)
         for key in ("value", *ALSO):
-            said = e.arrays[f"{c.name}/{key}"][kept.positions]
-            differ = (np.isnan(said) != np.isnan(found[key])) | (np.abs(said - found[key]) > AGREE)
-            if differ.sum() > max(1, DIFFER * len(said)):
-                words = f"{int(differ.sum())} of {len(said)} pictures find something else than stated"
+            outcomes = e.arrays[f"{c.name}/{key}"][stored.positions]
+            differ = (np.isnan(outcomes) != np.isnan(recomputed[key])) | (np.abs(outcomes - recomputed[key]) > AGREE)
+            if differ.sum() > max(1, DIFFER * len(outcomes)):
+                words = f"{int(differ.sum())} of {len(outcomes)} pictures find something else than stated"
                 yield Problem(2, f"{QUERIES} {c.name}/{key}", words)
 
 

@@ -20,7 +20,6 @@ from dmlbench.kinds.base import (
     Curve,
     Form,
     Job,
-    Kept,
     Kind,
     Line,
     Number,
@@ -29,6 +28,7 @@ from dmlbench.kinds.base import (
     Points,
     Sheet,
     Stated,
+    StoredSample,
     count_problems,
     differences,
     text_of,
@@ -38,13 +38,13 @@ from dmlbench.kinds.poison.search import (
     HALF,
     NEAREST,
     OPTIMIZER,
-    Own,
+    PoisonSettings,
     components,
     count_of,
     made,
     read,
     run,
-    stored,
+    sample_name,
     summary,
     two_nearest,
 )
@@ -108,22 +108,22 @@ KEY = {"poison_free": "value", "poison_recall_at_1": "recall_at_1"}
 
 def read_columns(e: Evaluation) -> dict[str, float | None]:
     """The numbers, and the columns beside them."""
-    said = e.extras["poison"]
-    last = said["table"][-1]
+    extras = e.extras["poison"]
+    last = extras["table"][-1]
     return {
         "poison_free": 100.0 - last["hub_rate"],
         "poison_recall_at_1": last["recall_at_1"],
         "hub_rate": last["hub_rate"],
         "natural_hub_rate": last["natural"],
-        "largest_hub": said["largest_hub"],
+        "largest_hub": extras["largest_hub"],
     }
 
 
 def by_query(e: Evaluation) -> dict[str, np.ndarray]:
     """What each query adds to the numbers; empty without the queries' outcomes."""
     last = e.extras["poison"]["table"][-1]
-    found = {name: e.arrays.get(f"poison-{last['poisons']}@{last['eps']}/{key}") for name, key in KEY.items()}
-    return {name: values.astype(np.float64) for name, values in found.items() if values is not None}
+    values_by_name = {name: e.arrays.get(f"poison-{last['poisons']}@{last['eps']}/{key}") for name, key in KEY.items()}
+    return {name: values.astype(np.float64) for name, values in values_by_name.items() if values is not None}
 
 
 def curve(e: Evaluation) -> Curve:
@@ -140,7 +140,7 @@ def check(p: Protocol) -> None:
     Raises:
         UsageError: they are not.
     """
-    Own.of(p)
+    PoisonSettings.of(p)
 
 
 def require(rules: Protocol, dataset: RetrievalDataset, seed: int) -> None:
@@ -150,7 +150,7 @@ def require(rules: Protocol, dataset: RetrievalDataset, seed: int) -> None:
         UsageError: there are not.
     """
     halves(dataset.query, seed)
-    if (seeds := Own.of(rules).seeds) >= len(dataset.gallery):
+    if (seeds := PoisonSettings.of(rules).seeds) >= len(dataset.gallery):
         raise UsageError(
             f"data set {dataset.name!r} has {len(dataset.gallery)} pictures in its gallery, too few for {seeds} seeds of poison"
         )
@@ -159,7 +159,7 @@ def require(rules: Protocol, dataset: RetrievalDataset, seed: int) -> None:
 def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
     """At every eps two halves' pictures, each moved with as many gradients as there are steps."""
     for eps in p.eps_for(dataset.images.shape):
-        threat, share = p.threat_at(eps), 2 * Own.of(p).seeds / max(1, queries)
+        threat, share = p.threat_at(eps), 2 * PoisonSettings.of(p).seeds / max(1, queries)
         gradients, values = OPTIMIZERS[OPTIMIZER].passes(threat)
         yield Job(
             name=f"poison@{eps}", eps=eps, optimizer=OPTIMIZER, threat=threat, attack=ATTACKS["WM"],
@@ -167,24 +167,24 @@ def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
         )  # fmt: skip
 
 
-def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
+def tables(extras: dict[str, Any]) -> Iterator[Sheet | Line]:
     """What poisons take, by eps and number."""
     keys = ("hub_rate", "known", "natural", "recall_at_1")
-    rows = tuple((row["eps"], str(row["poisons"]), *(text_of(row[key], 2) for key in keys)) for row in said["table"])
+    rows = tuple((row["eps"], str(row["poisons"]), *(text_of(row[key], 2) for key in keys)) for row in extras["table"])
     heads = ("hub rate", "on the known", "as many natural hubs", "R@1")
     yield Sheet("queries whose first answer is a poisoned picture, %", ("eps", "poisons"), heads, rows)
     yield Line(
-        f"the first answer to {text_of(said['largest_hub'], 2)} % of the queries",
+        f"the first answer to {text_of(extras['largest_hub'], 2)} % of the queries",
         "the largest hub of the clean gallery:",
     )
 
 
 def page(p: Protocol) -> Iterator[str]:
     """Which pictures are moved, and what is read."""
-    own = Own.of(p)
+    settings = PoisonSettings.of(p)
     yield (
-        f"The queries are dealt to two halves. The {own.seeds} entries that are the first answer to most queries of a half are each moved within eps, by "
-        f"{p.threat_at('0').steps} steps of `{OPTIMIZER}` on a soft count of the queries that they take, and the {' or '.join(map(str, own.poisons))} that together take most of that half are put in "
+        f"The queries are dealt to two halves. The {settings.seeds} entries that are the first answer to most queries of a half are each moved within eps, by "
+        f"{p.threat_at('0').steps} steps of `{OPTIMIZER}` on a soft count of the queries that they take, and the {' or '.join(map(str, settings.poisons))} that together take most of that half are put in "
         "the gallery for the other. Score: the share of the other half whose first answer is none of them, percent, ↑ robust.\n"
     )
     yield from md.table(["number", "what"], [[f"`{n.name}`", n.title] for n in NUMBERS])
@@ -192,8 +192,8 @@ def page(p: Protocol) -> Iterator[str]:
 
 def arrays(rules: Protocol, parts: Sequence[Component]) -> dict[str, tuple[str, int]]:
     """Each query's half and nearest clean entry, and what the poisons of either half do to it."""
-    found = {f"{c.name}/{key}": ("f", 1) for c in parts for key in ("known", "recall_at_1")}
-    return {HALF: ("i", 1), NEAREST: ("i", 1), **found}
+    outcomes = {f"{c.name}/{key}": ("f", 1) for c in parts for key in ("known", "recall_at_1")}
+    return {HALF: ("i", 1), NEAREST: ("i", 1), **outcomes}
 
 
 def outcome_problems(stated: Stated) -> Iterator[Problem]:
@@ -221,17 +221,17 @@ def number_problems(stated: Stated) -> Iterator[Problem]:
     yield from differences("extras.poison", e.extras["poison"], summary(stated.parts, e.arrays))
 
 
-def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
+def replay(stated: Stated, stored: StoredSample) -> Iterator[Problem]:
     """The stored pictures are of the gallery and within eps, and in the gallery they do to every query what is stated."""
-    e, subject, rules = stated.evaluation, kept.subject, stated.rules
+    e, subject, rules = stated.evaluation, stored.subject, stated.rules
     entries, half = subject.dataset.gallery, e.arrays[HALF]
     nearest = entries[two_nearest(subject.scene)[1][:, 0].cpu().numpy()]
     if (off := nearest != e.arrays[NEAREST]).mean() > DIFFER:
         yield Problem(2, f"{QUERIES} {NEAREST}", f"{int(off.sum())} are others than the nearest clean entries")
     for eps in dict.fromkeys(c.threat["eps"] for c in stated.parts):
-        own_parts = [c for c in stated.parts if c.threat["eps"] == eps]
-        for own in (0, 1):
-            name, most = stored(eps, own), count_of(own_parts[-1])
+        parts = [c for c in stated.parts if c.threat["eps"] == eps]
+        for which in (0, 1):
+            name, most = sample_name(eps, which), count_of(parts[-1])
             images, rows = e.sample.get(name), e.sample.get(f"{name}/rows")
             shape = (most, *subject.dataset.images.shape)
             if (
@@ -252,22 +252,22 @@ def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
                 torch.from_numpy(images.copy()).to(subject.device),
                 subject.dataset.images[rows].to(subject.device),
             )
-            if not bool(rules.threat_of(own_parts[0]).contains(moved, clean).all()):
+            if not bool(rules.threat_of(parts[0]).contains(moved, clean).all()):
                 yield Problem(
                     2, f"{SAMPLE} {name}", f"pictures are outside the {rules.norm} ball of {eps} or outside [0, 1]"
                 )
                 continue
             place = np.searchsorted(entries, rows)
-            for c in own_parts:
+            for c in parts:
                 with torch.no_grad():
                     free, right = read(subject, place[: count_of(c)], moved[: count_of(c)])
                 for key, again, at in (
-                    ("value", free, half != own),
-                    ("known", free, half == own),
-                    ("recall_at_1", right, half != own),
+                    ("value", free, half != which),
+                    ("known", free, half == which),
+                    ("recall_at_1", right, half != which),
                 ):
-                    said = e.arrays[f"{c.name}/{key}"]
-                    differ = at & ~((said == again) | (np.isnan(said) & np.isnan(again)))
+                    outcomes = e.arrays[f"{c.name}/{key}"]
+                    differ = at & ~((outcomes == again) | (np.isnan(outcomes) & np.isnan(again)))
                     if differ.sum() > max(1, DIFFER * at.sum()):
                         words = f"{int(differ.sum())} of {int(at.sum())} queries are answered otherwise than stated"
                         yield Problem(2, f"{QUERIES} {c.name}/{key}", words)
@@ -279,19 +279,19 @@ def share(
     """One half's poisons at one eps, drawn, made again and read on all queries."""
     e, rules, half = stated.evaluation, stated.rules, halves(subject.rows, stated.rules.seed)
     grid = rules.eps_for(subject.dataset.images.shape)
-    eps, own = grid[draw.integers(len(grid))], int(draw.integers(2))
+    eps, which = grid[draw.integers(len(grid))], int(draw.integers(2))
     progress.start("poison", len(half))
-    again = made(subject, rules, rules.threat_at(eps), rules.seed, half, own)
+    again = made(subject, rules, rules.threat_at(eps), rules.seed, half, which)
     progress.advance("poison", len(half))
     problems = []
-    for m in Own.of(rules).poisons:
-        said, found = (
-            mean(values[half != own]) for values in (e.arrays[f"poison-{m}@{eps}/value"], again[f"free-{m}"])
+    for m in PoisonSettings.of(rules).poisons:
+        stated_mean, mean_again = (
+            mean(values[half != which]) for values in (e.arrays[f"poison-{m}@{eps}/value"], again[f"free-{m}"])
         )
-        if abs(said - found) > AGREE:
-            words = f"leave {said:.2f} % of the queries to half {own}'s poisons, made again they leave {found:.2f} %"
+        if abs(stated_mean - mean_again) > AGREE:
+            words = f"leave {stated_mean:.2f} % of the queries to half {which}'s poisons, made again they leave {mean_again:.2f} %"
             problems.append(Problem(3, f"{QUERIES} poison-{m}@{eps}/value", words))
-    return f"made half {own}'s poisons at {eps} again, and read them on all {len(half)} queries", problems
+    return f"made half {which}'s poisons at {eps} again, and read them on all {len(half)} queries", problems
 
 
 POISON = Kind(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmlbench.embedding import Embedder, require_finite
 from dmlbench.errors import UsageError
-from dmlbench.kinds.base import WHOLE, Outcome, Settings, settings_of
+from dmlbench.kinds.base import WHOLE_RUN, Outcome, Settings, settings_of
 from dmlbench.kinds.halves import halves, made_on_each
 from dmlbench.metrics import READOUTS, mean
 from dmlbench.objectives import ahead
@@ -38,7 +38,7 @@ HALF, NEAREST = "poison/half", "poison/nearest"
 """Which half a query is of, and the data set row of its nearest clean entry."""
 
 
-class Own(Settings):
+class PoisonSettings(Settings):
     """``[settings]``."""
 
     poisons: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 10)
@@ -47,18 +47,20 @@ class Own(Settings):
     """how many pictures are tried"""
 
     @classmethod
-    def of(cls, rules: Protocol) -> "Own":
+    def of(cls, rules: Protocol) -> "PoisonSettings":
         """Those of a protocol.
 
         Raises:
             UsageError: a key or value that means nothing.
         """
-        own = settings_of(cls, rules)
-        if list(own.poisons) != sorted(set(own.poisons)):
-            raise UsageError(f"[settings] poisons {list(own.poisons)} must be in ascending order")
-        if own.poisons[-1] > own.seeds:
-            raise UsageError(f"[settings] poisons {own.poisons[-1]} are more than the {own.seeds} seeds that are tried")
-        return own
+        settings = settings_of(cls, rules)
+        if list(settings.poisons) != sorted(set(settings.poisons)):
+            raise UsageError(f"[settings] poisons {list(settings.poisons)} must be in ascending order")
+        if settings.poisons[-1] > settings.seeds:
+            raise UsageError(
+                f"[settings] poisons {settings.poisons[-1]} are more than the {settings.seeds} seeds that are tried"
+            )
+        return settings
 
 
 def components(rules: Protocol, shape: Sequence[int]) -> list[Component]:
@@ -69,13 +71,13 @@ def components(rules: Protocol, shape: Sequence[int]) -> list[Component]:
             threat={"eps": eps},
         )
         for eps in rules.eps_for(shape)
-        for m in Own.of(rules).poisons
+        for m in PoisonSettings.of(rules).poisons
     ]  # fmt: skip
 
 
-def stored(eps: str, own: int) -> str:
-    """What the sample calls the pictures that are made on the half ``own``."""
-    return f"{WHOLE}half {own}@{eps}"
+def sample_name(eps: str, which: int) -> str:
+    """What the sample calls the pictures that are made on the half ``which``."""
+    return f"{WHOLE_RUN}half {which}@{eps}"
 
 
 def count_of(part: Component) -> int:
@@ -85,7 +87,7 @@ def count_of(part: Component) -> int:
 
 def two_nearest(scene: Scene) -> tuple[Float[Tensor, "Q 2"], Int[Tensor, "Q 2"]]:
     """Distances to, and gallery rows of, each query's two nearest clean entries that count; ties by row."""
-    found = []
+    blocks = []
     for a in range(0, len(scene), BLOCK):
         part = scene[a : a + BLOCK]
         d = part.ranked(part.clean)
@@ -93,8 +95,8 @@ def two_nearest(scene: Scene) -> tuple[Float[Tensor, "Q 2"], Int[Tensor, "Q 2"]]
         at = (d == first).int().argmax(1, keepdim=True)
         rest = d.scatter(1, at, torch.inf)
         second, then = rest.min(1, keepdim=True)
-        found.append((torch.cat([first, second], 1), torch.cat([at, then], 1)))
-    distances, rows = zip(*found, strict=True)
+        blocks.append((torch.cat([first, second], 1), torch.cat([at, then], 1)))
+    distances, rows = zip(*blocks, strict=True)
     return torch.cat(distances), torch.cat(rows)
 
 
@@ -182,8 +184,10 @@ def read(
     return first, right
 
 
-def made(subject: Subject, rules: Protocol, threat: Threat, seed: int, half: Int[np.ndarray, " Q"], own: int) -> Arrays:
-    """Poisons made on the half ``own`` of the queries, the best ones first, and what each number of them does to every query.
+def made(
+    subject: Subject, rules: Protocol, threat: Threat, seed: int, half: Int[np.ndarray, " Q"], which: int
+) -> Arrays:
+    """Poisons made on the half ``which`` of the queries, the best ones first, and what each number of them does to every query.
 
     Returns:
         ``rows`` (M,) data set rows of the pictures, ``images`` (M, C, H, W); by number m of ``settings.poisons`` ``free-m`` and
@@ -193,13 +197,13 @@ def made(subject: Subject, rules: Protocol, threat: Threat, seed: int, half: Int
         AssertionError: a picture left the ball or [0, 1]; an optimizer is at fault.
         DataError: the model gives NaN or infinite embeddings for one.
     """
-    settings, dataset = Own.of(rules), subject.dataset
-    scene = subject.scene[torch.from_numpy(np.flatnonzero(half == own)).to(subject.device)]
+    settings, dataset = PoisonSettings.of(rules), subject.dataset
+    scene = subject.scene[torch.from_numpy(np.flatnonzero(half == which)).to(subject.device)]
     start = hubs(two_nearest(scene)[1][:, 0].cpu().numpy(), settings.seeds, len(dataset.gallery))
     rows = dataset.gallery[start]
     clean = dataset.images[rows].to(subject.device)
     seeds = torch.from_numpy(start).to(subject.device)
-    rng = Rng(seed_of(seed, "poison", own), torch.from_numpy(rows).to(subject.device))
+    rng = Rng(seed_of(seed, "poison", which), torch.from_numpy(rows).to(subject.device))
     with torch.no_grad(), watched() as trouble:
         loss = Taken(subject.embedder, scene, Known.of(scene, seeds))
         images = OPTIMIZERS[OPTIMIZER](loss, clean, threat, rng)
@@ -207,10 +211,10 @@ def made(subject: Subject, rules: Protocol, threat: Threat, seed: int, half: Int
             raise AssertionError(f"poisoned pictures are outside the threat {threat}")
         best = covering(loss.taken(images).cpu().numpy(), settings.poisons[-1])
         images = images[torch.from_numpy(best).to(subject.device)]
-        found: Arrays = {"rows": rows[best], "images": images.cpu().numpy(), "nonfinite": np.array([trouble.count])}
+        poisons: Arrays = {"rows": rows[best], "images": images.cpu().numpy(), "nonfinite": np.array([trouble.count])}
         for m in settings.poisons:
-            found[f"free-{m}"], found[f"right-{m}"] = read(subject, start[best[:m]], images[:m])
-    return found
+            poisons[f"free-{m}"], poisons[f"right-{m}"] = read(subject, start[best[:m]], images[:m])
+    return poisons
 
 
 def run(
@@ -219,14 +223,14 @@ def run(
     seed: int,
     batch_size: int,
     progress: Progress,
-    kept: np.ndarray,
+    sampled: np.ndarray,
     work: Work | None = None,
 ) -> Outcome | None:
     """Poisons of both halves at every eps; None where ``work`` is a shard, whose part is then done. A unit is those of one half."""
     work, parts, half = work or Work(), components(rules, subject.dataset.images.shape), halves(subject.rows, seed)
 
-    def make(eps: str, own: int) -> Arrays:
-        return made(subject, rules, rules.threat_at(eps), seed, half, own)
+    def make(eps: str, which: int) -> Arrays:
+        return made(subject, rules, rules.threat_at(eps), seed, half, which)
 
     each = made_on_each("poison", subject, rules, make, progress, work)
     if each is None:
@@ -235,16 +239,16 @@ def run(
     arrays = {HALF: half, NEAREST: subject.dataset.gallery[nearest].astype(np.int64)}
     sample: dict[str, np.ndarray] = {}
     for job, poisons in each.items():
-        name = stored(*job)
+        name = sample_name(*job)
         sample |= {name: poisons["images"], f"{name}/rows": poisons["rows"]}
     seconds: dict[str, float] = {}
     for part in parts:
-        m, pair = count_of(part), [each[part.threat["eps"], own] for own in (0, 1)]
+        m, pair = count_of(part), [each[part.threat["eps"], which] for which in (0, 1)]
         for name, key, by in (("value", "free", 1 - half), ("known", "free", half), ("recall_at_1", "right", 1 - half)):
             arrays[f"{part.name}/{name}"] = np.where(by == 0, pair[0][f"{key}-{m}"], pair[1][f"{key}-{m}"]).astype(
                 np.float32
             )
-        seconds[part.name] = sum(float(p["seconds"].sum()) for p in pair) / len(Own.of(rules).poisons)
+        seconds[part.name] = sum(float(p["seconds"].sum()) for p in pair) / len(PoisonSettings.of(rules).poisons)
     nonfinite = sum(int(u["nonfinite"].sum()) for u in each.values())
     return Outcome(parts, seconds, arrays, sample, summary(parts, arrays), nonfinite=nonfinite)
 
@@ -252,9 +256,9 @@ def run(
 def natural(nearest: Int[np.ndarray, " Q"], half: Int[np.ndarray, " Q"], m: int) -> Bool[np.ndarray, " Q"]:
     """Which queries the m greatest hubs of the other half take when nothing is perturbed; ``nearest`` says which entry each query's is."""
     taken = np.zeros(len(nearest), dtype=bool)
-    for own in (0, 1):
-        entries, place = np.unique(nearest[half == own], return_inverse=True)
-        taken |= (half != own) & np.isin(nearest, entries[hubs(place, m, len(entries))])
+    for which in (0, 1):
+        entries, place = np.unique(nearest[half == which], return_inverse=True)
+        taken |= (half != which) & np.isin(nearest, entries[hubs(place, m, len(entries))])
     return taken
 
 

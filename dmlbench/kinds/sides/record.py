@@ -18,7 +18,6 @@ from dmlbench.kinds.base import (
     Curve,
     Form,
     Job,
-    Kept,
     Kind,
     Line,
     Number,
@@ -27,12 +26,13 @@ from dmlbench.kinds.base import (
     Points,
     Sheet,
     Stated,
+    StoredSample,
     count_problems,
     outcomes_differ,
     settings_of,
     text_of,
 )
-from dmlbench.kinds.sides.search import MOVED, OPTIMIZER, PICTURES, Own, components, pictures, read, run
+from dmlbench.kinds.sides.search import MOVED, OPTIMIZER, PICTURES, SidesSettings, components, pictures, read, run
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Component, Protocol
 from dmlbench.results import Evaluation
@@ -91,9 +91,9 @@ COLUMN = dict(zip(("both", "query", "gallery"), (n.name for n in NUMBERS), stric
 
 def curve(e: Evaluation) -> Curve:
     """R@1 with both sides perturbed against eps."""
-    said = e.extras["sides"]
-    points = (Point(row["eps"], row["both"], f"both@{row['eps']}") for row in said["curve"])
-    return Curve("R@1, both sides perturbed, %", (Point("0", said["clean"], "recall_at_1"), *points))
+    extras = e.extras["sides"]
+    points = (Point(row["eps"], row["both"], f"both@{row['eps']}") for row in extras["curve"])
+    return Curve("R@1, both sides perturbed, %", (Point("0", extras["clean"], "recall_at_1"), *points))
 
 
 def check(p: Protocol) -> None:
@@ -102,7 +102,7 @@ def check(p: Protocol) -> None:
     Raises:
         UsageError: they are not.
     """
-    settings_of(Own, p)
+    settings_of(SidesSettings, p)
     if p.norm != "linf":
         raise UsageError(f"[threat] norm {p.norm!r}: kind 'sides' has linf alone, since both pictures share one search")
 
@@ -113,7 +113,7 @@ def require(rules: Protocol, dataset: RetrievalDataset, seed: int) -> None:
     Raises:
         UsageError: there are not.
     """
-    k, labels = settings_of(Own, rules).candidates, dataset.labels[dataset.gallery]
+    k, labels = settings_of(SidesSettings, rules).candidates, dataset.labels[dataset.gallery]
     least = len(labels) - int(np.unique(labels[labels >= 0], return_counts=True)[1].max(initial=0))
     if k > least:
         raise UsageError(
@@ -123,7 +123,7 @@ def require(rules: Protocol, dataset: RetrievalDataset, seed: int) -> None:
 
 def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
     """Every part at every eps, at their most: as if every query survived."""
-    times = settings_of(Own, p).candidates
+    times = settings_of(SidesSettings, p).candidates
     for part in components(p, dataset.images.shape):
         threat, weight = p.threat_of(part), times * sum(MOVED[part.attack])
         gradients, values = OPTIMIZERS[OPTIMIZER].passes(threat)
@@ -133,10 +133,10 @@ def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
         )  # fmt: skip
 
 
-def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
+def tables(extras: dict[str, Any]) -> Iterator[Sheet | Line]:
     """R@1 by eps and by what is perturbed."""
-    rows = [("0", *3 * (text_of(said["clean"]),))]
-    rows += [(row["eps"], *(text_of(row[part]) for part in MOVED)) for row in said["curve"]]
+    rows = [("0", *3 * (text_of(extras["clean"]),))]
+    rows += [(row["eps"], *(text_of(row[part]) for part in MOVED)) for row in extras["curve"]]
     heads = ("gallery alone", "query alone", "both")
     yield Sheet("R@1 %, by what is perturbed", ("eps",), heads, tuple(rows))
     yield Line("one wrong picture of the gallery for each query, all others clean", "gallery:")
@@ -144,7 +144,7 @@ def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
 
 def page(p: Protocol) -> Iterator[str]:
     """Who is perturbed, and how it is searched for."""
-    k, threat = settings_of(Own, p).candidates, p.threat_at("0")
+    k, threat = settings_of(SidesSettings, p).candidates, p.threat_at("0")
     yield (
         f"For each query the adversary owns one wrong picture of the gallery, one of the {k} nearest, and may move it within eps, or the "
         f"query, or each of both; all other pictures are clean. {threat.steps} steps of `{OPTIMIZER}` from a {threat.start} start for each of the {k}. Score: R@1 with both "
@@ -173,14 +173,14 @@ def outcome_problems(stated: Stated) -> Iterator[Problem]:
         weaker = [c.attack] + (["gallery", "query"] if c.attack == "both" else [])
         for other in weaker:
             if other in before:
-                said = f"outcomes are above those of {other} at this eps or a smaller one"
-                yield from count_problems(value > before[other], f"{c.name}/value", said)
+                text = f"outcomes are above those of {other} at this eps or a smaller one"
+                yield from count_problems(value > before[other], f"{c.name}/value", text)
         before[c.attack] = value
 
 
-def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
+def replay(stated: Stated, stored: StoredSample) -> Iterator[Problem]:
     """The stored pictures are of the query and of a wrong entry, within eps where they may be moved, and show what is stated."""
-    e, subject, at = stated.evaluation, kept.subject, kept.positions
+    e, subject, at = stated.evaluation, stored.subject, stored.positions
     for c in stated.parts:
         rows = e.arrays[f"{c.name}/candidate"][at]
         place = np.searchsorted(subject.dataset.gallery, rows).clip(max=len(subject.dataset.gallery) - 1)
@@ -193,19 +193,19 @@ def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
             continue
         clean = pictures(subject, scene, at)
         both = [e.sample.get(f"{c.name}/{which}") for which in PICTURES]
-        if any(b is None or b.shape != tuple(kept.clean.shape) or b.dtype != np.float32 for b in both):
+        if any(b is None or b.shape != tuple(stored.clean.shape) or b.dtype != np.float32 for b in both):
             yield Problem(
-                2, f"{SAMPLE} {c.name}", f"is not float32 images of shape {tuple(kept.clean.shape)} of each side"
+                2, f"{SAMPLE} {c.name}", f"is not float32 images of shape {tuple(stored.clean.shape)} of each side"
             )
             continue
         images = torch.from_numpy(np.stack(both, 1)).to(subject.device)  # type: ignore[arg-type]
         try:
             with torch.no_grad():
-                found = read(subject, scene, stated.rules.threat_of(c), MOVED[c.attack], images, clean)
+                recall = read(subject, scene, stated.rules.threat_of(c), MOVED[c.attack], images, clean)
         except AssertionError as error:
             yield Problem(2, f"{SAMPLE} {c.name}", str(error))
             continue
-        yield from outcomes_differ(e, c, {"recall_at_1": found}, at)
+        yield from outcomes_differ(e, c, {"recall_at_1": recall}, at)
 
 
 SIDES = Kind(

@@ -37,7 +37,7 @@ PICTURES = ("query", "candidate")
 """What the sample holds of each query."""
 
 
-class Own(Settings):
+class SidesSettings(Settings):
     """``[settings]``."""
 
     candidates: Annotated[int, Field(ge=1)] = 5
@@ -63,8 +63,8 @@ def distances(
     at = scene.chosen[:, :1]
     if planted is None:
         return d, d.gather(1, at)[:, 0]
-    own = scene.distance.paired(asking, planted)
-    return d.scatter(1, at, own[:, None]), own
+    to_candidate = scene.distance.paired(asking, planted)
+    return d.scatter(1, at, to_candidate[:, None]), to_candidate
 
 
 class Pair(Watch):
@@ -79,15 +79,15 @@ class Pair(Watch):
         e = self.embedder(images.flatten(0, 1)).unflatten(0, images.shape[:2])  # (n, T, D)
         with torch.no_grad():
             self.log.unknown += (~torch.isfinite(e)).flatten(1).any(1).sum()
-        d, own = distances(self.scene, e[:, 0] if query else self.scene.clean, e[:, -1] if candidate else None)
+        d, to_candidate = distances(self.scene, e[:, 0] if query else self.scene.clean, e[:, -1] if candidate else None)
         positive = d.masked_fill(~self.scene.same, torch.inf).amin(1)
         margin = d.masked_fill(~self.scene.other, torch.inf).amin(1) - positive
-        return own - positive if candidate else margin, margin.detach()
+        return to_candidate - positive if candidate else margin, margin.detach()
 
 
 def candidates(subject: Subject, rules: Protocol) -> Int[Tensor, "Q k"]:
     """Gallery entries of the candidates of each query, the nearest first; those that are of its class or do not count are no targets."""
-    k = settings_of(Own, rules).candidates
+    k = settings_of(SidesSettings, rules).candidates
     blocks = (subject.scene[a : a + 256] for a in range(0, len(subject.rows), 256))
     return torch.cat([TARGETS["nearest_other"](block, k, subject.rng(0)) for block in blocks])
 
@@ -133,7 +133,7 @@ def attempt(
     base, rng = subject.scene[at], subject.rng(seed, "sides", part)[at]
     broken = np.zeros(len(positions), dtype=bool)
     chosen = aims[at, 0].clone()
-    found = pictures(subject, base.aimed(aims[at, :1]), positions)
+    last_images = pictures(subject, base.aimed(aims[at, :1]), positions)
     with torch.no_grad(), watched() as trouble:
         for j in range(aims.shape[1]):
             aimed = base.aimed(aims[at, j : j + 1])
@@ -150,13 +150,13 @@ def attempt(
             hunt.require_known(part, threat)
             hit = read(subject, scene, threat, moved, images, clean) < 50.0
             done = left[torch.from_numpy(hit).to(left.device)]
-            found[done], chosen[done] = images[torch.from_numpy(hit).to(left.device)], aims[at[done], j]
+            last_images[done], chosen[done] = images[torch.from_numpy(hit).to(left.device)], aims[at[done], j]
             broken[done.cpu().numpy()] = True
-    kept = np.isin(positions, keep)
+    in_sample = np.isin(positions, keep)
     return {
         "broken": broken,
         "candidate": chosen.cpu().numpy(),
-        "images": found[torch.from_numpy(kept).to(found.device)].cpu().numpy(),
+        "images": last_images[torch.from_numpy(in_sample).to(last_images.device)].cpu().numpy(),
         "nonfinite": np.array([trouble.count]),
     }
 
@@ -167,16 +167,18 @@ def run(
     seed: int,
     batch_size: int,
     progress: Progress,
-    kept: np.ndarray,
+    sampled: np.ndarray,
     work: Work | None = None,
 ) -> Outcome | None:
     """Every part at every eps, the smallest first, on the queries that nothing broke that the part could do too."""
     work = work or Work()
     parts = components(rules, subject.dataset.images.shape)
     clean, aims = retrieval(subject.scene, (1,))["recall_at_1"], candidates(subject, rules)
-    field = Pass.of(subject, rules, seed, batch_size, progress, work, kept)
+    field = Pass.of(subject, rules, seed, batch_size, progress, work, sampled)
     first = aims[:, 0].cpu().numpy()
-    before = pictures(subject, subject.scene[torch.from_numpy(kept).to(subject.device)].aimed(aims[kept, :1]), kept)
+    before = pictures(
+        subject, subject.scene[torch.from_numpy(sampled).to(subject.device)].aimed(aims[sampled, :1]), sampled
+    )
     broken = {part: np.zeros(len(clean), dtype=bool) for part in MOVED}
     entry = {part: first.copy() for part in MOVED}
     images = {part: before.cpu().numpy().copy() for part in MOVED}
@@ -190,13 +192,13 @@ def run(
             took = broken[other] & ~broken[name]
             broken[name] |= took
             entry[name][took] = entry[other][took]
-            images[name][took[kept]] = images[other][took[kept]]
-        search = partial(attempt, subject, aims, name, rules.threat_of(part), seed, kept)
-        wanted = (clean == 100.0) & ~broken[name]
+            images[name][took[sampled]] = images[other][took[sampled]]
+        search = partial(attempt, subject, aims, name, rules.threat_of(part), seed, sampled)
+        selected = (clean == 100.0) & ~broken[name]
         seconds[part.name] = 0.0
-        for positions, made in field.over(part.name, part.name, wanted, search):
+        for positions, made in field.over(part.name, part.name, selected, search):
             broken[name][positions], entry[name][positions] = made["broken"], made["candidate"]
-            images[name][np.searchsorted(kept, positions[np.isin(positions, kept)])] = made["images"]
+            images[name][np.searchsorted(sampled, positions[np.isin(positions, sampled)])] = made["images"]
             seconds[part.name] += float(made["seconds"].sum())
             nonfinite += int(made["nonfinite"].sum())
         arrays[f"{part.name}/value"] = np.where(broken[name], 0.0, clean).astype(np.float32)

@@ -19,8 +19,8 @@ from dmlbench.kinds.base import (
     QUERIES,
     RUN,
     SAMPLE,
-    Kept,
     Stated,
+    StoredSample,
     count_problems,
     differences,
     outcomes_differ,
@@ -45,18 +45,18 @@ def arrays(rules: Protocol, parts: Sequence[Component]) -> dict[str, tuple[str, 
     """What each query has at each eps beside its outcome and norm."""
     kinds = {"broken_by": "i", "iteration": "i", **dict.fromkeys(PROXIES, "f")}
     kinds |= {"round": "i"} if rules.together > 1 else {}
-    found = {f"{c.name}/{key}": (kind, 1) for c in parts for key, kind in kinds.items()}
-    return found | ({SMALLEST: ("f", 1)} if rules.threshold is not None else {})
+    columns = {f"{c.name}/{key}": (kind, 1) for c in parts for key, kind in kinds.items()}
+    return columns | ({SMALLEST: ("f", 1)} if rules.threshold is not None else {})
 
 
 def outcome_problems(stated: Stated) -> Iterator[Problem]:
     """Do the arrays fit one another?"""
     e, rules, parts = stated.evaluation, stated.rules, stated.parts
-    found = [*_broken_problems(e, rules, parts), *_proxy_problems(e, parts)]
-    yield from found
-    if rules.together > 1 and not found:
+    problems = [*_broken_problems(e, rules, parts), *_proxy_problems(e, parts)]
+    yield from problems
+    if rules.together > 1 and not problems:
         yield from _round_problems(e, rules, parts)
-    if rules.threshold is not None and not found:
+    if rules.threshold is not None and not problems:
         yield from _smallest_problems(e, rules, parts)
 
 
@@ -70,14 +70,14 @@ def _broken_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component])
         where = f"{c.name}/broken_by"
         known = (by >= SURVIVED) & (by < 2 + len(rules.steps))
         yield from count_problems(~known, where, f"codes are none of {SURVIVED} to {1 + len(rules.steps)}")
-        said = "queries are wrong when clean in one of broken_by and benign/recall_at_1 alone"
-        yield from count_problems((by == CLEAN_WRONG) != (clean != 100.0), where, said)
+        text = "queries are wrong when clean in one of broken_by and benign/recall_at_1 alone"
+        yield from count_problems((by == CLEAN_WRONG) != (clean != 100.0), where, text)
         carried = by == CARRIED
         was = before["broken_by"] >= CARRIED if before else np.zeros_like(carried)
-        said = "queries are broken at a smaller eps in one of this and the smaller eps alone"
-        yield from count_problems(carried != was, where, said)
-        wanted = outcome(by, clean)
-        differ = ~((now["value"] == wanted) | (np.isnan(now["value"]) & np.isnan(wanted)))
+        text = "queries are broken at a smaller eps in one of this and the smaller eps alone"
+        yield from count_problems(carried != was, where, text)
+        expected = outcome(by, clean)
+        differ = ~((now["value"] == expected) | (np.isnan(now["value"]) & np.isnan(expected)))
         yield from count_problems(differ, f"{c.name}/value", "outcomes do not fit broken_by")
         hit = by > CARRIED
         wrong = np.where(hit, now["iteration"] < 1, ~carried & (now["iteration"] != 0))
@@ -86,8 +86,8 @@ def _broken_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component])
             (by == CLEAN_WRONG) & (now["norm"] != 0), f"{c.name}/norm", "are of queries that nothing attacked"
         )
         for key in ("iteration", "norm") if before else ():
-            said = "differ from the smaller eps that broke the query"
-            yield from count_problems(carried & was & (now[key] != before[key]), f"{c.name}/{key}", said)
+            text = "differ from the smaller eps that broke the query"
+            yield from count_problems(carried & was & (now[key] != before[key]), f"{c.name}/{key}", text)
         before = now
 
 
@@ -134,8 +134,8 @@ def _proxy_problems(e: Evaluation, parts: Sequence[Component]) -> Iterator[Probl
             )
             yield from count_problems((now < 0) | (now > 100 + CLOSE), field, "outcomes are outside 0 to 100")
             yield from count_problems(now > last + CLOSE, field, "outcomes are above those at a smaller eps or clean")
-            said = "outcomes differ from before, of queries that nothing attacked"
-            yield from count_problems(untouched & ~missing & (np.abs(now - last) > CLOSE), field, said)
+            text = "outcomes differ from before, of queries that nothing attacked"
+            yield from count_problems(untouched & ~missing & (np.abs(now - last) > CLOSE), field, text)
             if proxy != "map_at_r":
                 yield from count_problems(
                     ~missing & ~np.isin(now, (0.0, 100.0)), field, "outcomes are other than 0 and 100"
@@ -149,25 +149,25 @@ def number_problems(stated: Stated) -> Iterator[Problem]:
     """Does every number come out of the arrays again? What the steps cost is taken as it is."""
     e, rules = stated.evaluation, stated.rules
     grid = [c.threat["eps"] for c in stated.parts]
-    said = e.extras["strict"]
-    spent = [point["steps"] for point in said["curve"]]
+    extras = e.extras["strict"]
+    spent = [point["steps"] for point in extras["curve"]]
     shape = [len(steps) for steps in spent]
     if shape != [len(rules.steps)] * len(grid):
-        wanted = [len(rules.steps)] * len(grid)
-        yield Problem(0, f"{RUN} extras.strict.curve", f"has {shape} steps by eps, the protocol {wanted}")
+        expected = [len(rules.steps)] * len(grid)
+        yield Problem(0, f"{RUN} extras.strict.curve", f"has {shape} steps by eps, the protocol {expected}")
         return
-    halving = said.get("smallest_eps")
+    halving = extras.get("smallest_eps")
     again = summary(rules, grid, e.arrays["benign/recall_at_1"], e.arrays["label"], e.arrays, spent, halving)
     lengths = "extras.strict.smallest_eps"
     yield from differences(lengths, halving, again.pop("smallest_eps", None), LENGTHS_CLOSE)
-    rest = {key: value for key, value in said.items() if key != "smallest_eps"}
+    rest = {key: value for key, value in extras.items() if key != "smallest_eps"}
     yield from differences("extras.strict", rest, again)
 
 
-def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
+def replay(stated: Stated, stored: StoredSample) -> Iterator[Problem]:
     """Is each stored image misranked exactly where its query is broken, and the last of a smaller eps where that
     broke it? R@2 to MAP@R are the lowest over all searches, so never above those of the stored image."""
-    e, rules, subject, at = stated.evaluation, stated.rules, kept.subject, kept.positions
+    e, rules, subject, at = stated.evaluation, stated.rules, stored.subject, stored.positions
     scene = subject.scene[torch.from_numpy(at).to(subject.device)]
     before: np.ndarray | None = None
     for c in stated.parts:
@@ -175,17 +175,17 @@ def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
         if before is not None:
             changed = (by == CARRIED) & (images != before).reshape(len(images), -1).any(1)
             if changed.any():
-                said = f"{int(changed.sum())} images are not those of the smaller eps that broke the query"
-                yield Problem(2, f"{SAMPLE} {c.name}", said)
+                text = f"{int(changed.sum())} images are not those of the smaller eps that broke the query"
+                yield Problem(2, f"{SAMPLE} {c.name}", text)
         before = images
         adversarial = torch.from_numpy(images.copy()).to(subject.device)
-        found = read(subject, scene, rules.threat_of(c), adversarial, kept.clean)
-        yield from outcomes_differ(e, c, found, at)
+        read_outs = read(subject, scene, rules.threat_of(c), adversarial, stored.clean)
+        yield from outcomes_differ(e, c, read_outs, at)
         for proxy in PROXIES:
-            above = e.arrays[f"{c.name}/{proxy}"][at] > found[proxy] + AGREE
+            above = e.arrays[f"{c.name}/{proxy}"][at] > read_outs[proxy] + AGREE
             if above.sum() > max(1, DIFFER * len(at)):
-                said = f"{int(above.sum())} of {len(at)} stored images score lower than stated"
-                yield Problem(2, f"{QUERIES} {c.name}/{proxy}", said)
+                text = f"{int(above.sum())} of {len(at)} stored images score lower than stated"
+                yield Problem(2, f"{QUERIES} {c.name}/{proxy}", text)
 
 
 def as_long(rules: Protocol, e: Evaluation) -> Protocol:

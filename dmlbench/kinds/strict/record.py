@@ -130,19 +130,19 @@ NUMBERS = (
 
 def read(e: Evaluation) -> dict[str, float | None]:
     """The numbers, at the largest eps of the grid, which is the field's; and the columns that are no mean over queries."""
-    said = e.extras["strict"]
-    last, smallest = said["curve"][-1], said.get("smallest_eps")
-    found = {
+    extras = e.extras["strict"]
+    last, smallest = extras["curve"][-1], extras.get("smallest_eps")
+    columns = {
         "worst_case_recall_at_1": last["recall_at_1"],
         "worst_case_missed_at_most": last.get("missed_at_most"),
-        "worst_case_area": said.get("area"),
+        "worst_case_area": extras.get("area"),
     }
-    if smallest and (said["clean"] or 0.0) > 0:  # of queries that are right when clean
-        found["smallest_eps"] = within(smallest["median"], smallest)
+    if smallest and (extras["clean"] or 0.0) > 0:  # of queries that are right when clean
+        columns["smallest_eps"] = within(smallest["median"], smallest)
         if smallest["interval"]:
             low, high = smallest["interval"]
-            found |= {"smallest_eps_lo": within(low, smallest), "smallest_eps_hi": high}
-    return found
+            columns |= {"smallest_eps_lo": within(low, smallest), "smallest_eps_hi": high}
+    return columns
 
 
 def by_query(e: Evaluation) -> dict[str, np.ndarray]:
@@ -151,26 +151,26 @@ def by_query(e: Evaluation) -> dict[str, np.ndarray]:
     The area is linear in the outcomes, so each query has one of its own. A smallest eps beyond the largest of the grid
     counts as that.
     """
-    said = e.extras["strict"]
-    names = [f"strict@{row['eps']}" for row in said["curve"]]
+    extras = e.extras["strict"]
+    names = [f"strict@{row['eps']}" for row in extras["curve"]]
     keys = ["benign/recall_at_1", *(f"{name}/value" for name in names)]
     if "label" not in e.arrays or any(key not in e.arrays for key in keys):
         return {}
     curve = np.stack([e.arrays[key].astype(np.float64) for key in keys], axis=1)
-    found = {"worst_case_recall_at_1": curve[:, -1]}
-    if said.get("area") is not None:
-        radii = np.array([0.0, *(length(row["eps"]) for row in said["curve"])])
-        found["worst_case_area"] = (np.diff(radii) * (curve[:, 1:] + curve[:, :-1]) / 2).sum(1) / radii[-1]
-    if SMALLEST in e.arrays and said.get("smallest_eps"):
-        found["smallest_eps"] = np.minimum(e.arrays[SMALLEST].astype(np.float64), said["smallest_eps"]["largest"])
-    return found
+    values = {"worst_case_recall_at_1": curve[:, -1]}
+    if extras.get("area") is not None:
+        radii = np.array([0.0, *(length(row["eps"]) for row in extras["curve"])])
+        values["worst_case_area"] = (np.diff(radii) * (curve[:, 1:] + curve[:, :-1]) / 2).sum(1) / radii[-1]
+    if SMALLEST in e.arrays and extras.get("smallest_eps"):
+        values["smallest_eps"] = np.minimum(e.arrays[SMALLEST].astype(np.float64), extras["smallest_eps"]["largest"])
+    return values
 
 
 def curve(e: Evaluation) -> Curve:
     """Worst-case R@1 against eps."""
-    said = e.extras["strict"]
-    points = (Point(row["eps"], row["recall_at_1"], f"strict@{row['eps']}") for row in said["curve"])
-    return Curve("worst-case R@1, %", (Point("0", said["clean"], "recall_at_1"), *points))
+    extras = e.extras["strict"]
+    points = (Point(row["eps"], row["recall_at_1"], f"strict@{row['eps']}") for row in extras["curve"])
+    return Curve("worst-case R@1, %", (Point("0", extras["clean"], "recall_at_1"), *points))
 
 
 def check(p: Protocol) -> None:
@@ -221,9 +221,9 @@ def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
             yield replace(job, name=f"smallest eps, {step.name}", undefended=True)
 
 
-def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
+def tables(extras: dict[str, Any]) -> Iterator[Sheet | Line]:
     """The curve over eps, what each step contributed and cost, what may be missed, and the headline."""
-    curve = said["curve"]
+    curve = extras["curve"]
     steps = tuple(s["step"] for s in curve[0]["steps"])
     missed = ("missed", "missed_at_most") if "missed" in curve[0] else ()
     heads = ("R@1", *(("missed", "≤") if missed else ()), "R@2 ≤", "R@8 ≤", "MAP@R ≤", "before", *steps)
@@ -232,8 +232,8 @@ def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
         (row["eps"], *(text_of(row[key]) for key in keys), *(text_of(s["points"]) for s in row["steps"]))
         for row in curve
     ]
-    clean = ("0", text_of(said["clean"]))
-    yield Sheet(f"worst case, {said['norm']}", ("eps",), heads, (clean, *rows))
+    clean = ("0", text_of(extras["clean"]))
+    yield Sheet(f"worst case, {extras['norm']}", ("eps",), heads, (clean, *rows))
     yield Line(
         "≤: read at the images that the search for R@1 found; no search aimed at it, so the true worst case is lower. "
         "before: points broken at a smaller eps; then points that each step broke."
@@ -244,14 +244,14 @@ def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
             "missed: points of R@1 that ten times the rounds would still take, estimated, and at most. "
             f"Rounds by eps: {ran}."
         )
-    if "smallest_eps" in said:
-        found = said["smallest_eps"]
-        ends = f" ({' – '.join(shown(end, found) for end in found['interval'])})" if found["interval"] else ""
-        someone = (said["clean"] or 0.0) > 0  # where no query is right, none is broken either
-        head = f"smallest eps that breaks a query, median {shown(found['median'], found) if someone else text_of(None)}{ends}"
+    if "smallest_eps" in extras:
+        part = extras["smallest_eps"]
+        ends = f" ({' – '.join(shown(end, part) for end in part['interval'])})" if part["interval"] else ""
+        someone = (extras["clean"] or 0.0) > 0  # where no query is right, none is broken either
+        head = f"smallest eps that breaks a query, median {shown(part['median'], part) if someone else text_of(None)}{ends}"
     else:
-        head = f"area under the curve {text_of(said['area'])}"
-    spent = [text_of(said[f"{what}_per_query"], 0) for what in ("gradients", "values")]
+        head = f"area under the curve {text_of(extras['area'])}"
+    spent = [text_of(extras[f"{what}_per_query"], 0) for what in ("gradients", "values")]
     yield Line(f"{spent[0]} gradients and {spent[1]} values a right query and eps", head)
 
 

@@ -26,9 +26,9 @@ LEVEL = 0.95
 
 def groups(count: int, size: int) -> Int[np.ndarray, " Q"]:
     """The group of each of ``count`` queries: every ``size`` of them in the order of ``query_order``."""
-    found = np.empty(count, dtype=np.int64)
-    found[query_order(count)] = np.arange(count) // size
-    return found
+    group = np.empty(count, dtype=np.int64)
+    group[query_order(count)] = np.arange(count) // size
+    return group
 
 
 def fallen(rounds: int, group: Int[np.ndarray, " Q"], first: Int[np.ndarray, " Q"]) -> Int[np.ndarray, "G n"]:

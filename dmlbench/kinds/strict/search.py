@@ -168,7 +168,7 @@ def attempt(
         images = log.stopped(images)
         readouts = read(subject, scene, threat, images, clean)
     broken = readouts["recall_at_1"] < 50.0
-    return Attempt(images, broken, log.looked(broken), readouts, log.gradients, log.values, trouble.count)
+    return Attempt(images, broken, log.calls_until(broken), readouts, log.gradients, log.values, trouble.count)
 
 
 def most_aims(scene: Scene, attack: Attack) -> int:
@@ -209,17 +209,17 @@ class Standing:
     round: np.ndarray
     worst: dict[str, np.ndarray]
 
-    def absorb(self, positions: np.ndarray, index: int, found: Arrays, turn: int = 0) -> None:
+    def absorb(self, positions: np.ndarray, index: int, result: Arrays, turn: int = 0) -> None:
         """What step ``index`` made of the queries at ``positions``, all alive until now, see :func:`piece`; ``turn`` is
         the round, from 1, of a step that has several."""
-        hit = positions[found["broken"]]
+        hit = positions[result["broken"]]
         self.alive[hit] = False
         self.broken_by[hit] = index + 2
-        self.iteration[hit] = found["iteration"][found["broken"]]
-        self.norm[positions] = found["norm"]
+        self.iteration[hit] = result["iteration"][result["broken"]]
+        self.norm[positions] = result["norm"]
         self.round[hit] = turn
         for name, values in self.worst.items():
-            values[positions] = np.minimum(values[positions], found[name])
+            values[positions] = np.minimum(values[positions], result[name])
 
 
 def begin(subject: Subject) -> Standing:
@@ -257,17 +257,17 @@ def piece(
         ``broken``, ``iteration`` and ``norm``, and by name the read-outs that :class:`Standing` follows, (n,) each;
         ``gradients``, ``values`` and ``nonfinite`` (1,); ``images`` (m, C, H, W) of those of ``positions`` that are in ``keep``.
     """
-    found = attempt(subject, step, threat, positions, seed, turn)
+    result = attempt(subject, step, threat, positions, seed, turn)
     clean = subject.dataset.images[subject.rows[positions]].to(subject.device)
     return {
-        "broken": found.broken,
-        "iteration": found.iteration,
-        "norm": threat.ball.size(found.images - clean).cpu().numpy(),
-        **{name: found.readouts[name] for name in FOLLOWED},
-        "gradients": np.array([found.gradients]),
-        "values": np.array([found.values]),
-        "nonfinite": np.array([found.nonfinite]),
-        "images": found.images[torch.from_numpy(np.isin(positions, keep)).to(subject.device)].cpu().numpy(),
+        "broken": result.broken,
+        "iteration": result.iteration,
+        "norm": threat.ball.size(result.images - clean).cpu().numpy(),
+        **{name: result.readouts[name] for name in FOLLOWED},
+        "gradients": np.array([result.gradients]),
+        "values": np.array([result.values]),
+        "nonfinite": np.array([result.nonfinite]),
+        "images": result.images[torch.from_numpy(np.isin(positions, keep)).to(subject.device)].cpu().numpy(),
     }
 
 
@@ -294,11 +294,11 @@ def settle(
         threat = protocol.threat_at(eps, now.threat)
         search = partial(piece, field.subject, now, threat, field.seed, field.keep, turn if many else None)
         name = f"{step.name}@{eps}"
-        found = field.over(name, f"{name} {index}{f' round {r}' if many else ''}", going, search)
-        for positions, arrays in found:
+        results = field.over(name, f"{name} {index}{f' round {r}' if many else ''}", going, search)
+        for positions, arrays in results:
             standing.absorb(positions, index, arrays, r + 1 if many else 0)
             keep.update(zip(positions[np.isin(positions, field.keep)].tolist(), arrays["images"], strict=True))
-        spent += found
+        spent += results
     return cost(spent)
 
 
@@ -308,24 +308,24 @@ def run(
     seed: int,
     batch_size: int,
     progress: Progress,
-    kept: np.ndarray,
+    sampled: np.ndarray,
     work: Work | None = None,
 ) -> Outcome | None:
     """The whole curve: every step at every eps, on the queries that are right when clean.
 
-    ``kept`` lists the positions of the queries whose adversarial images are wanted. None where ``work`` is a
+    ``sampled`` lists the positions of the queries whose adversarial images are wanted. None where ``work`` is a
     shard: what it does not attack is unknown.
     """
     work = work or Work()
     shape = subject.dataset.images.shape
     grid, parts = protocol.eps_for(shape), components(protocol, shape)
     standing = begin(subject)
-    field = Field.of(subject, protocol, seed, batch_size, progress, work, kept)
+    field = Field.of(subject, protocol, seed, batch_size, progress, work, sampled)
     arrays: dict[str, np.ndarray] = {}
     sample: dict[str, np.ndarray] = {}
     spent: list[list[dict[str, Any]]] = []
     clean = retrieval(subject.scene, RECALL_AT)["recall_at_1"]
-    images = {int(p): subject.dataset.images[subject.rows[[p]]][0].numpy() for p in kept}
+    images = {int(p): subject.dataset.images[subject.rows[[p]]][0].numpy() for p in sampled}
     for eps, part in zip(grid, parts, strict=True):
         name = part.name
         standing.broken_by[standing.broken_by > CARRIED] = CARRIED
@@ -339,7 +339,7 @@ def run(
             arrays[f"{name}/round"] = standing.round.copy()
         for proxy in PROXIES:
             arrays[f"{name}/{proxy}"] = standing.worst[proxy].copy()
-        sample[name] = np.stack([images[int(p)] for p in kept])
+        sample[name] = np.stack([images[int(p)] for p in sampled])
     halving: dict[str, Any] | None = None
     if protocol.threshold is not None:
         by = np.stack([arrays[f"{part.name}/broken_by"] for part in parts])
@@ -348,9 +348,9 @@ def run(
         return None
     seconds = {part.name: sum(cost["seconds"] for cost in costs) for part, costs in zip(parts, spent, strict=True)}
     broken_by = {eps: arrays[f"{part.name}/broken_by"] for eps, part in zip(grid, parts, strict=True)}
-    said = summary(protocol, grid, clean, subject.scene.labels.cpu().numpy(), arrays, spent, halving)
+    extras = summary(protocol, grid, clean, subject.scene.labels.cpu().numpy(), arrays, spent, halving)
     nonfinite = sum(int(cost["nonfinite"]) for costs in [*spent, [halving] if halving else []] for cost in costs)
-    return Outcome(parts, seconds, arrays, sample, said, broken_by=broken_by, nonfinite=nonfinite)
+    return Outcome(parts, seconds, arrays, sample, extras, broken_by=broken_by, nonfinite=nonfinite)
 
 
 def smallest(
@@ -376,10 +376,10 @@ def smallest(
         def by(step: Step, positions: np.ndarray) -> Arrays:
             return piece(field.subject, step, threat, field.seed, np.zeros(0, dtype=np.int64), None, positions)
 
-        found = by(step, positions)
+        result = by(step, positions)
         for other in transfers(protocol):
-            found = and_then(found, positions, partial(by, Transfer.of(step, other.name)))
-        return found
+            result = and_then(result, positions, partial(by, Transfer.of(step, other.name)))
+        return result
 
-    found, spent = between(field, step.name, ladder(radii, rule), broken_by >= CARRIED, search)
-    return np.where(np.isnan(clean) | (clean != 100.0), np.nan, found), spent
+    smallest_eps, spent = between(field, step.name, ladder(radii, rule), broken_by >= CARRIED, search)
+    return np.where(np.isnan(clean) | (clean != 100.0), np.nan, smallest_eps), spent

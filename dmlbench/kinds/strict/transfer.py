@@ -47,15 +47,15 @@ def transfers(rules: Protocol) -> tuple[Transfer, ...]:
     return tuple(step for step in rules.steps if isinstance(step, Transfer))
 
 
-def and_then(found: Arrays, positions: np.ndarray, search: Callable[[np.ndarray], Arrays]) -> Arrays:
+def and_then(result: Arrays, positions: np.ndarray, search: Callable[[np.ndarray], Arrays]) -> Arrays:
     """What a search broke of the queries at ``positions``, and another one of those that it left; and what both cost."""
-    left = ~found["broken"]
+    left = ~result["broken"]
     if not left.any():
-        return {key: found[key] for key in ("broken", *_COSTS)}
+        return {key: result[key] for key in ("broken", *_COSTS)}
     more = search(positions[left])
-    broken = found["broken"].copy()
+    broken = result["broken"].copy()
     broken[left] = more["broken"]
-    costs: dict[str, Any] = {key: found[key] + more[key] for key in _COSTS}
+    costs: dict[str, Any] = {key: result[key] + more[key] for key in _COSTS}
     return {"broken": broken, **costs}
 
 

@@ -15,8 +15,8 @@ from dmlbench.kinds.base import (
     QUERIES,
     RUN,
     SAMPLE,
-    Kept,
     Stated,
+    StoredSample,
     count_problems,
     differences,
     outcomes_differ,
@@ -44,11 +44,11 @@ CLOSE_DISTANCE = 1e-3
 
 def arrays(rules: Protocol, parts: Sequence[Component]) -> dict[str, tuple[str, int]]:
     """What each query has of each side, and at each eps beside its outcome and norm."""
-    found = {f"{c.name}/{key}": ("i", 1) for c in parts for key in ("broken_by", "iteration")} | {FOLD: ("i", 1)}
+    columns = {f"{c.name}/{key}": ("i", 1) for c in parts for key in ("broken_by", "iteration")} | {FOLD: ("i", 1)}
     for side in SIDES:
-        found |= {f"{side}/partner": ("i", 1), f"{side}/distance": ("f", 1), f"{side}/clean": ("f", 1)}
-        found |= {f"{side}/smallest_eps": ("f", 1)} if rules.threshold is not None else {}
-    return found
+        columns |= {f"{side}/partner": ("i", 1), f"{side}/distance": ("f", 1), f"{side}/clean": ("f", 1)}
+        columns |= {f"{side}/smallest_eps": ("f", 1)} if rules.threshold is not None else {}
+    return columns
 
 
 def outcome_problems(stated: Stated) -> Iterator[Problem]:
@@ -67,9 +67,9 @@ def outcome_problems(stated: Stated) -> Iterator[Problem]:
         yield from count_problems(
             np.isnan(d) != missing, f"{side}/distance", "are there in one of pairs and distances alone"
         )
-        wanted = np.where(missing, np.nan, 100.0 * right[:, i])
+        expected = np.where(missing, np.nan, 100.0 * right[:, i])
         yield from count_problems(
-            ~_equal(clean, wanted), f"{side}/clean", "do not follow from the distances and their folds' thresholds"
+            ~_equal(clean, expected), f"{side}/clean", "do not follow from the distances and their folds' thresholds"
         )
         yield from _broken_problems(stated, parts, missing, clean)
         if rules.threshold is not None:
@@ -99,8 +99,8 @@ def _broken_problems(
         yield from count_problems(
             (by == NO_PAIR) != missing, where, "pairs are missing in one of this and the partners alone"
         )
-        said = "pairs are wrong when clean in one of this and the clean outcomes alone"
-        yield from count_problems((by == CLEAN_WRONG) != (clean == 0.0), where, said)
+        text = "pairs are wrong when clean in one of this and the clean outcomes alone"
+        yield from count_problems((by == CLEAN_WRONG) != (clean == 0.0), where, text)
         yield from count_problems(
             (by == CARRIED) != before, where, "pairs are flipped at a smaller eps in one of both alone"
         )
@@ -118,8 +118,8 @@ def number_problems(stated: Stated) -> Iterator[Problem]:
     """Does every number come out of the arrays again? What the steps cost is taken as it is."""
     e, rules = stated.evaluation, stated.rules
     grid = list(dict.fromkeys(c.threat["eps"] for c in stated.parts))
-    said = e.extras["verification"]
-    spent = [point["steps"] for point in said["curve"]]
+    extras = e.extras["verification"]
+    spent = [point["steps"] for point in extras["curve"]]
     if [len(steps) for steps in spent] != [len(rules.steps)] * len(grid):
         yield Problem(0, f"{RUN} extras.verification.curve", "has other steps or eps than the protocol")
         return
@@ -127,55 +127,55 @@ def number_problems(stated: Stated) -> Iterator[Problem]:
     ran = [[step.name not in alone or eps == grid[-1] for step in rules.steps] for eps in grid]
     spent = [[{**s, "ran": r} for s, r in zip(*row, strict=True)] for row in zip(spent, ran, strict=True)]
     edges = thresholds(distances(e.arrays), e.arrays[FOLD], Settings.of(rules).far)
-    halving = said.get("smallest_eps", {}).get("any")
+    halving = extras.get("smallest_eps", {}).get("any")
     again = summary(rules, grid, e.arrays["label"], edges, e.arrays, spent, halving)
     where = "extras.verification"
     lengths = ("smallest_eps", "thresholds", "roc")
     for key in lengths:
-        yield from differences(f"{where}.{key}", said.get(key), again.pop(key, None), LENGTHS_CLOSE)
-    yield from differences(where, {k: v for k, v in said.items() if k not in lengths}, again)
+        yield from differences(f"{where}.{key}", extras.get(key), again.pop(key, None), LENGTHS_CLOSE)
+    yield from differences(where, {k: v for k, v in extras.items() if k not in lengths}, again)
 
 
-def replay(stated: Stated, kept: Kept) -> Iterator[Problem]:
+def replay(stated: Stated, stored: StoredSample) -> Iterator[Problem]:
     """The pairs are those that are drawn, as far apart as stated, and each stored image shows what became of its pair."""
-    e, rules, subject = stated.evaluation, stated.rules, kept.subject
+    e, rules, subject = stated.evaluation, stated.rules, stored.subject
     pairs = drawn(subject.dataset, rules, rules.seed)
     for i, side in enumerate(SIDES):
         row = np.where(pairs.partner[:, i] >= 0, subject.dataset.gallery[pairs.partner[:, i]], -1)
         yield from _unlike(e.arrays[f"{side}/partner"], row, f"{side}/partner")
     yield from _unlike(e.arrays[FOLD], pairs.fold, FOLD)
-    again, said = clean_distances(subject, pairs), distances(e.arrays)
-    off = np.nansum(np.abs(again - said) > CLOSE_DISTANCE * np.nanmax(again))
+    again, distance = clean_distances(subject, pairs), distances(e.arrays)
+    off = np.nansum(np.abs(again - distance) > CLOSE_DISTANCE * np.nanmax(again))
     if off:
         yield Problem(2, f"{QUERIES} distance", f"{int(off)} clean distances are others than stated")
         return
-    edge = thresholds(said, pairs.fold, Settings.of(rules).far)[pairs.fold]
-    bench = Bench.of(subject, pairs, edge, right_by(margins(said, edge)))
+    edge = thresholds(distance, pairs.fold, Settings.of(rules).far)[pairs.fold]
+    bench = Bench.of(subject, pairs, edge, right_by(margins(distance, edge)))
     for i, side in enumerate(SIDES):
-        own = np.flatnonzero(bench.side == i)
+        of_side = np.flatnonzero(bench.side == i)
         of_query = np.full(len(subject.rows), -1)
-        of_query[bench.query[own]] = own
-        there = np.flatnonzero(of_query[kept.positions] >= 0)
-        at = torch.from_numpy(of_query[kept.positions[there]]).to(subject.device)
+        of_query[bench.query[of_side]] = of_side
+        there = np.flatnonzero(of_query[stored.positions] >= 0)
+        at = torch.from_numpy(of_query[stored.positions[there]]).to(subject.device)
         before: np.ndarray | None = None
         for c in (c for c in stated.parts if c.attack == side):
-            images, by = e.sample[c.name], e.arrays[f"{c.name}/broken_by"][kept.positions]
+            images, by = e.sample[c.name], e.arrays[f"{c.name}/broken_by"][stored.positions]
             if before is not None:
                 changed = (by == CARRIED) & (images != before).reshape(len(images), -1).any(1)
                 if changed.any():
-                    told = f"{int(changed.sum())} images are not those of the smaller eps that flipped the pair"
-                    yield Problem(2, f"{SAMPLE} {c.name}", told)
+                    text = f"{int(changed.sum())} images are not those of the smaller eps that flipped the pair"
+                    yield Problem(2, f"{SAMPLE} {c.name}", text)
             before = images
             moved = torch.from_numpy(images[there].copy()).to(subject.device)
             with torch.no_grad():
-                found = read(
-                    bench, at, rules.threat_of(c), moved, kept.clean[torch.from_numpy(there).to(kept.clean.device)]
+                share_right = read(
+                    bench, at, rules.threat_of(c), moved, stored.clean[torch.from_numpy(there).to(stored.clean.device)]
                 )
-            again_decided = np.full(len(kept.positions), np.nan)
-            again_decided[there] = 100.0 * (found >= 50.0)
-            yield from outcomes_differ(e, c, {"decided": again_decided}, kept.positions)
+            again_decided = np.full(len(stored.positions), np.nan)
+            again_decided[there] = 100.0 * (share_right >= 50.0)
+            yield from outcomes_differ(e, c, {"decided": again_decided}, stored.positions)
 
 
-def _unlike(stated: np.ndarray, found: np.ndarray, name: str) -> Iterator[Problem]:
-    if wrong := int((stated != found).sum()):
+def _unlike(stated: np.ndarray, recomputed: np.ndarray, name: str) -> Iterator[Problem]:
+    if wrong := int((stated != recomputed).sum()):
         yield Problem(2, f"{QUERIES} {name}", f"{wrong} are others than those that are drawn")

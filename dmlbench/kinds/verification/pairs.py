@@ -104,9 +104,9 @@ def drawn(dataset: RetrievalDataset, rules: Protocol, seed: int) -> Drawn:
         named = np.searchsorted(dataset.gallery, pairs.partner[positions])
         genuine = dataset.labels[dataset.query[positions]] == dataset.labels[pairs.partner[positions]]
         partner = np.stack([np.where(genuine, named, -1), np.where(genuine, -1, named)], axis=1)
-    found = Drawn(partner, np.where(partner[:, 1] >= 0, partner[:, 1], other), fold)
-    _require_thresholds(found, dataset.name)
-    return found
+    pairs_drawn = Drawn(partner, np.where(partner[:, 1] >= 0, partner[:, 1], other), fold)
+    _require_thresholds(pairs_drawn, dataset.name)
+    return pairs_drawn
 
 
 def _block(
@@ -115,8 +115,8 @@ def _block(
     """Places in the gallery of a random positive, of a random entry of another class of the fold, and of any other class; -1: none."""
     scene = unembedded(dataset, at)
     rng = Rng(seed_of(seed, "pairs"), torch.from_numpy(dataset.query[at]))
-    own = torch.from_numpy(fold[np.searchsorted(positions, at)])
-    choices = (scene.same, scene.other & (part_of[None, :] == own[:, None]), scene.other)
+    fold_of = torch.from_numpy(fold[np.searchsorted(positions, at)])
+    choices = (scene.same, scene.other & (part_of[None, :] == fold_of[:, None]), scene.other)
     return torch.stack([_one_of(choice, rng) for choice in choices], dim=1).numpy()
 
 
@@ -127,15 +127,15 @@ def _one_of(choice: Bool[Tensor, "b N"], rng: Rng) -> Int[Tensor, " b"]:
     return torch.where(count > 0, (choice.long().cumsum(1) == place[:, None] + 1).long().argmax(1), -1)
 
 
-def _require_thresholds(found: Drawn, name: str) -> None:
+def _require_thresholds(pairs: Drawn, name: str) -> None:
     """Raise unless the folds other than each one that has pairs hold genuine and impostor pairs."""
-    there = found.partner >= 0
-    used = np.unique(found.fold[there.any(1)])
+    there = pairs.partner >= 0
+    used = np.unique(pairs.fold[there.any(1)])
     for fold in used:
         for side, kind in enumerate(("genuine", "impostor")):
-            if not there[found.fold != fold, side].any():
-                said = f"data set {name!r}: the threshold of fold {fold} needs {kind} pairs in other folds, and there are none"
-                raise UsageError(said)
+            if not there[pairs.fold != fold, side].any():
+                text = f"data set {name!r}: the threshold of fold {fold} needs {kind} pairs in other folds, and there are none"
+                raise UsageError(text)
     if not len(used):
         raise UsageError(f"data set {name!r} has no pair to verify")
 
@@ -160,9 +160,9 @@ def thresholds(
 ) -> Float[np.ndarray, " F"]:
     """The threshold of each fold, of the pairs (Q, 2) of all others; distances are NaN where there is no pair."""
     genuine = np.broadcast_to(np.array([True, False]), distance.shape)
-    found = []
+    values = []
     for one in range(int(fold.max()) + 1):
-        kept = ~np.isnan(distance) & (fold != one)[:, None]
-        sides = genuine[kept]
-        found.append(threshold(distance[kept], sides, far) if sides.any() and not sides.all() else np.nan)
-    return np.array(found, dtype=np.float32)
+        fitted_on = ~np.isnan(distance) & (fold != one)[:, None]
+        sides = genuine[fitted_on]
+        values.append(threshold(distance[fitted_on], sides, far) if sides.any() and not sides.all() else np.nan)
+    return np.array(values, dtype=np.float32)

@@ -159,46 +159,46 @@ NUMBERS = (
 
 def read(e: Evaluation) -> dict[str, float | None]:
     """The numbers, those under attack at the largest eps of the grid, and the columns that are no mean over queries."""
-    said = e.extras["verification"]
-    found = {
-        "verification_accuracy": said["clean"]["accuracy"],
-        "verification_accuracy_attacked": said["curve"][-1]["accuracy"],
-        "verification_eer": said["clean"]["eer"],
-        **{f"verification_tar_{far.replace('-', '_')}": said["clean"]["tar"][far] for far in FARS},
+    extras = e.extras["verification"]
+    columns = {
+        "verification_accuracy": extras["clean"]["accuracy"],
+        "verification_accuracy_attacked": extras["curve"][-1]["accuracy"],
+        "verification_eer": extras["clean"]["eer"],
+        **{f"verification_tar_{far.replace('-', '_')}": extras["clean"]["tar"][far] for far in FARS},
     }
     for name, column in LENGTHS.items():
-        part = (said.get("smallest_eps") or {}).get(name)
-        side = said["clean"]["accuracy" if name == "any" else name]
+        part = (extras.get("smallest_eps") or {}).get(name)
+        side = extras["clean"]["accuracy" if name == "any" else name]
         if part and (side or 0.0) > 0:  # of pairs that are right when clean
-            found[column] = within(part["median"], part)
+            columns[column] = within(part["median"], part)
             if part["interval"]:
                 low, high = part["interval"]
-                found |= {f"{column}_lo": within(low, part), f"{column}_hi": high}
-    return found
+                columns |= {f"{column}_lo": within(low, part), f"{column}_hi": high}
+    return columns
 
 
 def by_query(e: Evaluation) -> dict[str, np.ndarray]:
     """What each query adds to the numbers; empty without the queries' outcomes."""
-    said = e.extras["verification"]
-    last = said["curve"][-1]["eps"]
+    extras = e.extras["verification"]
+    last = extras["curve"][-1]["eps"]
     names = {
         "verification_accuracy": [f"{side}/clean" for side in SIDES],
         "verification_accuracy_attacked": [f"{side}@{last}/value" for side in SIDES],
     }
     if any(key not in e.arrays for keys in names.values() for key in keys):
         return {}
-    found = {name: of_queries(e.arrays, keys) for name, keys in names.items()}
-    if said.get("smallest_eps") and all(f"{side}/smallest_eps" in e.arrays for side in SIDES):
+    values_by_name = {name: of_queries(e.arrays, keys) for name, keys in names.items()}
+    if extras.get("smallest_eps") and all(f"{side}/smallest_eps" in e.arrays for side in SIDES):
         for name, values in smallest_of(e.arrays).items():
-            found[LENGTHS[name]] = np.minimum(values, said["smallest_eps"][name]["largest"])
-    return found
+            values_by_name[LENGTHS[name]] = np.minimum(values, extras["smallest_eps"][name]["largest"])
+    return values_by_name
 
 
 def curve(e: Evaluation) -> Curve:
     """Pairs decided rightly against eps."""
-    said = e.extras["verification"]
-    points = (Point(row["eps"], row["accuracy"]) for row in said["curve"])
-    return Curve("pairs decided rightly, %", (Point("0", said["clean"]["accuracy"]), *points))
+    extras = e.extras["verification"]
+    points = (Point(row["eps"], row["accuracy"]) for row in extras["curve"])
+    return Curve("pairs decided rightly, %", (Point("0", extras["clean"]["accuracy"]), *points))
 
 
 def roc(e: Evaluation) -> list[list[float]]:
@@ -269,9 +269,9 @@ def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
         )  # fmt: skip
 
 
-def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
+def tables(extras: dict[str, Any]) -> Iterator[Sheet | Line]:
     """The curve over eps, what each step flipped, the clean rates, and the smallest eps."""
-    clean, rows = said["clean"], said["curve"]
+    clean, rows = extras["clean"], extras["curve"]
     steps = tuple(s["step"] for s in rows[0]["steps"])
     keys = ("accuracy", *SIDES)
     heads = ("right", "genuine", "impostor", "before", *steps)
@@ -279,27 +279,27 @@ def tables(said: dict[str, Any]) -> Iterator[Sheet | Line]:
     for row in rows:
         flipped = (str(s["flipped"]) if s["ran"] else "" for s in row["steps"])
         lines.append((row["eps"], *(text_of(row[key]) for key in keys), str(row["carried"]), *flipped))
-    yield Sheet(f"pairs decided rightly, %, and how many were flipped, {said['norm']}", ("eps",), heads, tuple(lines))
+    yield Sheet(f"pairs decided rightly, %, and how many were flipped, {extras['norm']}", ("eps",), heads, tuple(lines))
     tar = ", ".join(f"{text_of(clean['tar'][far])} at FAR {far}" for far in FARS)
-    at = "" if said["far"] is None else f" with FAR at most {said['far']:g} on them"
+    at = "" if extras["far"] is None else f" with FAR at most {extras['far']:g} on them"
     yield Line(
-        f"EER {text_of(clean['eer'])}; TAR {tar}. {said['pairs']['dodging']} genuine and {said['pairs']['impersonation']} impostor "
-        f"pairs, {len(said['thresholds'])} folds; thresholds of the other folds' clean pairs{at}.",
+        f"EER {text_of(clean['eer'])}; TAR {tar}. {extras['pairs']['dodging']} genuine and {extras['pairs']['impersonation']} impostor "
+        f"pairs, {len(extras['thresholds'])} folds; thresholds of the other folds' clean pairs{at}.",
         f"clean accuracy {text_of(clean['accuracy'])}",
     )
-    spent = [text_of(said[f"{what}_per_pair"], 0) for what in ("gradients", "values")]
+    spent = [text_of(extras[f"{what}_per_pair"], 0) for what in ("gradients", "values")]
     cost = f"{spent[0]} gradients and {spent[1]} values a right pair and eps"
-    if "smallest_eps" not in said:
+    if "smallest_eps" not in extras:
         yield Line(cost)
         return
-    told = {}
-    for name, part in said["smallest_eps"].items():
+    medians = {}
+    for name, part in extras["smallest_eps"].items():
         someone = (clean["accuracy" if name == "any" else name] or 0.0) > 0
         ends = f" ({' – '.join(shown(end, part) for end in part['interval'])})" if part["interval"] else ""
-        told[name] = f"{shown(part['median'], part) if someone else text_of(None)}{ends}"
+        medians[name] = f"{shown(part['median'], part) if someone else text_of(None)}{ends}"
     yield Line(
-        f"dodging {told['dodging']}, impersonation {told['impersonation']}; {cost}",
-        f"smallest eps that flips a pair, median {told['any']}",
+        f"dodging {medians['dodging']}, impersonation {medians['impersonation']}; {cost}",
+        f"smallest eps that flips a pair, median {medians['any']}",
     )
 
 

@@ -109,8 +109,8 @@ def read(bench: Bench, at: Tensor, threat: Threat, images: Tensor, clean: Tensor
     """
     scene = bench.subject.scene[at]
     embeddings = read_out(bench.subject.embedder, scene, threat, images, clean)
-    found = torch.stack([READOUTS["decided"].read(e, scene) for e in embeddings]).mean(0)
-    return found.cpu().numpy()
+    share_right = torch.stack([READOUTS["decided"].read(e, scene) for e in embeddings]).mean(0)
+    return share_right.cpu().numpy()
 
 
 def piece(bench: Bench, step: Step, threat: Threat, seed: int, keep: np.ndarray, positions: np.ndarray) -> Arrays:
@@ -133,18 +133,18 @@ def piece(bench: Bench, step: Step, threat: Threat, seed: int, keep: np.ndarray,
     log = Log(clean)
     with torch.no_grad(), watched() as trouble:
         hunt = Flip(subject.embedder, step.attack, pictures, subject.scene[at], log, eot=threat.eot)
-        found = hunt.searched(step.optimizer, clean, threat, bench.rng(seed, step.name, step.optimizer)[at])
+        attacked = hunt.searched(step.optimizer, clean, threat, bench.rng(seed, step.name, step.optimizer)[at])
         hunt.require_known(step.name, threat)
-        found = log.stopped(found)
-        broken = read(bench, at, threat, found, clean) < 50.0
+        attacked = log.stopped(attacked)
+        broken = read(bench, at, threat, attacked, clean) < 50.0
     return {
         "broken": broken,
-        "iteration": log.looked(broken),
-        "norm": threat.ball.size(found - clean).cpu().numpy(),
+        "iteration": log.calls_until(broken),
+        "norm": threat.ball.size(attacked - clean).cpu().numpy(),
         "gradients": np.array([log.gradients]),
         "values": np.array([log.values]),
         "nonfinite": np.array([trouble.count]),
-        "images": found[torch.from_numpy(np.isin(positions, keep)).to(subject.device)].cpu().numpy(),
+        "images": attacked[torch.from_numpy(np.isin(positions, keep)).to(subject.device)].cpu().numpy(),
     }
 
 
@@ -172,8 +172,8 @@ def clean_distances(subject: Subject, pairs: Drawn) -> Float[np.ndarray, "Q 2"]:
         there = np.flatnonzero(pairs.partner[:, side] >= 0)
         partner = torch.from_numpy(pairs.partner[there, side]).to(subject.device)
         entries = subject.scene.gallery.embeddings[partner]
-        found = subject.scene.distance.paired(probes[torch.from_numpy(there).to(subject.device)], entries)
-        out[there, side] = found.cpu().numpy()
+        d = subject.scene.distance.paired(probes[torch.from_numpy(there).to(subject.device)], entries)
+        out[there, side] = d.cpu().numpy()
     return out
 
 
@@ -183,12 +183,12 @@ def run(
     seed: int,
     batch_size: int,
     progress: Progress,
-    kept: np.ndarray,
+    sampled: np.ndarray,
     work: Work | None = None,
 ) -> Outcome | None:
     """The whole curve: every step at every eps, on the pairs that are right when clean; None where ``work`` is a shard.
 
-    ``kept`` lists the positions of the queries whose adversarial images are wanted.
+    ``sampled`` lists the positions of the queries whose adversarial images are wanted.
     """
     work = work or Work()
     dataset, settings = subject.dataset, Settings.of(rules)
@@ -209,7 +209,7 @@ def run(
         arrays |= {f"{side}/partner": row, f"{side}/distance": distance[:, i], f"{side}/clean": clean}
 
     grid, parts = rules.eps_for(dataset.images.shape), components(rules, dataset.images.shape)
-    keep = np.flatnonzero(np.isin(bench.query, kept))
+    keep = np.flatnonzero(np.isin(bench.query, sampled))
     field = Field.of(bench.subject, rules, seed, batch_size, progress, work, keep)
     count = len(bench.query)
     standing = Standing(
@@ -219,34 +219,34 @@ def run(
     )
     sample: dict[str, np.ndarray] = {}
     images = {int(p): dataset.images[bench.subject.rows[[p]]][0].numpy() for p in keep}
-    clean_images = dataset.images[subject.rows[kept]].numpy()
-    place = {int(query): n for n, query in enumerate(kept)}
+    clean_images = dataset.images[subject.rows[sampled]].numpy()
+    place = {int(query): n for n, query in enumerate(sampled)}
     spent: list[list[dict[str, Any]]] = []
     for eps in grid:
         standing.broken_by[standing.broken_by > CARRIED] = CARRIED
         spent.append([])
         for index, step in enumerate(rules.steps):
             ran = step.name not in settings.largest or eps == grid[-1]
-            wanted = standing.alive & ran
+            selected = standing.alive & ran
             threat = rules.threat_at(eps, step.threat)
             name = f"{step.name}@{eps}"
-            found = field.over(name, f"{name} {index}", wanted, partial(piece, bench, step, threat, seed, keep))
-            for positions, made in found:
+            results = field.over(name, f"{name} {index}", selected, partial(piece, bench, step, threat, seed, keep))
+            for positions, made in results:
                 hit = positions[made["broken"]]
                 standing.broken_by[hit] = index + 2
                 standing.iteration[hit] = made["iteration"][made["broken"]]
                 standing.norm[positions] = made["norm"]
                 images.update(zip(positions[np.isin(positions, keep)].tolist(), made["images"], strict=True))
-            spent[-1].append({**cost(found), "ran": ran})
+            spent[-1].append({**cost(results), "ran": ran})
         for i, side in enumerate(SIDES):
-            own = bench.side == i
-            at, part = bench.query[own], f"{side}@{eps}"
+            of_side = bench.side == i
+            at, part = bench.query[of_side], f"{side}@{eps}"
             for key, values, nothing in (
                 ("broken_by", standing.broken_by, NO_PAIR), ("iteration", standing.iteration, 0), ("norm", standing.norm, 0),
             ):  # fmt: skip
-                whole = np.full(len(subject.rows), nothing, dtype=values.dtype)
-                whole[at] = values[own]
-                arrays[f"{part}/{key}"] = whole
+                full = np.full(len(subject.rows), nothing, dtype=values.dtype)
+                full[at] = values[of_side]
+                arrays[f"{part}/{key}"] = full
             arrays[f"{part}/value"] = outcome(arrays[f"{part}/broken_by"])
             sample[part] = clean_images.copy()
             for p in keep[bench.side[keep] == i]:
@@ -255,10 +255,10 @@ def run(
     if work.shard:
         return None
     seconds = _seconds(parts, grid, spent)
-    said = summary(rules, grid, dataset.labels[subject.rows], edges, arrays, spent, halving)
+    extras = summary(rules, grid, dataset.labels[subject.rows], edges, arrays, spent, halving)
     broken_by = {eps: np.concatenate([arrays[f"{side}@{eps}/broken_by"] for side in SIDES]) for eps in grid}
     nonfinite = sum(int(c["nonfinite"]) for costs in [*spent, [halving] if halving else []] for c in costs)
-    return Outcome(parts, seconds, arrays, sample, said, broken_by=broken_by, nonfinite=nonfinite)
+    return Outcome(parts, seconds, arrays, sample, extras, broken_by=broken_by, nonfinite=nonfinite)
 
 
 def _seconds(parts: Sequence[Any], grid: Sequence[str], spent: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
@@ -284,19 +284,19 @@ def smallest(
     step = Step(name="smallest eps", attack=rule.attack, optimizer=rule.optimizer, threat=rule.threat)
     broken = np.zeros((len(grid), len(last)), dtype=bool)
     for i, side in enumerate(SIDES):
-        own = bench.side == i
+        of_side = bench.side == i
         by = np.stack([arrays[f"{side}@{eps}/broken_by"] for eps in grid])
-        broken[:, own] = by[:, bench.query[own]] >= CARRIED
+        broken[:, of_side] = by[:, bench.query[of_side]] >= CARRIED
 
     def search(radius: float, positions: np.ndarray) -> Arrays:
         threat = rules.threat_at("0", rule.threat).but(eps=radius)
         return piece(bench, step, threat, field.seed, np.zeros(0, dtype=np.int64), positions)
 
     radii = [rules.threat_at(eps).radius for eps in grid]
-    found, spent = between(field, step.name, ladder(radii, rule), broken, search)
-    found = np.where(bench.right, found, np.nan)
+    smallest_eps, spent = between(field, step.name, ladder(radii, rule), broken, search)
+    smallest_eps = np.where(bench.right, smallest_eps, np.nan)
     for i, side in enumerate(SIDES):
-        own, whole = bench.side == i, np.full(queries, np.nan)
-        whole[bench.query[own]] = found[own]
-        arrays[f"{side}/smallest_eps"] = whole
+        of_side, full = bench.side == i, np.full(queries, np.nan)
+        full[bench.query[of_side]] = smallest_eps[of_side]
+        arrays[f"{side}/smallest_eps"] = full
     return spent

@@ -74,10 +74,10 @@ def tar_at(curve: Float[np.ndarray, "k 2"], far: float, impostors: int) -> float
 
 def corners(curve: Float[np.ndarray, "k 2"]) -> list[list[float]]:
     """The points of a curve of steps where it turns, percent."""
-    kept = np.ones(len(curve), dtype=bool)
+    turns = np.ones(len(curve), dtype=bool)
     flat = np.diff(curve, axis=0) == 0  # (k - 1, 2)
-    kept[1:-1] = ~(flat[1:] & flat[:-1]).any(1)
-    return [[float(x), float(y)] for x, y in 100.0 * curve[kept]]
+    turns[1:-1] = ~(flat[1:] & flat[:-1]).any(1)
+    return [[float(x), float(y)] for x, y in 100.0 * curve[turns]]
 
 
 def codes(rules: Protocol) -> dict[str, int]:
@@ -142,7 +142,7 @@ def summary(
         name: sum(s[name] for row in rows for s in row["steps"]) + (halving or {}).get(name, 0)
         for name in ("gradients", "values")
     }
-    said: dict[str, Any] = {
+    extras: dict[str, Any] = {
         "norm": rules.threat_at(grid[0]).norm,
         "pairs": {side: int(there[:, i].sum()) for i, side in enumerate(SIDES)},
         "far": Settings.of(rules).far,
@@ -159,9 +159,9 @@ def summary(
         "codes": codes(rules),
     }
     if halving is not None:
-        found = smallest_of(arrays)
-        said["smallest_eps"] = {
+        smallest = smallest_of(arrays)
+        extras["smallest_eps"] = {
             name: halfway(rules, grid, values, labels, halving if name == "any" else {})
-            for name, values in found.items()
+            for name, values in smallest.items()
         }
-    return said
+    return extras

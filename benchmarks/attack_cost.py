@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dmlbench.attacks import ATTACKS, aim, craft, measure
+from dmlbench.attacks import ATTACKS, choose_targets, craft, measure
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.fast.compiled import Steps
 from dmlbench.fast.compiled import ready as ready_to_attack
@@ -174,7 +174,7 @@ def costs(name: str, args: argparse.Namespace, device: torch.device) -> list[dic
         attack = ATTACKS[attack_name]
 
         def attacked(attack: object = attack) -> None:
-            part = aim(attack, whole, rng)  # type: ignore[arg-type]
+            part = choose_targets(attack, whole, rng)  # type: ignore[arg-type]
             found = craft(ready, attack, OPTIMIZERS["pgd"], threat, images, part, rng)  # type: ignore[arg-type]
             measure(ready, attack, threat, found, images, part)  # type: ignore[arg-type]
 
@@ -222,7 +222,7 @@ def profile(name: str, attack_name: str, args: argparse.Namespace, device: torch
     ready = ready_to_attack(embedder.to(device), args.gallery or net.gallery, device)
     images = torch.rand(args.batch or net.batch, *net.shape, device=device)
     rng, attack = Rng(0, torch.arange(len(images), device=device)), ATTACKS[attack_name]
-    scene = aim(attack, scene_for(ready, images, args.gallery or net.gallery), rng)
+    scene = choose_targets(attack, scene_for(ready, images, args.gallery or net.gallery), rng)
     threat = Threat("linf", net.eps, net.step, args.steps)
     craft(ready, attack, OPTIMIZERS["pgd"], threat, images, scene, rng)
     with torch.profiler.profile(acc_events=True) as seen:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dmlbench import load_dataset, load_model
 from dmlbench.embedding import Embedder
-from dmlbench.files import write_whole
+from dmlbench.files import write_atomic
 from dmlbench.kinds.certified.measure import RADIUS, smoothed
 from dmlbench.results import load
 from dmlbench.rng import Rng, seed_of
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = "\n".join(lines) + "\n"
     print(f"{table}broken within their certified radius: {broken} of {total}")
     if options.out:
-        write_whole(options.out, table.encode())
+        write_atomic(options.out, table.encode())
     return broken
 
 

@@ -21,7 +21,7 @@ import torch
 
 from dmlbench.errors import DmlbenchError
 from dmlbench.evaluate import evaluate
-from dmlbench.files import write_whole
+from dmlbench.files import write_atomic
 from dmlbench.training.loop import train as train_run
 from dmlbench.training.recipe import load_recipe
 
@@ -353,7 +353,7 @@ def report() -> None:
             lines += [f"## {title}", "", *markdown(table, group), ""]
     if any(key[0] == "grid" for key in table):
         lines += ["## Spread of HM[S,D], 300 steps, one value per seed", "", *grid_markdown(table), ""]
-    write_whole(ROOT / "docs" / "findings-tables.md", ("\n".join(lines)).encode())
+    write_atomic(ROOT / "docs" / "findings-tables.md", ("\n".join(lines)).encode())
 
     matplotlib.rcParams["svg.hashsalt"] = "findings"
     figure, both = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=(3, 2))

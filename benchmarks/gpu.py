@@ -28,13 +28,13 @@ import numpy as np
 import torch
 
 import dmlbench
-from dmlbench.attacks import ATTACKS, aim, craft, measure
+from dmlbench.attacks import ATTACKS, choose_targets, craft, measure
 from dmlbench.datasets import ArrayImages, RetrievalDataset
 from dmlbench.embedding import Embedder
 from dmlbench.evaluate import benign_arrays, evaluate
 from dmlbench.fast.compiled import ready as ready_to_attack
 from dmlbench.fast.exact import true_float32
-from dmlbench.files import first_line, prepare_folder, write_whole
+from dmlbench.files import first_line, prepare_folder, write_atomic
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.plan import timed
 from dmlbench.results import json_bytes
@@ -306,7 +306,7 @@ def public(run: Run) -> None:
         attack = ATTACKS[name]
 
         def ours(attack: Any = attack) -> None:
-            part = aim(attack, scene, rng)
+            part = choose_targets(attack, scene, rng)
             found = craft(ready, attack, OPTIMIZERS["pgd"], threat, images, part, rng)
             measure(ready, attack, threat, found, images, part)
 
@@ -410,8 +410,8 @@ def main() -> int:
         rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         log.unlink()
         found[name] = {"ended": ended, "seconds": time.monotonic() - began, "rows": rows}
-        write_whole(args.out / "gpu.json", json_bytes({"minutes": args.minutes, "tiny": args.tiny, "parts": found}))
-        write_whole(args.out / "gpu.md", page(found).encode())
+        write_atomic(args.out / "gpu.json", json_bytes({"minutes": args.minutes, "tiny": args.tiny, "parts": found}))
+        write_atomic(args.out / "gpu.md", page(found).encode())
         print(f"{name}: {ended}", flush=True)
     return int(any(part["ended"] != "done" for part in found.values()))
 

@@ -35,7 +35,7 @@ from dmlbench import evaluate, load_dataset, load_model, load_protocol
 from dmlbench.compact import npz_bytes, read_npz
 from dmlbench.errors import DataError, DmlbenchError, Interrupted, UsageError
 from dmlbench.fast.exact import true_float32
-from dmlbench.files import write_whole
+from dmlbench.files import write_atomic
 from dmlbench.metrics import recall_at_1
 from dmlbench.results import Evaluation, json_bytes, load, save
 from dmlbench.run.subject import Subject, prepare, query_order
@@ -124,7 +124,7 @@ class Cell:
         arrays["at"] = np.array(sorted(self.images), dtype=np.int64)
         arrays["images"] = np.stack([self.images[i] for i in sorted(self.images)]) if self.images else np.zeros(0)
         arrays["about"] = np.frombuffer(json.dumps(self.about, sort_keys=True).encode(), np.uint8)
-        write_whole(path, npz_bytes(arrays))
+        write_atomic(path, npz_bytes(arrays))
 
     @classmethod
     def read(cls, path: Path) -> "Cell":
@@ -463,8 +463,8 @@ def report(out: Path) -> None:
     """The table of every cell in the folder."""
     cells = [Cell.read(path) for path in sorted((out / "cells").glob("*.npz"))]
     rows = sorted((row_of(c) for c in cells), key=lambda r: (r["dataset"], r["model"], r["protocol"], length(r["eps"])))
-    write_whole(out / "strict_truth.json", json_bytes(rows))
-    write_whole(out / "strict_truth.md", table(rows).encode())
+    write_atomic(out / "strict_truth.json", json_bytes(rows))
+    write_atomic(out / "strict_truth.md", table(rows).encode())
     print(table(rows), end="")
 
 

@@ -160,8 +160,8 @@ def require_decision(attack: str, optimizer: str) -> None:
     Raises:
         UsageError: it would take any image, the clean one too, for a success or for none; or an unknown name.
     """
-    wanted, search = ATTACKS[attack], OPTIMIZERS[optimizer]
-    if search.by_decisions and not wanted.decides:
+    record, search = ATTACKS[attack], OPTIMIZERS[optimizer]
+    if search.by_decisions and not record.decides:
         fit = ", ".join(name for name, a in ATTACKS.items() if a.decides)
         raise UsageError(
             f"{attack}@{optimizer}: {optimizer} sees only whether an attack has succeeded, which the objective of "
@@ -227,7 +227,7 @@ def _objective(own: OwnCode) -> str:
     return own.label
 
 
-def aim(attack: Attack, scene: Scene, rng: Rng) -> Scene:
+def choose_targets(attack: Attack, scene: Scene, rng: Rng) -> Scene:
     """The scene with this attack's targets chosen."""
     if not attack.targets:
         return scene.aimed(scene.row.new_zeros(len(scene), 0))

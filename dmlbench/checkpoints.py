@@ -304,6 +304,6 @@ def verified(path: Path, file: File) -> Path:
         if not stated:
             continue
         kind, _, digits = stated.partition(":")
-        if not (found := _digest(path, kind)).startswith(digits):
-            raise DataError(f"weights file {path} has {kind} {found[:12]}… where the registry says {digits[:12]}…")
+        if not (digest := _digest(path, kind)).startswith(digits):
+            raise DataError(f"weights file {path} has {kind} {digest[:12]}… where the registry says {digits[:12]}…")
     return path

@@ -44,8 +44,8 @@ def confuse(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
 
 def swap(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """C3, U3: from the own centroid to a wrong one drawn for the image. d(f(x~), wrong) - d(f(x~), own)."""
-    own = scene.distance.paired(e, scene.gallery.embeddings[scene.row])
-    return scene.distance.paired(e, scene.targets[:, 0]) - own
+    to_own_centroid = scene.distance.paired(e, scene.gallery.embeddings[scene.row])
+    return scene.distance.paired(e, scene.targets[:, 0]) - to_own_centroid
 
 
 @dataclass(frozen=True, eq=False)

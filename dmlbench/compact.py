@@ -54,7 +54,7 @@ def tabulated(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         LABEL: _narrow(label),
         STEPS: _narrow(np.diff(query.astype(np.int64), prepend=0)),
         COLUMNS: np.frombuffer(json.dumps(columns).encode(), np.uint8),
-        **{member: np.stack(found) for member, found in stacks.items()},
+        **{member: np.stack(parts) for member, parts in stacks.items()},
     }
 
 
@@ -79,24 +79,24 @@ def untabulated(members: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         raise ValueError(f"{COLUMNS} is not a list of [name, member, n]")
     stacks = {member: rest.pop(member, None) for member in dict.fromkeys(member for _, member, _ in columns)}
     order = label.argsort(kind="stable")
-    found = {"label": label, "query": steps.cumsum(dtype=np.int64), **rest}
+    arrays = {"label": label, "query": steps.cumsum(dtype=np.int64), **rest}
     taken = dict.fromkeys(stacks, 0)
     for name, member, n in columns:
         stack, at = stacks[member], taken[member]
         if stack is None or stack.shape[1:2] != label.shape or at >= len(stack):
             raise ValueError(f"{member} is not an array of all columns that {COLUMNS} names, for each query")
-        if name in found:
+        if name in arrays:
             raise ValueError(f"{COLUMNS} names {name!r} twice, or another array")
         if n is not None and stack.dtype.kind != "u":
             raise ValueError(f"{member} holds no shares")
-        found[name] = np.empty_like(stack[at])
-        found[name][order] = stack[at]
+        arrays[name] = np.empty_like(stack[at])
+        arrays[name][order] = stack[at]
         if n is not None:
-            found[name] = _percent(found[name], n)
+            arrays[name] = _percent(arrays[name], n)
         taken[member] += 1
     if any(stack is not None and taken[member] < len(stack) for member, stack in stacks.items()):
         raise ValueError(f"{COLUMNS} names fewer columns than there are")
-    return widened(found)
+    return widened(arrays)
 
 
 def _is_column(item: object) -> bool:
@@ -128,10 +128,10 @@ def _shares(values: Shaped[np.ndarray, "*q"]) -> tuple[np.ndarray, int] | None:
     for n in possible[:8]:
         k = np.rint(values[~missing] * n / np.float64(100)).astype(np.int64)
         kind = np.uint8 if k.max() < np.iinfo(np.uint8).max else np.uint16
-        found = np.full(values.shape, np.iinfo(kind).max, kind)
-        found[~missing] = k
-        if np.array_equal(_percent(found, int(n)), values, equal_nan=True):
-            return found, int(n)
+        counts = np.full(values.shape, np.iinfo(kind).max, kind)
+        counts[~missing] = k
+        if np.array_equal(_percent(counts, int(n)), values, equal_nan=True):
+            return counts, int(n)
     return None
 
 
@@ -175,7 +175,7 @@ def stacked(sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     bits = np.stack([sample[name] for name in names], axis=-1).view(np.uint32)
     values, index = np.unique(bits, return_inverse=True)
     return {
-        **{name: kept for name, kept in sample.items() if name not in names},
+        **{name: array for name, array in sample.items() if name not in names},
         "stack/names": np.frombuffer(json.dumps(names).encode(), dtype=np.uint8),
         "stack/values": values.view(np.float32),
         "stack/index": _narrow(index.reshape(bits.shape)),

@@ -33,7 +33,7 @@ def part_of(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary name to write to: renamed to ``path`` when the block ends, deleted when the block raises.
 
     Raises:
@@ -51,14 +51,14 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
     """Write a file whole or not at all.
 
     Raises:
         DataError: it cannot be written, for example because the disk is full.
     """
     try:
-        with written_whole(path) as part:
+        with atomic_file(path) as part:
             part.write_bytes(content)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
@@ -143,14 +143,14 @@ def read_toml(path: Path, raised: type[DmlbenchError] = DataError) -> dict[str, 
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        said = error.strerror or str(error)
+        text = error.strerror or str(error)
     except ValueError as error:
-        said = str(error)
+        text = str(error)
     except RecursionError:
-        said = "is nested too deeply"
-    raise raised(f"{path} cannot be read: {said}")
+        text = "is nested too deeply"
+    raise raised(f"{path} cannot be read: {text}")
 
 
-def first_line(said: object, otherwise: str = "") -> str:
+def first_line(text: object, otherwise: str = "") -> str:
     """The first line of what an error, or a text, says; where that is nothing ``otherwise``, else the name of its type."""
-    return next(iter(str(said).strip().splitlines()), "") or otherwise or type(said).__name__
+    return next(iter(str(text).strip().splitlines()), "") or otherwise or type(text).__name__

@@ -87,7 +87,7 @@ def class_intervals(
     values: Num[np.ndarray, "q k"],
     clusters: Integer[np.ndarray, " q"],
     ranges: Sequence[Range],
-    whole: Range = ANY,
+    mean_range: Range = ANY,
     level: float = LEVEL,
 ) -> Intervals:
     """Intervals for the k column means and for their mean.
@@ -96,10 +96,10 @@ def class_intervals(
         values: what each query gave, in k columns; NaN where a query does not count in a column.
         clusters: the class of each query.
         ranges: the lowest and the highest value that there can be, by column; infinite where there is none.
-        whole: the same for the mean of the columns.
+        mean_range: the same for the mean of the columns.
         level: the share of intervals that hold the true mean.
     """
-    e = _estimates(values, clusters, [*ranges, whole], level)
+    e = _estimates(values, clusters, [*ranges, mean_range], level)
     return _as_intervals(e.low, e.high)
 
 
@@ -108,7 +108,7 @@ def paired_intervals(
     second: Num[np.ndarray, "q k"],
     clusters: Integer[np.ndarray, " q"],
     ranges: Sequence[Range],
-    whole: Range = ANY,
+    mean_range: Range = ANY,
     level: float = LEVEL,
 ) -> Intervals:
     """Intervals for ``second - first``, of the column means and of their mean; arguments as in
@@ -119,17 +119,17 @@ def paired_intervals(
     squares are mixed by the correlation of the classes' errors.
     """
     missing = np.isnan(first) | np.isnan(second)
-    a, b = (_estimates(np.where(missing, np.nan, v), clusters, [*ranges, whole], level) for v in (first, second))
+    a, b = (_estimates(np.where(missing, np.nan, v), clusters, [*ranges, mean_range], level) for v in (first, second))
     hits = np.minimum(a.hits, b.hits)
     with np.errstate(invalid="ignore", divide="ignore"):  # no class errs: nothing is known of a correlation
         size = np.sqrt((a.errors**2).sum(0) * (b.errors**2).sum(0))
         correlation = np.where(size > 0, (a.errors * b.errors).sum(0) / size, 0.0) / (1.0 + WEIGHT / hits)
         down, up = (a.mean - a.low, b.mean - b.low), (a.high - a.mean, b.high - b.mean)
-        alike, apart = np.clip(correlation, 0.0, 1.0), np.clip(correlation, -1.0, 0.0)
+        positive, apart = np.clip(correlation, 0.0, 1.0), np.clip(correlation, -1.0, 0.0)
         near = np.maximum((down[1] - down[0]) ** 2, (up[1] - up[0]) ** 2)
 
         def reach(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-            return np.sqrt((1.0 - alike) * (x**2 + y**2) + alike * near - 2.0 * apart * x * y)
+            return np.sqrt((1.0 - positive) * (x**2 + y**2) + positive * near - 2.0 * apart * x * y)
 
         difference = b.mean - a.mean
         return _as_intervals(difference - reach(down[1], up[0]), difference + reach(up[1], down[0]))
@@ -240,8 +240,8 @@ def cluster_median(
     known = ~np.isnan(values)
     if not known.any():
         return None, None
-    found = cluster_medians(values[known][:, None], clusters[known])[:, 0]
-    return float(found[0]), stretched(found[1:], float(found[0]), len(np.unique(clusters[known])), level)
+    medians = cluster_medians(values[known][:, None], clusters[known])[:, 0]
+    return float(medians[0]), stretched(medians[1:], float(medians[0]), len(np.unique(clusters[known])), level)
 
 
 def nmi_interval(

@@ -18,7 +18,7 @@ from torch import Tensor
 from dmlbench.errors import UsageError
 from dmlbench.fast.kmeans import lloyd, mutual_information
 from dmlbench.fast.ranking import average_precisions, inverse_negative_penalty, negatives_ahead, recalled
-from dmlbench.objectives import KEPT, ahead, flip, right_by
+from dmlbench.objectives import PRESERVED, ahead, flip, right_by
 from dmlbench.registry import Registry, suggest
 from dmlbench.scene import Scene
 
@@ -206,12 +206,12 @@ def pair_accuracy(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
 
 def rank_of_wanted(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """SPQA: normalised rank of the candidate, as in QA, percent."""
-    return rank_in_query(e, scene.aimed(scene.chosen[:, :-KEPT]))
+    return rank_in_query(e, scene.aimed(scene.chosen[:, :-PRESERVED]))
 
 
 def rank_of_kept(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """SPQA: mean normalised rank of the 5 clean nearest entries, which should stay near 0, percent."""
-    return rank_in_query(e, scene.aimed(scene.chosen[:, -KEPT:]))
+    return rank_in_query(e, scene.aimed(scene.chosen[:, -PRESERVED:]))
 
 
 READOUTS: Registry[Readout] = Registry(

@@ -22,7 +22,7 @@ from dmlbench.scene import Scene
 
 Objective = Callable[[Tensor, Scene], Tensor]
 
-KEPT = 5
+PRESERVED = 5
 """How many of the query's nearest entries the semantics-preserving attacks keep near the head of the list."""
 
 Real = TypeVar("Real", Tensor, np.ndarray)
@@ -205,8 +205,8 @@ def _squares(e: Tensor, scene: Scene) -> Float[Tensor, "B K"]:
 def leave_guides(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """MA-: move away from several guides of one's own class. Minus the mean of |f(x~) - g|^2 over the targets g that are of it; 0
     where none is."""
-    own = (scene.gallery.labels[scene.chosen] == scene.labels[:, None]) & (scene.chosen != scene.row[:, None])
-    return -(_squares(e, scene) * own).sum(1) / own.sum(1).clamp_min(1)
+    of_class = (scene.gallery.labels[scene.chosen] == scene.labels[:, None]) & (scene.chosen != scene.row[:, None])
+    return -(_squares(e, scene) * of_class).sum(1) / of_class.sum(1).clamp_min(1)
 
 
 def join_guides(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
@@ -244,21 +244,21 @@ def order_in_place(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]
     return _disorder(e, scene, scene.targets) + raise_in_query(e, scene)
 
 
-def _aside(scene: Scene) -> tuple[Scene, Scene]:
+def _candidate_and_head(scene: Scene) -> tuple[Scene, Scene]:
     """The scene aimed at the true targets, and at the last :data:`KEPT`, which are to stay near the head."""
-    return scene.aimed(scene.chosen[:, :-KEPT]), scene.aimed(scene.chosen[:, -KEPT:])
+    return scene.aimed(scene.chosen[:, :-PRESERVED]), scene.aimed(scene.chosen[:, -PRESERVED:])
 
 
 def raise_and_keep(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """SPQA+: QA+ of the candidate + QA+ of the query's 5 nearest entries, which keeps them near the head."""
-    wanted, kept = _aside(scene)
-    return raise_in_query(e, wanted) + raise_in_query(e, kept)
+    candidate, head = _candidate_and_head(scene)
+    return raise_in_query(e, candidate) + raise_in_query(e, head)
 
 
 def lower_and_keep(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
     """SPQA-: QA- of the candidate + 100 * QA+ of the query's 5 nearest entries, which keeps them near the head."""
-    wanted, kept = _aside(scene)
-    return lower_in_query(e, wanted) + 100.0 * raise_in_query(e, kept)
+    candidate, head = _candidate_and_head(scene)
+    return lower_in_query(e, candidate) + 100.0 * raise_in_query(e, head)
 
 
 OBJECTIVES: Registry[Objective] = Registry(

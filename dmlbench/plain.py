@@ -27,24 +27,24 @@ def read_json(raw: bytes | str) -> Any:
     text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
     try:
         return json.loads(
-            text, object_pairs_hook=_once, parse_int=_whole, parse_float=_finite, parse_constant=_no_constant
+            text, object_pairs_hook=_once, parse_int=_integer, parse_float=_finite, parse_constant=_no_constant
         )
     except RecursionError:
         raise ValueError("is nested too deeply") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    pairs_by_key = dict(pairs)
+    if len(pairs_by_key) < len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
                 raise ValueError(f"key {key[:80]!r} is there twice")
             seen.add(key)
-    return found
+    return pairs_by_key
 
 
-def _whole(text: str) -> int:
+def _integer(text: str) -> int:
     if len(text.lstrip("-")) > MOST_DIGITS:
         raise ValueError(f"holds a whole number of {len(text)} digits")
     return int(text)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dmlbench.attacks import ATTACKS, Attack, AttackLoss, aim, measure
+from dmlbench.attacks import ATTACKS, Attack, AttackLoss, choose_targets, measure
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
 from dmlbench.fast.compiled import ready as ready_to_attack
@@ -115,7 +115,7 @@ def looked(call: Callable[[], object], device: torch.device) -> Time:
     return Time.of(looks)
 
 
-class Whole(AttackLoss):
+class LookedAt(AttackLoss):
     """The loss of an attack that no image leaves: a random gallery does not say which would."""
 
     steady = False  # type: ignore[assignment]
@@ -144,12 +144,12 @@ class Stage:
 
     def run(self, attack: Attack, optimizer: str, threat: Threat) -> None:
         """One whole batch of a search."""
-        part, source = aim(attack, self.scene, self.rng), self.surrogate or self
+        part, source = choose_targets(attack, self.scene, self.rng), self.surrogate or self
         known = source.scene.aimed(part.chosen)
-        loss = Whole(source.embedder, OBJECTIVES[attack.objective], known, threat.eot)
+        loss = LookedAt(source.embedder, OBJECTIVES[attack.objective], known, threat.eot)
         with torch.no_grad():
-            found = OPTIMIZERS[optimizer](loss, self.images, threat, self.rng)
-        measure(self.embedder, attack, threat, found, self.images, part)
+            images = OPTIMIZERS[optimizer](loss, self.images, threat, self.rng)
+        measure(self.embedder, attack, threat, images, self.images, part)
 
     def noise(self, passes: int) -> tuple[Time, float]:
         """So many passes forward of this batch under noise, and memory in MiB at its highest."""
@@ -179,10 +179,10 @@ class Stage:
         while len(long) < LOOKS or sum(long) < LOOKED:
             short.append(look(once))
             long.append(look(more))
-        found, steps = Time.of(long), work(more) - work(once)
-        each = max(sum(long) - sum(short), 0.0) / len(long) / steps if steps else found.seconds / max(1, work(more))
+        time_long, steps = Time.of(long), work(more) - work(once)
+        each = max(sum(long) - sum(short), 0.0) / len(long) / steps if steps else time_long.seconds / max(1, work(more))
         rest = each * (work(threat) - work(more))
-        return found * (1 + rest / found.seconds), peak_mib(self.device)
+        return time_long * (1 + rest / time_long.seconds), peak_mib(self.device)
 
 
 def stage(embedder: Embedder, dataset: RetrievalDataset, device: torch.device, batch: int) -> Stage:
@@ -232,10 +232,10 @@ def plan_of(task: Task) -> list[dict[str, object]]:
     before = peak_mib(where, "VmRSS") if where.type == "cpu" else 0.0
     known: dict[tuple[Attack | None, str, Threat, bool], tuple[Time, float]] = {}
     for job in _jobs(task):
-        alike = (job.attack, job.optimizer, job.threat.but(eps=1.0, step=1.0), job.undefended)  # of any size
-        if alike not in known:
-            known[alike] = _measured(job, on, plain if job.undefended else None)
-        time, peak = known[alike]
+        same_search = (job.attack, job.optimizer, job.threat.but(eps=1.0, step=1.0), job.undefended)  # of any size
+        if same_search not in known:
+            known[same_search] = _measured(job, on, plain if job.undefended else None)
+        time, peak = known[same_search]
         peak = before + max(peak - before, 0.0) * min(size, queries) / probe if where.type == "cpu" else peak
         row = _row(job.name, job.called, job.optimizer, job.eps, queries, dataset, job.steps, job.spent)
         time *= job.weight * queries / probe

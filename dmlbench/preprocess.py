@@ -24,7 +24,7 @@ INTERPOLATIONS: Registry[Image.Resampling] = Registry(
     },
 )
 
-_WHOLE_PICTURE_BELOW = 128
+_NO_CROP_BELOW = 128
 """Networks for smaller images are fed the whole picture; larger ones the centre of one 8/7 as large."""
 
 
@@ -77,7 +77,7 @@ class Preprocess:
     def standard(cls, shape: tuple[int, int, int], interpolation: str = "bilinear") -> "Preprocess":
         """The field's preprocessing for a network fed (C, H, W): 224 is cut from 256, small sizes are not cut."""
         channels, height, width = shape
-        large = min(height, width) >= _WHOLE_PICTURE_BELOW
+        large = min(height, width) >= _NO_CROP_BELOW
         resize = (round(height * 8 / 7), round(width * 8 / 7)) if large else None
         return cls(size=(height, width), resize=resize, interpolation=interpolation, channels=channels)
 
@@ -91,9 +91,9 @@ class Preprocess:
 
         What is not used is left out, so that a new way to prepare pictures changes no key of the others.
         """
-        found = asdict(self)
+        fields_by_name = asdict(self)
         unused = [] if self.longest is not None else ["longest", "pad"]
-        return {k: v for k, v in found.items() if k not in unused and not (k == "box" and v is None)}
+        return {k: v for k, v in fields_by_name.items() if k not in unused and not (k == "box" and v is None)}
 
     def __call__(self, picture: Image.Image) -> np.ndarray:
         """(C, H, W) uint8 of one picture, in its own mode as decoded.

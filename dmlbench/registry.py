@@ -14,8 +14,8 @@ T = TypeVar("T")
 
 def _importing() -> bool:
     """Is a module of dmlbench being imported now?"""
-    own = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "dmlbench"]
-    return any(getattr(module.__spec__, "_initializing", False) for module in own)
+    modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "dmlbench"]
+    return any(getattr(module.__spec__, "_initializing", False) for module in modules)
 
 
 class Plugins:
@@ -50,8 +50,8 @@ class Plugins:
                     try:
                         point.load()
                     except (Exception, SystemExit) as error:  # another package's code, which can fail in any way
-                        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                        self.problem = f"plugin {point.name!r} ({point.value}) cannot be imported: {said}"
+                        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                        self.problem = f"plugin {point.name!r} ({point.value}) cannot be imported: {text}"
                         break
             if self.problem:
                 raise DataError(self.problem)

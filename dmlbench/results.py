@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_
 from dmlbench.checkpoints import first_problem, sha256_of
 from dmlbench.compact import npz_bytes, read_npz, unstacked, untabulated
 from dmlbench.errors import DataError, UsageError
-from dmlbench.files import lock, prepare_folder, write_whole
+from dmlbench.files import lock, prepare_folder, write_atomic
 from dmlbench.plain import read_json
 
 if TYPE_CHECKING:
@@ -200,19 +200,19 @@ class Evaluation(_Record):
         return self._sample
 
     def __repr__(self) -> str:
-        said = [
+        parts = [
             f"{self.model.id} on {self.dataset.name}/{self.dataset.split}",
             f"{self.protocol.name} {self.protocol.version}",
         ]
-        said.append(f"{self.dataset.n_queries} queries")
+        parts.append(f"{self.dataset.n_queries} queries")
         if "recall_at_1" in self.benign:
-            said.append(f"R@1 {self.benign['recall_at_1']:.1f}")
+            parts.append(f"R@1 {self.benign['recall_at_1']:.1f}")
         if self.ers is not None:
             ends = f" ({self.ers_interval[0]:.1f} to {self.ers_interval[1]:.1f})" if self.ers_interval else ""
-            said.append(f"ERS {self.ers:.1f}{ends}")
-        said += [f"partial: {' '.join(self.partial)}"] if self.partial else []
-        said += [f"flags: {' '.join(w.flag for w in self.warnings)}"] if self.warnings else []
-        return f"<Evaluation {', '.join(said)}>"
+            parts.append(f"ERS {self.ers:.1f}{ends}")
+        parts += [f"partial: {' '.join(self.partial)}"] if self.partial else []
+        parts += [f"flags: {' '.join(w.flag for w in self.warnings)}"] if self.warnings else []
+        return f"<Evaluation {', '.join(parts)}>"
 
     __str__ = __repr__
 
@@ -327,11 +327,11 @@ def save(evaluation: Evaluation, folder: Path) -> Path:
         files[SAMPLE] = npz_bytes(evaluation.sample)
     (folder / "manifest.json").unlink(missing_ok=True)
     for name, content in files.items():
-        write_whole(folder / name, content)
+        write_atomic(folder / name, content)
     manifest = {
         name: {"bytes": len(content), "sha256": sha256_of(folder / name)} for name, content in sorted(files.items())
     }
-    write_whole(folder / "manifest.json", json_bytes({"schema_version": SCHEMA, "files": manifest}))
+    write_atomic(folder / "manifest.json", json_bytes({"schema_version": SCHEMA, "files": manifest}))
     return folder
 
 
@@ -361,13 +361,13 @@ def load(folder: Path, arrays: bool = True, sample: bool = True) -> Evaluation:
             raise DataError(f"{folder}/manifest.json: files.{name} is {stated!r}, not an object with bytes and sha256")
         if not path.is_file() or sha256_of(path) != stated.get("sha256"):
             raise DataError(f"{path} is missing or differs from the manifest")
-    for name, whole in ((QUERIES, untabulated), (SAMPLE, unstacked)) if arrays else ():
+    for name, unpack in ((QUERIES, untabulated), (SAMPLE, unstacked)) if arrays else ():
         if name == QUERIES or name in files:
             try:
-                found = whole(read_npz(folder / name))
+                arrays_read = unpack(read_npz(folder / name))
             except ValueError as error:
                 raise DataError(f"{folder / name}: {error}") from None
-            evaluation.with_arrays(*((found,) if name == QUERIES else ({}, found)))
+            evaluation.with_arrays(*((arrays_read,) if name == QUERIES else ({}, arrays_read)))
     return evaluation
 
 

@@ -113,7 +113,7 @@ def passing(now: Pass) -> Iterator[None]:
         _PASS.reset(token)
 
 
-def own_streams(images: Float[Tensor, "b c h w"]) -> Rng:
+def streams_of_pixels(images: Float[Tensor, "b c h w"]) -> Rng:
     """A stream for each image of the pass that is going on.
 
     It belongs to the image's row and to how often the search has looked at it, so it is the same in any batch. Where no
@@ -122,10 +122,10 @@ def own_streams(images: Float[Tensor, "b c h w"]) -> Rng:
     now = _PASS.get()
     if now.rows is None:
         pixels = images.detach().float().contiguous().cpu().flatten(1).numpy()
-        found = [
+        seeds = [
             int.from_bytes(hashlib.blake2b(p.tobytes(), digest_size=8).digest(), "big", signed=True) for p in pixels
         ]
-        ids = torch.tensor(found, dtype=torch.int64, device=images.device)
+        ids = torch.tensor(seeds, dtype=torch.int64, device=images.device)
     else:
         ids = now.rows if now.calls is None else now.rows + (now.calls << 36)
     return Rng(seed_of("own", now.purpose, now.turn, "pixels" if now.rows is None else "rows"), ids)

@@ -92,10 +92,10 @@ class Gallery:
 
 def sharing(groups: Int[Tensor, "*b G"], among: Int[Tensor, "N G"]) -> Bool[Tensor, "*b N"]:
     """True where both are in one group: the same number of 0 or more in the same column. -1 is in none."""
-    found = groups.new_zeros((*groups.shape[:-1], len(among)), dtype=torch.bool)
+    shared = groups.new_zeros((*groups.shape[:-1], len(among)), dtype=torch.bool)
     for mine, theirs in zip(groups.unbind(-1), among.unbind(-1), strict=True):
-        found |= (mine[..., None] == theirs) & (mine[..., None] >= 0)
-    return found
+        shared |= (mine[..., None] == theirs) & (mine[..., None] >= 0)
+    return shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,9 +153,9 @@ class Scene:
 
     def among_themselves(self, embeddings: Float[Tensor, "B D"]) -> "Scene":
         """The images searched among each other, all at these embeddings, aimed at nobody."""
-        own = torch.arange(len(self), device=self.row.device)
+        places = torch.arange(len(self), device=self.row.device)
         gallery = Gallery(embeddings, self.labels, groups=self.groups)
-        return replace(self, gallery=gallery, clean=embeddings, row=own, chosen=own.new_zeros(len(self), 0))
+        return replace(self, gallery=gallery, clean=embeddings, row=places, chosen=places.new_zeros(len(self), 0))
 
     def distances(self, embeddings: Float[Tensor, "B D"], out: Tensor | None = None) -> Float[Tensor, "B N"]:
         """From each embedding to every gallery entry; into ``out``, without a graph, where it is given."""
@@ -166,7 +166,7 @@ class Scene:
         return self.distances(embeddings).masked_fill(self.left_out, torch.inf)
 
     @cached_property
-    def own(self) -> Bool[Tensor, "B N"]:
+    def own_entries(self) -> Bool[Tensor, "B N"]:
         """True at each image's own entry."""
         return self.row[:, None] == torch.arange(len(self.gallery), device=self.row.device)
 
@@ -175,12 +175,12 @@ class Scene:
         """True at entries that share a group with the image, its own aside; None where nothing has a group."""
         if self.groups is None or self.gallery.groups is None:
             return None
-        return sharing(self.groups, self.gallery.groups) & ~self.own
+        return sharing(self.groups, self.gallery.groups) & ~self.own_entries
 
     @cached_property
     def left_out(self) -> Bool[Tensor, "B N"]:
         """True at what no ranking of the image holds: its own entry and the ``ignored`` ones."""
-        return self.own if self.ignored is None else self.own | self.ignored
+        return self.own_entries if self.ignored is None else self.own_entries | self.ignored
 
     @cached_property
     def counted(self) -> "int | Int[Tensor, 'B 1']":
@@ -270,8 +270,8 @@ class Scene:
         """As ``ignored``, for each target as the one that asks."""
         if self.ignored is None or self.gallery.groups is None:
             return None
-        found = sharing(self.gallery.groups[self.chosen], self.gallery.groups)
-        return found.scatter(2, self.chosen[:, :, None], False)
+        shared = sharing(self.gallery.groups[self.chosen], self.gallery.groups)
+        return shared.scatter(2, self.chosen[:, :, None], False)
 
     @cached_property
     def target_counted(self) -> "int | Int[Tensor, 'B K']":

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dmlbench.errors import UsageError
-from dmlbench.objectives import KEPT
+from dmlbench.objectives import PRESERVED
 from dmlbench.registry import Registry
 from dmlbench.rng import Rng
 from dmlbench.scene import Scene
@@ -110,8 +110,8 @@ def guides_of_another(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B k"]:
         raise UsageError("the gallery has a single class for some query, so nobody else to look like")
     drawn = rng.integers(other.sum(1, keepdim=True), 1)
     place = torch.searchsorted(other.long().cumsum(1), drawn + 1)  # (B, 1)
-    wanted = scene.gallery.labels[place]  # (B, 1)
-    of_class = other & (scene.gallery.labels == wanted)
+    label = scene.gallery.labels[place]  # (B, 1)
+    of_class = other & (scene.gallery.labels == label)
     order = scene.distances(scene.clean).masked_fill(~of_class, torch.inf).argsort(stable=True, dim=1)
     last = (of_class.sum(1, keepdim=True) - 1).clamp_max(order.shape[1] - 1)
     return order.gather(1, torch.minimum(torch.arange(k, device=order.device).expand(len(order), -1), last))
@@ -119,12 +119,12 @@ def guides_of_another(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B k"]:
 
 def anywhere_keeping_nearest(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B j"]:
     """As ``anywhere``, followed by the query's 5 nearest entries, which SPQA+ keeps near the head."""
-    return torch.cat([anywhere(scene, k, rng), nearest(scene, KEPT, rng)], 1)
+    return torch.cat([anywhere(scene, k, rng), nearest(scene, PRESERVED, rng)], 1)
 
 
 def top_percent_keeping_nearest(scene: Scene, k: int, rng: Rng) -> Int[Tensor, "B j"]:
     """As ``top_percent``, followed by the query's 5 nearest entries, which SPQA- keeps near the head."""
-    return torch.cat([top_percent(scene, k, rng), nearest(scene, KEPT, rng)], 1)
+    return torch.cat([top_percent(scene, k, rng), nearest(scene, PRESERVED, rng)], 1)
 
 
 TARGETS: Registry[Targets] = Registry(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dmlbench.attacks import ATTACKS, aim, own_attacks
+from dmlbench.attacks import ATTACKS, choose_targets, own_attacks
 from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
 from dmlbench.datasets.pairs import with_pairs
 from dmlbench.embedding import Embedder, digest_of
@@ -291,7 +291,7 @@ class Task:
         require_shape(self.embedder, self.dataset)
         nowhere = unembedded(self.dataset)
         for search in self.planned:
-            aim(ATTACKS[search.attack], nowhere, Rng(self.seed, torch.from_numpy(self.dataset.query[:1])))
+            choose_targets(ATTACKS[search.attack], nowhere, Rng(self.seed, torch.from_numpy(self.dataset.query[:1])))
 
 
 IDENTITY: Mapping[str, tuple[Callable[[Task], Any], Callable[[Evaluation], Any]]] = {

@@ -136,7 +136,7 @@ def test_inshop_has_queries_and_gallery_apart(root: Path) -> None:
     test = unchecked("inshop", "test")
     assert test.query.tolist() == [0, 1, 2, 3] and test.gallery.tolist() == [4, 5]
     assert test.labels.tolist() == [0, 0, 1, 1, 0, 1] and test.class_names == ["id_00000002", "id_00000007"]
-    assert (test.own_entry == -1).all()
+    assert (test.position_in_gallery == -1).all()
     train = unchecked("inshop", "train")
     assert len(train) == len(train.query) == len(train.gallery) == 3
     with pytest.raises(DataError, match="26,830 images of 3,985 classes, 14,218 of them queries"):
@@ -586,7 +586,7 @@ def test_what_a_csv_is_forgiven(tmp_path: Path, root: Path) -> None:
     file.write_bytes(b"\xef\xbb\xbf" + text.encode())
     got = load_dataset(f"csv:{file}", preprocess=SMALL)
     assert len(got) == 3 and any("label -1 are junk" in note for note in got.notes)
-    assert [r.split for r in verify(f"csv:{file}")] == ["test"] and verify(f"csv:{file}")[0].whole
+    assert [r.split for r in verify(f"csv:{file}")] == ["test"] and verify(f"csv:{file}")[0].complete
     with pytest.raises(UsageError, match="no row of the train split"):
         load_dataset(f"csv:{file}", "train")
     only = csv(tmp_path / "junk.csv", "label,path,split,is_query,is_gallery", "-1,0.png,test,1,1")

@@ -22,7 +22,7 @@ from dmlbench.models.defended import Applied, averaged, defended, split
 from dmlbench.models.wrappers import STAGES, WRAPPERS, Given, Wrapper
 from dmlbench.objectives import margin
 from dmlbench.protocol import Step
-from dmlbench.rng import Pass, Rng, own_streams, passing
+from dmlbench.rng import Pass, Rng, passing, streams_of_pixels
 from dmlbench.run.subject import prepare
 from dmlbench.threat import Threat
 
@@ -148,7 +148,7 @@ def test_mixup_is_a_mean_over_pictures_of_the_gallery() -> None:
     assert len(model.front.pool) == 64 and torch.equal(model.front.pool[[0, -1]], gallery[[0, 99]])
     with torch.no_grad():
         found = model(x)
-        chosen = own_streams(x).fold("mixup").integers(64, 3)
+        chosen = streams_of_pixels(x).fold("mixup").integers(64, 3)
         for i in range(4):
             mixed = [0.7 * x[i] + 0.3 * model.front.pool[j] for j in chosen[i].tolist()]
             wanted = sum(model.network(m[None])[0] for m in mixed) / 3
@@ -259,10 +259,10 @@ def test_draws_belong_to_the_image_its_pass_and_its_turn() -> None:
 
     def draw(images, **now):
         with passing(Pass(**now)):
-            return own_streams(images).uniform(2)
+            return streams_of_pixels(images).uniform(2)
 
     plain = draw(x)
-    assert torch.equal(draw(x[[2]]), plain[[2]]) and torch.equal(own_streams(x).uniform(2), plain)
+    assert torch.equal(draw(x[[2]]), plain[[2]]) and torch.equal(streams_of_pixels(x).uniform(2), plain)
     assert not torch.isclose(draw(x.flip(3)), plain).any()
     first = draw(x, rows=rows)
     assert torch.equal(draw(x * 0.5, rows=rows), first) and torch.equal(draw(x[1:], rows=rows[1:]), first[1:])

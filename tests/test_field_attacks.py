@@ -14,7 +14,7 @@ from dmlbench.attacks import ATTACKS, parse
 from dmlbench.embedding import DISTANCES
 from dmlbench.errors import UsageError
 from dmlbench.metrics import READOUTS
-from dmlbench.objectives import KEPT, OBJECTIVES
+from dmlbench.objectives import OBJECTIVES, PRESERVED
 from dmlbench.protocols import load_protocol, protocol_names
 from dmlbench.rng import Rng
 from dmlbench.scene import Gallery, Scene
@@ -48,8 +48,8 @@ def guides(away: bool):
 
 def keeping(name: str, weight: float):
     def loss(s, i, e, X, y, chosen):
-        kept = PLAIN["raise_in_query"](s, i, e, X, y, chosen[-KEPT:])
-        return PLAIN[name](s, i, e, X, y, chosen[:-KEPT]) + weight * kept
+        kept = PLAIN["raise_in_query"](s, i, e, X, y, chosen[-PRESERVED:])
+        return PLAIN[name](s, i, e, X, y, chosen[:-PRESERVED]) + weight * kept
 
     return loss
 
@@ -120,7 +120,7 @@ def test_target_rules_against_plain_loops(space: str) -> None:
             if y[j] != y[i]:
                 first.setdefault(y[j], j)
         assert classes[i].tolist() == list(first.values())[:5], "the closest member of each class, nearest class first"
-        assert kept[i, 2:].tolist() == ranking[:KEPT] and set(kept[i, :2].tolist()) == set(ranking[:2])
+        assert kept[i, 2:].tolist() == ranking[:PRESERVED] and set(kept[i, :2].tolist()) == set(ranking[:2])
 
 
 def test_nearest_same_where_there_are_too_few() -> None:

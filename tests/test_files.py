@@ -14,7 +14,7 @@ from synthetic import evaluation
 from dmlbench import files
 from dmlbench.board import add_row, from_csv
 from dmlbench.errors import DataError, UsageError
-from dmlbench.files import first_line, lock, read_toml, write_whole, written_whole
+from dmlbench.files import atomic_file, first_line, lock, read_toml, write_atomic
 from dmlbench.results import held
 
 
@@ -22,7 +22,7 @@ from dmlbench.results import held
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
 def test_a_file_that_cannot_be_written_stays_as_it_was(step, error, tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
-    write_whole(path, b"first")
+    write_atomic(path, b"first")
     real = getattr(Path, step)
 
     def fails(self, *args, **options):
@@ -32,7 +32,7 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(step, error, tmp_path, mo
 
     monkeypatch.setattr(Path, step, fails)
     with pytest.raises(DataError if isinstance(error, OSError) else KeyboardInterrupt, match=r"a\.txt cannot be|^$"):
-        write_whole(path, b"second")
+        write_atomic(path, b"second")
     monkeypatch.undo()
     assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
 
@@ -40,7 +40,7 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(step, error, tmp_path, mo
 def test_what_a_block_writes_appears_once_it_is_on_disk(tmp_path, monkeypatch):
     path, flushed, real = tmp_path / "a", [], os.fsync
     monkeypatch.setattr(files.os, "fsync", lambda place: (flushed.append(path.exists()), real(place)))
-    with written_whole(path) as part:
+    with atomic_file(path) as part:
         part.write_bytes(b"all")
         assert part.parent == tmp_path and not path.exists()
     assert path.read_bytes() == b"all" and flushed == [False]
@@ -98,11 +98,11 @@ def test_another_process_is_kept_out_until_the_holder_is_killed(tmp_path):
 COUNT = """
 import sys
 from pathlib import Path
-from dmlbench.files import lock, write_whole
+from dmlbench.files import lock, write_atomic
 path = Path(sys.argv[1])
 for _ in range(40):
     with lock(path):
-        write_whole(path, str(int(path.read_bytes()) + 1).encode())
+        write_atomic(path, str(int(path.read_bytes()) + 1).encode())
 """
 
 

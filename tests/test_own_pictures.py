@@ -112,7 +112,7 @@ def test_the_network_begins_with_all_of_the_given_weights(
     recipe, preprocess = settled(recipe)
     assert recipe.mean == recipe.std == (0.5, 0.5, 0.5) and preprocess == Preprocess.standard((3, 32, 32))
     learner, begun = loop.make_learner(recipe, preprocess, 4)
-    assert begun is not None and sha256_of(tmp_path / "given.pth") in begun.told
+    assert begun is not None and sha256_of(tmp_path / "given.pth") in begun.origin
     images = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
         raw = learner.embedder.eval().network((images - 0.5) / 0.5)
@@ -134,9 +134,9 @@ def test_a_run_goes_on_from_another(photos: Path, tmp_path: Path) -> None:
     learner, begun = loop.make_learner(*settled(recipe), 4)
     held = load_file(tmp_path / "a" / "last.safetensors")
     assert all(torch.equal(v, held[k]) for k, v in learner.embedder.network.state_dict().items())
-    assert begun is not None and begun.told.startswith(f"begins with x, trained on folder:{photos} (sha256 ")
+    assert begun is not None and begun.origin.startswith(f"begins with x, trained on folder:{photos} (sha256 ")
     entry = read_entry(train(recipe, tmp_path / "b").folder)[1]
-    assert entry.extra_training_data == begun.told
+    assert entry.extra_training_data == begun.origin
 
 
 def test_a_resumed_run_needs_its_first_weights_no_more(photos: Path, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_published_weights_are_asked_for_by_their_network(photos: Path, monkeypa
     learner, begun = loop.make_learner(*settled(recipe), 4)
     own = learner.embedder.network.state_dict()
     assert all(torch.equal(own[k], v) for k, v in made.state_dict().items())
-    assert begun is not None and "the published weights of timm:test_resnet" in begun.told
+    assert begun is not None and "the published weights of timm:test_resnet" in begun.origin
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_the_recipes_on_grocery_begin_with_imagenets_weights(name: str, monkeypa
     registered = load_model("mobilenetv2-imagenet-128")
     recipe, preprocess = settled(load_recipe(name))
     learner, begun = loop.make_learner(recipe, preprocess, 31)
-    assert begun is not None and sha256_of(weights) in begun.told and "trained on imagenet" in begun.told
+    assert begun is not None and sha256_of(weights) in begun.origin and "trained on imagenet" in begun.origin
     embedder = learner.embedder.eval()
     assert embedder.preprocess == plain.preprocess == registered.preprocess == preprocess
     images = torch.rand(2, 3, 128, 128)

@@ -216,7 +216,7 @@ def test_an_archive_or_a_folder_becomes_cub(root: Path, tmp_path: Path, small_cu
     tree = cub_tree(tmp_path / "mine", small_cub)
     archive = packed(tree, tmp_path / "CUB_200_2011.tgz")
     assert prepare("cub", archive) == f"cub: unpacked into {root}/CUB_200_2011; train: 2 images, test: 3 images"
-    assert [r.whole for r in verify("cub")] == [True, True] and verify("cub")[1].lonely == 1
+    assert [r.complete for r in verify("cub")] == [True, True] and verify("cub")[1].lonely == 1
     with pytest.raises(DataError, match="exists already; 'dmlbench datasets verify cub'"):
         prepare("cub", archive)
     shutil.rmtree(root / "CUB_200_2011")
@@ -289,7 +289,7 @@ def test_verify_lists_what_is_broken(root: Path, tmp_path: Path, small_cub: dict
     broken.write_bytes(broken.read_bytes()[:200])
     (base / "images" / "101.Bird_101" / "Bird_101_0000.jpg").unlink()
     train, test = verify("cub")
-    assert train.whole and not test.whole
+    assert train.complete and not test.complete
     assert [line.rpartition("/")[2].partition(":")[0] for line in test.broken] == [
         "Bird_101_0000.jpg",
         "Bird_102_0001.jpg",

@@ -34,7 +34,7 @@ def test_a_preview_is_drawn_by_class(apart: bool) -> None:
     assert counts.min() >= 3 and set(part.labels[part.query]) <= set(searched)
     share = [(d.labels[d.gallery] == -2).mean() for d in (part, whole)]
     assert share[0] == pytest.approx(share[1], abs=0.01)
-    assert ((part.own_entry >= 0) == (not apart)).all()
+    assert ((part.position_in_gallery >= 0) == (not apart)).all()
     np.testing.assert_array_equal(preview(whole, queries=64, entries=400).query, part.query)
 
 

@@ -126,7 +126,7 @@ def test_folds_are_disjoint_in_classes_and_balanced(digits) -> None:
 
 def test_every_query_has_a_genuine_and_an_impostor_pair_of_its_fold(digits) -> None:
     found = drawn(digits, load_protocol("verification"), 0)
-    label, own = digits.labels[digits.query], digits.own_entry
+    label, own = digits.labels[digits.query], digits.position_in_gallery
     of_class = folds_of_classes(digits, 10, 0)
     entry = digits.labels[digits.gallery]
     assert len(found.fold) == len(digits.query)

@@ -45,10 +45,10 @@ class Outcomes:
 def outcomes(e: Evaluation) -> Outcomes | None:
     """What the run's queries say of its number; None without them, and where the number is of the set of queries, as
     AMI is."""
-    found = headline(e)
-    if found is None or "query" not in e.arrays or "label" not in e.arrays:
+    number = headline(e)
+    if number is None or "query" not in e.arrays or "label" not in e.arrays:
         return None
-    name, arrays = found[0], e.arrays
+    name, arrays = number[0], e.arrays
     ranges: tuple[Range, ...] = (PERCENT,)
     if name == "ers":
         rules = packaged_protocol(e.protocol.name, e.protocol.sha256)
@@ -56,8 +56,8 @@ def outcomes(e: Evaluation) -> Outcomes | None:
             return None
         parts = [c.rescale(arrays[f"{c.name}/value"].astype(np.float64)) for c in rules.components]
         values, ranges = counted(np.stack(parts, axis=1)), tuple(c.limits for c in rules.components)
-    elif name in (own := kind_of(e).by_query(e)):
-        values = own[name][:, None]
+    elif name in (by_query := kind_of(e).by_query(e)):
+        values = by_query[name][:, None]
     else:
         return None
     order = arrays["query"].argsort(kind="stable")
@@ -75,14 +75,14 @@ def better_than(runs: Sequence[Evaluation]) -> list[int | None]:
     if not known:
         return [None] * len(runs)
     usual = max(known, key=known.count)
-    alike = [position for position, kind in enumerate(kinds) if kind == usual]
+    same_kind = [position for position, kind in enumerate(kinds) if kind == usual]
     same = [o for o, kind in zip(held, kinds, strict=True) if o is not None and kind == usual]
     number = numbers().get(same[0].metric)
     won = holm(len(same), _medians(same) if number and number.median else _means(same)).sum(1)
-    found: list[int | None] = [None] * len(runs)
-    for position, count in zip(alike, won, strict=True):
-        found[position] = int(count)
-    return found
+    counts: list[int | None] = [None] * len(runs)
+    for position, count in zip(same_kind, won, strict=True):
+        counts[position] = int(count)
+    return counts
 
 
 def holm(count: int, interval: At) -> Bool[np.ndarray, "n n"]:

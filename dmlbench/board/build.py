@@ -14,7 +14,7 @@ from dmlbench.board.row import PARTS, Row, Status, superseded
 from dmlbench.board.table import from_csv, rank, ranked, to_csv
 from dmlbench.checkpoints import ID, checkpoints, packaged
 from dmlbench.errors import DataError
-from dmlbench.files import write_whole
+from dmlbench.files import write_atomic
 from dmlbench.models.defended import network_of
 from dmlbench.plain import read_json
 from dmlbench.protocols import load_protocol, packaged_protocol, protocol_names
@@ -42,7 +42,7 @@ def results_of(board: Path) -> list[tuple[Row, Evaluation | None]]:
     Raises:
         DataError: a submission cannot be read or contradicts itself, or two give the same row.
     """
-    found: list[tuple[Row, Evaluation | None]] = []
+    results: list[tuple[Row, Evaluation | None]] = []
     seen: dict[tuple[str, ...], Path] = {}
     for folder in sorted((board / SUBMISSIONS).glob("*")):
         if not folder.is_dir() or folder.is_symlink():
@@ -55,17 +55,17 @@ def results_of(board: Path) -> list[tuple[Row, Evaluation | None]]:
             if key in seen:
                 raise DataError(f"{folder}: {row.model!r} under {row.protocol!r} is already in {seen[key]}")
             seen[key] = folder
-            found.append((row, run))
+            results.append((row, run))
     names = {folder.name for folder in seen.values()}
     for record in sorted((board / VERIFICATIONS).glob("*")):
         if record.suffix != ".json" or record.stem not in names:
             raise DataError(f"{record} is of no submission on the board")
-    return found
+    return results
 
 
 def _claimed(folder: Path) -> Iterator[Row]:
-    if beside := sorted(path.name for path in folder.iterdir() if path.name != CLAIMS):
-        raise DataError(f"{folder}: {beside[0]!r} lies beside {CLAIMS}; a folder holds claims or a bundle")
+    if others := sorted(path.name for path in folder.iterdir() if path.name != CLAIMS):
+        raise DataError(f"{folder}: {others[0]!r} lies beside {CLAIMS}; a folder holds claims or a bundle")
     for row in from_csv(folder / CLAIMS):
         if row.status != "claimed" or not row.source or row.protocol_sha256:
             raise DataError(
@@ -134,9 +134,9 @@ def files_of(board: Path) -> dict[str, bytes]:
 
 def differences(board: Path) -> list[str]:
     """How the committed CSV files differ from what the submissions give; empty where they do not."""
-    wanted = files_of(board)
+    expected = files_of(board)
     out = []
-    for name, content in wanted.items():
+    for name, content in expected.items():
         path = board / name
         if not path.is_file():
             out.append(f"{name} is missing")
@@ -144,7 +144,7 @@ def differences(board: Path) -> list[str]:
             old, new = path.read_bytes().decode(errors="replace").splitlines(), content.decode().splitlines()
             at = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
             out.append(f"{name} differs from line {at + 1} on")
-    out += [f"{name} comes from no submission" for name in committed(board) if name not in wanted]
+    out += [f"{name} comes from no submission" for name in committed(board) if name not in expected]
     return out
 
 
@@ -155,16 +155,16 @@ def committed(board: Path) -> list[str]:
 
 def build(board: Path) -> list[str]:
     """Write every CSV file that differs and remove those that come from no submission; their names."""
-    wanted = files_of(board)
+    files = files_of(board)
     changed = []
-    for name, content in wanted.items():
+    for name, content in files.items():
         path = board / name
         if not path.is_file() or path.read_bytes() != content:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, content)
+            write_atomic(path, content)
             changed.append(name)
     for name in committed(board):
-        if name not in wanted:
+        if name not in files:
             (board / name).unlink()
             changed.append(name)
     return changed

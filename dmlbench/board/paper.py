@@ -62,8 +62,8 @@ def header(column: str) -> str:
 
 def numbers(e: Evaluation) -> dict[str, float | None]:
     """Every number that a table can show, by its metric's name: clean metrics, parts' scores, the protocol's own, ERS."""
-    found: dict[str, float | None] = {**e.benign, **{m.component: m.score for m in e.measurements}, **numbers_of(e)}
-    return found if e.ers is None else {**found, "ers": e.ers}
+    values: dict[str, float | None] = {**e.benign, **{m.component: m.score for m in e.measurements}, **numbers_of(e)}
+    return values if e.ers is None else {**values, "ers": e.ers}
 
 
 def intervals(e: Evaluation) -> dict[str, Ends]:
@@ -73,22 +73,22 @@ def intervals(e: Evaluation) -> dict[str, Ends]:
     """
     if "label" not in e.arrays:
         return {}
-    label, found = e.arrays["label"], dict[str, Ends]()
+    label, ends = e.arrays["label"], dict[str, Ends]()
     try:
         present = [c for name, c in components_of(e).items() if f"{name}/value" in e.arrays]
     except NotComparable:
-        present, found = [], {m.component: m.interval for m in e.measurements} | {"ers": e.ers_interval}
+        present, ends = [], {m.component: m.interval for m in e.measurements} | {"ers": e.ers_interval}
     if present:
-        found |= zip([c.name for c in present], score_intervals(present, e.arrays).columns, strict=True)
+        ends |= zip([c.name for c in present], score_intervals(present, e.arrays).columns, strict=True)
     for name in e.benign:
         values = e.arrays.get(f"benign/{name}")
         if values is not None:
-            found[name] = class_intervals(values[:, None].astype(np.float64), label, [PERCENT]).columns[0]
+            ends[name] = class_intervals(values[:, None].astype(np.float64), label, [PERCENT]).columns[0]
     extra = set(e.extras.get("extra_parts", ()))
-    own = [c for c in present if c.name not in extra]
-    if e.ers is not None and own:
-        found["ers"] = score_intervals(own, e.arrays).mean
-    return found
+    protocol_parts = [c for c in present if c.name not in extra]
+    if e.ers is not None and protocol_parts:
+        ends["ers"] = score_intervals(protocol_parts, e.arrays).mean
+    return ends
 
 
 def names_of(runs: Sequence[tuple[str, Evaluation]]) -> list[str]:
@@ -140,8 +140,8 @@ def _bold(
     def ahead(a: int, b: int) -> dict[str, Ends]:
         """By metric the interval of what ``b`` is ahead of ``a``."""
         if (a, b) not in of_pairs:
-            found = compare(runs[a], runs[b], labels=(names[a], names[b]))
-            of_pairs[a, b] = {m.metric: m.interval for m in found.metrics}
+            result = compare(runs[a], runs[b], labels=(names[a], names[b]))
+            of_pairs[a, b] = {m.metric: m.interval for m in result.metrics}
         return of_pairs[a, b]
 
     for other in range(1, len(runs)):
@@ -167,13 +167,13 @@ def _bold(
 def _caption(runs: Sequence[tuple[str, Evaluation]]) -> str:
     first, names = runs[0][1], names_of(runs)
     p, d = first.protocol, first.dataset
-    said = [
+    sentences = [
         f"Protocol {p.name}, version {p.version} (sha256 {p.sha256[:12]}), on {d.name}/{d.split}: n = {d.n_queries} queries of "
         f"{d.n_classes} classes, {d.n_gallery} gallery images",
         "Higher is more robust; percentages and scores run from 0 to 100, with 95 % intervals over classes",
     ]
     if len(runs) > 1:
-        said.append("Bold: the best, and all that are not surely behind it (paired by query)")
+        sentences.append("Bold: the best, and all that are not surely behind it (paired by query)")
     doubts: dict[str, list[str]] = {}
     for name, (_, e) in zip(names, runs, strict=True):
         stale = superseded(e.protocol.name, e.protocol.sha256, e.model.id)
@@ -186,8 +186,8 @@ def _caption(runs: Sequence[tuple[str, Evaluation]]) -> str:
             if doubt:
                 doubts.setdefault(doubt, []).append(name)
     for doubt, of in doubts.items():
-        said.append(f"{doubt}: {'all' if len(of) == len(runs) > 1 else ', '.join(of)}")
-    return ". ".join(said) + "."
+        sentences.append(f"{doubt}: {'all' if len(of) == len(runs) > 1 else ', '.join(of)}")
+    return ". ".join(sentences) + "."
 
 
 _LATEX = {

@@ -347,8 +347,8 @@ def from_evaluation(
 
 def headline(e: Evaluation) -> tuple[str, float] | None:
     """What the evaluation's row is ranked by: column and number; None where it has none."""
-    found = {**numbers_of(e), **({} if e.ers is None else {"ers": e.ers})}
-    return next(((name, found[name]) for name in HEADLINES if name in found), None)
+    values = {**numbers_of(e), **({} if e.ers is None else {"ers": e.ers})}
+    return next(((name, values[name]) for name in HEADLINES if name in values), None)
 
 
 def _kind_columns(e: Evaluation) -> dict[str, Any]:
@@ -356,13 +356,13 @@ def _kind_columns(e: Evaluation) -> dict[str, Any]:
     kind = kind_of(e)
     if kind.columns is None:
         return {}
-    found: dict[str, float | None] = {**kind.read(e)}
+    columns: dict[str, float | None] = {**kind.read(e)}
     for number in kind.numbers:
         values = None if number.median else kind.by_query(e).get(number.name)
         if values is not None and f"{number.name}_lo" in kind.columns.model_fields:
             ends = class_intervals(values[:, None], e.arrays["label"], [PERCENT]).columns[0]
-            found[f"{number.name}_lo"], found[f"{number.name}_hi"] = ends or (None, None)
-    return {name: _neat(value, 6 if name in LENGTHS else 4) for name, value in found.items()}
+            columns[f"{number.name}_lo"], columns[f"{number.name}_hi"] = ends or (None, None)
+    return {name: _neat(value, 6 if name in LENGTHS else 4) for name, value in columns.items()}
 
 
 def _ers_interval(e: Evaluation) -> Ends:

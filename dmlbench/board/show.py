@@ -15,7 +15,7 @@ from dmlbench.registry import Registry, suggest
 
 OF_ERS = ("ers", "ers_lo", "ers_hi", "worst_part", "claimed_ers")
 DEFAULT_COLUMNS = ("rank", "better_than", "model", "defense", "recall_at_1", *OF_ERS, "status", "flags")
-OWN_COLUMNS = (*OF_ERS, *(column for kind in KINDS.values() for column in kind.shown))
+FIRST_COLUMNS = (*OF_ERS, *(column for kind in KINDS.values() for column in kind.shown))
 """Columns that belong to protocols of one kind: shown at first where a row has a value."""
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "!=": operator.ne,
@@ -24,19 +24,19 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
     "<": operator.lt,
     ">": operator.gt,
-    "~": lambda value, wanted: str(wanted).casefold() in str(value).casefold(),
+    "~": lambda value, value_asked: str(value_asked).casefold() in str(value).casefold(),
 }
 """Filters: ``ers>=40``, ``status=verified``, ``defense~hm``; all but ``!=`` leave out rows without a value."""
 
 
 def default_columns(rows: Sequence[Row]) -> list[str]:
     """The usual columns, and in place of ERS the numbers that these rows have."""
-    there = [c for c in OWN_COLUMNS if any(getattr(r, c) is not None for r in rows)]
+    there = [c for c in FIRST_COLUMNS if any(getattr(r, c) is not None for r in rows)]
     if all(r.ers is None for r in rows):  # without ERS there are no parts of it
         there = [c for c in there if c != "worst_part"]
     if not there:
         return list(DEFAULT_COLUMNS)
-    before = [c for c in DEFAULT_COLUMNS if c not in OWN_COLUMNS]
+    before = [c for c in DEFAULT_COLUMNS if c not in FIRST_COLUMNS]
     at = before.index("recall_at_1") + 1
     return [*before[:at], *there, *before[at:]]
 
@@ -54,25 +54,25 @@ def parse_filter(text: str) -> Callable[[Row], bool]:
     Raises:
         UsageError: not COLUMN OPERATOR VALUE, an unknown column, or a number is needed.
     """
-    found = re.fullmatch(r"\s*([A-Za-z0-9_]+)\s*(!=|<=|>=|=|<|>|~)\s*(.*?)\s*", text)
-    if not found:
+    match = re.fullmatch(r"\s*([A-Za-z0-9_]+)\s*(!=|<=|>=|=|<|>|~)\s*(.*?)\s*", text)
+    if not match:
         raise UsageError(
             f"--filter {text!r} is not COLUMN OPERATOR VALUE, e.g. 'ers>=40', 'status=verified', 'defense~hm'"
         )
-    name, sign, wanted = column(found[1]), found[2], found[3]
+    name, sign, operand = column(match[1]), match[2], match[3]
     compare = OPERATORS[sign]
     number: float | None = None
     if name in NUMBERS and sign != "~":
         try:
-            number = float(wanted)
+            number = float(operand)
         except ValueError:
-            raise UsageError(f"--filter {text!r}: {name} holds numbers, {wanted!r} is none") from None
+            raise UsageError(f"--filter {text!r}: {name} holds numbers, {operand!r} is none") from None
 
     def keep(row: Row) -> bool:
         value = getattr(row, name)
         if value is None:
             return sign == "!="
-        return compare(value, number) if number is not None else compare(str(value), wanted)
+        return compare(value, number) if number is not None else compare(str(value), operand)
 
     return keep
 
@@ -83,13 +83,13 @@ def select(rows: Iterable[Row], filters: Sequence[str] = (), sort: str | None = 
     Rows without a value come last either way; without ``sort`` the order is the board's.
     """
     tests = [parse_filter(f) for f in filters]
-    kept = [row for row in rows if all(test(row) for test in tests)]
+    selected = [row for row in rows if all(test(row) for test in tests)]
     for key in reversed([k.strip() for k in (sort or "").split(",") if k.strip()]):
         name = column(key.lstrip("-"))
-        there = [r for r in kept if getattr(r, name) is not None]
+        there = [r for r in selected if getattr(r, name) is not None]
         there.sort(key=lambda r: getattr(r, name), reverse=key.startswith("-"))
-        kept = there + [r for r in kept if getattr(r, name) is None]
-    return kept
+        selected = there + [r for r in selected if getattr(r, name) is None]
+    return selected
 
 
 def as_table(rows: Sequence[Row], columns: Sequence[str]) -> str:

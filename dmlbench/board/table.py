@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from dmlbench.board.row import COLUMNS, OF_KINDS, RANKED, Row, from_evaluation, partial_text, superseded
 from dmlbench.checkpoints import first_problem
 from dmlbench.errors import DataError
-from dmlbench.files import lock, write_whole
+from dmlbench.files import lock, write_atomic
 from dmlbench.registry import suggest
 from dmlbench.results import Evaluation
 
@@ -167,7 +167,7 @@ def add_row(evaluation: Evaluation, path: Path) -> Row:
     row = _allowed(path, lambda: from_evaluation(evaluation))
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path):
-        write_whole(path, to_csv(rank([*_beside(row, path), row])))
+        write_atomic(path, to_csv(rank([*_beside(row, path), row])))
     return row
 
 

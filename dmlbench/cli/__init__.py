@@ -71,7 +71,9 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        verbs = [CompletionItem(verb, help=said) for verb, said in VERBS.items() if verb.startswith(incomplete)]
+        verbs = [
+            CompletionItem(verb, help=help_text) for verb, help_text in VERBS.items() if verb.startswith(incomplete)
+        ]
         return [*verbs, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -169,8 +171,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except Exception as error:
         if debug:
             raise
-        if own := blame(error):
-            _fail(own, DataError.exit_code)
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-        _fail(f"internal error: {said}; please report it, --debug shows the traceback", INTERNAL)
+        if blamed := blame(error):
+            _fail(blamed, DataError.exit_code)
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+        _fail(f"internal error: {text}; please report it, --debug shows the traceback", INTERNAL)
     raise SystemExit(code if isinstance(code, int) else 0)

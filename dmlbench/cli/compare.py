@@ -62,7 +62,7 @@ def compare(
     from dmlbench.board.compare.sources import find
     from dmlbench.board.compare.verdict import as_row, compare_rows, components_of
     from dmlbench.errors import DataError
-    from dmlbench.files import prepare_folder, write_whole
+    from dmlbench.files import prepare_folder, write_atomic
     from dmlbench.results import Evaluation, json_bytes
 
     outputs = [p for p in (markdown, json_file, junit) if p is not None and str(p) != "-"]
@@ -89,11 +89,11 @@ def compare(
 
     content = {**result.model_dump(mode="json"), "passed": result.exit_code == 0, "exit_code": result.exit_code}
     if markdown:
-        write_whole(markdown, as_markdown(result).encode())
+        write_atomic(markdown, as_markdown(result).encode())
     if junit:
-        write_whole(junit, as_junit(result))
+        write_atomic(junit, as_junit(result))
     if json_file and str(json_file) != "-":
-        write_whole(json_file, json_bytes(content))
+        write_atomic(json_file, json_bytes(content))
     if step := os.environ.get("GITHUB_STEP_SUMMARY"):
         try:
             with Path(step).open("a", encoding="utf-8") as stream:

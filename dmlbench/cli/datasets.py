@@ -91,9 +91,9 @@ def verify_dataset(name: str, as_json: bool) -> None:
         splits = [
             {
                 "split": r.split,
-                "whole": r.whole,
-                "images": r.found.images if r.found else 0,
-                "classes": r.found.classes if r.found else 0,
+                "whole": r.complete,
+                "images": r.counts.images if r.counts else 0,
+                "classes": r.counts.classes if r.counts else 0,
                 "expected_images": r.expected.images if r.expected else None,
                 "classes_of_one_image": r.lonely,
                 "broken": list(r.broken),
@@ -102,7 +102,7 @@ def verify_dataset(name: str, as_json: bool) -> None:
             }
             for r in reports
         ]
-        print_json({"id": name, "whole": all(r.whole for r in reports), "splits": splits})
+        print_json({"id": name, "whole": all(r.complete for r in reports), "splits": splits})
     else:
         for r in reports:
             click.echo(_sentence(r))
@@ -110,7 +110,7 @@ def verify_dataset(name: str, as_json: bool) -> None:
                 click.echo(f"  {line}")
             for note in r.notes:
                 click.echo(f"{r.split}: note: {note}")
-    if not all(r.whole for r in reports):
+    if not all(r.complete for r in reports):
         raise DataError(f"data set {name!r} is not whole")
 
 
@@ -118,9 +118,9 @@ def _sentence(r: "SplitReport") -> str:
     """What was found of a split."""
     if r.problem:
         return f"{r.split}: {r.problem}"
-    text = f"{r.split}: {r.found}"
+    text = f"{r.split}: {r.counts}"
     if r.expected is not None:
-        text += ", as published" if r.found == r.expected else f", where {r.expected} are expected"
+        text += ", as published" if r.counts == r.expected else f", where {r.expected} are expected"
     if r.lonely:
         text += f"; {r.lonely} classes have a single image"
     return f"{text}; {f'{len(r.broken)} images are broken:' if r.broken else 'every image decodes'}"

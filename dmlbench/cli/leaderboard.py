@@ -80,13 +80,13 @@ def build(check: bool, site: Path | None, board: Path | None, as_json: bool) -> 
         if not as_json:
             click.echo(line)
 
-    found: list[str] = []
+    changes_needed: list[str] = []
     if check:
-        found = differences(folder)
-        facts |= {"up_to_date": not found, "differences": found}
-        for line in found:
+        changes_needed = differences(folder)
+        facts |= {"up_to_date": not changes_needed, "differences": changes_needed}
+        for line in changes_needed:
             say(f"differs: {line}")
-        say(f"{folder}: {'run `dmlbench leaderboard build`' if found else 'up to date'}")
+        say(f"{folder}: {'run `dmlbench leaderboard build`' if changes_needed else 'up to date'}")
     elif not packaged:
         changed = make(folder)
         rows = sum(map(len, load_boards(folder).values()))
@@ -94,7 +94,7 @@ def build(check: bool, site: Path | None, board: Path | None, as_json: bool) -> 
         for name in changed:
             say(f"wrote {folder / name}")
         say(f"{folder}: {rows} rows, {len(changed)} file{'s' * (len(changed) != 1)} changed")
-    if site and not found:
+    if site and not changes_needed:
         from dmlbench.board.site import write_site
 
         pages = write_site(folder, site)
@@ -102,7 +102,7 @@ def build(check: bool, site: Path | None, board: Path | None, as_json: bool) -> 
         say(f"{site}: {len(pages)} pages; open {site / 'index.html'}")
     if as_json:
         print_json(facts)
-    return 1 if found else 0
+    return 1 if changes_needed else 0
 
 
 @leaderboard.command(epilog="Example: dmlbench leaderboard admit origin/main")
@@ -127,12 +127,12 @@ def admit(base: str, level: int, seed: int | None, fetch: bool, device: str, as_
     from dmlbench.submission.change import BOARD, added, changes, refusals
 
     board = Path(BOARD)
-    found, there = changes(Path.cwd(), base)
-    problems = list(refusals(found, there))
+    changed, there = changes(Path.cwd(), base)
+    problems = list(refusals(changed, there))
     for problem in problems:
         if not as_json:
             click.echo(f"REFUSED {problem}")
-    bundles = [] if problems else added(found)
+    bundles = [] if problems else added(changed)
     for name in bundles:
         from dmlbench.submission.validate import validate
 

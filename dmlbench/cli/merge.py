@@ -18,7 +18,7 @@ from dmlbench.results import refuse_partial
 if TYPE_CHECKING:
     from dmlbench.models import ModelOptions
 
-ASKED = ("attacks", "limit", "eps", "seed", "eot", "surrogate")
+RESULT_OPTIONS = ("attacks", "limit", "eps", "seed", "eot", "surrogate")
 """What of a configuration makes a result partial."""
 EPILOG = "Example: dmlbench merge runs/cub-1 runs/cub-2 --out runs/cub"
 
@@ -67,9 +67,9 @@ def merge(
 
     made = shared_by(shards)
     made["surrogate"] = surrogate or made["surrogate"]
-    told = {"model": model or made["model"], "dataset": dataset or made["dataset"], "surrogate": made["surrogate"]}
+    sources = {"model": model or made["model"], "dataset": dataset or made["dataset"], "surrogate": made["surrogate"]}
     for option, given in (("model", model), ("dataset", dataset), ("surrogate", surrogate)):
-        require_named(option, "" if given else told[option], shards[0], f"with --{option}")
+        require_named(option, "" if given else sources[option], shards[0], f"with --{option}")
     named(attacks)
     if unknown := [name for name in made["attacks"] or () if ".py:" in name and name.partition("@")[0] not in ATTACKS]:
         raise UsageError(
@@ -80,8 +80,8 @@ def merge(
     embedder, images = load_subject(
         model or made["model"], options, dataset or made["dataset"], made["split"], ready=True
     )
-    asked: dict[str, Any] = {name: made.get(name) for name in ASKED}
-    how = Options(**asked, pairs=pairs, device=made.get("device", "auto"), batch_size=made.get("batch_size"))
+    settings: dict[str, Any] = {name: made.get(name) for name in RESULT_OPTIONS}
+    how = Options(**settings, pairs=pairs, device=made.get("device", "auto"), batch_size=made.get("batch_size"))
     task = Task.of(embedder, images, rules, replace(how, argv=["dmlbench", *sys.argv[1:]]))
     foreseen(task, csv)
     refuse_partial(out, task.partial)

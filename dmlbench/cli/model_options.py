@@ -55,10 +55,10 @@ class _Box(_Numbers):
     name = "box"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        found = super().convert(value, param, ctx)
-        if len(found) != 4 or any(number != int(number) for number in found):
+        corners = super().convert(value, param, ctx)
+        if len(corners) != 4 or any(number != int(number) for number in corners):
             self.fail(f"{value!r} is not a box such as 68,52,183,186 (left, top, right, bottom)", param, ctx)
-        return tuple(int(number) for number in found)
+        return tuple(int(number) for number in corners)
 
 
 _OPTIONS = (

@@ -89,19 +89,19 @@ def _percent(value: object) -> str:
 def _claimed(entry: Checkpoint) -> tuple[float | None, str | None]:
     """R@1 on clean pictures as somebody else states it, percent, and on which data set."""
     stated = [(c.value, c.dataset or entry.dataset.name) for c in entry.claims if c.metric == "recall_at_1"]
-    own = [claim for claim in stated if claim[1] == entry.dataset.name]
-    return next(iter((*own, *stated)), (None, None))
+    of_dataset = [claim for claim in stated if claim[1] == entry.dataset.name]
+    return next(iter((*of_dataset, *stated)), (None, None))
 
 
 def _measured() -> dict[tuple[str, str], float]:
     """R@1 on clean pictures by (model, data set) as the boards have it, percent; the boards of an attack on it alike."""
-    found: dict[tuple[str, str], float] = {}
+    recalls: dict[tuple[str, str], float] = {}
     for path in sorted(packaged("leaderboard").glob("*/*.csv")):
         with path.open(encoding="utf-8", newline="") as stream:
             for row in csv.DictReader(stream):
                 if row.get("recall_at_1") and row.get("status") != "claimed":
-                    found.setdefault((row["model"], row["dataset"]), float(row["recall_at_1"]))
-    return found
+                    recalls.setdefault((row["model"], row["dataset"]), float(row["recall_at_1"]))
+    return recalls
 
 
 @models.command("show", epilog="Example: dmlbench models show digits-smallcnn-triplet-hm-lga-ics")
@@ -122,13 +122,13 @@ def inspect_file(file: Path, checkpoint_key: str | None, arch: tuple[str, ...], 
     from dmlbench.models.files import listed, read_file
     from dmlbench.models.inspection import clip_names, describe, fits
 
-    found = read_file(file, checkpoint_key)
-    facts = describe(found)
-    best = fits(found, arch or None)[:3]
+    weights = read_file(file, checkpoint_key)
+    facts = describe(weights)
+    best = fits(weights, arch or None)[:3]
     ranking = [
         {
             "arch": f.builder,
-            "fits": f.whole,
+            "fits": f.complete,
             "embed_dim": f.embed_dim,
             "prefix": f.prefix,
             "matched": f.matched,
@@ -156,13 +156,13 @@ def inspect_file(file: Path, checkpoint_key: str | None, arch: tuple[str, ...], 
         ]
         prefix = f" without prefix {f.prefix!r}" if f.prefix else ""
         width = f", embeddings of {f.embed_dim} values" if f.embed_dim else ""
-        verdict = f"fits{prefix}{width}" if f.whole else "; ".join(lacks)
+        verdict = f"fits{prefix}{width}" if f.complete else "; ".join(lacks)
         click.echo(f"{f.builder}: {verdict}")
-    for note in found.notes:
+    for note in weights.notes:
         click.echo(f"note: {note}")
-    if names := clip_names(found):
+    if names := clip_names(weights):
         click.echo(f"a vision half of CLIP: --model {' or '.join(names)} --weights {file}")
     elif not best:
         click.echo("no known architecture has tensors of these names: compare with one by --arch timm:NAME")
-    elif best[0].whole:
+    elif best[0].complete:
         click.echo(f"try: dmlbench evaluate --model {file} --dataset ...")

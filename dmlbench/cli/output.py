@@ -29,9 +29,9 @@ def console() -> Console:
 
 def tell(note: str) -> None:
     """A note on stderr; what the command has told already is not told again with its result."""
-    told: set[str] = click.get_current_context().meta.setdefault("dmlbench.told", set())
-    if note not in told:
-        told.add(note)
+    notes_shown: set[str] = click.get_current_context().meta.setdefault("dmlbench.told", set())
+    if note not in notes_shown:
+        notes_shown.add(note)
         click.echo(f"note: {note}", err=True)
 
 
@@ -85,13 +85,13 @@ def runs_named(texts: Sequence[str], protocol: str | None) -> "list[tuple[str, E
 
     if len(set(texts)) < len(texts):
         raise UsageError("a run is named twice")
-    found = []
+    runs = []
     for text in texts:
         run = find(text, protocol)
         if not isinstance(run, Evaluation):
             raise UsageError(f"{text} is a row of a CSV file, without the queries' own outcomes: name its run folder")
-        found.append((text, run))
-    return found
+        runs.append((text, run))
+    return runs
 
 
 EVERY = 60.0
@@ -104,7 +104,7 @@ class Lines:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._tasks: dict[str, tuple[int, int, float]] = {}  # done, total, begun
-        self._said = clock()
+        self._last_line = clock()
 
     def start(self, task: str, total: int) -> None:
         """``task`` begins, with ``total`` images to do."""
@@ -114,8 +114,8 @@ class Lines:
         """``count`` more are done."""
         done, total, begun = self._tasks[task]
         self._tasks[task], now = (done + count, total, begun), self._clock()
-        if now - self._said >= EVERY and done + count < total and now > begun:
-            self._said, rate = now, (done + count) / (now - begun)
+        if now - self._last_line >= EVERY and done + count < total and now > begun:
+            self._last_line, rate = now, (done + count) / (now - begun)
             seconds = (total - done - count) / rate
             left = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
             click.echo(f"{task}: {done + count:,} of {total:,}, {rate:.1f} a second, about {left} left", err=True)

@@ -6,7 +6,7 @@ import click
 
 from dmlbench.cli.output import json_option, print_facts, print_json, print_list
 from dmlbench.errors import DataError, NotComparable, UsageError
-from dmlbench.files import write_whole
+from dmlbench.files import write_atomic
 from dmlbench.protocols import load_protocol, protocol_names, protocol_versions
 
 
@@ -61,15 +61,15 @@ def docs(out: Path | None, check: bool, as_json: bool) -> None:
             click.echo(page, nl=False)
     elif check:
         try:
-            found = out.read_text(encoding="utf-8")
+            current = out.read_text(encoding="utf-8")
         except OSError as error:
             raise DataError(f"{out} cannot be read: {error.strerror}") from None
         if as_json:
-            print_json({"out": str(out), "up_to_date": found == page})
-        if found != page:
+            print_json({"out": str(out), "up_to_date": current == page})
+        if current != page:
             raise NotComparable(f"{out} is not what the tables say: run `dmlbench protocols docs --out {out}`")
         click.echo(f"{out} is what the tables say", err=True)
     else:
-        write_whole(out, page.encode())
+        write_atomic(out, page.encode())
         if as_json:
             print_json({"out": str(out), "bytes": len(page.encode())})

@@ -40,5 +40,5 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 
 def _name(folder: Path, runs: tuple[Path, ...]) -> str:
     """The folder's own name, or its path where two have the same name."""
-    own = folder.resolve().name
-    return str(folder) if [f.resolve().name for f in runs].count(own) > 1 else own
+    name = folder.resolve().name
+    return str(folder) if [f.resolve().name for f in runs].count(name) > 1 else name

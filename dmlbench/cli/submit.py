@@ -32,7 +32,7 @@ def init(
     import yaml
 
     from dmlbench.errors import UsageError
-    from dmlbench.files import prepare_folder, write_whole
+    from dmlbench.files import prepare_folder, write_atomic
     from dmlbench.submission.pack import draft, read_card
     from dmlbench.submission.record import FILL_IN
 
@@ -41,7 +41,7 @@ def init(
         raise UsageError(f"{path} is already there: --force replaces it, --out names another")
     text = draft(run, read_card(checkpoint) if checkpoint else None, authors)
     prepare_folder(path.parent)
-    write_whole(path, text.encode())
+    write_atomic(path, text.encode())
     content = yaml.safe_load(text)
     left = list(_holding(FILL_IN, content))
     if as_json:
@@ -111,10 +111,10 @@ def pack(
     except Refused as refused:
         problems += refused.problems
     if as_json:
-        found = [problem._asdict() for problem in problems]
+        listed = [problem._asdict() for problem in problems]
         facts = {"bundle": str(out), "files": sorted(files), "bytes": size}
-        print_json({"id": name, **facts, "passed": not found, "problems": found})
-        return 1 if found else 0
+        print_json({"id": name, **facts, "passed": not listed, "problems": listed})
+        return 1 if listed else 0
     for problem in problems:
         click.echo(f"not ready: {problem}", err=True)
     if problems:

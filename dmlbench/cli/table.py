@@ -29,13 +29,13 @@ def table(
     """
     from dmlbench.board.paper import FORMATS
     from dmlbench.board.paper import table as of_runs
-    from dmlbench.files import prepare_folder, write_whole
+    from dmlbench.files import prepare_folder, write_atomic
 
     chosen = [name.strip() for name in columns.split(",") if name.strip()] if columns else []
     made = of_runs(runs_named(runs, protocol), chosen)
     if out is not None:
         prepare_folder(out.parent)
-        write_whole(out, FORMATS[form](made).encode())
+        write_atomic(out, FORMATS[form](made).encode())
     if as_json:
         rows = [{"model": name, "cells": [asdict(cell) for cell in cells]} for name, cells in made.rows]
         print_json({"columns": made.columns, "rows": rows, "caption": made.caption, "file": out and str(out)})

@@ -48,7 +48,7 @@ def settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     return dict(map(parse_setting, pairs))
 
 
-def own_device(name: str) -> torch.device:
+def device_of_process(name: str) -> torch.device:
     """The device by name; where several processes train, ``cuda`` is each one's own."""
     device = resolve_device(name)
     if device.type == "cuda" and device.index is None:
@@ -139,8 +139,8 @@ def train(
     """
     if listing:
         names = packaged_recipes()
-        found = [{"id": name, "title": load_recipe(name).title} for name in names]
-        print_list(found, ("id", "title"), as_json)
+        recipes = [{"id": name, "title": load_recipe(name).title} for name in names]
+        print_list(recipes, ("id", "title"), as_json)
         return
     named = {key: value for key, value in options.items() if value is not None}
     if ".py:" in named.get("defense", ""):
@@ -151,7 +151,7 @@ def train(
         raise UsageError("--out is needed: the folder that the run is written to")
     if threads is not None:
         torch.set_num_threads(threads)
-    where = own_device(device)
+    where = device_of_process(device)
     world = World.join(where)
     stderr = Console(stderr=True)
     try:

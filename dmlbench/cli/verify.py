@@ -27,7 +27,7 @@ Exit codes: 0 it agreed (the row becomes verified); 1 refused, or it did not agr
 def verify(bundle: Path, out: Path | None, weights: Path | None, fetch: bool, device: str, as_json: bool) -> int:
     """Attack every query of BUNDLE again and record whether it agreed: level 4 for the people who keep the board."""
     from dmlbench.errors import DataError, UsageError
-    from dmlbench.files import prepare_folder, write_whole
+    from dmlbench.files import prepare_folder, write_atomic
     from dmlbench.results import json_bytes
     from dmlbench.submission.bundle import SUBMISSIONS, verification_of
     from dmlbench.submission.validate import validate
@@ -42,7 +42,7 @@ def verify(bundle: Path, out: Path | None, weights: Path | None, fetch: bool, de
         report = validate(bundle, 4, weights=weights, fetch=fetch, device=device, progress=bars)
     record = report.verification
     if record is not None:
-        write_whole(path, json_bytes(record.model_dump(mode="json")))
+        write_atomic(path, json_bytes(record.model_dump(mode="json")))
     if as_json:
         print_json({**report.model_dump(mode="json"), "problems": [p._asdict() for p in report.problems]})
         return 0 if record is not None and record.agreed else 1
@@ -51,11 +51,11 @@ def verify(bundle: Path, out: Path | None, weights: Path | None, fetch: bool, de
     if record is None:
         click.echo(f"{bundle}: refused before anything was measured again")
         return 1
-    said = "verified" if record.agreed else "disputed"
+    outcome = "verified" if record.agreed else "disputed"
     name, stated, measured = "ERS", record.ers_stated, record.ers_measured
     if record.headline:
         name, stated, measured = record.headline, record.stated, record.measured
-    told = "" if stated is None or measured is None else f": {name} {stated:.2f} stated, {measured:.2f} measured"
-    click.echo(f"{report.id}: {said}{told}")
+    numbers = "" if stated is None or measured is None else f": {name} {stated:.2f} stated, {measured:.2f} measured"
+    click.echo(f"{report.id}: {outcome}{numbers}")
     click.echo(f"wrote {path}")
     return 0 if record.agreed else 1

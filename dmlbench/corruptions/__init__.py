@@ -68,8 +68,8 @@ def corrupted(
     parameters = (corruption.small if size.small else corruption.large)[severity - 1]
     content = hashlib.sha256(np.ascontiguousarray(picture).tobytes()).hexdigest()
     draws = Draws(seed_of("corruption", seed, name, severity, picture.shape, content))
-    found = corruption.apply(picture / 255.0, parameters, size, draws)
-    return np.rint(np.clip(found, 0.0, 1.0) * 255.0).astype(np.uint8)
+    changed = corruption.apply(picture / 255.0, parameters, size, draws)
+    return np.rint(np.clip(changed, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
 def _each(*values: int | float) -> tuple[Parameters, ...]:

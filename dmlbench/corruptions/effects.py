@@ -241,9 +241,9 @@ def saturate(x: Picture, c: Parameters, size: Size, draws: Draws) -> Picture:
     """The saturation of hue, saturation and value is multiplied and added to; a grey's hue is red, as HSV has it."""
     value, least = x.max(2, keepdims=True), x.min(2, keepdims=True)
     reach = value - least  # saturation times value
-    wanted = np.clip(c[0] * reach / np.where(value > 0, value, 1.0) + c[1], 0.0, 1.0) * value
+    saturation = np.clip(c[0] * reach / np.where(value > 0, value, 1.0) + c[1], 0.0, 1.0) * value
     hue = np.where(reach > 0, (value - x) / np.where(reach > 0, reach, 1.0), np.array([0.0, 1.0, 1.0]))
-    return value - hue * wanted
+    return value - hue * saturation
 
 
 def contrast(x: Picture, c: Parameters, size: Size, draws: Draws) -> Picture:

@@ -109,7 +109,7 @@ def dataset_entry(name: str) -> DatasetEntry:
     kind, colon, path = name.partition(":")
     if not colon:
         return DATASETS[name]
-    read = OWN[kind]
+    read = USER_DATASETS[kind]
     if not path:
         raise UsageError(f"{name!r} needs a path after the colon")
     return DatasetEntry(
@@ -161,16 +161,16 @@ def _table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
 
 def _python(rest: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
     """What the user's own function gives, which takes what it wants of ``split`` and ``preprocess``."""
-    own, name = own_code(rest, PREFIX), f"{PREFIX}{rest}"
-    own.called(name)
-    made = own.call(**own.those_taken(split=split, preprocess=preprocess))
-    own.require(isinstance(made, RetrievalDataset), f"gave a {type(made).__name__}, not a RetrievalDataset")
+    code, name = own_code(rest, PREFIX), f"{PREFIX}{rest}"
+    code.called(name)
+    made = code.call(**code.those_taken(split=split, preprocess=preprocess))
+    code.require(isinstance(made, RetrievalDataset), f"gave a {type(made).__name__}, not a RetrievalDataset")
     if made.split != split:
         raise UsageError(f"{name} gave the {made.split} split, where the {split} split is asked for")
     return replace(made, name=name)
 
 
-OWN: Registry[Callable[[str, str, Preprocess], RetrievalDataset]] = Registry(
+USER_DATASETS: Registry[Callable[[str, str, Preprocess], RetrievalDataset]] = Registry(
     "kind of data set", {"folder": class_folder, "csv": _table, "python": _python}
 )
 """A user's own pictures: what stands before the colon, and (path, split, preprocess) to the data set."""

@@ -199,7 +199,9 @@ class RetrievalDataset:
                 f"data set {self.name!r}: a label is {self.labels.min()}; classes count from 0, {JUNK} is junk that counts "
                 f"for no query, {DISTRACTOR} a distractor that is wrong for every one"
             )
-        groups = _whole(_array(self.groups, f"data set {self.name!r}: groups"), f"data set {self.name!r}: groups")
+        groups = _whole_numbers(
+            _array(self.groups, f"data set {self.name!r}: groups"), f"data set {self.name!r}: groups"
+        )
         groups = groups.reshape(n, 0) if groups.size == 0 else groups[:, None] if groups.ndim == 1 else groups
         if groups.ndim != 2 or len(groups) != n:
             raise DataError(f"data set {self.name!r}: {n} images but groups of shape {groups.shape}")
@@ -208,7 +210,7 @@ class RetrievalDataset:
             rows = _array(getattr(self, which), f"data set {self.name!r}: {which} rows")
             if rows.dtype.kind == "b":
                 raise DataError(f"data set {self.name!r}: {which} must be row numbers, e.g. np.flatnonzero(mask)")
-            rows = _whole(rows, f"data set {self.name!r}: {which} rows")
+            rows = _whole_numbers(rows, f"data set {self.name!r}: {which} rows")
             rows = np.arange(n) if rows.size == 0 else rows
             if rows.min() < 0 or rows.max() >= n or len(np.unique(rows)) != len(rows):
                 raise DataError(f"data set {self.name!r}: {which} rows must be distinct and below {n}")
@@ -230,7 +232,7 @@ class RetrievalDataset:
         )
 
     @cached_property
-    def own_entry(self) -> np.ndarray:
+    def position_in_gallery(self) -> np.ndarray:
         """(Q,) each query's own position in the gallery, -1 where it is not there."""
         position = np.full(len(self), -1, dtype=np.int64)
         position[self.gallery] = np.arange(len(self.gallery))
@@ -258,8 +260,8 @@ class RetrievalDataset:
         columns = self.groups
         if not self.copies_count and len(shared := self.copies[self.query][self.copies[self.query] >= 0]):
             entries = np.bincount(self.copies[self.gallery][self.copies[self.gallery] >= 0], minlength=shared.max() + 1)
-            own = self.own_entry[self.copies[self.query] >= 0] >= 0
-            if (entries[shared] > own).any():
+            entry = self.position_in_gallery[self.copies[self.query] >= 0] >= 0
+            if (entries[shared] > entry).any():
                 columns = np.concatenate([columns, self.copies[:, None]], axis=1)
         return columns if (columns >= 0).any() else None
 
@@ -284,7 +286,7 @@ def _array(values: object, what: str) -> np.ndarray:
         raise DataError(f"{what} are no array: {' '.join(str(error).split())}") from None
 
 
-def _whole(values: np.ndarray, what: str) -> np.ndarray:
+def _whole_numbers(values: np.ndarray, what: str) -> np.ndarray:
     """The same numbers as int64, none of them changed.
 
     Raises:
@@ -317,7 +319,7 @@ def _labels(labels: object, what: str) -> tuple[np.ndarray, list[str]]:
         raise DataError(
             f"{what} must be all strings or all whole numbers, not {given.flat[strings.index(False)]!r} too"
         )
-    return _whole(given, what), []
+    return _whole_numbers(given, what), []
 
 
 @dataclass(frozen=True)
@@ -347,9 +349,9 @@ def require_counts(dataset: RetrievalDataset, expected: Counts) -> None:
     Raises:
         DataError: both counts are named.
     """
-    if (found := counts_of(dataset)) != expected:
+    if (counts := counts_of(dataset)) != expected:
         raise DataError(
-            f"data set {dataset.name!r}, {dataset.split} split: found {found} where {expected} are expected: "
+            f"data set {dataset.name!r}, {dataset.split} split: found {counts} where {expected} are expected: "
             "files are missing, or not the published ones"
         )
 

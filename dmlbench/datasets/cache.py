@@ -24,7 +24,7 @@ from torch import Tensor
 from dmlbench.datasets.base import ArrayImages, RetrievalDataset, folder_named, user_folder
 from dmlbench.datasets.pictures import Arrays, Files, Source, Undecodable, each
 from dmlbench.errors import DataError
-from dmlbench.files import lock, written_whole
+from dmlbench.files import atomic_file, lock
 from dmlbench.preprocess import Preprocess
 
 REVISION = 1
@@ -77,9 +77,9 @@ class CachedImages:
             DataError: an image cannot be decoded, or the disk has no room.
         """
         path = self.path
-        if not _whole(path, self._expected):
+        if not _is_complete(path, self._expected):
             with _alone(path):
-                if not _whole(path, self._expected):  # another process may have made it meanwhile
+                if not _is_complete(path, self._expected):  # another process may have made it meanwhile
                     self._build(path, progress or (lambda done, total: None))
 
     @cached_property
@@ -107,13 +107,13 @@ class CachedImages:
         if isinstance(self.source, Arrays):
             return self.source.digests()
         with contextlib.suppress(OSError, ValueError, EOFError):
-            found = np.load(remembered)
-            if found.shape == (len(self), 32) and found.dtype == np.uint8:
-                return found
+            stored = np.load(remembered)
+            if stored.shape == (len(self), 32) and stored.dtype == np.uint8:
+                return stored
         digests = self.source.digests()
         _folder(remembered.parent)
         try:
-            with written_whole(remembered) as part, part.open("wb") as stream:
+            with atomic_file(remembered) as part, part.open("wb") as stream:
                 np.save(stream, digests)
         except OSError as error:
             raise _unwritable(remembered.parent, error) from None
@@ -133,7 +133,7 @@ class CachedImages:
                 "(DMLBENCH_CACHE names another folder)"
             )
         try:
-            with written_whole(path) as part:
+            with atomic_file(path) as part:
                 pixels = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=self._expected)
                 for done, (row, image) in enumerate(each(self._one, len(self)), 1):
                     pixels[row] = image
@@ -159,17 +159,17 @@ def fitted(dataset: RetrievalDataset, preprocess: Preprocess) -> RetrievalDatase
     """A data set held in memory, its images scaled (not cut) to the size and channels of ``preprocess``."""
     if dataset.images.shape == preprocess.shape or not isinstance(dataset.images, ArrayImages):
         return dataset
-    whole = replace(preprocess, resize=None, shorter=None)
-    return replace(dataset, images=CachedImages(Arrays(dataset.images), whole))
+    unresized = replace(preprocess, resize=None, shorter=None)
+    return replace(dataset, images=CachedImages(Arrays(dataset.images), unresized))
 
 
-def _whole(path: Path, shape: tuple[int, ...]) -> bool:
+def _is_complete(path: Path, shape: tuple[int, ...]) -> bool:
     """Whether the file is an array of that shape, all of it on disk."""
     try:
-        found = np.load(path, mmap_mode="r")
+        array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):
         return False
-    return found.shape == shape and found.dtype == np.uint8
+    return array.shape == shape and array.dtype == np.uint8
 
 
 def _folder(folder: Path) -> None:

@@ -51,8 +51,8 @@ class _Resuming:
     def _rest(self, url: str, have: int) -> None:
         import requests
 
-        asked = {"Range": f"bytes={have}-"} if have else {}
-        with requests.get(url, headers=asked, stream=True, timeout=TIMEOUT) as answer:
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
             answer.raise_for_status()
             if "text/html" in answer.headers.get("Content-Type", ""):
                 raise DataError(f"{url} answers with a web page, not with {self.file.name}")
@@ -91,14 +91,14 @@ def fetch(file: Download, folder: Path, heard: Heard = lambda done, total: None)
     for url in file.urls:
         part = folder / f".{file.name}.part"
         try:
-            found = pooch.retrieve(
+            path = pooch.retrieve(
                 url,
                 known_hash=f"sha256:{file.sha256}" if file.sha256 else None,
                 fname=file.name,
                 path=folder,
                 downloader=_Resuming(file, part, heard),
             )
-            return Path(found)
+            return Path(path)
         except DataError as error:
             reason = str(error)
         except requests.RequestException as error:

@@ -44,7 +44,7 @@ _MADE_BY_SYSTEMS = ("__MACOSX", "@eaDir", "lost+found")
 
 
 @dataclass
-class Found:
+class Listing:
     """What was found below a folder.
 
     Attributes:
@@ -68,19 +68,19 @@ def class_folder(path: str, split: str, preprocess: Preprocess) -> RetrievalData
     named = Path(path).expanduser()
     if not named.is_dir():
         raise UsageError(f"folder:{path} is not a folder")
-    found = Found()
-    root = _within(named, found)
+    listing = Listing()
+    root = _within(named, listing)
     for file, known in OTHERS.items():
         if any((folder / file).is_file() for folder in (named, root, root.parent)):
-            found.notes.append(
+            listing.notes.append(
                 f"this looks like the data set {known}, as it has {file}: --dataset {known} reads its classes and the "
                 "field's test split; here each class is a folder and, without a folder 'test', all are tested on"
             )
-    parts = _parts(root, found)
+    parts = _parts(root, listing)
     here = {part for part, _ in parts}
     apart: list[str] = [part for part in ("query", "gallery") if part in here]
-    wanted = ["train"] if split == "train" else apart or ["test"]
-    if parts and (not set(wanted) & here or wanted in (["query"], ["gallery"])):
+    parts_read = ["train"] if split == "train" else apart or ["test"]
+    if parts and (not set(parts_read) & here or parts_read in (["query"], ["gallery"])):
         raise UsageError(
             f"folder:{path} has {', '.join(shown(f.name) for _, f in parts)}, but nothing for the {split} split"
         )
@@ -90,35 +90,37 @@ def class_folder(path: str, split: str, preprocess: Preprocess) -> RetrievalData
             f"{shown(root)}/train, others to measure on into {shown(root)}/test"
         )
     used: list[Path] = []
-    for part in wanted if parts else [""]:
+    for part in parts_read if parts else [""]:
         folder = next((f for p, f in parts if p == part), root)
         used.append(folder)
-        for of, top in _tops(part, folder, found) if parts else [(part, folder)]:
-            _gather(root, of, top, found)
+        for of, top in _tops(part, folder, listing) if parts else [(part, folder)]:
+            _gather(root, of, top, listing)
     if parts:
-        _said(found, "folders passed over", (shown(f.name) for f in _folders(root) if not _of_a_split(f, used, parts)))
-    if found.passed:
-        counts = ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(found.passed.items()))
-        found.notes.append(f"passed over, no pictures that can be read here: {counts}")
-    if not found.pictures:
+        _note(
+            listing, "folders passed over", (shown(f.name) for f in _folders(root) if not _of_a_split(f, used, parts))
+        )
+    if listing.passed:
+        counts = ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(listing.passed.items()))
+        listing.notes.append(f"passed over, no pictures that can be read here: {counts}")
+    if not listing.pictures:
         where = " or ".join(shown(folder) for folder in used)
         raise DataError(
             f"no pictures in class folders under {where} ({', '.join(SUFFIXES[:5])} ... are looked for)"
-            + (f"; {found.notes[-1]}" if found.passed else "")
+            + (f"; {listing.notes[-1]}" if listing.passed else "")
         )
-    same = one_name([(part, name) for part, name, _ in found.pictures], found.notes)
-    labels, names = numbered([shown(same[part, name]) for part, name, _ in found.pictures])
-    part_of = np.array([part for part, _, _ in found.pictures])
+    same = one_name([(part, name) for part, name, _ in listing.pictures], listing.notes)
+    labels, names = numbered([shown(same[part, name]) for part, name, _ in listing.pictures])
+    part_of = np.array([part for part, _, _ in listing.pictures])
     return RetrievalDataset(
         name=f"folder:{shown(named)}",
         split=split,
-        images=CachedImages(Files(root, [relative for _, _, relative in found.pictures], upright=True), preprocess),
+        images=CachedImages(Files(root, [relative for _, _, relative in listing.pictures], upright=True), preprocess),
         labels=labels,
         query=np.flatnonzero(part_of == "query"),
         gallery=np.flatnonzero(part_of == "gallery"),
         source=shown(named.resolve()),
         class_names=names,
-        notes=found.notes,
+        notes=listing.notes,
     )
 
 
@@ -136,7 +138,7 @@ def _word(name: str) -> str | None:
     return words.pop() if len(words) == 1 else None
 
 
-def _parts(root: Path, found: Found) -> list[tuple[str, Path]]:
+def _parts(root: Path, listing: Listing) -> list[tuple[str, Path]]:
     """(part, folder) of the folders that are one, in the order of :data:`PARTS`.
 
     Raises:
@@ -149,23 +151,23 @@ def _parts(root: Path, found: Found) -> list[tuple[str, Path]]:
         parts = {PARTS[word] for word in loose.values()}
         if len(loose) == len(folders) and ({"train", "test"} <= parts or {"query", "gallery"} <= parts):
             words = loose
-            said = ", ".join(f"{shown(f.name)} for {PARTS[word]}" for f, word in loose.items())
-            found.notes.append(f"of the folders in {shown(root)} is taken {said}")
+            text = ", ".join(f"{shown(f.name)} for {PARTS[word]}" for f, word in loose.items())
+            listing.notes.append(f"of the folders in {shown(root)} is taken {text}")
     often = Counter(words.values())
     if twice := [f.name for f, word in words.items() if often[word] > 1]:
         raise DataError(f"{shown(root)} has {' and '.join(twice)}: which of them is meant?")
     return [(PARTS[word], f) for f, word in sorted(words.items(), key=lambda pair: list(PARTS).index(pair[1]))]
 
 
-def _tops(part: str, folder: Path, found: Found) -> list[tuple[str, Path]]:
+def _tops(part: str, folder: Path, listing: Listing) -> list[tuple[str, Path]]:
     """(part, folder of class folders) of a part: itself, or the ``query`` and ``gallery`` in a ``test``.
 
     Raises:
         UsageError: there is one of these two alone.
     """
-    top = _within(folder, found, part)
-    inner = _parts(top, found) if part == "test" else []
-    apart = [(p, _within(f, found, p)) for p, f in inner if p in ("query", "gallery")]
+    top = _within(folder, listing, part)
+    inner = _parts(top, listing) if part == "test" else []
+    apart = [(p, _within(f, listing, p)) for p, f in inner if p in ("query", "gallery")]
     if {p for p, _ in apart} == {"query", "gallery"}:
         return apart
     if inner and len(inner) == len(_folders(top)):
@@ -181,7 +183,7 @@ def _of_a_split(folder: Path, used: Iterable[Path], parts: Iterable[tuple[str, P
     return folder in used or any(f == folder and part in others for part, f in parts)
 
 
-def _within(folder: Path, found: Found, part: str | None = None) -> Path:
+def _within(folder: Path, listing: Listing, part: str | None = None) -> Path:
     """``folder``, or what lies in the sole folders around all of it: one class alone is no data set, so a sole folder
     that holds folders is none, unless it holds pictures and a single folder. A ``part`` may lie in one of its own name."""
     inner = folder
@@ -193,7 +195,7 @@ def _within(folder: Path, found: Found, part: str | None = None) -> Path:
             break
         inner = inside[0]
     if inner != folder:
-        found.notes.append(f"{shown(inner)} is taken for the folder of classes: it alone is in {shown(folder)}")
+        listing.notes.append(f"{shown(inner)} is taken for the folder of classes: it alone is in {shown(folder)}")
     return inner
 
 
@@ -217,52 +219,52 @@ def _can_open() -> dict[str, object]:
     return Image.OPEN  # type: ignore[return-value]
 
 
-def _gather(root: Path, part: str, top: Path, found: Found) -> None:
-    """Add the pictures below ``top`` to ``found``; deeper folders belong to their class.
+def _gather(root: Path, part: str, top: Path, listing: Listing) -> None:
+    """Add the pictures below ``top`` to ``listing``; deeper folders belong to their class.
 
     Raises:
         DataError: a class folder holds files, but no picture.
     """
     loose = sum(f.is_file() and _is_picture(f) for f in top.iterdir() if not f.name.startswith("."))
     if loose:
-        found.notes.append(f"{loose:,} pictures right in {shown(top)} are in no class folder and passed over")
+        listing.notes.append(f"{loose:,} pictures right in {shown(top)} are in no class folder and passed over")
     right_in = deeper = 0
     for folder in _folders(top):
-        before, passed = len(found.pictures), Counter[str]()
-        for file in _files(folder, (), found):
+        before, passed = len(listing.pictures), Counter[str]()
+        for file in _files(folder, (), listing):
             if not _is_picture(file):
                 passed[file.suffix.lower() or "without a suffix"] += 1
                 continue
-            found.pictures.append((part, folder.name, str(file.relative_to(root))))
+            listing.pictures.append((part, folder.name, str(file.relative_to(root))))
             right_in, deeper = right_in + (file.parent == folder), deeper + (file.parent != folder)
-        found.passed += passed
-        if len(found.pictures) == before and passed:
+        listing.passed += passed
+        if len(listing.pictures) == before and passed:
             counts = ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(passed.items()))
             raise DataError(f"class folder {shown(folder)} holds no picture that can be read here: {counts}")
     if deeper and not right_in:
-        found.notes.append(
+        listing.notes.append(
             f"no picture lies right in a class folder: classes are the {len(_folders(top))} folders in {shown(top)}, "
             "not those further down"
         )
 
 
-def _files(folder: Path, above: tuple[str, ...], found: Found) -> Iterator[Path]:
+def _files(folder: Path, above: tuple[str, ...], listing: Listing) -> Iterator[Path]:
     """Every file below, those of a folder after those of its folders' names in order; links are followed, not in circles."""
     real = os.path.realpath(folder)
     if real in above:
-        found.notes.append(f"{shown(folder)} is a link to a folder that it lies in, and not followed")
+        listing.notes.append(f"{shown(folder)} is a link to a folder that it lies in, and not followed")
         return
     entries = sorted((e for e in folder.iterdir() if not e.name.startswith(".")), key=os.fsencode)
     yield from (e for e in entries if not e.is_dir())
     for entry in entries:
         if entry.is_dir() and entry.name not in _MADE_BY_SYSTEMS:
-            yield from _files(entry, (*above, real), found)
+            yield from _files(entry, (*above, real), listing)
 
 
-def _said(found: Found, what: str, names: Iterable[str]) -> None:
+def _note(listing: Listing, what: str, names: Iterable[str]) -> None:
     if listed := list(names):
         more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
-        found.notes.append(f"{what}: {', '.join(listed[:5])}{more}")
+        listing.notes.append(f"{what}: {', '.join(listed[:5])}{more}")
 
 
 def one_name(classes: Iterable[tuple[str, str]], notes: list[str]) -> dict[tuple[str, str], str]:
@@ -276,12 +278,12 @@ def one_name(classes: Iterable[tuple[str, str]], notes: list[str]) -> dict[tuple
         cases.setdefault(nfc.casefold(), {}).setdefault(nfc, set()).add(part)
     called: dict[str, str] = {}
     for names in cases.values():
-        parts = [part for found in names.values() for part in found]
+        parts = [part for parts_of_name in names.values() for part in parts_of_name]
         apart = len(parts) > len(set(parts))
         called |= {name: name if apart else min(names) for name in names}
         if len(names) > 1:
-            said = "different classes, since they stand side by side" if apart else "one class"
-            notes.append(f"{' and '.join(shown(n) for n in sorted(names))} differ in case only: taken for {said}")
+            text = "different classes, since they stand side by side" if apart else "one class"
+            notes.append(f"{' and '.join(shown(n) for n in sorted(names))} differ in case only: taken for {text}")
     notes += [
         f"{shown(nfc)} is written in {len(forms)} Unicode forms: taken for one class"
         for nfc, forms in sorted(spelt.items())

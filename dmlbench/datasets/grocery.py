@@ -28,7 +28,7 @@ PLACES = ("grocery", "GroceryStoreDataset", "GroceryStoreDataset-master", "groce
 def grocery(split: str, preprocess: Preprocess) -> RetrievalDataset:
     """The split's products, in the order of the three lists."""
     store = Store(need("grocery", *PLACES))
-    base = store.beside("classes.csv")
+    base = store.folder_of("classes.csv")
     records: list[tuple[str, int]] = []
     for listing in LISTS:
         for number, line in enumerate(store.text(base + listing).splitlines(), 1):

@@ -32,8 +32,8 @@ def lfw(split: str, preprocess: Preprocess) -> RetrievalDataset:
     if split == "train":
         raise UsageError("data set 'lfw' has no training split: face models are trained on other sets")
     store = Store(need("lfw", *PLACES))
-    found = sorted((m[1], int(m[2]), name) for name in store.names if (m := _NAME.fullmatch(name)))
-    people = [list(photographs) for _, photographs in groupby(found, key=lambda record: record[0])]
+    photographs_named = sorted((m[1], int(m[2]), name) for name in store.names if (m := _NAME.fullmatch(name)))
+    people = [list(photographs) for _, photographs in groupby(photographs_named, key=lambda record: record[0])]
     chosen = [person[:MOST] for person in people if len(person) >= LEAST]
     if not chosen:
         raise DataError(f"{store.root} holds no person with {LEAST} photographs (Name/Name_0001.jpg)")

@@ -53,7 +53,7 @@ def with_pairs(dataset: RetrievalDataset, path: str | Path) -> RetrievalDataset:
         ) from None
     where = f"pairs file {shown(path)}"
     rows = known(dataset)
-    found, seen = [], dict[tuple[int, int], int]()
+    rows_of_pairs, seen = [], dict[tuple[int, int], int]()
     for pair in _read(text, where):
         at = f"{where}, line {pair.line}"
         probe, partner = (_row(rows, name, at, dataset) for name in (pair.probe, pair.partner))
@@ -62,21 +62,21 @@ def with_pairs(dataset: RetrievalDataset, path: str | Path) -> RetrievalDataset:
         if (first := seen.setdefault((probe, partner), pair.line)) != pair.line:
             raise UsageError(f"{at}: the pair is already in line {first}")
         if pair.same != bool(dataset.labels[probe] == dataset.labels[partner]):
-            told, held = ("the same", "two classes") if pair.same else ("not the same", "one class")
-            raise UsageError(f"{at}: says {told}, data set {dataset.name!r} has the pictures in {held}")
-        found.append((probe, partner, pair.same, pair.fold))
-    if not found:
+            claim, held = ("the same", "two classes") if pair.same else ("not the same", "one class")
+            raise UsageError(f"{at}: says {claim}, data set {dataset.name!r} has the pictures in {held}")
+        rows_of_pairs.append((probe, partner, pair.same, pair.fold))
+    if not rows_of_pairs:
         raise UsageError(f"{where} holds no pair")
-    probes, partners, same, fold = (np.array(column, dtype=np.int64) for column in zip(*found, strict=True))
+    probes, partners, same, fold = (np.array(column, dtype=np.int64) for column in zip(*rows_of_pairs, strict=True))
     if len(np.unique(dataset.labels[np.concatenate([probes, partners])])) < 2:
         raise UsageError(f"{where} has pictures of a single class: no pair of two can be told from one")
     for value, kind in ((1, "genuine pair (of one class)"), (0, "impostor pair (of two classes)")):
         if not (same == value).any():
             raise UsageError(f"{where} has no {kind}")
-    n, own = len(dataset), np.full(len(dataset), -1, dtype=np.int64)
-    own[probes] = probes
+    n, probe_group = len(dataset), np.full(len(dataset), -1, dtype=np.int64)
+    probe_group[probes] = probes
     every = np.concatenate([np.arange(n), probes])
-    groups = np.concatenate([own, probes])[:, None]
+    groups = np.concatenate([probe_group, probes])[:, None]
     if dataset.apart is not None:
         groups = np.concatenate([groups, dataset.apart[every]], axis=1)
     return replace(
@@ -95,25 +95,25 @@ def known(dataset: RetrievalDataset) -> dict[str, list[int]]:
     images = dataset.images
     if not (isinstance(images, CachedImages) and isinstance(images.source, Files)):
         return {str(row): [row] for row in range(len(dataset))}
-    found: dict[str, list[int]] = {}
+    rows_of: dict[str, list[int]] = {}
     for row, path in enumerate(images.source.paths):
         parts = PurePosixPath(path.replace("\\", "/")).parts
         for start in range(len(parts)):
             end = PurePosixPath(*parts[start:])
             for name in {end.as_posix(), end.with_suffix("").as_posix()}:
-                found.setdefault(name, []).append(row)
-    return found
+                rows_of.setdefault(name, []).append(row)
+    return rows_of
 
 
 def _row(rows: dict[str, list[int]], name: str, at: str, dataset: RetrievalDataset) -> int:
     """The one row that is meant, of a class."""
-    found = rows.get(name, [])
-    if len(found) != 1:
-        said = f"may be any of {len(found)} pictures" if found else "is no picture"
-        raise UsageError(f"{at}: {name!r} {said} of data set {dataset.name!r}")
-    if dataset.labels[found[0]] < 0:
+    matches = rows.get(name, [])
+    if len(matches) != 1:
+        text = f"may be any of {len(matches)} pictures" if matches else "is no picture"
+        raise UsageError(f"{at}: {name!r} {text} of data set {dataset.name!r}")
+    if dataset.labels[matches[0]] < 0:
         raise UsageError(f"{at}: {name!r} is of no class")
-    return found[0]
+    return matches[0]
 
 
 def _read(text: str, where: str) -> Iterator[Named]:
@@ -168,8 +168,8 @@ def _lfw(lines: list[str], where: str) -> Iterator[Named]:
         same = place % (2 * each) < each
         numbers = cells[1::2] if not same else cells[1:]
         if len(cells) != (3 if same else 4) or not all(map(_counts, numbers)):
-            wanted = "name n m" if same else "name n other m"
-            raise UsageError(f"{where}, line {line}: {' '.join(cells)!r} is not '{wanted}'")
+            form = "name n m" if same else "name n other m"
+            raise UsageError(f"{where}, line {line}: {' '.join(cells)!r} is not '{form}'")
         other = cells[0] if same else cells[2]
         probe, partner = (f"{name}/{name}_{int(n):04d}" for name, n in zip((cells[0], other), numbers, strict=True))
         yield Named(line, probe, partner, same, place // (2 * each) if count > 1 else -1)

@@ -168,8 +168,8 @@ class Packed(Files):
 
     def state(self) -> bytes:
         at = self.root.stat()
-        told = [os.fsencode(self.root.resolve()), f"{at.st_size} {at.st_mtime_ns} {at.st_ctime_ns}".encode()]
-        return hashlib.sha256(b"\0".join([*told, *(os.fsencode(path) for path in self.paths)])).digest()
+        state = [os.fsencode(self.root.resolve()), f"{at.st_size} {at.st_mtime_ns} {at.st_ctime_ns}".encode()]
+        return hashlib.sha256(b"\0".join([*state, *(os.fsencode(path) for path in self.paths)])).digest()
 
 
 def opened(archive: Path) -> zipfile.ZipFile:

@@ -16,7 +16,7 @@ from dmlbench.datasets.folder import PARTS
 from dmlbench.datasets.pictures import shown
 from dmlbench.datasets.unpack import unpack
 from dmlbench.errors import DataError, UsageError
-from dmlbench.files import sweep, written_whole
+from dmlbench.files import atomic_file, sweep
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def prepare(name: str, source: Path | None = None, heard: Heard = lambda done, t
 def _prepared(name: str, source: Path | None, heard: Heard) -> str:
     kind, colon, path = name.partition(":")
     if colon:
-        return _own_folder(kind, Path(path).expanduser(), source, heard)
+        return _unpack_user_folder(kind, Path(path).expanduser(), source, heard)
     entry = DATASETS[name]
     if entry.packaged:
         raise UsageError(f"data set {name!r} comes with the installed packages: nothing to prepare")
@@ -78,7 +78,7 @@ def _prepared(name: str, source: Path | None, heard: Heard) -> str:
     if target.exists() and not origin.keep:
         raise DataError(f"{shown(target)} exists already; 'dmlbench datasets verify {name}' checks it")
     if origin.keep:
-        done = _kept(name, origin, target, source, heard)
+        done = _use_published(name, origin, target, source, heard)
     elif source is not None and source.is_dir():
         done = _linked(name, origin, target, source)
     else:
@@ -94,7 +94,7 @@ def _prepared(name: str, source: Path | None, heard: Heard) -> str:
     return f"{name}: {done}; {', '.join(counts)}"
 
 
-def _own_folder(kind: str, target: Path, source: Path | None, heard: Heard) -> str:
+def _unpack_user_folder(kind: str, target: Path, source: Path | None, heard: Heard) -> str:
     """Unpack somebody's own archive of class folders."""
     if kind != "folder":
         raise UsageError(f"only data sets by id and folder:PATH can be prepared, not {kind}:")
@@ -123,35 +123,35 @@ def _marked(folder: Path, origin: Origin) -> Path | None:
 
 
 def _linked(name: str, origin: Origin, target: Path, source: Path) -> str:
-    found = _marked(source, origin)
-    if found is None:
+    root = _marked(source, origin)
+    if root is None:
         raise DataError(f"{shown(source)} is not data set {name!r}: no {' or '.join(origin.marker)} in it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(found.resolve(), target_is_directory=True)
+        target.symlink_to(root.resolve(), target_is_directory=True)
     except OSError as error:
-        raise DataError(f"{shown(target)} cannot be linked to {shown(found)}: {error.strerror}") from None
-    return f"{shown(target)} is a link to {shown(found.resolve())}"
+        raise DataError(f"{shown(target)} cannot be linked to {shown(root)}: {error.strerror}") from None
+    return f"{shown(target)} is a link to {shown(root.resolve())}"
 
 
 def _unpacked(name: str, origin: Origin, target: Path, archive: Path, heard: Heard) -> None:
     """Unpack, and put the folder with the marker at ``target``."""
-    whole = target.with_name(f".{target.name}.unpacked")
-    shutil.rmtree(whole, ignore_errors=True)
+    unpacked = target.with_name(f".{target.name}.unpacked")
+    shutil.rmtree(unpacked, ignore_errors=True)
     try:
-        unpack(archive, whole, lambda files: heard(files, 0))
-        found = _marked(whole, origin)
-        if found is None:
+        unpack(archive, unpacked, lambda files: heard(files, 0))
+        root = _marked(unpacked, origin)
+        if root is None:
             raise DataError(
                 f"archive {shown(archive)} is not data set {name!r}: no {' or '.join(origin.marker)} in it. {origin.manual}"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
-        found.rename(target)
+        root.rename(target)
     finally:
-        shutil.rmtree(whole, ignore_errors=True)
+        shutil.rmtree(unpacked, ignore_errors=True)
 
 
-def _kept(name: str, origin: Origin, target: Path, source: Path | None, heard: Heard) -> str:
+def _use_published(name: str, origin: Origin, target: Path, source: Path | None, heard: Heard) -> str:
     """Files that are read as they were published: downloaded, or copied from a folder."""
     if source is None:
         for file in origin.downloads:
@@ -165,20 +165,20 @@ def _kept(name: str, origin: Origin, target: Path, source: Path | None, heard: H
     target.mkdir(parents=True, exist_ok=True)
     sweep(target)
     for published in _published(folder, origin):
-        with written_whole(target / published.name) as part:
+        with atomic_file(target / published.name) as part:
             shutil.copyfile(published, part)
     return f"copied into {shown(target)}"
 
 
 def _published(folder: Path, origin: Origin) -> list[Path]:
     """All of the origin's files in ``folder``, packed or not; empty unless all are there."""
-    found = []
+    choices = []
     for file in origin.downloads:
         choice = next((folder / n for n in (file.name, file.name.removesuffix(".gz")) if (folder / n).is_file()), None)
         if choice is None:
             return []
-        found.append(choice)
-    return found
+        choices.append(choice)
+    return choices
 
 
 def _idx_files(base: str, sizes: dict[str, tuple[int, str]]) -> tuple[Download, ...]:

@@ -28,11 +28,11 @@ def preview(dataset: RetrievalDataset, queries: int = QUERIES, entries: int = EN
     searched = np.sort(np.concatenate([_spread(labels, gallery[np.isin(labels[gallery], classes)], room), nobody]))
     inside = np.isin(asks, searched) | ~np.isin(asks, dataset.gallery)  # a query that is searched too keeps its entry
     chosen = np.sort(_spread(labels, asks[inside & np.isin(labels[asks], classes)], queries))
-    said = (
+    note = (
         f"preview: {len(chosen):,} of {len(asks):,} queries against {len(searched):,} of {len(gallery):,} gallery images, "
         f"{len(classes):,} classes; no result, as fewer images are easier to search"
     )
-    part = replace(dataset, query=chosen, gallery=searched, notes=(*dataset.notes, said), preview=True)
+    part = replace(dataset, query=chosen, gallery=searched, notes=(*dataset.notes, note), preview=True)
     if not (isinstance(dataset.images, CachedImages) and isinstance(dataset.images.source, Files)):
         return part
     rows, source = np.union1d(chosen, searched), dataset.images.source

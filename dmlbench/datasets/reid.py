@@ -46,28 +46,28 @@ def reid(name: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
     store = Store(need(name, *PLACES[name]))
     training, *tested = FOLDERS[name]
     parts = [training] if split == "train" else tested
-    found: list[tuple[str, str, int, int]] = []  # path, part, person, camera
+    pictures: list[tuple[str, str, int, int]] = []  # path, part, person, camera
     for path in store.names:
         folder, _, file = path.rpartition("/")
         part, match = folder.rpartition("/")[2], _NAME.fullmatch(file)
         if part in parts and match and int(match[1]) != _JUNK:
-            found.append((path, part, int(match[1]), int(match[2])))
-    found.sort(key=lambda record: parts.index(record[1]))
-    persons = np.array([person for _, _, person, _ in found], dtype=np.int64)
-    camera = np.array([camera for _, _, _, camera in found], dtype=np.int64)
+            pictures.append((path, part, int(match[1]), int(match[2])))
+    pictures.sort(key=lambda record: parts.index(record[1]))
+    persons = np.array([person for _, _, person, _ in pictures], dtype=np.int64)
+    camera = np.array([camera for _, _, _, camera in pictures], dtype=np.int64)
     if split == "train" and name == "market1501":  # nobody is trained on
         keep = np.flatnonzero(persons != _NOBODY)
-        found, persons, camera = [found[i] for i in keep], persons[keep], camera[keep]
-    which = np.array([part for _, part, _, _ in found])
+        pictures, persons, camera = [pictures[i] for i in keep], persons[keep], camera[keep]
+    which = np.array([part for _, part, _, _ in pictures])
     if missing := [part for part in parts if part not in which]:
         raise DataError(f"{store.root} has no pictures such as 0002_c1s1_000451_03.jpg in {' or '.join(missing)}")
     nobody = (persons == _NOBODY) & (name == "market1501")
-    labels = np.full(len(found), DISTRACTOR, dtype=np.int64)
+    labels = np.full(len(pictures), DISTRACTOR, dtype=np.int64)
     labels[~nobody], names = numbered(persons[~nobody].tolist())
     return RetrievalDataset(
         name=name,
         split=split,
-        images=CachedImages(store.files([path for path, _, _, _ in found]), preprocess),
+        images=CachedImages(store.files([path for path, _, _, _ in pictures]), preprocess),
         labels=labels,
         query=np.flatnonzero(which == tested[0]),
         gallery=np.flatnonzero(which == tested[1]),

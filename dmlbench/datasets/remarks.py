@@ -16,12 +16,12 @@ def left_out(dataset: RetrievalDataset) -> Iterator[tuple[int, np.ndarray]]:
     columns = [] if groups is None else list(groups.T)
     sorted_ = [(order := np.argsort(c[gallery], kind="stable"), c[gallery][order]) for c in columns]
     for row in dataset.query:
-        found = [np.array([row])]
+        blocks = [np.array([row])]
         for column, (order, numbers) in zip(columns, sorted_, strict=True):
             if column[row] >= 0:
                 a, b = np.searchsorted(numbers, [column[row], column[row] + 1])
-                found.append(gallery[order[a:b]])
-        yield int(row), np.unique(np.concatenate(found))
+                blocks.append(gallery[order[a:b]])
+        yield int(row), np.unique(np.concatenate(blocks))
 
 
 def remarks(dataset: RetrievalDataset) -> Iterator[str]:

@@ -30,19 +30,19 @@ class Store:
         if self.packed:
             with opened(self.root) as archive:
                 return sorted(info.filename for info in archive.infolist() if not info.is_dir())
-        found = [Path(where, file) for where, _, files in os.walk(self.root, followlinks=True) for file in files]
-        return sorted((path.relative_to(self.root).as_posix() for path in found), key=os.fsencode)
+        paths = [Path(where, file) for where, _, files in os.walk(self.root, followlinks=True) for file in files]
+        return sorted((path.relative_to(self.root).as_posix() for path in paths), key=os.fsencode)
 
-    def beside(self, marker: str) -> str:
+    def folder_of(self, marker: str) -> str:
         """The folder that holds the file ``marker``, nearest to the root, as a prefix of names: "" or "a/b/".
 
         Raises:
             DataError: no such file.
         """
-        found = [name for name in self.names if name == marker or name.endswith("/" + marker)]
-        if not found:
+        matches = [name for name in self.names if name == marker or name.endswith("/" + marker)]
+        if not matches:
             raise DataError(f"{shown(self.root)} has no {marker}")
-        return min(found, key=lambda name: (name.count("/"), name)).removesuffix(marker)
+        return min(matches, key=lambda name: (name.count("/"), name)).removesuffix(marker)
 
     def text(self, name: str) -> str:
         """What a text file holds; bytes that are not UTF-8 are kept as the file system keeps them.

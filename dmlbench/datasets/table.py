@@ -46,8 +46,8 @@ def table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
         raise DataError(f"{shown(file)} is not a readable CSV: {error}") from None
     if "camera" not in rows.columns and (named := next((c for c in _CAMERA if c in rows.columns), None)):
         rows = rows.rename(columns={named: "camera"})
-    wanted = ["label", "path", "split"] + (["is_query", "is_gallery"] if split == "test" else [])
-    if lacking := [c for c in wanted if c not in rows.columns]:
+    required = ["label", "path", "split"] + (["is_query", "is_gallery"] if split == "test" else [])
+    if lacking := [c for c in required if c not in rows.columns]:
         raise DataError(f"{shown(file)} has no column {', '.join(lacking)}; it has {', '.join(map(str, rows.columns))}")
     known = {s for group in _SPLITS.values() for s in group}
     strange = rows.index[~rows["split"].isin(known)]

@@ -27,7 +27,7 @@ class SplitReport:
     """
 
     split: str
-    found: Counts | None = None
+    counts: Counts | None = None
     expected: Counts | None = None
     lonely: int = 0
     broken: tuple[str, ...] = field(default=())
@@ -35,9 +35,9 @@ class SplitReport:
     notes: tuple[str, ...] = ()
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         """Nothing is missing, broken or too many."""
-        return not self.problem and not self.broken and (self.expected is None or self.found == self.expected)
+        return not self.problem and not self.broken and (self.expected is None or self.counts == self.expected)
 
 
 def verify(name: str, progress: Progress = lambda done, total: None) -> list[SplitReport]:
@@ -63,7 +63,7 @@ def verify(name: str, progress: Progress = lambda done, total: None) -> list[Spl
         reports.append(
             SplitReport(
                 split,
-                found=counts_of(dataset),
+                counts=counts_of(dataset),
                 expected=entry.counts.get(split),
                 lonely=int((np.bincount(dataset.labels[dataset.labels >= 0]) == 1).sum()),
                 broken=tuple(broken := _broken(dataset, progress)),

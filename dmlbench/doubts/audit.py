@@ -135,8 +135,8 @@ def examine(
     evidence = Evidence(subject, protocol, broken_by, positions, *shown(subject, positions), seed)
     if not len(positions):
         message = "no query is right when clean, so nothing can be attacked"
-        found = [Finding(name, "skip", None, 0.0, message) for name in CHECKS if name != "H3"]
-        return [*found, not_collapsed(evidence)]
+        skipped = [Finding(name, "skip", None, 0.0, message) for name in CHECKS if name != "H3"]
+        return [*skipped, not_collapsed(evidence)]
     return [check.ask(evidence) for check in CHECKS.values()]
 
 
@@ -167,25 +167,25 @@ def glance(
     followed, source = any(OPTIMIZERS[name].needs_gradients for name in optimizers), subject.surrogate or subject
     batches = _batches(_evenly(right, GLANCED), batch_size)
     random = any(flag == "randomised" for flag, _ in subject.embedder.doubts)
-    found = []
+    findings = []
     if not random:
-        found.append(judged_random(max(passes_gap(subject, *shown(subject, part)) for part in batches)))
-        random = found[0].verdict == "fail"
+        findings.append(judged_random(max(passes_gap(subject, *shown(subject, part)) for part in batches)))
+        random = findings[0].verdict == "fail"
     few = _batches(_evenly(right, min(SURVEYED, -(-len(right) // 4))), batch_size)
     if not random:
-        found.append(judged_memory(max(history(subject, part) for part in few)))
+        findings.append(judged_memory(max(history(subject, part) for part in few)))
     blind = False
     if followed:
         missing = [no_gradient(source, *shown(source, part)) for part in batches]
         share = 100.0 * float(torch.cat([rows for rows, _ in missing]).float().mean())
-        found.append(judged_zero(share, sum(wrong for _, wrong in missing)))
-        blind = found[-1].verdict == "fail"
+        findings.append(judged_zero(share, sum(wrong for _, wrong in missing)))
+        blind = findings[-1].verdict == "fail"
     if followed and not random and not blind:
-        found.append(judged_direction(np.concatenate([downhill_of(source, part) for part in few])))
+        findings.append(judged_direction(np.concatenate([downhill_of(source, part) for part in few])))
     if not random:
         surveyed = joined([survey(subject, part) for part in few])
-        found += [judged_survey(surveyed), judged_entries(surveyed)]
-    for finding in found:
+        findings += [judged_survey(surveyed), judged_entries(surveyed)]
+    for finding in findings:
         if finding.verdict in ("warn", "fail"):
             yield Flag(flag=CHECKS[finding.check].flag, message=f"{finding.message} ({PAGE})")
 

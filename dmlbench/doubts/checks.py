@@ -79,10 +79,10 @@ def doubts_about(subject: Subject, measurements: Sequence[Measurement], nonfinit
         )
     outside = [m for m in measurements if m.score is not None and _outside(m, m.score)]
     if outside:
-        said = ", ".join(f"{m.component} {m.score:.1f}" for m in outside)
+        listed = ", ".join(f"{m.component} {m.score:.1f}" for m in outside)
         yield Flag(
             flag="out-of-range",
-            message=f"parts outside 0 to 100, which count as 0 or 100 in ERS: {said}. An attack that fails leaves 100 "
+            message=f"parts outside 0 to 100, which count as 0 or 100 in ERS: {listed}. An attack that fails leaves 100 "
             "at most; more means that the search went the wrong way (docs/audit.md).",
         )
     lonely = int((~subject.scene.has_positive).sum())

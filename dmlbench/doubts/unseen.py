@@ -92,11 +92,11 @@ def survey(subject: Subject, positions: np.ndarray) -> Survey:
 def joined(surveys: list[Survey]) -> Survey:
     """Surveys of consecutive queries as one."""
 
-    def whole(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def concatenated(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
     nearness = np.concatenate([s.nearness for s in surveys])
-    return Survey(whole([s.right for s in surveys]), whole([s.survived for s in surveys]), nearness)
+    return Survey(concatenated([s.right for s in surveys]), concatenated([s.survived for s in surveys]), nearness)
 
 
 def history(subject: Subject, positions: np.ndarray) -> float:

@@ -55,21 +55,21 @@ class Steps:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                call = torch.compile(_own(lambda x: self.network(x)))
-                found = apart(self.network, call, images.detach()[:LEAST])
+                call = torch.compile(_uncached(lambda x: self.network(x)))
+                gaps = apart(self.network, call, images.detach()[:LEAST])
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler, and whatever it calls, can fail in any way
-            said = first_line(error, "no reason given")
-            self.trouble = f"torch.compile failed ({type(error).__name__}: {said})"
+            text = first_line(error, "no reason given")
+            self.trouble = f"torch.compile failed ({type(error).__name__}: {text})"
             return
         limits = LIMITS.get(self.precision, EXACT)
-        if all(value <= limit for value, limit in zip(found, limits, strict=True)):
+        if all(value <= limit for value, limit in zip(gaps, limits, strict=True)):
             self._call = call
         else:
             self.trouble = (
-                f"the compiled network is not the eager one: outputs are {found[0]:.1e} apart, "
-                f"gradients {found[1]:.1e}, where {limits[0]:.0e} and {limits[1]:.0e} are allowed"
+                f"the compiled network is not the eager one: outputs are {gaps[0]:.1e} apart, "
+                f"gradients {gaps[1]:.1e}, where {limits[0]:.0e} and {limits[1]:.0e} are allowed"
             )
 
 
@@ -79,7 +79,7 @@ def apart(network: Network, other: Network, images: Tensor) -> tuple[float, floa
     Each is the length of the difference over the length of ``network``'s own. The gradients are those of one
     fixed direction of the output. ``other`` is told that the number of images may change.
     """
-    found = []
+    results = []
     for run in (network, other):
         with torch.enable_grad():
             leaf = images.detach().requires_grad_(True)
@@ -88,8 +88,8 @@ def apart(network: Network, other: Network, images: Tensor) -> tuple[float, floa
             y = run(x)
             towards = torch.linspace(-1, 1, y.shape[1], dtype=y.dtype, device=y.device).expand_as(y)
             (gradient,) = torch.autograd.grad(y, leaf, towards)
-        found.append((y.detach().float(), gradient.float()))
-    (a, a_slope), (b, b_slope) = found
+        results.append((y.detach().float(), gradient.float()))
+    (a, a_slope), (b, b_slope) = results
     return _relative(a, b), _relative(a_slope, b_slope)
 
 
@@ -102,7 +102,7 @@ def _plain(images: Tensor) -> Tensor:
     return images.flatten().view(images.shape)
 
 
-def _own(call: Network) -> Network:
+def _uncached(call: Network) -> Network:
     """The same function with code of its own: torch counts graphs by code, and stops at 8."""
     assert isinstance(call, types.FunctionType)
     return types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
@@ -117,9 +117,9 @@ def ready(embedder: Embedder, entries: int, device: torch.device, gradients: Emb
     Raises:
         UsageError: the device is not made for the precision.
     """
-    said = gradients or embedder
-    precision = settled(said.precision, entries, device)
+    stated = gradients or embedder
+    precision = settled(stated.precision, entries, device)
     twin = embedder.frozen(device)
-    twin.precision, twin.compiled = precision, said.compiled
-    twin.steps = Steps(twin.network, precision) if said.compiled else None
+    twin.precision, twin.compiled = precision, stated.compiled
+    twin.steps = Steps(twin.network, precision) if stated.compiled else None
     return twin

@@ -55,20 +55,20 @@ def settings() -> tuple[Setting, ...]:
 @contextmanager
 def true_float32() -> Iterator[None]:
     """Within it, float32 products and convolutions are those of IEEE float32. Also a decorator."""
-    kept: list[tuple[Setting, Any]] = []
+    before: list[tuple[Setting, Any]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some versions of torch warn at the old switches
         for setting in settings():
             with suppress(RuntimeError):  # an old switch that a program has set otherwise by the new ones is not told
-                kept.append((setting, setting.read()))
-        for setting, _ in kept:
+                before.append((setting, setting.read()))
+        for setting, _ in before:
             setting.write(setting.exact)
     try:
         yield
     finally:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for setting, value in kept:
+            for setting, value in before:
                 setting.write(value)
 
 
@@ -79,17 +79,17 @@ def in_tf32() -> Iterator[None]:
     Some 50 microseconds, as it is entered at every step; what stood before is put back. Old and new
     switches say the same within it, since torch refuses to tell an old one that the new ones contradict.
     """
-    kept: list[tuple[Setting, Any]] = []
+    before: list[tuple[Setting, Any]] = []
     for setting in settings():
         with suppress(RuntimeError):
-            kept.append((setting, setting.read()))
+            before.append((setting, setting.read()))
     try:
-        for setting, _ in kept:
+        for setting, _ in before:
             if setting.tf32 is not None:
                 setting.write(setting.tf32)
         yield
     finally:
-        for setting, value in kept:
+        for setting, value in before:
             setting.write(value)
 
 

@@ -18,12 +18,12 @@ BLOCK = 1 << 26
 def nearest_centre(points: Float[Tensor, "N D"], centres: Float[Tensor, "k D"]) -> tuple[Tensor, Tensor]:
     """(N,) the index of the nearest centre, and the squared distance to it."""
     square = centres.square().sum(1)
-    found, far = [], []
+    nearest, far = [], []
     for part in points.split(max(1, BLOCK // len(centres))):
         d, at = torch.addmm(square, part, centres.t(), alpha=-2.0).min(1)
-        found.append(at)
+        nearest.append(at)
         far.append(d)
-    return torch.cat(found), (torch.cat(far) + points.square().sum(1)).clamp_min(0.0)
+    return torch.cat(nearest), (torch.cat(far) + points.square().sum(1)).clamp_min(0.0)
 
 
 def spread_start(points: Float[Tensor, "N D"], k: int, generator: torch.Generator) -> Float[Tensor, "k D"]:
@@ -46,17 +46,17 @@ def lloyd(points: Float[Tensor, "N D"], k: int, seed: int, iterations: int = 100
     """The cluster of each point, deterministic for a seed but for the device's order of adding up."""
     k = min(k, len(points))
     centres = spread_start(points, k, torch.Generator().manual_seed(seed))
-    found, gap = nearest_centre(points, centres)
+    assigned, gap = nearest_centre(points, centres)
     for _ in range(iterations):
-        size = torch.bincount(found, minlength=k)
-        centres = torch.zeros_like(centres).index_add_(0, found, points) / size.clamp_min(1)[:, None]
+        size = torch.bincount(assigned, minlength=k)
+        centres = torch.zeros_like(centres).index_add_(0, assigned, points) / size.clamp_min(1)[:, None]
         empty = (size == 0).nonzero()[:, 0]
         if len(empty):
             centres[empty] = points[gap.topk(len(empty)).indices]
-        before, (found, gap) = found, nearest_centre(points, centres)
-        if torch.equal(before, found):
+        before, (assigned, gap) = assigned, nearest_centre(points, centres)
+        if torch.equal(before, assigned):
             break
-    return found
+    return assigned
 
 
 def _contingency(labels: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -30,21 +30,21 @@ def negatives_ahead(d: Float[Tensor, "B N"], scene: Scene) -> tuple[Float[Tensor
     near = d.gather(1, rows).masked_fill(~real, torch.inf).sort(1).values  # (B, P)
     real = torch.arange(near.shape[1], device=d.device) < real.sum(1, keepdim=True)
     ahead = _not_farther(d, near) if near.shape[1] <= MANY else _not_farther_sorted(d, near)
-    own = d.gather(1, scene.row.clamp_min(0)[:, None])  # (B, 1)
-    ahead -= ((own <= near) & (scene.row >= 0)[:, None]).float()
+    to_self = d.gather(1, scene.row.clamp_min(0)[:, None])  # (B, 1)
+    ahead -= ((to_self <= near) & (scene.row >= 0)[:, None]).float()
     ahead -= (torch.searchsorted(near, near, right=True)).float()  # the positives that are not farther
     return ahead, real
 
 
 def _not_farther(d: Tensor, near: Tensor) -> Tensor:
     """(B, P) how many entries are not farther than each of ``near``, one comparison for each."""
-    found = torch.zeros_like(near)
+    counts = torch.zeros_like(near)
     for s in blocks(len(d), d.shape[1], d.device):
         part = d[:, s]
         hit = torch.empty_like(part)
         for j in range(near.shape[1]):
-            found[:, j] += torch.le(part, near[:, j : j + 1], out=hit).sum(1)
-    return found
+            counts[:, j] += torch.le(part, near[:, j : j + 1], out=hit).sum(1)
+    return counts
 
 
 def _not_farther_sorted(d: Tensor, near: Tensor) -> Tensor:

@@ -75,8 +75,8 @@ class _QueryHinge(torch.autograd.Function):
         gallery, euclidean = scene.gallery, scene.distance.metric == "euclidean"
         n, k = len(gallery), scene.chosen.shape[1]
         pairs = scene.counted * k  # or (B, 1)
-        wanted = ctx.needs_input_grad[0]
-        if wanted and gallery.rounded:
+        needs_gradient = ctx.needs_input_grad[0]
+        if needs_gradient and gallery.rounded:
             total, gradient = (_rounded_euclidean if euclidean else _rounded_cosine)(e, scene, gallery.rounded, sign)
             ctx.save_for_backward(gradient.mul_(sign / pairs))
             return total[:, None].mul_(sign / pairs)[:, 0].clamp_min_(0.0)
@@ -96,7 +96,7 @@ class _QueryHinge(torch.autograd.Function):
                 d.masked_fill_(scene.ignored[:, s], -sign * torch.inf)  # where the hinge is zero
             gap = (d[:, None, :] - c[:, :, None]).mul_(sign).clamp_min_(0.0)  # (B, K, n)
             value += gap.sum((1, 2))[:, None]
-            if not wanted:
+            if not needs_gradient:
                 continue
             active = gap.sign_()
             count += active.sum(2)
@@ -105,7 +105,7 @@ class _QueryHinge(torch.autograd.Function):
                 slope = slope.div_(d)
                 weight += slope.sum(1, keepdim=True)
             pull.addmm_(*_touched(slope, entries))
-        if wanted:
+        if needs_gradient:
             if euclidean:  # each distance pulls along (e - X) / d
                 to_targets = torch.where(c > floor.sqrt(), count / c.clamp_min(1e-30), 0.0)  # (B, K)
                 away = to_targets.sum(1, keepdim=True) * e - (to_targets[:, :, None] * scene.targets).sum(1)

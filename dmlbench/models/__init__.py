@@ -81,9 +81,9 @@ def load_model(
         UsageError: unknown name, or options that do not go together (exit code 2).
         DataError: the weights are missing, truncated, changed, or of another architecture (4).
     """
-    said = {key: value for key, value in locals().items() if key != "model"}
+    given = {key: value for key, value in locals().items() if key != "model"}
     usual = {"precision": "auto", "compiled": False}
-    options = {key: value for key, value in said.items() if value is not None and value != usual.get(key)}
+    options = {key: value for key, value in given.items() if value is not None and value != usual.get(key)}
     if isinstance(model, Embedder):
         return model
     if isinstance(model, nn.Module):

@@ -43,12 +43,12 @@ class Assembled:
 
     Attributes:
         built: the network, and how it is fed.
-        found: the tensors.
+        matched: the tensors.
         notes: sentences for the user.
     """
 
     built: Built
-    found: Match
+    matched: Match
     notes: tuple[str, ...] = ()
 
 
@@ -71,25 +71,25 @@ def assemble(
         widths = [t.shape[0] for k, t in file.tensors.items() if f".{k}".endswith(f".{last}") and t.dim() > 1]
         kwargs |= {"embed_dim": widths[0]} if widths else {}
     built = build_network(builder, kwargs=kwargs, most=most)
-    own = built.network.state_dict()
-    found = match(renamed(file.tensors, own), own, chosen.prefix)
+    state = built.network.state_dict()
+    matched = match(renamed(file.tensors, state), state, chosen.prefix)
     notes: list[str] = []
-    if ":" in builder and (size := _image_size(built, found, chosen.size)) is not None:
+    if ":" in builder and (size := _image_size(built, matched, chosen.size)) is not None:
         name, sides, trained = size
         built = build_network(builder, kwargs=kwargs | {name: sides}, most=most)
         notes = [f"position embeddings are of images of {trained}" + (
             "" if chosen.size is None else f", resized to {chosen.size[0]}x{chosen.size[1]}"
         )]  # fmt: skip
     if any(p.is_meta for p in built.network.parameters()):  # shapes alone are compared
-        found = replace(found, tensors={k: v.to("meta") for k, v in found.tensors.items()})
-    found = replace(found, tensors=adapted(found.tensors, built.network))
+        matched = replace(matched, tensors={k: v.to("meta") for k, v in matched.tensors.items()})
+    matched = replace(matched, tensors=adapted(matched.tensors, built.network))
     if ":" in builder and head_of(built.network) is not None:
-        width = head_width(built.network, found.tensors) if chosen.embed_dim is None else chosen.embed_dim
+        width = head_width(built.network, matched.tensors) if chosen.embed_dim is None else chosen.embed_dim
         if chosen.head is not None:
             width = 0
-        if width is not None or found.tensors:
-            built = replace(built, network=with_head(built.network, width or 0, found.tensors))
-    return Assembled(built, found, tuple(notes))
+        if width is not None or matched.tensors:
+            built = replace(built, network=with_head(built.network, width or 0, matched.tensors))
+    return Assembled(built, matched, tuple(notes))
 
 
 def load(
@@ -101,13 +101,13 @@ def load(
         DataError: the file does not fit; what is missing or of another shape is listed by name.
         UsageError: the file has trained layers beside the network that nobody asked to leave out; no such head.
     """
-    network, found = assembled.built.network, assembled.found
+    network, matched = assembled.built.network, assembled.matched
     head: tuple[nn.Module, str, dict[str, Tensor]] | None = None
     without = chosen.without
     if chosen.head is not None:
-        head = _head(file, found, chosen.head)
-        without = None if without is None else (*without, head[1], *_own_head(network, found))
-    notes = fill_from(network, file, found, architecture, without)
+        head = _head(file, matched, chosen.head)
+        without = None if without is None else (*without, head[1], *_built_head(network, matched))
+    notes = fill_from(network, file, matched, architecture, without)
     if head is not None:
         layer, name, tensors = head
         fill(layer, tensors, f"weights file {file.path}, layer {name},")
@@ -116,10 +116,10 @@ def load(
     return replace(assembled.built, network=network), [*notes, *assembled.notes]
 
 
-def _head(file: WeightsFile, found: Match, name: str) -> tuple[nn.Module, str, dict[str, Tensor]]:
+def _head(file: WeightsFile, matched: Match, name: str) -> tuple[nn.Module, str, dict[str, Tensor]]:
     """The layer of a file that ``--head`` names, with or without the prefix, its name in the file, its tensors."""
-    every = {**file.tensors, **file.beside}
-    for full in (name, found.prefix + name):
+    every = {**file.tensors, **file.further}
+    for full in (name, matched.prefix + name):
         tensors = {k.removeprefix(f"{full}."): v for k, v in every.items() if k.startswith(f"{full}.")}
         if tensors:
             layer = layer_of(tensors, full)
@@ -134,36 +134,36 @@ def _head(file: WeightsFile, found: Match, name: str) -> tuple[nn.Module, str, d
     raise UsageError(f"--head {name!r}: {file.path} has no such layer")
 
 
-def _own_head(network: nn.Module, found: Match) -> tuple[str, ...]:
+def _built_head(network: nn.Module, matched: Match) -> tuple[str, ...]:
     """The name in the file of the last layer that another one replaces."""
     name = head_of(network)
-    return (found.prefix + name,) if name else ("fc", "classifier", "head", "heads")
+    return (matched.prefix + name,) if name else ("fc", "classifier", "head", "heads")
 
 
-def _image_size(built: Built, found: Match, wanted: tuple[int, int] | None) -> tuple[str, Any, str] | None:
+def _image_size(built: Built, matched: Match, size_asked: tuple[int, int] | None) -> tuple[str, Any, str] | None:
     """(argument, sides, "HxW" of the file) where a vision transformer has to be built for another size than its own.
 
     Raises:
         UsageError: its position embeddings are of no square, and no size is given.
     """
     network = built.network
-    own = network.state_dict()
+    state = network.state_dict()
     for name, argument in (("pos_embed", "img_size"), ("encoder.pos_embedding", "image_size")):
-        mine, theirs = own.get(name), found.tensors.get(name)
-        patch = next((k for k in ("patch_embed.proj.weight", "conv_proj.weight") if k in own), None)
+        mine, theirs = state.get(name), matched.tensors.get(name)
+        patch = next((k for k in ("patch_embed.proj.weight", "conv_proj.weight") if k in state), None)
         if mine is None or theirs is None or patch is None or mine.dim() != 3 or theirs.dim() != 3:
             continue
         grid = getattr(getattr(network, "patch_embed", None), "grid_size", None) or (round(mine.shape[1] ** 0.5),) * 2
         extra = mine.shape[1] - grid[0] * grid[1]
         tokens = theirs.shape[1] - (1 if extra == 0 and theirs.shape[1] != mine.shape[1] and _odd(theirs) else extra)
-        side, (down, right) = round(tokens**0.5), own[patch].shape[-2:]
+        side, (down, right) = round(tokens**0.5), state[patch].shape[-2:]
         square = side * side == tokens
         trained = f"{side * down}x{side * right}" if square else f"{tokens} patches"
-        if not square and wanted is None:
+        if not square and size_asked is None:
             raise UsageError(
                 f"position embeddings of {tokens} patches are of no square image: --input-size HxW says which"
             )
-        size = wanted or (side * down, side * right)
+        size = size_asked or (side * down, side * right)
         if size[0] % down or size[1] % right:
             raise UsageError(
                 f"--input-size {size[0]}x{size[1]}: this network's images are cut into patches of {down}x{right}"

@@ -134,7 +134,7 @@ def settle(embedder: Embedder, output_key: str | None = None) -> None:
     images = probe_images(embedder.input_shape, 3).to(embedder.device)
     with torch.no_grad():
         output = attempt(embedder, images)
-        embedder.network, said = pick_output(embedder.network, output, len(images), output_key, embedder.name)
+        embedder.network, note = pick_output(embedder.network, output, len(images), output_key, embedder.name)
         first, second, alone = embedder(images), embedder(images), embedder(images[:1])
     gap = disagreement([first, second])
     if gap > STEADY:
@@ -155,7 +155,7 @@ def settle(embedder: Embedder, output_key: str | None = None) -> None:
                 "statistics?): no number of this model means what it says",
             )
         )
-    embedder.notes = (*notes, *said)
+    embedder.notes = (*notes, *note)
     embedder.doubts = tuple(doubts)
 
 

@@ -21,7 +21,7 @@ from dmlbench.errors import DataError, DmlbenchError, UsageError
 from dmlbench.files import first_line
 from dmlbench.models.behaviour import probe_images
 from dmlbench.models.wrappers import STAGES, WRAPPERS, Backward, Given, Values, Wrapper, nothing
-from dmlbench.rng import Rng, own_streams
+from dmlbench.rng import Rng, streams_of_pixels
 
 FORM = "defended:"
 NAIVE = "naive"
@@ -60,8 +60,8 @@ class Applied:
     naive: bool = False
 
     def __str__(self) -> str:
-        said = [f"{v:g}" for v in self.values] + [NAIVE] * self.naive
-        return self.name + (f"({','.join(said)})" if said else "")
+        words = [f"{v:g}" for v in self.values] + [NAIVE] * self.naive
+        return self.name + (f"({','.join(words)})" if words else "")
 
     @property
     def wrapper(self) -> Wrapper:
@@ -69,22 +69,22 @@ class Applied:
         return WRAPPERS[self.name]
 
     @classmethod
-    def read(cls, name: str, said: str | None) -> "Applied":
+    def read(cls, name: str, text: str | None) -> "Applied":
         """``jpeg`` and ``75,naive``; values that are left out, from the last, are the defaults.
 
         Raises:
             UsageError: an unknown wrapper, too many values, or one that it does not take.
         """
-        parameters, words = WRAPPERS[name].parameters, [w.strip() for w in (said or "").split(",")] if said else []
+        parameters, words = WRAPPERS[name].parameters, [w.strip() for w in (text or "").split(",")] if text else []
         naive = bool(words) and words[-1] == NAIVE
         if naive and WRAPPERS[name].backward is None and WRAPPERS[name].eot == 1:
             raise UsageError(
-                f"{name}({said}): every attack looks through {name} as it is, so {NAIVE} would change nothing"
+                f"{name}({text}): every attack looks through {name} as it is, so {NAIVE} would change nothing"
             )
         words = words[:-1] if naive else words
         if len(words) > len(parameters):
             takes = ", ".join(map(str, parameters)) or "no number"
-            raise UsageError(f"{name}({said}): {name} takes {takes}, and last the word {NAIVE}")
+            raise UsageError(f"{name}({text}): {name} takes {takes}, and last the word {NAIVE}")
         values = [p.read(w, name) for p, w in zip(parameters, words, strict=False)]
         return cls(name, (*values, *(p.default for p in parameters[len(values) :])), naive)
 
@@ -100,7 +100,7 @@ class Applied:
 
         way = self.wrapper.backward
         try:
-            found: Tensor = (
+            out: Tensor = (
                 function(images)
                 if way is None
                 else _Backward.apply(images, function, nothing if self.naive else way, self.values)  # type: ignore[no-untyped-call]
@@ -108,12 +108,12 @@ class Applied:
         except (DmlbenchError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:  # another package's transform, which can fail in any way
-            said = f"{type(error).__name__}: {first_line(error)}"
-            raise DataError(f"wrapper {self} fails on {tuple(images.shape)}: {said}") from error
-        whole = len(found) == len(images) or (self.wrapper.stage == STAGES[-1] and len(found) % len(images) == 0)
-        if not whole or found.shape[1:] != images.shape[1:]:
-            raise DataError(f"wrapper {self} makes {tuple(found.shape)} of images {tuple(images.shape)}")
-        return found
+            text = f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(f"wrapper {self} fails on {tuple(images.shape)}: {text}") from error
+        fits = len(out) == len(images) or (self.wrapper.stage == STAGES[-1] and len(out) % len(images) == 0)
+        if not fits or out.shape[1:] != images.shape[1:]:
+            raise DataError(f"wrapper {self} makes {tuple(out.shape)} of images {tuple(images.shape)}")
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ class Front:
 
     def __call__(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "n c h w"]:
         rng = (
-            own_streams(images)
+            streams_of_pixels(images)
             if any(w.wrapper.eot > 1 for w in self.wrappers)
             else Rng(0, images.new_zeros(len(images)).long())
         )
@@ -149,7 +149,7 @@ class Front:
         return replace(self, pool=images[rows].flip(1) if self.bgr else images[rows])
 
 
-_SAID = re.compile(r"([^():]+)(?:\(([^()]*)\))?:(.+)")
+_FORM = re.compile(r"([^():]+)(?:\(([^()]*)\))?:(.+)")
 
 
 def split(rest: str) -> tuple[Applied, str]:
@@ -158,12 +158,12 @@ def split(rest: str) -> tuple[Applied, str]:
     Raises:
         UsageError: not WRAPPER:MODEL or WRAPPER(VALUES):MODEL, or what :meth:`Applied.read` refuses.
     """
-    found = _SAID.fullmatch(rest)
-    if found is None:
+    match = _FORM.fullmatch(rest)
+    if match is None:
         raise UsageError(
             f"{FORM}{rest} is not {FORM}WRAPPER(VALUES):MODEL, e.g. {FORM}jpeg(75):digits-smallcnn-triplet-none"
         )
-    return Applied.read(found[1].strip(), found[2]), found[3].strip()
+    return Applied.read(match[1].strip(), match[2]), match[3].strip()
 
 
 def named(model: str) -> tuple[tuple[Applied, ...], str]:
@@ -181,8 +181,8 @@ def named(model: str) -> tuple[tuple[Applied, ...], str]:
 
 def network_of(model: str) -> str:
     """The name of what stands behind the defences that the name of a model says, whether they are known here or not."""
-    while model.startswith(FORM) and (found := _SAID.fullmatch(model.removeprefix(FORM))):
-        model = found[3].strip()
+    while model.startswith(FORM) and (match := _FORM.fullmatch(model.removeprefix(FORM))):
+        model = match[3].strip()
     return model
 
 

@@ -19,7 +19,7 @@ from dmlbench.datasets.cache import cache_folder
 from dmlbench.datasets.downloads import Download
 from dmlbench.datasets.downloads import fetch as download
 from dmlbench.errors import DataError
-from dmlbench.files import written_whole
+from dmlbench.files import atomic_file
 
 BASE = "DMLBENCH_CHECKPOINT_BASE"
 PLACEHOLDER = "{base}/"
@@ -45,8 +45,8 @@ def addresses(file: File) -> Iterator[str]:
 
 def _checkpoints() -> str | None:
     """The repository's ``checkpoints`` folder: the checkout's, or its address where a release says it (``setup.py``)."""
-    if (beside := PACKAGE.parent / "checkpoints").is_dir():
-        return str(beside)
+    if (folder := PACKAGE.parent / "checkpoints").is_dir():
+        return str(folder)
     try:
         links = metadata("dmlbench").get_all("Project-URL") or []
     except PackageNotFoundError:
@@ -65,30 +65,30 @@ def fetch(name: str, file: File) -> tuple[Path, tuple[str, ...]]:
         DataError: no address gives the file that the registry names; each one's trouble is told.
     """
     folder = cache_folder() / "checkpoints"
-    kept = folder / f"{(file.sha256 or file.hash or 'first').replace(':', '-')[:23]}-{name}.{_ENDS[file.format]}"
-    first = kept.with_suffix(".sha256")
+    target = folder / f"{(file.sha256 or file.hash or 'first').replace(':', '-')[:23]}-{name}.{_ENDS[file.format]}"
+    first = target.with_suffix(".sha256")
     try:
         known = File(sha256=file.sha256 or _remembered(first), hash=file.hash, bytes=file.bytes)
     except OSError as error:
         raise DataError(f"{first} cannot be read: {error.strerror}") from None
-    if kept.is_file():
+    if target.is_file():
         try:
-            return verified(kept, known), ()
+            return verified(target, known), ()
         except DataError:
-            kept.unlink(missing_ok=True)
+            target.unlink(missing_ok=True)
     troubles: list[str] = []
     for address in addresses(file):
         try:
             if not address.startswith(("https://", "http://")):
                 return verified(Path(address), known), ()
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as own:
-                wanted = Download(kept.name, [address], known.bytes, known.sha256)
-                found = verified(download(wanted, Path(own)), known)
-                said = () if known.sha256 else _trusted(found, first, name, file)
-                return found.replace(kept), said
+            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as scratch:
+                request = Download(target.name, [address], known.bytes, known.sha256)
+                fetched = verified(download(request, Path(scratch)), known)
+                notes = () if known.sha256 else _trusted(fetched, first, name, file)
+                return fetched.replace(target), notes
         except DataError as error:
-            troubles.append(str(error).removeprefix(f"{kept.name} cannot be downloaded: "))
+            troubles.append(str(error).removeprefix(f"{target.name} cannot be downloaded: "))
         except OSError as error:
             raise DataError(f"{folder} cannot be written: {error.strerror} (DMLBENCH_CACHE names another)") from None
     if file.manual:
@@ -108,10 +108,10 @@ def _remembered(path: Path) -> str | None:
     return text if re.fullmatch("[0-9a-f]{64}", text) else None
 
 
-def _trusted(found: Path, path: Path, name: str, file: File) -> tuple[str, ...]:
+def _trusted(fetched: Path, path: Path, name: str, file: File) -> tuple[str, ...]:
     """Keep the sha256 of a file that is fetched for the first time, and say so."""
-    sha256 = sha256_of(found)
-    with written_whole(path) as part:
+    sha256 = sha256_of(fetched)
+    with atomic_file(path) as part:
         part.write_text(f"{sha256}\n", encoding="ascii")
     stated = f"only {file.hash}… is published" if file.hash else "no hash of it is published"
     return (f"{name}: {stated}; trusted on first use with sha256 {sha256}, which later copies have to have",)

@@ -28,7 +28,7 @@ AVERAGED = re.compile(r"(^|[._])(ema|teacher|swa|averaged?|shadow)(?=[._]|$)", r
 """What names an average over training steps of the same weights, which timm takes where there is one."""
 OF_A_LOSS = ("criterion", "loss", "optimizer", "scheduler", "scaler", "proxies", "proxy", "centers", "centres")
 """What else is kept there, and is no part of a network at test."""
-_WHOLE = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+_UNSHARDED = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 """The weights in a folder of the hub."""
 _INDEX = ".index.json"
 
@@ -44,7 +44,7 @@ class WeightsFile:
         key: the top-level key (dotted for nested ones) of the state dictionary, "" for the top itself.
         tensors: the state dictionary, names as in the file.
         parts: the files that were read.
-        beside: further state dictionaries in it, which are neither a copy of this one nor a loss's: names with their key.
+        further: further state dictionaries in it, which are neither a copy of this one nor a loss's: names with their key.
         notes: sentences about what was chosen or passed over.
         config: the hub's ``config.json`` beside it.
     """
@@ -55,7 +55,7 @@ class WeightsFile:
     key: str
     tensors: Mapping[str, Tensor] = field(repr=False)
     parts: tuple[Path, ...] = ()
-    beside: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    further: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
@@ -85,8 +85,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(str(path))
     except (SafetensorError, OSError, KeyError, AttributeError) as error:
-        said = "truncated" if _cut_off(path) else str(error)
-        raise DataError(f"weights file {path} is not a readable safetensors file: {said}") from None
+        text = "truncated" if _cut_off(path) else str(error)
+        raise DataError(f"weights file {path} is not a readable safetensors file: {text}") from None
 
 
 def _cut_off(path: Path) -> bool:
@@ -144,17 +144,17 @@ def read_file(path: Path, key: str | None = None) -> WeightsFile:
         raise DataError(f"weights file {path} holds a {type(content).__name__}, not a dictionary of tensors")
     content = {str(k): v for k, v in content.items()}
     kind = "lightning" if "pytorch-lightning_version" in content else "torch"
-    found = _chosen(path, kind, content, key, (path,))
+    chosen = _chosen(path, kind, content, key, (path,))
     if stood_in:
         more = f" and {len(stood_in) - 2} more" if len(stood_in) > 2 else ""
-        said = f"{path.name}: values of other packages were passed over: {', '.join(stood_in[:2])}{more}"
-        found = replace(found, notes=(*found.notes, said))
-    return found
+        note = f"{path.name}: values of other packages were passed over: {', '.join(stood_in[:2])}{more}"
+        chosen = replace(chosen, notes=(*chosen.notes, note))
+    return chosen
 
 
 def _in_folder(folder: Path) -> Path | None:
     """The weights in a folder as the hub lays it out; None where there are none, or several."""
-    for name in (*(n + _INDEX for n in _WHOLE), *_WHOLE):
+    for name in (*(n + _INDEX for n in _UNSHARDED), *_UNSHARDED):
         if (folder / name).is_file():
             return folder / name
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name.lower().endswith(SUFFIXES[:-1])]
@@ -184,10 +184,10 @@ def _config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = read_json(path.read_bytes())
+        config = read_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def _sharded(path: Path, key: str | None) -> WeightsFile:
@@ -224,12 +224,12 @@ def _is_state(value: Any) -> bool:
 def _chosen(path: Path, kind: str, content: Mapping[str, Any], key: str | None, parts: tuple[Path, ...]) -> WeightsFile:
     """The state dictionary in a file's content."""
     if key is not None:
-        found: Any = content
+        state: Any = content
         for part in key.split("."):
-            found = found.get(part) if isinstance(found, Mapping) else None
-        if not _tensors_in(found):
+            state = state.get(part) if isinstance(state, Mapping) else None
+        if not _tensors_in(state):
             raise UsageError(f"--checkpoint-key {key!r}: no tensors there in {path}; it has {', '.join(content)}")
-        return WeightsFile(path, kind, content, key, _tensors_in(found), parts)
+        return WeightsFile(path, kind, content, key, _tensors_in(state), parts)
     if _is_state(content) or kind == "safetensors":
         return WeightsFile(path, kind, content, "", _tensors_in(content), parts)
     states = dict(_states(content))
@@ -237,7 +237,7 @@ def _chosen(path: Path, kind: str, content: Mapping[str, Any], key: str | None, 
     if plain is None and _tensors_in(content):
         return WeightsFile(path, kind, content, "", _tensors_in(content), parts)
     plain = plain or next((name for name in states if name.rpartition(".")[2] in KEYS), None)
-    others = [name for name, held in states.items() if name != plain and held.whole and not _of_a_loss(name)]
+    others = [name for name, held in states.items() if name != plain and held.pure and not _of_a_loss(name)]
     right_in = [name for name in others if name in content] or others
     averages = [name for name in others if AVERAGED.search(name)]
     first = plain or next((few[0] for few in (right_in, averages) if len(few) == 1), None)
@@ -248,17 +248,17 @@ def _chosen(path: Path, kind: str, content: Mapping[str, Any], key: str | None, 
         raise UsageError(
             f"no weights found in {path}: name their place with --checkpoint-key; it has {', '.join(others or content)}"
         )
-    own = states[first].names
-    copies = [name for name in others if name != first and own <= states[name].names]
+    names = states[first].names
+    copies = [name for name in others if name != first and names <= states[name].names]
     averaged = next((name for name in (first, *copies) if name in averages), None)
     chosen = averaged or first
     raw = next((n for n in (first, *others) if n not in averages and states[n].names <= states[chosen].names), None)
     rest = [name for name in others if name not in (first, *copies)]
-    some = [name for name in rest if name in averages and states[name].names <= own]
-    beside = {
+    some = [name for name in rest if name in averages and states[name].names <= names]
+    further = {
         f"{name}.{k}": tensor
         for name in rest
-        if not states[name].names <= own and (name in content or name in averages)
+        if not states[name].names <= names and (name in content or name in averages)
         for k, tensor in states[name].tensors.items()
     }
     notes = []
@@ -270,15 +270,15 @@ def _chosen(path: Path, kind: str, content: Mapping[str, Any], key: str | None, 
     elif again := [*copies, *some]:
         which = "the" if copies else "some of the"
         notes = [f"{path.name}: {which} same layers stand under {listed(again)} too; --checkpoint-key chooses them"]
-    return WeightsFile(path, kind, content, chosen, states[chosen].tensors, parts, beside, tuple(notes))
+    return WeightsFile(path, kind, content, chosen, states[chosen].tensors, parts, further, tuple(notes))
 
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """Tensors by name; ``whole`` where there is nothing else beside them."""
+    """Tensors by name; ``pure`` where there is nothing else beside them."""
 
     tensors: Mapping[str, Tensor]
-    whole: bool
+    pure: bool
 
     @property
     def names(self) -> set[str]:

@@ -151,7 +151,7 @@ def _embedder(built: Built, options: ModelOptions, name: str, plain: Distance = 
     """The Embedder of a network made from a library: its maker's facts, changed by the options."""
     shape = built.input_shape or (options.channels or 3, *(options.input_size or (224, 224)))
     stated = built.fed.preprocess if built.fed else built.stated
-    preprocess = options.fed(stated or Preprocess.standard(shape, built.interpolation), said=stated is not None)
+    preprocess = options.fed(stated or Preprocess.standard(shape, built.interpolation), stated=stated is not None)
     mean, std = options.normalisation(built.mean, built.std, preprocess.channels)
     return Embedder(
         built.network,
@@ -179,10 +179,10 @@ def _file(path: Path, options: ModelOptions) -> Embedder:
     if fit is None:
         raise UsageError(f"no known architecture fits {path}: {_advice(path, file)}")
     embedder = _filled(fit.builder, fit.kwargs, file, options, name)
-    found = (
+    note = (
         f"{path.name} fits {fit.builder} with embeddings of {width_of(embedder.network, embedder.input_shape)} values"
     )
-    embedder.notes = (found, *embedder.notes)
+    embedder.notes = (note, *embedder.notes)
     return embedder
 
 
@@ -207,9 +207,9 @@ def _specified(path: Path, spec: Spec, options: ModelOptions) -> Embedder:
         chosen = replace(chosen, embed_dim=width, without=None if width == 0 else chosen.without)
     made = assemble(spec.arch.builder, spec.arch.kwargs, file, chosen, most=MOST_PARAMETERS)
     built, notes = load(made, file, spec.arch.builder, chosen)
-    preprocess = options.fed(spec.preprocess(), said=True)
-    own = fed_by_record(file, built)
-    stated = spec.normalize.of_unit() if spec.normalize else (own.mean, own.std)
+    preprocess = options.fed(spec.preprocess(), stated=True)
+    recorded = fed_by_record(file, built)
+    stated = spec.normalize.of_unit() if spec.normalize else (recorded.mean, recorded.std)
     mean, std = options.normalisation(*stated, preprocess.channels)
     letter = space_of(spec.embedding) if spec.embedding else built.fed.space if built.fed else "N"
     embedder = Embedder(
@@ -253,29 +253,29 @@ def stated_shape(module: nn.Module, name: str) -> tuple[int, int, int] | None:
 
 def _python(rest: str, options: ModelOptions) -> Embedder:
     """The user's own function: called without arguments, gives a module or an Embedder."""
-    own = own_code(rest, PREFIX)
-    own.called(f"{PREFIX}{rest}")
-    made = own.value
+    code = own_code(rest, PREFIX)
+    code.called(f"{PREFIX}{rest}")
+    made = code.value
     if not isinstance(made, nn.Module):
-        own.require_takes(0, "no arguments")
-        made = own.call()
-    own.require(isinstance(made, nn.Module), f"gave a {type(made).__name__}, not a torch.nn.Module")
+        code.require_takes(0, "no arguments")
+        made = code.call()
+    code.require(isinstance(made, nn.Module), f"gave a {type(made).__name__}, not a torch.nn.Module")
     if isinstance(made, Embedder):
         embedder = made
         embedder.name = options.name or made.name
     else:
         shape = stated_shape(made, f"python:{rest}")
         embedder = _embedder(Built(made, shape), options, f"python:{rest}")
-        kept = options.keeps_claims and shape in (None, embedder.input_shape)
-        embedder.lipschitz = getattr(made, "lipschitz", None) if kept else None
+        valid = options.keeps_claims and shape in (None, embedder.input_shape)
+        embedder.lipschitz = getattr(made, "lipschitz", None) if valid else None
     claim = embedder.lipschitz
     sound = isinstance(claim, int | float) and not isinstance(claim, bool) and 0 < claim < math.inf
-    own.require(claim is None or sound, f"gave a model whose lipschitz {claim!r} is no positive number")
+    code.require(claim is None or sound, f"gave a model whose lipschitz {claim!r} is no positive number")
     notes = [RUN[f"{PREFIX}{rest}"], *([] if embedder is made else [feeding(embedder)])]
     if options.weights is not None:
         file, chosen = _weights_file(options), _chosen(options)
-        found = match(file.tensors, embedder.network.state_dict(), chosen.prefix)
-        notes += fill_from(embedder.network, file, found, f"python:{rest}", chosen.without)
+        matched = match(file.tensors, embedder.network.state_dict(), chosen.prefix)
+        notes += fill_from(embedder.network, file, matched, f"python:{rest}", chosen.without)
         embedder.weights_sha256 = file.sha256
     embedder.notes = (*embedder.notes, *notes)
     embedder.arch = f"python:{rest}"
@@ -301,18 +301,18 @@ def _ensemble(rest: str, options: ModelOptions) -> Embedder:
             raise UsageError(
                 f"ensemble members {members[0].name!r} and {member.name!r} are fed or compared differently: {differing}"
             )
-    whole = Embedder(
+    ensemble = Embedder(
         Ensemble(members),
         members[0].input_shape,
         distance=members[0].distance,
         name=options.name or f"ensemble:{','.join(member.name for member in members)}",
         preprocess=members[0].preprocess,
     )
-    whole.notes = tuple(note for member in members for note in member.notes)
+    ensemble.notes = tuple(note for member in members for note in member.notes)
     hashes = [member.weights_sha256 or "" for member in members]
-    whole.weights_sha256 = hashlib.sha256("".join(hashes).encode()).hexdigest() if all(hashes) else None
-    whole.arch = "+".join(member.arch or "own" for member in members)
-    return whole
+    ensemble.weights_sha256 = hashlib.sha256("".join(hashes).encode()).hexdigest() if all(hashes) else None
+    ensemble.arch = "+".join(member.arch or "own" for member in members)
+    return ensemble
 
 
 def _differing(a: Embedder, b: Embedder) -> str:

@@ -20,8 +20,8 @@ def head_of(network: nn.Module) -> str | None:
 
 def _last_linear(module: nn.Module) -> tuple[str, nn.Linear] | None:
     """Name (below ``module``, "" for itself) and layer of the last linear layer."""
-    found = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    return found[-1] if found else None
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    return layers[-1] if layers else None
 
 
 def with_head(network: nn.Module, embed_dim: int, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:

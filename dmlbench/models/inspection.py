@@ -102,7 +102,7 @@ class Fit:
     left: tuple[str, ...]
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         """The file has all of the network, and nothing more of its parts, nor layers beside it."""
         return not (self.missing or self.unexpected or self.other_shape or self.left)
 
@@ -113,7 +113,7 @@ class Fit:
         return self.matched / max(1, self.matched + wrong)
 
 
-def _own(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _small_networks(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Our own small nets with the widths that the file's shapes imply."""
     _, plain = strip(tensors, ("0.weight", "7.weight", "9.weight", "6.weight"))
     shape = {k: tuple(v.shape) for k, v in plain.items()}
@@ -133,25 +133,25 @@ def _own(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Any]]]:
 def _compare(file: WeightsFile, builder: str, kwargs: Mapping[str, Any], chosen: Chosen) -> Fit:
     with torch.device("meta"):
         made = assemble(builder, kwargs, file, chosen)
-    network, found = made.built.network, made.found
-    own = network.state_dict()
-    left = left_out(file, found, network)
-    inside = {k: v for k, v in found.tensors.items() if found.prefix + k not in left}
-    other = tuple(k for k in own if k in inside and inside[k].shape != own[k].shape)
-    stray = () if chosen.without is None else tuple(unknown(left, found, network))
+    network, matched = made.built.network, made.matched
+    state = network.state_dict()
+    left = left_out(file, matched, network)
+    inside = {k: v for k, v in matched.tensors.items() if matched.prefix + k not in left}
+    other = tuple(k for k in state if k in inside and inside[k].shape != state[k].shape)
+    stray = () if chosen.without is None else tuple(unknown(left, matched, network))
     return Fit(
         builder=builder,
         kwargs=dict(kwargs),
         embed_dim=width_of(network, made.built.input_shape or (3, 224, 224)),
-        prefix=found.prefix,
-        matched=sum(k in inside for k in own) - len(other),
-        missing=tuple(k for k in own if k not in inside and not k.endswith("num_batches_tracked")),
-        unexpected=tuple(found.prefix + k for k in inside if k not in own),
+        prefix=matched.prefix,
+        matched=sum(k in inside for k in state) - len(other),
+        missing=tuple(k for k in state if k not in inside and not k.endswith("num_batches_tracked")),
+        unexpected=tuple(matched.prefix + k for k in inside if k not in state),
         other_shape=other,
         left=tuple(
             n
             for n in stray
-            if not among(n, (*(chosen.without or ()), *([chosen.head] if chosen.head else ())), found.prefix)
+            if not among(n, (*(chosen.without or ()), *([chosen.head] if chosen.head else ())), matched.prefix)
         ),
     )
 
@@ -160,13 +160,13 @@ def fits(file: WeightsFile, builders: Iterable[str] | None = None, chosen: Chose
     """How every candidate fits, the best first; those with nothing in common are left out."""
     return sorted(
         (f for f in _each(file, promising(file) if builders is None else builders, chosen) if f.matched),
-        key=lambda f: (-f.whole, -f.share),
+        key=lambda f: (-f.complete, -f.share),
     )
 
 
 def _each(file: WeightsFile, builders: Iterable[str], chosen: Chosen) -> Iterator[Fit]:
     """Every candidate worth a comparison, compared as it is asked for."""
-    for builder, kwargs in _own(file.tensors):
+    for builder, kwargs in _small_networks(file.tensors):
         yield _compare(file, builder, kwargs, chosen)
     for builder in builders:
         yield _compare(file, builder, {}, chosen)
@@ -181,11 +181,11 @@ def promising(file: WeightsFile) -> list[str]:
 def best_fit(file: WeightsFile, chosen: Chosen = AS_IT_IS) -> Fit | None:
     """The first architecture that the file fits wholly, if there is one."""
     near = (builder for builder in promising(file) if _may_fit(file, builder))
-    return next((fit for fit in _each(file, near, chosen) if fit.whole), None)
+    return next((fit for fit in _each(file, near, chosen) if fit.complete), None)
 
 
 @lru_cache(maxsize=128)
-def _own_tensors(builder: str) -> Mapping[str, Tensor]:
+def _tensors_of(builder: str) -> Mapping[str, Tensor]:
     """A candidate's tensors, without memory."""
     with torch.device("meta"):
         return build_network(builder).network.state_dict()
@@ -193,9 +193,11 @@ def _own_tensors(builder: str) -> Mapping[str, Tensor]:
 
 def _may_fit(file: WeightsFile, builder: str) -> bool:
     """Whether a file has nearly all names of a candidate's body in its shapes: a quick look before the comparison."""
-    own = {k: v for k, v in _own_tensors(builder).items() if k.partition(".")[0] not in HEADS and v.dim() > 0}
-    tensors = match(renamed(file.tensors, own), own).tensors
-    return sum(k not in tensors or (tensors[k].shape != v.shape and "pos_embed" not in k) for k, v in own.items()) <= 3
+    state = {k: v for k, v in _tensors_of(builder).items() if k.partition(".")[0] not in HEADS and v.dim() > 0}
+    tensors = match(renamed(file.tensors, state), state).tensors
+    return (
+        sum(k not in tensors or (tensors[k].shape != v.shape and "pos_embed" not in k) for k, v in state.items()) <= 3
+    )
 
 
 def describe(file: WeightsFile) -> dict[str, Any]:

@@ -53,32 +53,32 @@ class Match:
 
 
 def strip(
-    tensors: Mapping[str, Tensor], own: Iterable[str], prefix: str | None = None
+    tensors: Mapping[str, Tensor], names: Iterable[str], prefix: str | None = None
 ) -> tuple[str, dict[str, Tensor]]:
-    """The prefix under which ``tensors`` fit the names ``own`` best, and those below it without it.
+    """The prefix under which ``tensors`` fit the names ``names`` best, and those below it without it.
 
     Wrappers may be nested (``module.model.``). Without any fit the prefix is "".
     """
-    found = match(tensors, own, prefix)
-    return found.prefix, dict(found.tensors)
+    matched = match(tensors, names, prefix)
+    return matched.prefix, dict(matched.tensors)
 
 
-def match(tensors: Mapping[str, Tensor], own: Iterable[str], prefix: str | None = None) -> Match:
-    """Which of a file's tensors are a network's, by its names ``own``.
+def match(tensors: Mapping[str, Tensor], network_names: Iterable[str], prefix: str | None = None) -> Match:
+    """Which of a file's tensors are a network's, by its names ``network_names``.
 
     Raises:
         UsageError: several copies of the network fit, and which is meant is not clear.
     """
-    names = set(own)
+    names = set(network_names)
     around = _WRAPPERS if any("module" in name.split(".") for name in names) else {*_WRAPPERS, "module"}
     plain = {k if k in names else unwrapped(k, around): k for k in tensors}
-    whole = _prefixes(plain, names)
+    prefixes = _prefixes(plain, names)
     copy = None
     if prefix is None:
-        prefix, copy = _prefix(whole, plain, tensors)
+        prefix, copy = _prefix(prefixes, plain, tensors)
     elif prefix and not prefix.endswith("."):
         prefix += "."
-    copy = copy or next((p for p in whole if p != prefix and len(whole) > 1), None)
+    copy = copy or next((p for p in prefixes if p != prefix and len(prefixes) > 1), None)
     below = {k[len(prefix) :]: tensors[name] for k, name in plain.items() if k.startswith(prefix)}
     outside = {name: tensors[name] for k, name in plain.items() if not k.startswith(prefix)}
     return Match(prefix, below, outside, copy)
@@ -89,18 +89,18 @@ def unwrapped(name: str, wrappers: Collection[str] = _WRAPPERS) -> str:
     return ".".join(p for i, p in enumerate(name.split(".")) if p not in wrappers or (p == "module" and i == 0))
 
 
-def _prefixes(plain: Iterable[str], own: set[str]) -> list[str]:
+def _prefixes(plain: Iterable[str], names: set[str]) -> list[str]:
     """The prefixes that as many of a network's names follow as any: several only where each has nearly all of them."""
     counts: Counter[str] = Counter()
     for name in plain:
         start = 0
         while start >= 0:
-            if name[start:] in own:
+            if name[start:] in names:
                 counts[name[:start]] += 1
             start = name.find(".", start) + 1 or -1
     most = max(counts.values(), default=0)
     best = sorted((p for p, count in counts.items() if count == most), key=lambda p: (len(p), p))
-    return best if most >= 0.9 * len(own) else best[:1]
+    return best if most >= 0.9 * len(names) else best[:1]
 
 
 def _prefix(best: list[str], plain: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tuple[str, str | None]:
@@ -122,10 +122,10 @@ def _same(plain: Mapping[str, str], tensors: Mapping[str, Tensor], one: str, two
     return all(other is not None and torch.equal(tensors[name], tensors[other]) for name, other in pairs)
 
 
-def renamed(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors with the names of layouts that we know turned into those of the network ``own``, prefix kept."""
+def renamed(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors with the names of layouts that we know turned into those of the network ``state``, prefix kept."""
     for layout in (_clip_tower, _clip_trunk, _mobilenet_v2):
-        tensors = layout(tensors, own)
+        tensors = layout(tensors, state)
     return dict(tensors)
 
 
@@ -149,10 +149,10 @@ def clip_prefix(tensors: Iterable[str]) -> str | None:
     return next((p for p in starts if {f"{p}conv1.weight", f"{p}ln_pre.weight"} <= names), None)
 
 
-def _clip_tower(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _clip_tower(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """OpenAI's and open_clip's names of CLIP's vision transformer, to timm's."""
     prefix = clip_prefix(tensors)
-    if prefix is None or "blocks.0.attn.qkv.weight" not in own:
+    if prefix is None or "blocks.0.attn.qkv.weight" not in state:
         return tensors
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -172,11 +172,11 @@ def _clip_tower(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Map
     return out
 
 
-def _clip_trunk(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _clip_trunk(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """open_clip's vision halves that are timm's networks: ``trunk`` and a projection after it."""
     last = next((name for name in tensors if name.endswith("head.proj.weight")), None)
     trunk = last and last.removesuffix("head.proj.weight") + "trunk."
-    into = next((k for k, v in reversed(list(own.items())) if k.startswith("head.") and v.dim() == 2), None)
+    into = next((k for k, v in reversed(list(state.items())) if k.startswith("head.") and v.dim() == 2), None)
     if not last or not trunk or not into or not any(name.startswith(trunk) for name in tensors):
         return tensors
     out = {name: tensor for name, tensor in tensors.items() if name != last}
@@ -188,18 +188,18 @@ def _projection(name: str, weight: Tensor) -> dict[str, Tensor]:
     return {f"{name}weight": weight, f"{name}bias": torch.zeros(weight.shape[0], dtype=weight.dtype)}
 
 
-def _mobilenet_v2(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _mobilenet_v2(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The names of the first public MobileNetV2 (tonylins), to torchvision's, which groups layer, norm and ReLU."""
-    told = [k for k in tensors if k.endswith("features.1.conv.4.weight")]
-    if not told or "features.1.conv.0.0.weight" not in own:
+    markers = [k for k in tensors if k.endswith("features.1.conv.4.weight")]
+    if not markers or "features.1.conv.0.0.weight" not in state:
         return tensors
-    prefix = told[0].removesuffix("features.1.conv.4.weight")
+    prefix = markers[0].removesuffix("features.1.conv.4.weight")
     wide = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1", "6": "2", "7": "3"}
     narrow = {"0": "0.0", "1": "0.1", "3": "1", "4": "2"}
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if found := re.fullmatch(r"features\.(\d+)\.conv\.(\d+)\.(\w+)", name.removeprefix(prefix)):
-            block, layer, rest = found.groups()
+        if parts := re.fullmatch(r"features\.(\d+)\.conv\.(\d+)\.(\w+)", name.removeprefix(prefix)):
+            block, layer, rest = parts.groups()
             there = wide if f"{prefix}features.{block}.conv.6.weight" in tensors else narrow
             name = f"{prefix}features.{block}.conv.{there.get(layer, layer)}.{rest}"
         out[name] = tensor
@@ -211,62 +211,62 @@ def adapted(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tens
 
     The size of a patch is not changed: another one means another network.
     """
-    own = network.state_dict()
-    kept = dict(tensors)
-    if all(k in kept and kept[k].shape == v.shape for k, v in own.items()) or "pre_logits.fc.weight" in kept:
-        return kept
-    if (patch := kept.get("patch_embed.proj.weight")) is not None:
-        mine = own.get("patch_embed.proj.weight")
+    state = network.state_dict()
+    weights = dict(tensors)
+    if all(k in weights and weights[k].shape == v.shape for k, v in state.items()) or "pre_logits.fc.weight" in weights:
+        return weights
+    if (patch := weights.get("patch_embed.proj.weight")) is not None:
+        mine = state.get("patch_embed.proj.weight")
         if mine is None or patch.shape != mine.shape:
-            return kept
+            return weights
     package = type(network).__module__
-    if package.startswith("torchvision.") and (position := kept.get("encoder.pos_embedding")) is not None:
-        if position.shape == own["encoder.pos_embedding"].shape or position.shape[-1] != network.hidden_dim:
-            return kept
+    if package.startswith("torchvision.") and (position := weights.get("encoder.pos_embedding")) is not None:
+        if position.shape == state["encoder.pos_embedding"].shape or position.shape[-1] != network.hidden_dim:
+            return weights
         from torchvision.models.vision_transformer import interpolate_embeddings
 
-        return dict(interpolate_embeddings(network.image_size, network.patch_size, kept))  # type: ignore[arg-type]
+        return dict(interpolate_embeddings(network.image_size, network.patch_size, weights))  # type: ignore[arg-type]
     read: Any = getattr(importlib.import_module(package), "checkpoint_filter_fn", None)
     if not package.startswith("timm.") or read is None:
-        return kept
-    if (position := kept.get("pos_embed")) is not None and position.shape[-1:] != own.get("pos_embed", position).shape[
-        -1:
-    ]:
-        return kept
+        return weights
+    if (position := weights.get("pos_embed")) is not None and position.shape[-1:] != state.get(
+        "pos_embed", position
+    ).shape[-1:]:
+        return weights
     try:
-        floating = {k: v.float() if k == "pos_embed" else v for k, v in kept.items()}
+        floating = {k: v.float() if k == "pos_embed" else v for k, v in weights.items()}
         return dict(read(floating, network))
     except Exception:  # a file of another network, which it was not made for; what does not fit is told by name
-        return kept
+        return weights
 
 
-def left_out(file: WeightsFile, found: Match, network: nn.Module) -> dict[str, Tensor]:
+def left_out(file: WeightsFile, matched: Match, network: nn.Module) -> dict[str, Tensor]:
     """What a file holds beside a network, names as in the file."""
-    own = network.state_dict()
-    parts = {k.partition(".")[0] for k in own}
+    state = network.state_dict()
+    parts = {k.partition(".")[0] for k in state}
     unused = tuple(getattr(network, "unused", ())) or None
     inside = {
-        found.prefix + k: v
-        for k, v in found.tensors.items()
-        if k not in own and (k.partition(".")[0] not in parts or (unused and k.startswith(unused)))
+        matched.prefix + k: v
+        for k, v in matched.tensors.items()
+        if k not in state and (k.partition(".")[0] not in parts or (unused and k.startswith(unused)))
     }
-    return {**found.outside, **inside, **file.beside}
+    return {**matched.outside, **inside, **file.further}
 
 
-def unknown(left: Mapping[str, Tensor], found: Match, network: nn.Module) -> Iterator[str]:
+def unknown(left: Mapping[str, Tensor], matched: Match, network: nn.Module) -> Iterator[str]:
     """Of what is left out, the names that no loss, copy or other half explains: trained layers of the embedding."""
-    own = network.state_dict()
+    state = network.state_dict()
     unused = tuple(getattr(network, "unused", ()))
-    visual = "visual" in found.prefix
+    visual = "visual" in matched.prefix
     for name, tensor in left.items():
         plain = unwrapped(name)
         known = (
             not tensor.is_floating_point()
             or _OF_TRAINING.search(plain)
-            or (unused and plain.removeprefix(found.prefix).startswith(unused))
-            or (found.copy is not None and plain.removeprefix(found.copy) in own)
-            or (found.copy is not None and plain.startswith(_branch(found.copy, found.prefix)))
-            or (visual and _OF_TEXT.search(plain.removeprefix(found.prefix.partition("visual")[0])))
+            or (unused and plain.removeprefix(matched.prefix).startswith(unused))
+            or (matched.copy is not None and plain.removeprefix(matched.copy) in state)
+            or (matched.copy is not None and plain.startswith(_branch(matched.copy, matched.prefix)))
+            or (visual and _OF_TEXT.search(plain.removeprefix(matched.prefix.partition("visual")[0])))
         )
         if not known:
             yield name
@@ -287,12 +287,12 @@ def refuse_unknown(file: WeightsFile, names: list[str], left: Mapping[str, Tenso
     """
     if not names:
         return
-    told = listed([f"{name} {tuple(left[name].shape)}" for name in names], 3)
+    text = listed([f"{name} {tuple(left[name].shape)}" for name in names], 3)
     layers = list(dict.fromkeys(_layer(name) for name in names))
     linear = [layer for layer in layers if left.get(f"{layer}.weight", torch.empty(())).dim() in (1, 2)]
     use = f"--head {linear[-1]} puts that layer in place of the last one; " if linear else ""
     raise UsageError(
-        f"{file.path} holds trained layers that {architecture} would leave out: {told}. {use}"
+        f"{file.path} holds trained layers that {architecture} would leave out: {text}. {use}"
         f"--leave-out {','.join(layers[:3])}{',...' if len(layers) > 3 else ''} does without; "
         f"'dmlbench models inspect {file.path}' tells what fits"
     )

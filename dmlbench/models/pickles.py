@@ -237,7 +237,7 @@ _MAGIC = {
 }
 
 
-def _what_it_is(path: Path, said: str) -> str:
+def _what_it_is(path: Path, text: str) -> str:
     """What a file that torch cannot read is, as far as its content tells."""
     with path.open("rb") as stream:
         head = stream.read(512)
@@ -260,15 +260,15 @@ def _what_it_is(path: Path, said: str) -> str:
             )
         if not any(name.endswith("data.pkl") for name in names):
             return f"it is a zip archive that torch.save did not write ({', '.join(names[:3]) or 'empty'})"
-        return _first(said)
-    if head.startswith(b"\x80") and ("EOF" in said or "ran out" in said.lower() or "unexpected" in said.lower()):
+        return _first(text)
+    if head.startswith(b"\x80") and ("EOF" in text or "ran out" in text.lower() or "unexpected" in text.lower()):
         return "truncated: it ends within a value"
     if head.startswith(b"\x80"):
-        return _first(said)
+        return _first(text)
     return "it is not a file of torch.save, nor of safetensors"
 
 
-def _first(said: str) -> str:
+def _first(text: str) -> str:
     """What torch says is wrong, without its advice, which does not fit here."""
-    told = re.search(r"WeightsUnpickler error: ([^\n]*)", said)
-    return told[1].strip() if told else first_line(said)
+    match = re.search(r"WeightsUnpickler error: ([^\n]*)", text)
+    return match[1].strip() if match else first_line(text)

@@ -25,7 +25,7 @@ def on_record(embedder: Embedder, file: WeightsFile) -> tuple[str, ...]:
     sha256 = file.sha256
     for name, entry in checkpoints().items():
         costly = file.parts[0] if entry.arch.builder == embedder.arch and len(file.parts) == 1 else None
-        if any(_is(said, sha256, costly) for said in entry.files):
+        if any(_is(registered, sha256, costly) for registered in entry.files):
             mean, std = entry.normalize.of_unit()
             asks = Embedder(
                 embedder.network, embedder.input_shape, mean=mean, std=std, distance=DISTANCES[space_of(entry.embedding)],
@@ -42,13 +42,13 @@ def on_record(embedder: Embedder, file: WeightsFile) -> tuple[str, ...]:
     return ()
 
 
-def _is(said: File, sha256: str, path: Path | None) -> bool:
+def _is(file: File, sha256: str, path: Path | None) -> bool:
     """Whether a record names the file of this hash; by a hash of another kind where its ``path`` is given."""
-    known = said.sha256 or (said.hash or "").removeprefix("sha256:")
+    known = file.sha256 or (file.hash or "").removeprefix("sha256:")
     if "md5:" not in known:
         return bool(known) and sha256.startswith(known)
     try:
-        return path is not None and verified(path, said) == path
+        return path is not None and verified(path, file) == path
     except DataError:
         return False
 
@@ -72,20 +72,21 @@ def feeding(embedder: Embedder) -> str:
 
 def fed_by_record(file: WeightsFile, built: Built) -> Built:
     """What the hub's configuration beside a file says of its pictures, where there is one."""
-    said = file.config.get("pretrained_cfg")
-    if not isinstance(said, Mapping):
+    config = file.config.get("pretrained_cfg")
+    if not isinstance(config, Mapping):
         return built
     try:
-        channels, height, width = (int(v) for v in said.get("input_size") or built.input_shape or (3, 224, 224))
+        channels, height, width = (int(v) for v in config.get("input_size") or built.input_shape or (3, 224, 224))
         mean, std = (
-            tuple(float(v) for v in said.get(k) or own or ()) for k, own in (("mean", built.mean), ("std", built.std))
+            tuple(float(v) for v in config.get(k) or default or ())
+            for k, default in (("mean", built.mean), ("std", built.std))
         )
-        interpolation = str(said.get("interpolation") or built.interpolation)
+        interpolation = str(config.get("interpolation") or built.interpolation)
         plain = Preprocess.standard((channels, height, width), interpolation)
-        if said.get("crop_mode") == "squash":
+        if config.get("crop_mode") == "squash":
             plain = Preprocess((height, width), interpolation=interpolation, channels=channels)
-        elif said.get("crop_pct"):
-            short = int(min(height, width) / float(said["crop_pct"]))
+        elif config.get("crop_pct"):
+            short = int(min(height, width) / float(config["crop_pct"]))
             plain = Preprocess((height, width), shorter=short, interpolation=interpolation, channels=channels)
     except (TypeError, ValueError, ZeroDivisionError, UsageError) as error:
         raise DataError(f"{file.path / 'config.json'}: pretrained_cfg is not understood: {error}") from None

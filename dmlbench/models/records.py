@@ -31,8 +31,8 @@ def build(entry: Checkpoint, name: str) -> Embedder:
     Raises:
         UsageError: it cannot be built, or has more than :data:`MOST_PARAMETERS` parameters.
     """
-    own = ":" not in entry.arch.builder
-    width = None if own else entry.arch.embed_dim if entry.arch.head else 0
+    small = ":" not in entry.arch.builder
+    width = None if small else entry.arch.embed_dim if entry.arch.head else 0
     built = build_network(entry.arch.builder, embed_dim=width, kwargs=entry.arch.kwargs, most=MOST_PARAMETERS)
     preprocess = preprocess_of(entry.input)
     mean, std = entry.normalize.of_unit()
@@ -54,14 +54,14 @@ def check_probe(embedder: Embedder, entry: Checkpoint, name: str) -> None:
     if entry.probe is None:
         return
     with torch.no_grad():
-        found = embedder.eval()(probe_images(embedder.input_shape))[0]
-    if len(entry.probe.embedding) > len(found):
+        embedding = embedder.eval()(probe_images(embedder.input_shape))[0]
+    if len(entry.probe.embedding) > len(embedding):
         raise DataError(
-            f"model {name!r}: its probe has {len(entry.probe.embedding)} values, its embeddings have {len(found)}"
+            f"model {name!r}: its probe has {len(entry.probe.embedding)} values, its embeddings have {len(embedding)}"
         )
-    found = found[: len(entry.probe.embedding)]
+    embedding = embedding[: len(entry.probe.embedding)]
     expected = torch.tensor(entry.probe.embedding)
-    gap = float((found - expected).abs().max())
+    gap = float((embedding - expected).abs().max())
     if not gap <= entry.probe.atol:
         raise DataError(
             f"model {name!r} gives another embedding for the probe input than registered "
@@ -83,9 +83,9 @@ def registered(name: str, options: ModelOptions) -> Embedder:
     embedder = build(entry, name)
     if options.weights is not None:
         path = Path(options.weights).expanduser()
-        said = _require_registered_file(path, entry, name)
+        file_notes = _require_registered_file(path, entry, name)
     else:
-        path, said = weights_path(name, entry)
+        path, file_notes = weights_path(name, entry)
     if path.suffix == ".safetensors" and ":" not in entry.arch.builder:
         fill(embedder.network, read_weights(path), f"weights file {path}")
         embedder.weights_sha256 = sha256_of(path)
@@ -101,7 +101,7 @@ def registered(name: str, options: ModelOptions) -> Embedder:
         built, notes = load(made, file, entry.arch.builder, chosen)
         embedder.network, embedder.weights_sha256 = built.network, file.sha256
         embedder.notes = tuple(notes)
-    embedder.notes = (*said, *embedder.notes)
+    embedder.notes = (*file_notes, *embedder.notes)
     if entry.status != "active":
         embedder.notes = (*embedder.notes, standing(name, entry))
     embedder.card, embedder.arch = entry, entry.arch.builder
@@ -141,10 +141,10 @@ def _require_registered_file(path: Path, entry: Checkpoint, name: str) -> tuple[
 
 def _only_the_record(what: str, options: ModelOptions) -> None:
     """Refuse options that a model with a record does not take."""
-    if said := [key for key in _OF_THE_RECORD if getattr(options, key) is not None]:
+    if given := [key for key in _OF_THE_RECORD if getattr(options, key) is not None]:
         raise UsageError(
             f"{what}: its record says how it is fed and compared, so "
-            f"--{said[0].replace('_', '-').replace('order', 'channel-order')} does not go with it (--model FILE --spec takes other settings)"
+            f"--{given[0].replace('_', '-').replace('order', 'channel-order')} does not go with it (--model FILE --spec takes other settings)"
         )
 
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from dmlbench.checkpoints import ID, SCHEMA_VERSION, Checkpoint, CheckpointFile, first_problem, verified
 from dmlbench.errors import DataError, UsageError
-from dmlbench.files import write_whole
+from dmlbench.files import write_atomic
 from dmlbench.results import json_bytes
 
 
@@ -63,8 +63,8 @@ def register(run: Path, registry: Path, weights: Path, *, url: str | None = None
         content = source.read_bytes()
     except OSError as error:
         raise DataError(f"{weights} cannot be written: {error.strerror or error}") from None
-    write_whole(weights / stored, content)
+    write_atomic(weights / stored, content)
     held[name] = entry.model_dump(mode="json", exclude_defaults=True)
     known["checkpoints"] = dict(sorted(held.items()))
-    write_whole(registry, json_bytes(known))
+    write_atomic(registry, json_bytes(known))
     return name

@@ -95,7 +95,7 @@ def input_of(plain: Preprocess) -> Input:
         way = {"resize": plain.shorter, "resize_shorter_side": True}
     elif plain.resize != Preprocess.standard(plain.shape).resize:
         way = {"squash": True} if plain.resize is None else {"resize": plain.resize[0]}
-    said = Input(
+    stated = Input(
         size=height if height == width else (height, width),
         channels=plain.channels,
         interpolation=plain.interpolation,
@@ -103,9 +103,9 @@ def input_of(plain: Preprocess) -> Input:
         box=plain.box,
         **way,  # type: ignore[arg-type]
     )
-    if preprocess_of(said) != plain:
+    if preprocess_of(stated) != plain:
         raise UsageError(f"no record says how these pictures are prepared: {plain}")
-    return said
+    return stated
 
 
 def resized(plain: Preprocess, way: str, pixels: int, pad: int = 0) -> Preprocess:
@@ -196,14 +196,14 @@ class ModelOptions:
             value is None for value in (self.mean, self.std, self.scale, self.normalize, self.distance, self.head)
         )
 
-    def fed(self, plain: Preprocess, said: bool = False) -> Preprocess:
+    def fed(self, plain: Preprocess, stated: bool = False) -> Preprocess:
         """``plain`` with what the options change; another size has the field's resize for that size.
 
-        ``said`` is true where ``plain`` was stated for this model, not assumed.
+        ``stated`` is true where ``plain`` was stated for this model, not assumed.
         """
         channels = self.channels or plain.channels
         size = self.input_size or plain.size
-        new = plain if said and size == plain.size else Preprocess.standard((channels, *size))
+        new = plain if stated and size == plain.size else Preprocess.standard((channels, *size))
         if self.resize == "none":
             new = Preprocess(size)
         elif self.resize is not None:
@@ -226,10 +226,10 @@ class ModelOptions:
         Raises:
             UsageError: another number of values than channels.
         """
-        told = Normalize(mean=self.mean, std=self.std, scale=self.scale or 1.0).of_unit()
+        given = Normalize(mean=self.mean, std=self.std, scale=self.scale or 1.0).of_unit()
         fitted = []
-        for what, said, own in zip(("mean", "std"), told, (mean, std), strict=True):
-            values = said or own
+        for what, value, default in zip(("mean", "std"), given, (mean, std), strict=True):
+            values = value or default
             if values is not None and len(values) not in (1, channels):
                 raise UsageError(f"--{what} has {len(values)} values for {channels} channels")
             fitted.append(values * channels if values is not None and len(values) == 1 else values)

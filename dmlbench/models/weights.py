@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dmlbench.errors import DataError
-from dmlbench.files import written_whole
+from dmlbench.files import atomic_file
 from dmlbench.models.files import WeightsFile, listed, read_file, read_weights
 from dmlbench.models.layouts import Match, among, left_out, refuse_unknown, strip, unknown
 
@@ -33,7 +33,7 @@ def write_weights(path: Path, network: nn.Module, metadata: dict[str, str] | Non
             raise DataError(f"{path} cannot be written in float16: {listed(large)} holds numbers above 65504")
         tensors = rounded
     try:
-        with written_whole(path) as part:
+        with atomic_file(path) as part:
             save_file(tensors, str(part), metadata)
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} cannot be written: {error}") from None
@@ -41,13 +41,13 @@ def write_weights(path: Path, network: nn.Module, metadata: dict[str, str] | Non
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Load ``tensors`` into ``network``, strictly; what does not fit is listed by name."""
-    own = network.state_dict()
-    missing = sorted(set(own) - set(tensors))
-    extra = sorted(set(tensors) - set(own))
+    state = network.state_dict()
+    missing = sorted(set(state) - set(tensors))
+    extra = sorted(set(tensors) - set(state))
     shapes = [
-        f"{k} {tuple(tensors[k].shape)} instead of {tuple(own[k].shape)}"
-        for k in own
-        if k in tensors and own[k].shape != tensors[k].shape
+        f"{k} {tuple(tensors[k].shape)} instead of {tuple(state[k].shape)}"
+        for k in state
+        if k in tensors and state[k].shape != tensors[k].shape
     ]
     if missing or extra or shapes:
         parts = [
@@ -56,7 +56,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
             if names
         ]
         raise DataError(f"{where} does not fit the architecture: {'; '.join(parts)}")
-    if coded := [k for k, v in tensors.items() if own[k].is_floating_point() and not _plain_numbers(v)]:
+    if coded := [k for k, v in tensors.items() if state[k].is_floating_point() and not _plain_numbers(v)]:
         kinds = sorted(
             {
                 str(t.dtype if t.layout == torch.strided else t.layout)[6:]
@@ -69,7 +69,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
             "(quantised ones by dequantize(), sparse ones by to_dense())"
         )
     ready = OrderedDict(tensors)
-    ready._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]  # some networks ask for its version
+    ready._metadata = getattr(state, "_metadata", None)  # type: ignore[attr-defined]  # some networks ask for its version
     network.load_state_dict(ready)
 
 
@@ -79,14 +79,14 @@ def _plain_numbers(tensor: Tensor) -> bool:
 
 
 def fill_from(
-    network: nn.Module, file: WeightsFile, found: Match, architecture: str, without: Sequence[str] | None = ()
+    network: nn.Module, file: WeightsFile, matched: Match, architecture: str, without: Sequence[str] | None = ()
 ) -> list[str]:
     """Load what :func:`~dmlbench.models.layouts.match` found in a file into a network; sentences about what was done.
 
     Args:
         network: filled in place.
         file: what was read.
-        found: its tensors under the network's names.
+        matched: its tensors under the network's names.
         architecture: what errors call the network.
         without: layers of the file that are left out on purpose; None for whatever is left.
 
@@ -95,19 +95,19 @@ def fill_from(
             than the network has; each is listed by name.
         UsageError: the file has trained layers beside the network that nobody asked to leave out.
     """
-    own = network.state_dict()
-    left = left_out(file, found, network)
-    inside = {k: v for k, v in found.tensors.items() if found.prefix + k not in left}
-    inside |= {k: v for k, v in own.items() if k.endswith("num_batches_tracked") and k not in inside}
+    state = network.state_dict()
+    left = left_out(file, matched, network)
+    inside = {k: v for k, v in matched.tensors.items() if matched.prefix + k not in left}
+    inside |= {k: v for k, v in state.items() if k.endswith("num_batches_tracked") and k not in inside}
     fill(network, inside, f"weights file {file.path}")
     if without is not None:
-        stray = [n for n in unknown(left, found, network) if not among(n, without, found.prefix)]
+        stray = [n for n in unknown(left, matched, network) if not among(n, without, matched.prefix)]
         refuse_unknown(file, stray, left, architecture)
-    notes = [f"{file.name}: {len(own)} tensors loaded" + (f" from {file.key!r}" if file.key else "")]
-    if found.prefix:
-        notes[0] += f", prefix {found.prefix!r} removed"
+    notes = [f"{file.name}: {len(state)} tensors loaded" + (f" from {file.key!r}" if file.key else "")]
+    if matched.prefix:
+        notes[0] += f", prefix {matched.prefix!r} removed"
     if left:
         notes.append(f"{file.name}: not used: {listed(left)}")
-    if found.copy is not None:
-        notes.append(f"{file.name}: of two copies, {found.copy!r} is passed over; --checkpoint-prefix chooses it")
+    if matched.copy is not None:
+        notes.append(f"{file.name}: of two copies, {matched.copy!r} is passed over; --checkpoint-prefix chooses it")
     return [*notes, *file.notes]

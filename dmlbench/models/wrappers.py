@@ -56,14 +56,14 @@ class Parameter:
     Attributes:
         default: where none is given.
         low, high: both allowed.
-        whole: whether it is a whole number.
+        integer: whether it is a whole number.
     """
 
     name: str
     default: int | float
     low: int | float
     high: int | float
-    whole: bool = False
+    integer: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} from {self.low:g} to {self.high:g}"
@@ -78,8 +78,8 @@ class Parameter:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not self.low <= value <= self.high or (self.whole and value != int(value)):
-            kind = "a whole number" if self.whole else "a number"
+        if not self.low <= value <= self.high or (self.integer and value != int(value)):
+            kind = "a whole number" if self.integer else "a number"
             raise UsageError(f"{wrapper}: {self.name} {text!r} is not {kind} from {self.low:g} to {self.high:g}")
         return value
 
@@ -176,8 +176,8 @@ def through_solver(images: Tensor, gradient: Tensor, values: Values) -> Tensor:
     """BPDA of :func:`tv` with the derivative of the solver's first :data:`TV_BACK` steps."""
     with torch.enable_grad():
         x = images.detach().requires_grad_(True)
-        (found,) = torch.autograd.grad(_solved(x, values[0], TV_BACK), x, gradient)
-    return found
+        (slope,) = torch.autograd.grad(_solved(x, values[0], TV_BACK), x, gradient)
+    return slope
 
 
 def _adjoint(across: Tensor, down: Tensor) -> Tensor:
@@ -209,8 +209,8 @@ def resize_pad(images: Tensor, values: Values, given: Given) -> Tensor:
         dim=3,
     )  # (b, rows, columns, 2)
     inside = ((y >= 0) & (y < height[:, None]))[:, :, None] & ((x >= 0) & (x < width[:, None]))[:, None, :]
-    found = F.grid_sample(images, grid.to(images.dtype), "bilinear", "border", align_corners=False)
-    return found * inside[:, None]
+    resized = F.grid_sample(images, grid.to(images.dtype), "bilinear", "border", align_corners=False)
+    return resized * inside[:, None]
 
 
 def barrage(images: Tensor, values: Values, given: Given) -> Tensor:
@@ -279,11 +279,11 @@ WRAPPERS: Registry[Wrapper] = Registry(
             "smooth", backward=through_solver,
         ),
         "jpeg": Wrapper(
-            "JPEG and back", (Parameter("quality", 75, 1, 100, whole=True),), jpeg,
+            "JPEG and back", (Parameter("quality", 75, 1, 100, integer=True),), jpeg,
             "Guo et al., ICLR 2018, arXiv 1711.00117, who take quality 75", "code", backward=straight_through,
         ),
         "bits": Wrapper(
-            "fewer bits a pixel", (Parameter("depth", 3, 1, 8, whole=True),), bits,
+            "fewer bits a pixel", (Parameter("depth", 3, 1, 8, integer=True),), bits,
             "Guo et al., ICLR 2018, arXiv 1711.00117, after Xu, Evans and Qi, NDSS 2018", "quantise",
             backward=straight_through,
         ),
@@ -293,12 +293,12 @@ WRAPPERS: Registry[Wrapper] = Registry(
             "it and not 299 pixels grow to 331", "randomise", eot=10,
         ),
         "barrage": Wrapper(
-            "random transforms in random order", (Parameter("count", 3, 1, len(WAYS), whole=True),), barrage,
+            "random transforms in random order", (Parameter("count", 3, 1, len(WAYS), integer=True),), barrage,
             "Raff et al., CVPR 2019; our reading: five differentiable transforms, not 25 in ten groups", "randomise", eot=10,
         ),
         "mixup": Wrapper(
             "mixed with pictures of the gallery, outputs averaged",
-            (Parameter("share", 0.6, 0.0, 1.0), Parameter("count", 8, 1, 64, whole=True)), mixup,
+            (Parameter("share", 0.6, 0.0, 1.0), Parameter("count", 8, 1, 64, integer=True)), mixup,
             "Pang, Xu and Zhu, ICLR 2020, arXiv 1909.11515; our reading: outputs of the network take the place of "
             "predictions, pictures of the gallery that of training images of other classes", "mix", eot=4,
         ),

@@ -156,5 +156,5 @@ def keep_lower(a: Tensor, a_loss: Tensor | None, b: Tensor, b_loss: Tensor) -> t
 
 def keep_rows(state: State, alive: Tensor) -> State:
     """A dataclass of tensors (b, ...) and :class:`Rng` streams with only the rows that are alive."""
-    found = {f.name: getattr(state, f.name)[alive] for f in fields(state)}  # type: ignore[arg-type]
-    return replace(state, **found)  # type: ignore[type-var]
+    rows = {f.name: getattr(state, f.name)[alive] for f in fields(state)}  # type: ignore[arg-type]
+    return replace(state, **rows)  # type: ignore[type-var]

@@ -43,14 +43,14 @@ class _Search:
         if not self.left:
             raise _Spent
         self.left -= 1
-        found = wrong_by(self.loss(x))
+        flipped = wrong_by(self.loss(x))
         size = self.size(x)
-        nearer = found & (size < self.nearest)
+        nearer = flipped & (size < self.nearest)
         self.best, self.nearest = (
             torch.where(each(nearer, x), x, self.best),
             torch.where(nearer, size, self.nearest),
         )
-        return found
+        return flipped
 
     def size(self, x: Tensor) -> Tensor:
         """(b,) how far from the clean images, in the threat's norm."""
@@ -61,11 +61,11 @@ class _Search:
         if isinstance(self.loss, Shown):
             x = self.loss.shown()
             return torch.where(each(self.flipped(x), x), x, self.clean)
-        x, found = self.clean, torch.zeros_like(self.row, dtype=torch.bool)
+        x, known = self.clean, torch.zeros_like(self.row, dtype=torch.bool)
         for _ in range(TRIES):
             tried = self.rng.uniform(*x.shape[1:]).to(x.dtype)
-            fresh = self.flipped(tried) & ~found
-            x, found = torch.where(each(fresh, x), tried, x), found | fresh
+            fresh = self.flipped(tried) & ~known
+            x, known = torch.where(each(fresh, x), tried, x), known | fresh
         return x
 
     def at_boundary(self, x: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ class _Search:
         low = torch.zeros_like(high)
         for _ in range(min(FINEST, math.ceil(math.log2(pixels) * (1.5 if line else 2.0)))):
             middle = (low + high) / 2
-            found = self.flipped(self._towards(x, middle))
-            low, high = torch.where(found, low, middle), torch.where(found, middle, high)
+            flipped = self.flipped(self._towards(x, middle))
+            low, high = torch.where(flipped, low, middle), torch.where(flipped, middle, high)
         return self._towards(x, high)
 
     def _towards(self, x: Tensor, length: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class _Search:
         size = self.size(x)
         probe = each(torch.full_like(size, FIRST_PROBE) if t == 1 else (size / x[0].numel()).clamp_min(1e-12), x)
         count = min(int(PROBES * math.sqrt(t)), PROBES_MOST)
-        said, moved, both = torch.zeros_like(size), torch.zeros_like(x), torch.zeros_like(x)
+        signs, moved, both = torch.zeros_like(size), torch.zeros_like(x), torch.zeros_like(x)
         for _ in range(count):
             draw = self.rng.uniform if self.threat.norm == "linf" else self.rng.normal
             u = draw(*x.shape[1:]).to(x.dtype)
@@ -101,8 +101,8 @@ class _Search:
             tried = (x + probe * u / each(u.flatten(1).norm(dim=1), x)).clamp(0, 1)
             step = (tried - x) / probe
             sign = 2.0 * self.flipped(tried).to(x.dtype) - 1.0
-            said, moved, both = said + sign, moved + step, both + each(sign, x) * step
-        mean = each(said / count, x)
+            signs, moved, both = signs + sign, moved + step, both + each(sign, x) * step
+        mean = each(signs / count, x)
         slope = torch.where(mean.abs() == 1, mean * moved, both - mean * moved)
         return self.threat.ball.ascent(slope)
 

@@ -130,8 +130,8 @@ def _top(subject: Subject, positions: np.ndarray, embeddings: Float[Tensor, "K D
     scene = subject.scene[torch.from_numpy(positions).to(subject.device)]
     count = min(TOP, len(scene.gallery) - 1)
     nearest = scene.ranked(embeddings).topk(count, dim=1, largest=False).indices
-    found: np.ndarray = subject.dataset.gallery[nearest.cpu().numpy()]
-    return found
+    rows: np.ndarray = subject.dataset.gallery[nearest.cpu().numpy()]
+    return rows
 
 
 def _axes(embeddings: Float[Tensor, "N D"]) -> tuple[Tensor, Tensor]:

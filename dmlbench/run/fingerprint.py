@@ -64,7 +64,7 @@ def _projections(e: Float[Tensor, "b d"]) -> list[float]:
     return [float(f"{value:.6g}") for value in projected.flatten().tolist()]
 
 
-def alike(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
+def probes_agree(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
     """Do two probes agree? One that is not known agrees with every other."""
     if a is None or b is None:
         return True
@@ -72,13 +72,13 @@ def alike(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
     return len(a) == len(b) and all(abs(x - y) <= NEAR * scale for x, y in zip(a, b, strict=True))
 
 
-def differing(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def differing(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """The keys in which two configurations differ, sorted; those that end in ``probe`` are compared by :func:`alike`."""
-    return [key for key in sorted({*stored, *wanted}) if not _same(key, stored.get(key), wanted.get(key))]
+    return [key for key in sorted({*stored, *expected}) if not _same(key, stored.get(key), expected.get(key))]
 
 
 def _same(key: str, a: Any, b: Any) -> bool:
-    return alike(a, b) if key.endswith("probe") else bool(a == b)
+    return probes_agree(a, b) if key.endswith("probe") else bool(a == b)
 
 
 def exact(embedder: Embedder) -> str | None:

@@ -45,15 +45,15 @@ class Loader:
         """Images a to b on the device; what reading them raises is raised here."""
         if self.ahead and self.ahead[0] == (a, b):
             (_, reading), self.ahead = self.ahead, None
-            found = reading.result()
+            batch = reading.result()
         else:
-            found = self.pool.submit(self._read, (a, b)).result()  # so that one thread alone reads images
+            batch = self.pool.submit(self._read, (a, b)).result()  # so that one thread alone reads images
         following = self.following.get((a, b))
         if following and self.ahead is None:
             self.ahead = following, self.pool.submit(self._read, following)
         if self.stream:  # its memory was taken on the other stream, and must not be given away while this one works
-            found.record_stream(torch.cuda.current_stream(self.device))
-        return found
+            batch.record_stream(torch.cuda.current_stream(self.device))
+        return batch
 
     def _read(self, bounds: Bounds) -> Tensor:
         images = self.images[self.rows[slice(*bounds)]]

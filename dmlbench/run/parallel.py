@@ -66,7 +66,7 @@ class World:
     def agree_on(self, value: int) -> int:
         """The leader's ``value``, for every process."""
         if self.size > 1:
-            told = [value]
-            dist.broadcast_object_list(told, 0)
-            return told[0]
+            box = [value]
+            dist.broadcast_object_list(box, 0)
+            return box[0]
         return value

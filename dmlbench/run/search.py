@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from dmlbench.attacks import ATTACKS, aim, craft, measure
+from dmlbench.attacks import ATTACKS, choose_targets, craft, measure
 from dmlbench.datasets import RetrievalDataset
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError
@@ -55,7 +55,7 @@ def aimed(subject: Subject, search: Search, seed: int) -> Scene:
     """The whole scene with the search's targets, chosen in blocks of fixed size."""
     rng = subject.rng(seed, "targets", search.attack)
     blocks = [slice(a, a + EMBED_BLOCK) for a in range(0, len(subject.rows), EMBED_BLOCK)]
-    chosen = torch.cat([aim(ATTACKS[search.attack], subject.scene[s], rng[s]).chosen for s in blocks])
+    chosen = torch.cat([choose_targets(ATTACKS[search.attack], subject.scene[s], rng[s]).chosen for s in blocks])
     return subject.scene.aimed(chosen)
 
 
@@ -135,11 +135,11 @@ def run_search(
             dict(measure(subject.embedder, attack, search.threat, adversarial[i:j], images[i:j], scene[a + i : a + j]))
             for i, j in batches(b - a, size)
         ]
-        found = joined(read)
+        outcomes = joined(read)
         here = keep[(keep >= a) & (keep < b)] - a
-        found["nonfinite"] = np.array([trouble.count])
-        found["images"] = adversarial[torch.from_numpy(here).to(adversarial.device)].cpu().numpy()
-        return found
+        outcomes["nonfinite"] = np.array([trouble.count])
+        outcomes["images"] = adversarial[torch.from_numpy(here).to(adversarial.device)].cpu().numpy()
+        return outcomes
 
     progress.start(search.name, len(subject.rows) - first)
     name = f"{search.name} {search.attack} {search.optimizer} {search.threat}"
@@ -147,8 +147,8 @@ def run_search(
         compute = partial(shrunk, partial(unit, load), batch_size)
         if not together:
             compute = partial(halved, partial(unit, load, batch_size))
-        found = work.map(name, bounds, compute, lambda count: progress.advance(search.name, count))
-    units = [u for u in found if u is not None]
+        results = work.map(name, bounds, compute, lambda count: progress.advance(search.name, count))
+    units = [u for u in results if u is not None]
     if len(units) < len(bounds):
         return None
     arrays = joined(units)
@@ -206,14 +206,14 @@ def run_searches(
         done = run_search(subject, search, seed, batch_size, progress, work, first=first, keep=keep)
         if done is None:
             continue
-        found, kept = done
-        out = replace(out, nonfinite=out.nonfinite + int(found["nonfinite"].sum()))
+        outcomes, images = done
+        out = replace(out, nonfinite=out.nonfinite + int(outcomes["nonfinite"].sum()))
         for c in search.components:
-            out.arrays[f"{c.name}/value"] = found[c.readout]
-            out.arrays[f"{c.name}/norm"] = found["norm"]
-            out.arrays[f"{c.name}/targets"] = found["targets"]
-            out.sample[c.name] = kept
-            out.seconds[c.name] = float(found["seconds"].sum()) / len(search.components)
+            out.arrays[f"{c.name}/value"] = outcomes[c.readout]
+            out.arrays[f"{c.name}/norm"] = outcomes["norm"]
+            out.arrays[f"{c.name}/targets"] = outcomes["targets"]
+            out.sample[c.name] = images
+            out.seconds[c.name] = float(outcomes["seconds"].sum()) / len(search.components)
     return out
 
 

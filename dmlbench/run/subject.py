@@ -105,16 +105,18 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        wanted = torch.device(device)
+        resolved = torch.device(device)
     except RuntimeError:
         raise UsageError(f"device {device!r} is not auto, cpu, cuda or cuda:n") from None
-    if wanted.type == "cuda" and (not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count()):
+    if resolved.type == "cuda" and (
+        not torch.cuda.is_available() or (resolved.index or 0) >= torch.cuda.device_count()
+    ):
         raise UsageError(
             f"device {device!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices here"
         )
-    if wanted.type not in ("cpu", "cuda"):
+    if resolved.type not in ("cpu", "cuda"):
         raise UsageError(f"device {device!r} is not auto, cpu, cuda or cuda:n")
-    return wanted
+    return resolved
 
 
 def query_order(count: int) -> np.ndarray:
@@ -174,7 +176,7 @@ def unembedded(dataset: RetrievalDataset, positions: np.ndarray | None = None) -
         ),
         clean=torch.zeros(len(row), 1),
         labels=torch.from_numpy(dataset.labels[row]),
-        row=torch.from_numpy(dataset.own_entry[positions]),
+        row=torch.from_numpy(dataset.position_in_gallery[positions]),
         chosen=torch.zeros(len(row), 0, dtype=torch.int64),
         groups=None if apart is None else torch.from_numpy(apart[row]),
     )
@@ -211,7 +213,7 @@ def prepare(
     ready = ready_to_attack(embedder, len(dataset.gallery), where, gradients)
     if isinstance(ready.front, Front):
         ready.front = ready.front.seeing(dataset.images, dataset.gallery)
-    wanted = measured_queries(len(dataset.query), limit) if order is None else order
+    positions = measured_queries(len(dataset.query), limit) if order is None else order
     everyone = np.union1d(dataset.gallery, dataset.query)
 
     def clean() -> dict[str, np.ndarray]:
@@ -221,8 +223,8 @@ def prepare(
     if cache and (known := exact(embedder)):
         parts = (__version__, torch.__version__, known, embedder.preprocess, dataset.sha256)
         make = partial(remembered, f"embeddings {parts} {ready.device.type}", len(everyone), clean)
-    kept = (work or Work()).once(f"embeddings of the {part}", len(everyone), make, shared)
-    embeddings = torch.from_numpy(kept["embeddings"]).to(ready.device)
+    clean_arrays = (work or Work()).once(f"embeddings of the {part}", len(everyone), make, shared)
+    embeddings = torch.from_numpy(clean_arrays["embeddings"]).to(ready.device)
 
     def at(rows: np.ndarray) -> Tensor:
         return embeddings[torch.from_numpy(np.searchsorted(everyone, rows)).to(ready.device)]
@@ -230,7 +232,7 @@ def prepare(
     def column(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(ready.device)
 
-    rows, apart = dataset.query[wanted], dataset.apart
+    rows, apart = dataset.query[positions], dataset.apart
     scene = Scene(
         distance=ready.distance,
         gallery=Gallery.seen(
@@ -241,7 +243,7 @@ def prepare(
         ),
         clean=at(rows),
         labels=column(dataset.labels[rows]),
-        row=column(dataset.own_entry[wanted]),
+        row=column(dataset.position_in_gallery[positions]),
         chosen=column(np.zeros((len(rows), 0), dtype=np.int64)),
         groups=None if apart is None else column(apart[rows]),
         query=column(rows),

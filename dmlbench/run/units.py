@@ -23,7 +23,7 @@ import numpy as np
 from dmlbench.compact import npz_bytes, read_npz
 from dmlbench.datasets.cache import cache_folder
 from dmlbench.errors import DataError, NotComparable, UsageError
-from dmlbench.files import prepare_folder, write_whole
+from dmlbench.files import prepare_folder, write_atomic
 from dmlbench.results import json_bytes
 from dmlbench.run.fingerprint import differing
 from dmlbench.run.parallel import World
@@ -33,15 +33,17 @@ Unit = tuple[str, int, int]
 """What is searched, and the bounds of the batch."""
 
 
-def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path, mend: str = "") -> None:
+def refuse_other(stored: Mapping[str, Any], expected: Mapping[str, Any], where: Path, mend: str = "") -> None:
     """Raise unless two configurations are the same; ``mend`` is what can be done.
 
     Raises:
         NotComparable: they differ; the message names every differing key.
     """
-    if keys := differing(stored, wanted):
-        told = ", ".join(f"{key} ({_short(stored.get(key))} there, {_short(wanted.get(key))} here)" for key in keys)
-        raise NotComparable(f"{where} holds a run of another configuration: {told}{mend and f'; {mend}'}")
+    if keys := differing(stored, expected):
+        differences = ", ".join(
+            f"{key} ({_short(stored.get(key))} there, {_short(expected.get(key))} here)" for key in keys
+        )
+        raise NotComparable(f"{where} holds a run of another configuration: {differences}{mend and f'; {mend}'}")
 
 
 def _short(value: Any) -> str:
@@ -84,7 +86,7 @@ class Units:
     def begin(self, configuration: Mapping[str, Any]) -> None:
         """Make the folder and write what the run measures."""
         prepare_folder(self.folder)
-        write_whole(self.head, json_bytes(dict(configuration)))
+        write_atomic(self.head, json_bytes(dict(configuration)))
 
     def path(self, unit: Unit) -> Path:
         """The file of a unit: readable, and different for every name."""
@@ -108,7 +110,7 @@ class Units:
         Raises:
             DataError: it cannot be written, e.g. because the disk is full.
         """
-        write_whole(self.path(unit), npz_bytes(arrays))
+        write_atomic(self.path(unit), npz_bytes(arrays))
 
     def searched(self) -> bool:
         """Is a search's unit kept, which alone says how long it took? What is done once for all of them is not one."""
@@ -142,12 +144,12 @@ def remembered(name: str, count: int, compute: Callable[[], Arrays]) -> Arrays:
     The cache is ``embeddings/`` under ``DMLBENCH_CACHE`` or ``~/.cache/dmlbench``. A damaged file is made again.
     """
     store = Units(cache_folder() / "embeddings")
-    kept = store.get((name, 0, count))
-    if kept is None:
-        kept = compute()
+    arrays = store.get((name, 0, count))
+    if arrays is None:
+        arrays = compute()
         prepare_folder(store.folder)
-        store.put((name, 0, count), kept)
-    return kept
+        store.put((name, 0, count), arrays)
+    return arrays
 
 
 @dataclass(frozen=True)
@@ -160,10 +162,10 @@ class Shard:
     @classmethod
     def parse(cls, text: str) -> "Shard":
         """``"2/8"``: the second of eight."""
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
-        if not found or not 1 <= int(found[1]) <= int(found[2]):
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
             raise UsageError(f"--shard {text!r} is not i/n with 1 <= i <= n, e.g. 2/8")
-        return cls(int(found[1]), int(found[2]))
+        return cls(int(match[1]), int(match[2]))
 
 
 @dataclass(frozen=True)
@@ -221,15 +223,15 @@ class Work:
         ``shared`` holds what other runs have made of the same thing, by name and count, and gets what this one makes.
         """
         unit = (name, 0, count)
-        kept = self.units.get(unit) if self.units else None
-        if kept is None:
+        arrays = self.units.get(unit) if self.units else None
+        if arrays is None:
             known = (shared or {}).get(f"{name} {count}")
-            kept = dict(sorted(compute().items())) if known is None else known
+            arrays = dict(sorted(compute().items())) if known is None else known
             if self.units and self.world.leads:
-                self.units.put(unit, kept)
+                self.units.put(unit, arrays)
         if shared is not None:
-            shared[f"{name} {count}"] = kept
-        return kept
+            shared[f"{name} {count}"] = arrays
+        return arrays
 
     def mine(self, position: int) -> bool:
         """Is the unit at this position of a list for this process to do?"""
@@ -254,8 +256,8 @@ class Work:
             done: told how many queries have just been finished.
         """
         units = {position: (name, a, b) for position, (a, b) in enumerate(bounds)}
-        found = self.each(name, units, lambda position: compute(*bounds[position]), done)
-        return [found.get(position) for position in units]
+        results = self.each(name, units, lambda position: compute(*bounds[position]), done)
+        return [results.get(position) for position in units]
 
     def each(
         self,
@@ -278,36 +280,36 @@ class Work:
         Raises:
             DataError: only what is kept may be taken, and a unit is not.
         """
-        found: dict[int, Arrays] = {}
+        results: dict[int, Arrays] = {}
         for position, unit in units.items():
             mine = self.mine(position)
             if not mine and (self.world.size > 1 or self.units is None):
                 continue
-            kept = self.units.get(unit) if self.units else None
-            if kept is None and self.gather:
+            arrays = self.units.get(unit) if self.units else None
+            if arrays is None and self.gather:
                 missing = sum(self.units is None or self.units.get(other) is None for other in units.values())
                 raise DataError(f"{missing} of {len(units)} units of {what!r} are missing: has every shard finished?")
-            if kept is None and mine:
+            if arrays is None and mine:
                 began = time.monotonic()
-                kept = dict(sorted(compute(position).items()))
-                kept["seconds"] = np.array([time.monotonic() - began])
+                arrays = dict(sorted(compute(position).items()))
+                arrays["seconds"] = np.array([time.monotonic() - began])
                 if self.units:
-                    self.units.put(unit, kept)
-            if kept is not None:
-                found[position] = kept
+                    self.units.put(unit, arrays)
+            if arrays is not None:
+                results[position] = arrays
                 done(unit[2] - unit[1])
-        for theirs in self._exchange(found):
-            found.update(theirs)
-        return dict(sorted(found.items()))
+        for theirs in self._exchange(results):
+            results.update(theirs)
+        return dict(sorted(results.items()))
 
-    def _exchange(self, found: dict[int, Arrays]) -> list[dict[int, Arrays]]:
+    def _exchange(self, results: dict[int, Arrays]) -> list[dict[int, Arrays]]:
         """What every process of the world has found."""
         if self.world.size == 1:
             return []
         import torch.distributed as dist
 
         everyone: list[Any] = [None] * self.world.size
-        dist.all_gather_object(everyone, found)
+        dist.all_gather_object(everyone, results)
         return everyone
 
 
@@ -350,5 +352,5 @@ def collect(folders: Sequence[Path], into: Units) -> dict[str, Any]:
             target = into.folder / path.name
             if not target.exists():
                 read_npz(path)
-                write_whole(target, path.read_bytes())
+                write_atomic(target, path.read_bytes())
     return shared

@@ -126,8 +126,8 @@ def _hash_problems(files: dict[str, bytes]) -> Iterator[Problem]:
     for name in sorted(set(stated) & set(files)):
         if stated[name][0] != len(files[name]):
             yield Problem(0, name, f"has {len(files[name])} bytes where the manifest says {stated[name][0]}")
-        elif stated[name][1] != (found := hashlib.sha256(files[name]).hexdigest()):
-            yield Problem(0, name, f"has sha256 {found[:12]}… where the manifest says {str(stated[name][1])[:12]}…")
+        elif stated[name][1] != (digest := hashlib.sha256(files[name]).hexdigest()):
+            yield Problem(0, name, f"has sha256 {digest[:12]}… where the manifest says {str(stated[name][1])[:12]}…")
 
 
 def manifest_of(raw: bytes) -> dict[str, tuple[int, str]] | None:

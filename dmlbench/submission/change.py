@@ -45,18 +45,18 @@ def changes(root: Path, base: str) -> tuple[list[Change], set[str]]:
     fork = _git(root, "merge-base", commit, "HEAD").strip()
     fields = _git(root, "diff", "--raw", "-z", "--no-renames", "--no-ext-diff", "--no-textconv", "--no-relative",
                   "--ignore-submodules=none", fork, "--").split("\0")  # fmt: skip
-    found = [
+    changed = [
         Change(path, head.split()[1], not head.startswith(":000000"))
         for head, path in zip(fields[:-1:2], fields[1::2], strict=True)
     ]
-    tracked = {change.path for change in found}
+    tracked = {change.path for change in changed}
     for path in _git(root, "ls-files", "--others", "-z", "--", BOARD).split("\0"):
         if path and path not in tracked:
             file = root / path
             plain = file.is_file() and not file.is_symlink()
-            found.append(Change(path, _PLAIN if plain else "120000", False))
+            changed.append(Change(path, _PLAIN if plain else "120000", False))
     there = _git(root, "ls-tree", "-z", "--name-only", fork, f"{BOARD}/{SUBMISSIONS}/").split("\0")
-    return sorted(found), {name.rpartition("/")[2] for name in there if name}
+    return sorted(changed), {name.rpartition("/")[2] for name in there if name}
 
 
 def _git(root: Path, *words: str) -> str:
@@ -66,21 +66,21 @@ def _git(root: Path, *words: str) -> str:
     except OSError as error:
         raise DataError(f"git cannot be run in {root}: {error.strerror}") from None
     if done.returncode:
-        said = first_line(os.fsdecode(done.stderr), "no such commit, or no history in common")
-        raise UsageError(f"git {words[0]} in {root}: {said}")
+        text = first_line(os.fsdecode(done.stderr), "no such commit, or no history in common")
+        raise UsageError(f"git {words[0]} in {root}: {text}")
     return os.fsdecode(done.stdout)
 
 
-def refusals(found: Sequence[Change], there: set[str]) -> Iterator[Problem]:
+def refusals(changed: Sequence[Change], there: set[str]) -> Iterator[Problem]:
     """Every change that a pull request may not make.
 
     Args:
         found, there: as :func:`changes` gives them.
     """
-    for change in found:
+    for change in changed:
         if reason := _reason(change, there):
             yield Problem(0, ascii(change.path).strip("'\""), reason)
-    if len(names := added(found)) > MOST:
+    if len(names := added(changed)) > MOST:
         yield Problem(0, f"{BOARD}/{SUBMISSIONS}", f"{len(names)} bundles at once; at most {MOST} are checked together")
 
 
@@ -114,7 +114,7 @@ def _in_submissions(change: Change, name: str, file: str, there: set[str]) -> st
     return None
 
 
-def added(found: Sequence[Change]) -> list[str]:
+def added(changed: Sequence[Change]) -> list[str]:
     """The names of the submissions in which something differs."""
     head = f"{BOARD}/{SUBMISSIONS}/"
-    return sorted({c.path.removeprefix(head).partition("/")[0] for c in found if c.path.startswith(head)})
+    return sorted({c.path.removeprefix(head).partition("/")[0] for c in changed if c.path.startswith(head)})

@@ -62,8 +62,8 @@ def form_problems(e: Evaluation) -> Iterator[Problem]:
         Extras.model_validate(e.extras)
     except ValidationError as error:
         for wrong in error.errors():
-            said = wrong["msg"].removeprefix("Value error, ")
-            yield Problem(0, f"{RUN} extras.{'.'.join(map(str, wrong['loc']))}", said)
+            text = wrong["msg"].removeprefix("Value error, ")
+            yield Problem(0, f"{RUN} extras.{'.'.join(map(str, wrong['loc']))}", text)
 
 
 def parts_of(rules: Protocol, e: Evaluation) -> list[Component]:
@@ -87,11 +87,11 @@ def shape_problems(stated: Stated) -> Iterator[Problem]:
     for key in sorted(e.extras):
         if key not in known:
             yield Problem(0, f"{RUN} extras.{key}", f"is not what a run of kind {kind.name!r} has")
-    for name, (wanted, columns) in kind.arrays(rules, stated.parts).items():
+    for name, (number_kind, columns) in kind.arrays(rules, stated.parts).items():
         values = e.arrays.get(name)
         shape = (e.dataset.n_queries,) if columns == 1 else (e.dataset.n_queries, columns)
-        if values is None or values.shape != shape or values.dtype.kind != wanted:
-            what = "integer" if wanted == "i" else "number"
+        if values is None or values.shape != shape or values.dtype.kind != number_kind:
+            what = "integer" if number_kind == "i" else "number"
             yield Problem(0, f"{QUERIES} {name}", f"is not one {what} for each of {' x '.join(map(str, shape))}")
     if kind.form and kind.name not in e.extras:
         yield Problem(0, f"{RUN} extras.{kind.name}", "is missing")
@@ -110,19 +110,19 @@ def _audit_problems(stated: Stated) -> Iterator[Problem]:
     """One finding for each check, a flag for each that is no pass, and F4 no better than the arrays say."""
     e, rules = stated.evaluation, stated.rules
     given = e.extras.get("audit", [])
-    wanted = list(CHECKS) if rules.audit else []
+    expected = list(CHECKS) if rules.audit else []
     names = [f["check"] for f in given]
-    if names != wanted and not (rules.audit and rules.version == "1" and tuple(names) == FIRST):
-        said = f"holds the checks {', '.join(names) or 'none'}; the protocol has {', '.join(wanted) or 'none'}"
-        yield Problem(0, f"{RUN} extras.audit", said)
+    if names != expected and not (rules.audit and rules.version == "1" and tuple(names) == FIRST):
+        text = f"holds the checks {', '.join(names) or 'none'}; the protocol has {', '.join(expected) or 'none'}"
+        yield Problem(0, f"{RUN} extras.audit", text)
         return
     findings = [Finding(**f) for f in given]
     due = {f.flag().flag: f.flag().message for f in findings if f.verdict in ("warn", "fail")}
     there = {f.flag: f.message for f in e.warnings if f.flag.startswith("audit-")}
     for flag in sorted({*due, *there}):
         if due.get(flag) != there.get(flag):
-            said = "is in one of warnings and extras.audit alone, or in other words"
-            yield Problem(0, f"{RUN} warnings.{flag}", said)
+            text = "is in one of warnings and extras.audit alone, or in other words"
+            yield Problem(0, f"{RUN} warnings.{flag}", text)
     for f in findings:
         if f.check == "F4" and f.verdict not in ("warn", "fail"):
             for c in stated.parts:
@@ -131,5 +131,5 @@ def _audit_problems(stated: Stated) -> Iterator[Problem]:
                 for _, hit in last_resorts(rules, by):
                     broken = int(hit.sum())
                     if broken >= FEW and 100.0 * broken / left > HIDDEN:
-                        said = f"says {f.verdict}, though at eps {c.threat['eps']} {broken} of {left} queries are broken without a gradient alone"
-                        yield Problem(0, f"{RUN} extras.audit.F4", said)
+                        text = f"says {f.verdict}, though at eps {c.threat['eps']} {broken} of {left} queries are broken without a gradient alone"
+                        yield Problem(0, f"{RUN} extras.audit.F4", text)

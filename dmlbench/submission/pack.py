@@ -14,7 +14,7 @@ from dmlbench.board.row import superseded
 from dmlbench.checkpoints import PACKAGE, Checkpoint, checkpoints, first_problem, sha256_of
 from dmlbench.compact import npz_bytes, stacked, tabulated
 from dmlbench.errors import DataError, UsageError
-from dmlbench.files import write_whole
+from dmlbench.files import write_atomic
 from dmlbench.kinds.base import WHOLE_RUN
 from dmlbench.kinds.table import numbers_of
 from dmlbench.models.defended import hashed, named
@@ -201,10 +201,10 @@ def repacked(folder: Path) -> dict[str, bytes] | None:
     """
     e = load(folder / "run")
     stale = superseded(e.protocol.name, e.protocol.sha256, e.model.id)
-    kept = {name: _read(folder / name) for name in LIMITS if (folder / name).exists()}
-    files = {n: raw for n, raw in kept.items() if n in ("run/evaluation.json", "submission.yaml", WEIGHTS)}
+    current = {name: _read(folder / name) for name in LIMITS if (folder / name).exists()}
+    files = {n: raw for n, raw in current.items() if n in ("run/evaluation.json", "submission.yaml", WEIGHTS)}
     files = _sealed(files, e, min(STALE_SAMPLE, _least(e)) if stale else len(e.sample["rows"]))
-    if files == kept:
+    if files == current:
         return None
     if verification_of(folder).exists():
         raise DataError(f"{verification_of(folder)} speaks of the manifest of {folder}: pack it before it is verified")
@@ -238,7 +238,7 @@ def packaged_weights(e: Evaluation) -> Path:
 
 def write_zip(files: dict[str, bytes], out: Path) -> None:
     """Write the bundle as a zip file, whole or not at all."""
-    write_whole(out, zip_bytes(files))
+    write_atomic(out, zip_bytes(files))
 
 
 def write_folder(files: dict[str, bytes], out: Path) -> None:
@@ -251,8 +251,8 @@ def write_folder(files: dict[str, bytes], out: Path) -> None:
         (out / name).unlink(missing_ok=True)
     for name, content in files.items():
         if name != MANIFEST:
-            write_whole(out / name, content)
-    write_whole(out / MANIFEST, files[MANIFEST])
+            write_atomic(out / name, content)
+    write_atomic(out / MANIFEST, files[MANIFEST])
 
 
 def _read(path: Path) -> bytes:

@@ -126,12 +126,12 @@ def read_submission(raw: bytes) -> Submission:
         ) from None
     problems = [Problem(0, f"{file} {where}", why) for where, why in _text_problems(content)]
     license_name, sha256 = submission.checkpoint.license, submission.stated.weights_sha256
-    told = {
+    named = {
         c.license for c in checkpoints().values() if c.files and c.files[0].sha256 == sha256
     }  # of another publisher
-    if license_name not in LICENSES and license_name not in told:
-        said = f"{license_name!r} is not one of the accepted SPDX names{suggest(license_name, LICENSES)}"
-        problems.append(Problem(0, f"{file} checkpoint.license", said))
+    if license_name not in LICENSES and license_name not in named:
+        text = f"{license_name!r} is not one of the accepted SPDX names{suggest(license_name, LICENSES)}"
+        problems.append(Problem(0, f"{file} checkpoint.license", text))
     probe = submission.checkpoint.probe
     if probe is None or len(probe.embedding) < LEAST_PROBE:
         problems.append(Problem(0, f"{file} checkpoint.probe", f"needs {LEAST_PROBE} or more values of the embedding"))
@@ -151,11 +151,11 @@ def _moment(text: str) -> str:
     return text
 
 
-def _every_clean(found: dict[str, float]) -> dict[str, float]:
+def _every_clean(metrics: dict[str, float]) -> dict[str, float]:
     required = {name for name, metric in CLEAN_METRICS.items() if not metric.grouped}
-    if wrong := sorted((required - found.keys()) | (found.keys() - CLEAN_METRICS.keys())):
+    if wrong := sorted((required - metrics.keys()) | (metrics.keys() - CLEAN_METRICS.keys())):
         raise ValueError(f"{wrong[0]} is {'missing' if wrong[0] in required else 'none of the clean metrics'}")
-    return found
+    return metrics
 
 
 def _model_name(name: str) -> str:

@@ -100,18 +100,18 @@ def _outside(adversarial: torch.Tensor, clean: torch.Tensor, threat: Threat) -> 
 
 def _clean_problems(e: Evaluation, subject: Subject, seeds: tuple[int, ...]) -> Iterator[Problem]:
     """The clean outcomes of every query, and the clustering metrics."""
-    found = retrieval(subject.scene, RECALL_AT, grouped=subject.dataset.grouped)
-    for name in sorted(found.keys() ^ (e.benign.keys() - set(OF_THE_GALLERY))):
-        said = "is missing" if name in found else f"is not read of data set {e.dataset.name!r}, which has no groups"
-        yield Problem(2, f"{RUN} benign.{name}", said)
-    for name, values in found.items():
+    metrics = retrieval(subject.scene, RECALL_AT, grouped=subject.dataset.grouped)
+    for name in sorted(metrics.keys() ^ (e.benign.keys() - set(OF_THE_GALLERY))):
+        text = "is missing" if name in metrics else f"is not read of data set {e.dataset.name!r}, which has no groups"
+        yield Problem(2, f"{RUN} benign.{name}", text)
+    for name, values in metrics.items():
         if name not in e.benign:
             continue
         stated = e.arrays[f"benign/{name}"].astype(np.float64)
         differing = (np.isnan(stated) != np.isnan(values)) | (np.abs(stated - values) > AGREE)
         if differing.mean() > DIFFER:
-            said = f"{int(differing.sum())} of {len(stated)} queries have another clean outcome than stated"
-            yield Problem(2, f"{QUERIES} benign/{name}", said)
+            text = f"{int(differing.sum())} of {len(stated)} queries have another clean outcome than stated"
+            yield Problem(2, f"{QUERIES} benign/{name}", text)
     gallery = subject.scene.gallery
     labels = gallery.labels[gallery.classed].cpu().numpy()
     with warnings.catch_warnings():

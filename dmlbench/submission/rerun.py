@@ -63,8 +63,8 @@ def load_submitted(checked: Checked, weights: Path | None = None, fetch: bool = 
         if known and known.files and known.files[0].format != "safetensors":
             return _behind(checked, _published(checked, path))
         raw = path.read_bytes()
-    if (found := hashlib.sha256(raw).hexdigest()) != stated:
-        raise refuse(1, WEIGHTS, f"has sha256 {found[:12]}…, the run was made with {stated[:12]}…")
+    if (digest := hashlib.sha256(raw).hexdigest()) != stated:
+        raise refuse(1, WEIGHTS, f"has sha256 {digest[:12]}…, the run was made with {stated[:12]}…")
     try:
         tensors = load(raw)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -81,8 +81,8 @@ def load_submitted(checked: Checked, weights: Path | None = None, fetch: bool = 
     except DataError as error:
         raise refuse(1, "submission.yaml checkpoint.probe", str(error)) from None
     except Exception as error:  # a network says in any way that it does not take its own images
-        said = f"cannot be compared, the network does not take images of {_sides(embedder.input_shape)}: {first_line(error)}"
-        raise refuse(1, "submission.yaml checkpoint.probe", said) from None
+        text = f"cannot be compared, the network does not take images of {_sides(embedder.input_shape)}: {first_line(error)}"
+        raise refuse(1, "submission.yaml checkpoint.probe", text) from None
     return _behind(checked, embedder)
 
 
@@ -133,12 +133,12 @@ def _described(checked: Checked) -> Embedder:
         raise refuse(1, "submission.yaml checkpoint.input", str(error)) from None
     held = {images.shape[1:] for images in checked.evaluation.sample.values() if images.ndim == 4}
     if shape not in held:
-        said = f"says {_sides(shape)}, the run's images are {' or '.join(map(_sides, sorted(held))) or 'none'}"
-        raise refuse(1, "submission.yaml checkpoint.input", f"{said} (channels, height, width)")
+        text = f"says {_sides(shape)}, the run's images are {' or '.join(map(_sides, sorted(held))) or 'none'}"
+        raise refuse(1, "submission.yaml checkpoint.input", f"{text} (channels, height, width)")
     for what, values in (("mean", card.normalize.mean), ("std", card.normalize.std)):
         if values is not None and len(values) not in (1, shape[0]):
-            said = f"has {len(values)} values for images of {shape[0]} channel{'s' * (shape[0] != 1)}"
-            raise refuse(1, f"submission.yaml checkpoint.normalize.{what}", said)
+            text = f"has {len(values)} values for images of {shape[0]} channel{'s' * (shape[0] != 1)}"
+            raise refuse(1, f"submission.yaml checkpoint.normalize.{what}", text)
     try:
         embedder = build(card, checked.network)
     except DmlbenchError as error:
@@ -163,20 +163,20 @@ def _elsewhere(checked: Checked, weights: Path | None, fetch: bool) -> Path:
         if not weights.is_file():
             raise refuse(1, WEIGHTS, f"{weights} does not exist")
         return weights
-    wanted = checked.submission.checkpoint.files[0].sha256
+    sha256 = checked.submission.checkpoint.files[0].sha256
     for file in checked.submission.checkpoint.files:
         if file.path is not None:
             folder = (PACKAGE / "weights").resolve()
             path = (folder / file.path).resolve()
             if not path.is_relative_to(folder):
                 raise refuse(1, "submission.yaml checkpoint.files", f"{file.path!r} leaves the package")
-            if path.is_file() and sha256_of(path) == wanted:
+            if path.is_file() and sha256_of(path) == sha256:
                 return path
     file = checked.submission.checkpoint.files[0]
     if fetch and file.url is not None:
         if file.bytes is None or not 0 < file.bytes <= LIMITS[WEIGHTS]:
-            said = f"is {file.bytes}; weights that are fetched say how many they have, at most {LIMITS[WEIGHTS]}"
-            raise refuse(1, "submission.yaml checkpoint.files.0.bytes", said)
+            text = f"is {file.bytes}; weights that are fetched say how many they have, at most {LIMITS[WEIGHTS]}"
+            raise refuse(1, "submission.yaml checkpoint.files.0.bytes", text)
         try:
             return fetched(checked.submission.id, file)[0]
         except DataError as error:
@@ -219,8 +219,8 @@ def rerun_share(
     if kind.share is not None:
         limit = checked.protocol.measured(len(dataset.query))
         subject = prepare(embedder, dataset, limit=limit, device=device)
-        said, problems = kind.share(checked.stated, subject, draw, progress or Silent())
-        return Rerun(said, chosen, None, tuple(problems))
+        sentence, problems = kind.share(checked.stated, subject, draw, progress or Silent())
+        return Rerun(sentence, chosen, None, tuple(problems))
     measured = measured_queries(len(dataset.query), checked.protocol.queries)
     count = min(len(measured), max(least, int(np.ceil(share * len(measured)))))
     picked = np.sort(draw.choice(measured, size=count, replace=False))
@@ -246,28 +246,28 @@ def _rerun(
     progress: Progress | None,
     only: Sequence[int] | None = None,
 ) -> Rerun:
-    found = evaluate(embedder, dataset, rules, device=device, progress=progress, only=only)
-    at = np.searchsorted(checked.evaluation.arrays["query"], found.arrays["query"])
+    rerun = evaluate(embedder, dataset, rules, device=device, progress=progress, only=only)
+    at = np.searchsorted(checked.evaluation.arrays["query"], rerun.arrays["query"])
     compare = KINDS[rules.kind].disagree or _disagreements
-    problems = [*compare(checked.stated, found, at, level), *(_new_flags(checked, found) if level == 4 else ())]
-    said = f"attacked {len(at)} queries again"
-    return Rerun(said, seed, headline(found), tuple(problems))
+    problems = [*compare(checked.stated, rerun, at, level), *(_new_flags(checked, rerun) if level == 4 else ())]
+    sentence = f"attacked {len(at)} queries again"
+    return Rerun(sentence, seed, headline(rerun), tuple(problems))
 
 
-def _new_flags(checked: Checked, found: Evaluation) -> Iterator[Problem]:
+def _new_flags(checked: Checked, rerun: Evaluation) -> Iterator[Problem]:
     """What the audit, or the look that every result is given, doubts now and did not doubt in the run."""
     stated = {f.flag for f in checked.evaluation.warnings}
     stated |= {"random"} if "randomised" in stated else set()
-    for f in found.warnings:
+    for f in rerun.warnings:
         if (f.flag.startswith("audit-") or f.flag in GLANCES) and f.flag not in stated:
             yield Problem(4, f"{RUN} warnings.{f.flag}", f"is missing; the audit says again: {f.message}")
 
 
-def _disagreements(checked: Stated, found: Evaluation, at: np.ndarray, level: int) -> Iterator[Problem]:
+def _disagreements(checked: Stated, rerun: Evaluation, at: np.ndarray, level: int) -> Iterator[Problem]:
     """Parts, and the number that is ranked by, whose mean over the same queries differs by more than :data:`AGREE` points, the
     number by half of that (a length by :data:`OCTAVES`), and whose paired interval excludes zero."""
     stated, parts, kind = checked.evaluation, checked.parts, KINDS[checked.rules.kind]
-    first, second = scored(parts, stated.arrays)[at], scored(parts, found.arrays)
+    first, second = scored(parts, stated.arrays)[at], scored(parts, rerun.arrays)
     # single queries, not classes, are the unit: the model is the same, only rounding can differ
     single = np.arange(len(at))
     intervals = paired_intervals(first, second, single, [c.limits for c in parts], PERCENT)
@@ -278,7 +278,7 @@ def _disagreements(checked: Stated, found: Evaluation, at: np.ndarray, level: in
     ]
     if kind.mean:
         rows.append(("ers", float(means.mean()), intervals.mean, AGREE / 2, "ERS"))
-    before, after = kind.by_query(stated), kind.by_query(found)
+    before, after = kind.by_query(stated), kind.by_query(rerun)
     for number in kind.numbers:
         if not number.ranks or number.name not in before or number.name not in after:
             continue
@@ -287,15 +287,15 @@ def _disagreements(checked: Stated, found: Evaluation, at: np.ndarray, level: in
             ends = paired_intervals(np.log2(sides[0])[:, None], np.log2(sides[1])[:, None], single, [ANY]).columns[0]
             octaves = float(np.nanmean(np.diff(np.log2(sides), axis=0)))
             if abs(octaves) > OCTAVES and _sure(ends):
-                said = f"attacking {len(at)} queries again gave {2**octaves:.2f} times the {number.name} that is stated"
-                yield Problem(level, f"{RUN} extras.{kind.name}.{number.name}", said)
+                text = f"attacking {len(at)} queries again gave {2**octaves:.2f} times the {number.name} that is stated"
+                yield Problem(level, f"{RUN} extras.{kind.name}.{number.name}", text)
         else:
             ends = paired_intervals(sides[0][:, None], sides[1][:, None], single, [PERCENT]).columns[0]
             mean = float(np.nanmean(np.diff(sides, axis=0)))
             rows.append((f"extras.{kind.name}.{number.name}", mean, ends, AGREE / 2, number.name))
     for field, mean, ends, allowed, of in rows:
         if abs(mean) > allowed and _sure(ends):
-            yield Problem(level, f"{RUN} {field}", _said(mean, len(at), f"points of {of}"))
+            yield Problem(level, f"{RUN} {field}", _deviation(mean, len(at), f"points of {of}"))
 
 
 def _sure(ends: Ends) -> bool:
@@ -303,7 +303,7 @@ def _sure(ends: Ends) -> bool:
     return ends is None or ends[0] > 0 or ends[1] < 0
 
 
-def _said(mean: float, queries: int, unit: str) -> str:
+def _deviation(mean: float, queries: int, unit: str) -> str:
     return f"attacking {queries} queries again gave {mean:+.2f} {unit} over what is stated"
 
 

@@ -105,8 +105,8 @@ def check_static(path: Path, board: Path | None = None, aged: bool = False) -> C
     if not shapes:
         problems += sum_problems(stated)
     if path.is_dir() and path.resolve().parent.name == SUBMISSIONS and path.resolve().name != submission.id:
-        said = f"is {submission.id!r}, its folder is called {path.resolve().name!r}"
-        problems.append(Problem(0, "submission.yaml id", said))
+        text = f"is {submission.id!r}, its folder is called {path.resolve().name!r}"
+        problems.append(Problem(0, "submission.yaml id", text))
     if WEIGHTS in opened.bundle.files and submission.checkpoint.license not in LICENSES:
         problems.append(
             Problem(0, WEIGHTS, f"may not be passed on: their licence is {submission.checkpoint.license!r}")
@@ -187,13 +187,13 @@ def _evaluation(bundle: Bundle) -> Evaluation:
         raise Refused([Problem(0, RUN, f"is not JSON: {error}")]) from None
     if problems := list(extras.form_problems(evaluation)):
         raise Refused(problems)
-    found = []
-    for field, whole in ((QUERIES, untabulated), (SAMPLE, unstacked)):
+    arrays = []
+    for field, unpack in ((QUERIES, untabulated), (SAMPLE, unstacked)):
         try:
-            found.append(whole(read_arrays(bundle.files[field], field)))
+            arrays.append(unpack(read_arrays(bundle.files[field], field)))
         except ValueError as error:
             raise Refused([Problem(0, field, str(error))]) from None
-    return evaluation.with_arrays(*found)
+    return evaluation.with_arrays(*arrays)
 
 
 def _protocol(e: Evaluation, aged: bool) -> Protocol:
@@ -205,16 +205,16 @@ def _protocol(e: Evaluation, aged: bool) -> Protocol:
     rules = packaged_protocol(name, e.protocol.sha256) or load_protocol(name)
     problems = []
     if e.protocol.sha256 != rules.sha256:
-        said = f"{e.protocol.sha256[:12]}… is not the content of protocol {name!r} here ({rules.sha256[:12]}…)"
-        problems.append(Problem(0, f"{RUN} protocol.sha256", said))
+        text = f"{e.protocol.sha256[:12]}… is not the content of protocol {name!r} here ({rules.sha256[:12]}…)"
+        problems.append(Problem(0, f"{RUN} protocol.sha256", text))
     if e.protocol.version != rules.version:
         problems.append(Problem(0, f"{RUN} protocol.version", f"{e.protocol.version!r}, here it is {rules.version!r}"))
     if e.protocol.seed != rules.seed:
         problems.append(Problem(0, f"{RUN} protocol.seed", f"{e.protocol.seed}, the protocol's is {rules.seed}"))
     threats = {(rules.norm, sizes) for sizes in rules.grid.values() or [rules.sizes(())]}
     if e.protocol.norm and (e.protocol.norm, e.protocol.eps) not in threats:
-        said = f"{e.protocol.norm} {', '.join(e.protocol.eps)} is not an adversary of {rules.id!r}"
-        problems.append(Problem(0, f"{RUN} protocol.eps", said))
+        text = f"{e.protocol.norm} {', '.join(e.protocol.eps)} is not an adversary of {rules.id!r}"
+        problems.append(Problem(0, f"{RUN} protocol.eps", text))
     if rules.superseded_by and not aged:
         problems.append(Problem(0, f"{RUN} protocol.name", f"{rules.id!r} is superseded by {rules.superseded_by!r}"))
     if problems:
@@ -233,25 +233,25 @@ def _identity_problems(s: Submission, e: Evaluation) -> Iterator[Problem]:
         "dataset_sha256": (stated.dataset_sha256, e.dataset.sha256),
         "weights_sha256": (stated.weights_sha256, e.model.weights_sha256),
     }
-    for name, (said, found) in pairs.items():
-        if said != found:
-            yield Problem(0, f"{file} stated.{name}", f"says {said!r}, the run {found!r}")
+    for name, (stated_value, measured_value) in pairs.items():
+        if stated_value != measured_value:
+            yield Problem(0, f"{file} stated.{name}", f"says {stated_value!r}, the run {measured_value!r}")
     ran = numbers_of(e)
     numbers = {"recall_at_1": e.benign.get("recall_at_1"), "ers": e.ers, **{name: ran.get(name) for name in RANKING}}
     for name, number in numbers.items():
-        told = getattr(stated, name)
+        number_stated = getattr(stated, name)
         close = LENGTHS_CLOSE if name in RANKING and RANKING[name].length else CLOSE
-        if (told is None) != (number is None) or abs((told or 0.0) - (number or 0.0)) > close:
-            yield Problem(0, f"{file} stated.{name}", f"says {told}, the run {number}")
+        if (number_stated is None) != (number is None) or abs((number_stated or 0.0) - (number or 0.0)) > close:
+            yield Problem(0, f"{file} stated.{name}", f"says {number_stated}, the run {number}")
     card = s.checkpoint
     wrappers, network = named(e.model.id)
     files = [hashed(wrappers, file.sha256) for file in card.files[:1] if file.sha256]
     if files != [e.model.weights_sha256]:
-        said = "is missing" if not card.files else f"says {str(card.files[0].sha256)[:12]}…"
+        stated_value = "is missing" if not card.files else f"says {str(card.files[0].sha256)[:12]}…"
         yield Problem(
             0,
             f"{file} checkpoint.files",
-            f"{said}, the run was made with {str(e.model.weights_sha256)[:12]}…"
+            f"{stated_value}, the run was made with {str(e.model.weights_sha256)[:12]}…"
             + (", which stands for its defence too" if wrappers else ""),
         )
     if card.arch.embed_dim != e.model.embed_dim:
@@ -280,8 +280,8 @@ def _repeats(s: Submission, e: Evaluation, board: Path, path: Path) -> Iterator[
             yield Problem(0, "submission.yaml id", f"{s.id!r} is already that of submissions/{folder.name}")
         same = (other.stated.weights_sha256, other.stated.protocol_sha256, other.stated.dataset)
         if same == (s.stated.weights_sha256, s.stated.protocol_sha256, s.stated.dataset):
-            said = f"these weights are already on the board under {other.stated.protocol!r} as {other.id!r}"
-            yield Problem(0, "submission.yaml stated.weights_sha256", said)
+            text = f"these weights are already on the board under {other.stated.protocol!r} as {other.id!r}"
+            yield Problem(0, "submission.yaml stated.weights_sha256", text)
 
 
 def _shape_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) -> Iterator[Problem]:
@@ -322,10 +322,10 @@ def _shape_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) 
             yield Problem(0, f"{QUERIES} query", "are not the queries of the data set that are to be measured")
         elif not np.array_equal(label, images.labels[query]):
             yield Problem(0, f"{QUERIES} label", "are not the classes of the data set")
-    found = [m.component for m in e.measurements]
-    wanted = [c.name for c in parts]
-    if found != wanted:
-        yield Problem(0, f"{RUN} measurements", f"are {', '.join(found)}; the protocol has {', '.join(wanted)}")
+    names = [m.component for m in e.measurements]
+    expected = [c.name for c in parts]
+    if names != expected:
+        yield Problem(0, f"{RUN} measurements", f"are {', '.join(names)}; the protocol has {', '.join(expected)}")
     for c in parts:
         for kind in ("value", "norm") if KINDS[rules.kind].moved else ("value",):
             values = e.arrays.get(f"{c.name}/{kind}")

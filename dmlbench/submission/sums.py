@@ -98,13 +98,13 @@ def _benign_problems(e: Evaluation) -> Iterator[Problem]:
             yield Problem(0, f"{RUN} benign.{a}", f"{e.benign[a]:.2f} is above {b} ({e.benign[b]:.2f})")
 
 
-def _end_problems(where: str, score: float | None, stated: Ends, found: Ends, current: bool) -> Iterator[Problem]:
+def _end_problems(where: str, score: float | None, stated: Ends, recomputed: Ends, current: bool) -> Iterator[Problem]:
     """Does the interval come out again? One of an earlier method, which nothing is read from, has to hold its score."""
-    if stated is None or found is None:
-        same = stated is found
+    if stated is None or recomputed is None:
+        same = stated is recomputed
     elif current:
-        same = max(abs(a - b) for a, b in zip(stated, found, strict=True)) <= CLOSE
+        same = max(abs(a - b) for a, b in zip(stated, recomputed, strict=True)) <= CLOSE
     else:
         same = score is not None and stated[0] - CLOSE <= score <= stated[1] + CLOSE
     if not same:
-        yield Problem(0, where, f"says {stated}, the queries' own outcomes give {found}")
+        yield Problem(0, where, f"says {stated}, the queries' own outcomes give {recomputed}")

@@ -21,7 +21,7 @@ from torch import nn
 
 from dmlbench.datasets import Images, decode, load_dataset
 from dmlbench.errors import DataError, UsageError
-from dmlbench.files import first_line, prepare_folder, write_whole
+from dmlbench.files import first_line, prepare_folder, write_atomic
 from dmlbench.models import build, probe_images, write_weights
 from dmlbench.models.architectures import drawn_weights
 from dmlbench.preprocess import Preprocess
@@ -96,10 +96,10 @@ def make_learner(
     norms = DEFENSES[recipe.defense].norms
     learner = Learner(embedder.train(), nn.ModuleList(criteria), recipe.loss, recipe.margin, norms)
     if recipe.batch_norm == "frozen":
-        own = batch_norms(embedder).values()
-        if not own:
+        network_norms = batch_norms(embedder).values()
+        if not network_norms:
             raise UsageError(f"batch_norm 'frozen' would do nothing: network {recipe.arch!r} has no batch norm")
-        for norm in own:
+        for norm in network_norms:
             norm.eval()
     return learner, begun
 
@@ -132,7 +132,7 @@ def fitting(recipe: Recipe) -> Iterator[None]:
 
 
 @contextmanager
-def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+def training_randomness(seed: int, device: torch.device) -> Iterator[None]:
     """Within it, what a network draws by itself (dropout, drop path) depends on ``seed`` alone."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -223,7 +223,7 @@ def train(
     params = defense.parameters(recipe.defense_params)
 
     learner, begun = make_learner(recipe, preprocess, int(labels.max()) + 1, load=not resume)
-    learner, told = learner.to(device), begun.told if begun else None
+    learner, origin = learner.to(device), begun.origin if begun else None
     optimizer = torch.optim.Adam(
         [
             {"params": [*learner.embedder.parameters(), *learner.norms.parameters()], "lr": recipe.lr},
@@ -245,7 +245,7 @@ def train(
             optimizer.load_state_dict(state["optimizer"])
             rows = [Progress(**row) for row in state["rows"]]
             best = float(state["best"])
-            told = state.get("begun")
+            origin = state.get("begun")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"{folder / 'state.pt'} is not the state of such a run: {error}") from None
         if world.leads and not (folder / "last.safetensors").exists():
@@ -279,14 +279,14 @@ def train(
             )
 
     if world.leads:
-        write_whole(folder / "recipe.json", json_bytes(recipe.model_dump(mode="json")))
+        write_atomic(folder / "recipe.json", json_bytes(recipe.model_dump(mode="json")))
     judge()
     for batch in batches(recipe, dataset.images, learnt, labels, device, world.rank, start):
         factor = learning_rate(recipe, batch.iteration)
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * factor
         optimizer.zero_grad(set_to_none=True)
-        with fitting(recipe), own_randomness(batch.seed, device):
+        with fitting(recipe), training_randomness(batch.seed, device):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
                 loss = defense.step(learner, batch, inner, **params)
             loss.backward()
@@ -299,13 +299,13 @@ def train(
         if done % recipe.check_every and done != recipe.iterations:
             continue
         mean = world.mean(total) / since
-        whole = all(bool(torch.isfinite(p).all()) for p in learner.parameters())
-        if not (math.isfinite(mean) and whole):
+        finite = all(bool(torch.isfinite(p).all()) for p in learner.parameters())
+        if not (math.isfinite(mean) and finite):
             what = "the model's weights are" if math.isfinite(mean) else "the loss is"
-            kept = (
+            fallback = (
                 f"the last good checkpoint, of step {rows[-1].iteration}, is kept" if rows else "no checkpoint was made"
             )
-            raise TrainingFailed(f"{what} not a number at or before step {done}; {kept} in {folder}")
+            raise TrainingFailed(f"{what} not a number at or before step {done}; {fallback} in {folder}")
         benign, attacked, spread = quick_check(learner, recipe, seen, seen_labels)
         total.zero_()
         since = 0
@@ -317,8 +317,8 @@ def train(
             if benign + attacked > best:
                 best = benign + attacked
                 store("best")
-            write_whole(folder / "log.csv", log_bytes(rows))
-            save_state(folder, recipe, learner, optimizer, rows, best, world.size, told)
+            write_atomic(folder / "log.csv", log_bytes(rows))
+            save_state(folder, recipe, learner, optimizer, rows, best, world.size, origin)
         judge()
-    entry = finish(folder, recipe, preprocess, learner.embedder, told) if world.leads else {}
+    entry = finish(folder, recipe, preprocess, learner.embedder, origin) if world.leads else {}
     return Trained(folder, tuple(rows), entry)

@@ -54,10 +54,10 @@ def proxy_anchor_each(
     belongs to one image. Every class has one proxy, of which one is positive.
     """
     s = F.normalize(embeddings, dim=1) @ F.normalize(proxies, dim=1).t()  # (b, c)
-    own = F.one_hot(labels, len(proxies)).bool()
+    of_class = F.one_hot(labels, len(proxies)).bool()
     pull = F.softplus(-alpha * (s - margin))
     push = F.softplus(alpha * (s + margin))
-    return torch.where(own, pull, 0.0).sum(1) + torch.where(own, 0.0, push).sum(1) / len(proxies)
+    return torch.where(of_class, pull, 0.0).sum(1) + torch.where(of_class, 0.0, push).sum(1) / len(proxies)
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def _pml(name: str, *, space: bool = False, **fixed: Any) -> Callable[[int, int,
             # The package's cosine is a similarity: a positive margin of 1, a negative one of 1 - margin.
             given |= {"pos_margin": 1.0, "neg_margin": 1.0 - given.get("neg_margin", 1.0)}
         for key, parameter in inspect.signature(getattr(losses, name)).parameters.items():
-            wanted = parameter.default
-            if key in params and isinstance(wanted, (int, float)) and not isinstance(params[key], (int, float)):
+            default = parameter.default
+            if key in params and isinstance(default, (int, float)) and not isinstance(params[key], (int, float)):
                 raise UsageError(f"loss parameter {key} = {params[key]!r} must be a number")
         try:
             loss: nn.Module = getattr(losses, name)(**given)

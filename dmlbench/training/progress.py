@@ -102,14 +102,14 @@ def collapsed(rows: list[Progress], last: bool) -> bool:
     What grows is still leaving the state that untrained networks are in.
     """
 
-    def alike(i: int) -> bool:
+    def is_collapsed(i: int) -> bool:
         rising = i > 0 and rows[i].spread > 1.1 * rows[i - 1].spread
         return not rows[i].spread >= COLLAPSE and not rising
 
     if not rows or rows[-1].iteration < COLLAPSE_FROM:
         return False
-    before = len(rows) > 1 and rows[-2].iteration >= COLLAPSE_FROM and alike(len(rows) - 2)
-    return alike(len(rows) - 1) and (last or before)
+    before = len(rows) > 1 and rows[-2].iteration >= COLLAPSE_FROM and is_collapsed(len(rows) - 2)
+    return is_collapsed(len(rows) - 1) and (last or before)
 
 
 def log_bytes(rows: list[Progress]) -> bytes:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dmlbench.checkpoints import ID, PACKAGE, first_problem
-from dmlbench.datasets import OWN, dataset_entry
+from dmlbench.datasets import USER_DATASETS, dataset_entry
 from dmlbench.embedding import DISTANCES
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import read_toml
@@ -125,11 +125,11 @@ class Recipe(BaseModel):
         if entry.losses and self.loss not in entry.losses:
             raise UsageError(f"defence {self.defense!r} needs the loss {' or '.join(entry.losses)}, not {self.loss!r}")
         if entry.ensemble != (self.arch == "ensemble"):
-            kept = " or ".join(repr(name) for name, one in DEFENSES.items() if one.ensemble)
+            names = " or ".join(repr(name) for name, one in DEFENSES.items() if one.ensemble)
             raise UsageError(
                 f"defence {self.defense!r} needs arch = 'ensemble'"
                 if entry.ensemble
-                else f"arch 'ensemble' is trained by the defence {kept}, not {self.defense!r}"
+                else f"arch 'ensemble' is trained by the defence {names}, not {self.defense!r}"
             )
         if idle := self.idle():
             raise UsageError(idle[0])
@@ -198,11 +198,11 @@ def _table(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return table
     if not isinstance(parent, str) or Path(parent).name != parent:
         raise DataError(f"recipe {path}: extends must name a recipe in the same folder or a packaged one")
-    beside = path.parent / f"{parent}.toml"
-    if not beside.is_file() and not (beside := RECIPES / f"{parent}.toml").is_file():
+    file = path.parent / f"{parent}.toml"
+    if not file.is_file() and not (file := RECIPES / f"{parent}.toml").is_file():
         known = [p.stem for p in (*path.parent.glob("*.toml"), *RECIPES.glob("*.toml"))]
         raise UsageError(f"recipe {path} extends {parent!r}, which does not exist{suggest(parent, known)}")
-    return {**_table(beside, (*seen, path)), **table}
+    return {**_table(file, (*seen, path)), **table}
 
 
 def make_recipe(table: dict[str, Any], where: str) -> Recipe:
@@ -267,7 +267,7 @@ def short_name(name: str) -> str:
     if not colon:
         return name
     path = Path(rest).expanduser().resolve()
-    return path.stem if kind == "csv" else path.name if kind in OWN else rest
+    return path.stem if kind == "csv" else path.name if kind in USER_DATASETS else rest
 
 
 def command_of(recipe: Recipe) -> str:

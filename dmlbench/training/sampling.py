@@ -107,9 +107,9 @@ class Pairs:
         margin: float = MARGIN,
     ) -> "Pairs":
         """From distances of the anchors to the batch and the batch's labels."""
-        alike = labels[anchors][:, None] == labels[None, :]
+        same_class = labels[anchors][:, None] == labels[None, :]
         itself = anchors[:, None] == torch.arange(len(labels), device=labels.device)[None, :]
-        return cls(distances, alike & ~itself, ~alike, dim, margin)
+        return cls(distances, same_class & ~itself, ~same_class, dim, margin)
 
 
 def pick(allowed: Bool[Tensor, "t b"], keys: Float[Tensor, "t b"]) -> Int[Tensor, " t"]:
@@ -117,9 +117,9 @@ def pick(allowed: Bool[Tensor, "t b"], keys: Float[Tensor, "t b"]) -> Int[Tensor
     return torch.where(allowed, keys, -1.0).argmax(1)
 
 
-def prefer(wanted: Bool[Tensor, "t b"], otherwise: Bool[Tensor, "t b"]) -> Bool[Tensor, "t b"]:
-    """``wanted`` where a row has any, else ``otherwise``."""
-    return torch.where(wanted.any(1, keepdim=True), wanted, otherwise)
+def prefer(preferred: Bool[Tensor, "t b"], otherwise: Bool[Tensor, "t b"]) -> Bool[Tensor, "t b"]:
+    """``preferred`` where a row has any, else ``otherwise``."""
+    return torch.where(preferred.any(1, keepdim=True), preferred, otherwise)
 
 
 Keys = Float[Tensor, "2 t b"]

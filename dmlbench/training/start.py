@@ -49,9 +49,9 @@ class Given:
 
 @dataclass(frozen=True)
 class Begun:
-    """What was loaded: ``told`` for the record, ``notes`` for the user."""
+    """What was loaded: ``origin`` for the record, ``notes`` for the user."""
 
-    told: str
+    origin: str
     notes: tuple[str, ...]
 
 
@@ -64,8 +64,8 @@ def given(init: str) -> Given:
     path = Path(init).expanduser()
     if init in checkpoints():
         card = checkpoints()[init]
-        found, notes = weights_path(init, card)
-        return Given(found, f"{init}, trained on {card.dataset.name}", card, notes)
+        weights, notes = weights_path(init, card)
+        return Given(weights, f"{init}, trained on {card.dataset.name}", card, notes)
     if (path / "checkpoint.json").is_file():
         name, card = read_entry(path)
         file = verified(path / "last.safetensors", card.files[0])
@@ -129,9 +129,9 @@ def settled(recipe: Recipe) -> tuple[Recipe, Preprocess]:
     elif ":" in inside:
         more = sized(built, size)
     elif built.input_shape is not None and built.takes:
-        own = dict(zip(("channels", "size"), built.input_shape[:2], strict=True))
-        wanted = {"channels": channels} | ({"size": size[0]} if size[0] == size[1] else {})
-        more = {key: value for key, value in wanted.items() if key in built.takes and value != own[key]}
+        built_sizes = dict(zip(("channels", "size"), built.input_shape[:2], strict=True))
+        sizes = {"channels": channels} | ({"size": size[0]} if size[0] == size[1] else {})
+        more = {key: value for key, value in sizes.items() if key in built.takes and value != built_sizes[key]}
     card = record_of(recipe.init)
     mean, std = (built.mean, built.std) if card is None else card.normalize.of_unit()
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in more.items()}
@@ -172,8 +172,8 @@ def begin(embedder: Embedder, recipe: Recipe) -> Begun | None:
     """
     if recipe.init is None:
         return None
-    whole = recipe.init != PUBLISHER and _of_an_ensemble(recipe.init)
-    alone = recipe.arch != "ensemble" or whole
+    of_ensemble = recipe.init != PUBLISHER and _of_an_ensemble(recipe.init)
+    alone = recipe.arch != "ensemble" or of_ensemble
     parts = [embedder.network] if alone else list(embedder.network.members)  # type: ignore[arg-type]
     builder = recipe.arch if alone else str(recipe.arch_kwargs.get("member", "conv3"))
     kwargs = {k: v for k, v in recipe.arch_kwargs.items() if alone or k not in ("member", "members")}
@@ -181,19 +181,19 @@ def begin(embedder: Embedder, recipe: Recipe) -> Begun | None:
     notes: list[str] = []
     if recipe.init == PUBLISHER:
         source = build_network(builder, embed_dim=0, pretrained=True, kwargs=kwargs).network
-        told = f"the published weights of {builder} (sha256 of the tensors {digest_of(source)})"
+        origin = f"the published weights of {builder} (sha256 of the tensors {digest_of(source)})"
     else:
         weights = given(recipe.init)
         if weights.card is not None and weights.card.arch.builder != builder:
             raise UsageError(f"init {recipe.init!r} is a {weights.card.arch.builder}, and the network is a {builder}")
         file = read_file(weights.path)
-        source, said = _source(builder, kwargs, recipe, file, embedder.input_shape[1:])
-        notes += [*weights.notes, *said]
-        told = f"{weights.called} (sha256 {file.sha256})"
+        source, more_notes = _source(builder, kwargs, recipe, file, embedder.input_shape[1:])
+        notes += [*weights.notes, *more_notes]
+        origin = f"{weights.called} (sha256 {file.sha256})"
     fresh = [_take_over(part, source, recipe) for part in parts]
     if fresh[0]:
         notes.append(f"the last layer ({fresh[0]}, {recipe.embed_dim} values) is new")
-    return Begun(f"begins with {told}", tuple(notes))
+    return Begun(f"begins with {origin}", tuple(notes))
 
 
 def _of_an_ensemble(init: str) -> bool:
@@ -208,11 +208,13 @@ def _source(
     sides = (size[0], size[1])
     made = assemble(builder, kwargs, file, Chosen(size=sides))
     without = tuple(part for part in recipe.init_without.split(",") if part)
-    if ":" in builder and head_width(made.built.network, made.found.tensors) != recipe.embed_dim:
+    if ":" in builder and head_width(made.built.network, made.matched.tensors) != recipe.embed_dim:
         made = assemble(builder, kwargs, file, Chosen(embed_dim=0, size=sides))
         without += HEADS
-    left = left_out(file, made.found, made.built.network)
-    if stray := [n for n in unknown(left, made.found, made.built.network) if not among(n, without, made.found.prefix)]:
+    left = left_out(file, made.matched, made.built.network)
+    if stray := [
+        n for n in unknown(left, made.matched, made.built.network) if not among(n, without, made.matched.prefix)
+    ]:
         layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in stray))
         raise UsageError(
             f"{file.path} holds trained layers that {builder} would leave out: {listed(stray, 3)}; "
@@ -224,8 +226,8 @@ def _source(
 
 def _take_over(network: nn.Module, source: nn.Module, recipe: Recipe) -> str | None:
     """Copy the weights of ``source`` into ``network``; the name of its last layer where that is new and stays as it is."""
-    own, found = network.state_dict(), source.state_dict()
+    state, given_state = network.state_dict(), source.state_dict()
     head = head_of(network)
-    fresh = {k: v for k, v in own.items() if k not in found and head is not None and k.startswith(f"{head}.")}
-    fill(network, {**fresh, **found}, f"init {recipe.init}")
+    fresh = {k: v for k, v in state.items() if k not in given_state and head is not None and k.startswith(f"{head}.")}
+    fill(network, {**fresh, **given_state}, f"init {recipe.init}")
     return head if fresh else None

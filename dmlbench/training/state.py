@@ -12,7 +12,7 @@ from dmlbench import checkpoints as registry
 from dmlbench.checkpoints import sha256_of
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, UsageError
-from dmlbench.files import write_whole
+from dmlbench.files import write_atomic
 from dmlbench.models import fill, parameter_count, probe_images, read_weights
 from dmlbench.models.spec import input_of
 from dmlbench.preprocess import Preprocess
@@ -85,7 +85,7 @@ def save_state(
         },
         buffer,
     )
-    write_whole(folder / "state.pt", buffer.getvalue())
+    write_atomic(folder / "state.pt", buffer.getvalue())
 
 
 def read_state(folder: Path, recipe: Recipe, processes: int) -> dict[str, Any]:
@@ -146,5 +146,5 @@ def finish(
         }
     )
     table: dict[str, Any] = {recipe.id: done.model_dump(mode="json", exclude_defaults=True)}
-    write_whole(folder / "checkpoint.json", json_bytes(table))
+    write_atomic(folder / "checkpoint.json", json_bytes(table))
     return table

@@ -78,13 +78,13 @@ def unshared(base: Evaluation, candidate: Evaluation) -> list[str]:
     i, j = common(base, candidate)
     keys = [f"{m.component}/value" for m in base.measurements]
     keys += [k for k in base.arrays if k.startswith("benign/")]
-    found = []
+    names = []
     for key in keys:
         if key in base.arrays and key in candidate.arrays:
             first, second = np.isnan(base.arrays[key][i]), np.isnan(candidate.arrays[key][j])
             if first.shape == second.shape and not np.array_equal(first, second):
-                found.append(key.removeprefix("benign/").removesuffix("/value"))
-    return found
+                names.append(key.removeprefix("benign/").removesuffix("/value"))
+    return names
 
 
 def pair(
@@ -121,13 +121,13 @@ def pair(
     loose = set() if same_queries(base, candidate) else of_the_set(base, candidate)
     p, gated = len(parts), not kind_of(base).within  # R@1 within an attacked set may rise as well as fall
     nowhere = np.isnan(first) | np.isnan(second)  # a query without an outcome in one run counts in neither
-    own = [_mean(first[:, c]) for c in range(first.shape[1])]
+    own_means = [_mean(first[:, c]) for c in range(first.shape[1])]
     first, second = np.where(nowhere, np.nan, first), np.where(nowhere, np.nan, second)
     ranges = [*(components[c].limits for c in parts), *(PERCENT for _ in benign)]
     intervals = paired_intervals(first, second, label, ranges)
     equal = ((first == second) | nowhere).all(0)
     means = [[_mean(side[:, c]) for c in range(side.shape[1])] for side in (first, second)]
-    means[0] = [a if nowhere[:, c].all() else b for c, (a, b) in enumerate(zip(own, means[0], strict=True))]
+    means[0] = [a if nowhere[:, c].all() else b for c, (a, b) in enumerate(zip(own_means, means[0], strict=True))]
     out = [
         _left_out(name, c < p and gated)
         if name in loose and c < p
@@ -165,13 +165,13 @@ def same_queries(base: Evaluation, candidate: Evaluation) -> bool:
 def of_the_set(base: Evaluation, candidate: Evaluation) -> set[str]:
     """The parts whose outcomes for a query depend on which others are measured with it: recall within an attacked
     set, and perturbations that all queries share."""
-    own = kind_of(base).within
+    within = kind_of(base).within
     return {
         m.component
         for e in (base, candidate)
         for m in e.measurements
         if (m.optimizer in OPTIMIZERS and OPTIMIZERS[m.optimizer].whole_set)
-        or (own and m.component not in e.extras.get("extra_parts", ()))
+        or (within and m.component not in e.extras.get("extra_parts", ()))
     }
 
 
@@ -215,16 +215,16 @@ def _medians(name: str, first: np.ndarray, second: np.ndarray, label: np.ndarray
     known = ~np.isnan(table)
     if not known.any(0).all():
         return Paired(name, False, None, None, None)
-    found = cluster_medians(table, label, seed, draws)
+    medians = cluster_medians(table, label, seed, draws)
     groups = int(min(len(np.unique(label[k])) for k in known.T))
-    difference = found[:, 1] - found[:, 0]
+    difference = medians[:, 1] - medians[:, 0]
     interval = stretched(difference[1:], float(difference[0]), groups)
-    return Paired(name, False, float(found[0, 0]), float(found[0, 1]), interval)
+    return Paired(name, False, float(medians[0, 0]), float(medians[0, 1]), interval)
 
 
 def _mean(values: np.ndarray) -> float | None:
-    kept = values[~np.isnan(values)]
-    return float(kept.mean()) if len(kept) and np.isfinite(kept).all() else None
+    present = values[~np.isnan(values)]
+    return float(present.mean()) if len(present) and np.isfinite(present).all() else None
 
 
 CLUSTERS = "benign/clusters"

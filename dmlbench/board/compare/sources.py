@@ -42,13 +42,15 @@ def find(text: str, protocol: str | None = None) -> Evaluation | Row:
 
 def _row(path: Path, model: str, protocol: str | None) -> Row:
     rows = from_csv(path)
-    found = [r for r in rows if r.model == model and protocol in (None, r.protocol)]
-    if not found:
+    matches = [r for r in rows if r.model == model and protocol in (None, r.protocol)]
+    if not matches:
         raise UsageError(f"{path} has no row of model {model!r}{suggest(model, {r.model for r in rows})}")
-    if len(found) > 1:
-        told = ", ".join(f"{r.protocol} on {r.dataset}, weights {(r.weights_sha256 or 'unknown')[:8]}" for r in found)
-        raise UsageError(f"{path} has {len(found)} rows of model {model!r} ({told}): choose one with --protocol")
-    return found[0]
+    if len(matches) > 1:
+        choices = ", ".join(
+            f"{r.protocol} on {r.dataset}, weights {(r.weights_sha256 or 'unknown')[:8]}" for r in matches
+        )
+        raise UsageError(f"{path} has {len(matches)} rows of model {model!r} ({choices}): choose one with --protocol")
+    return matches[0]
 
 
 def stored_runs() -> list[Path]:

@@ -81,12 +81,14 @@ def components_of(evaluation: Evaluation, protocol_file: Path | None = None) -> 
             f"the runs were made by another content of protocol {stated.name!r} "
             f"(sha256 {stated.sha256[:12]}…) than the one here ({protocol.sha256[:12]}…)"
         )
-    extra, own = set(evaluation.extras.get("extra_parts", ())), evaluation.extras.get("own_ends", {})
-    found = {}
+    extra, ends = set(evaluation.extras.get("extra_parts", ())), evaluation.extras.get("own_ends", {})
+    components = {}
     for m in evaluation.measurements:  # R@1 of the other kinds of protocol is taken as it is
-        worst, best = own.get(m.component) or (_ends(m.attack, m.readout) if m.component in extra else (0, 100))
-        found[m.component] = Component(name=m.component, attack=m.attack, readout=m.readout, worst=worst, best=best)
-    return found | {c.name: c for c in protocol.components}
+        worst, best = ends.get(m.component) or (_ends(m.attack, m.readout) if m.component in extra else (0, 100))
+        components[m.component] = Component(
+            name=m.component, attack=m.attack, readout=m.readout, worst=worst, best=best
+        )
+    return components | {c.name: c for c in protocol.components}
 
 
 def _ends(attack: str, readout: str) -> tuple[int | float, int | float]:
@@ -104,9 +106,11 @@ def _ends(attack: str, readout: str) -> tuple[int | float, int | float]:
 
 def _differing(pairs: Mapping[str, tuple[object, object]], stale: Sequence[str]) -> None:
     """Raise with the keys whose two values differ, and with what is stale."""
-    said = [f"{key} ({_short(a)} and {_short(b)})" for key, (a, b) in pairs.items() if a != b or a is None]
-    if said:
-        raise NotComparable("; ".join([f"the two cannot be set side by side, these differ: {', '.join(said)}", *stale]))
+    differences = [f"{key} ({_short(a)} and {_short(b)})" for key, (a, b) in pairs.items() if a != b or a is None]
+    if differences:
+        raise NotComparable(
+            "; ".join([f"the two cannot be set side by side, these differ: {', '.join(differences)}", *stale])
+        )
 
 
 def _stale(sides: Sequence[tuple[str, str | None, str]]) -> list[str]:
@@ -121,11 +125,11 @@ def _stale(sides: Sequence[tuple[str, str | None, str]]) -> list[str]:
 def _conditions(base: Conditions, candidate: Conditions) -> dict[str, tuple[object, object]]:
     """By key, how each side's adversarial images were made."""
     usual = {"surrogate": "no surrogate"}
-    said = [
+    sides = [
         {key: usual.get(key, "the protocol's") if value is None else value for key, value in side.model_dump().items()}
         for side in (base, candidate)
     ]
-    return {key: (said[0][key], said[1][key]) for key in said[0]}
+    return {key: (sides[0][key], sides[1][key]) for key in sides[0]}
 
 
 def _short(value: object) -> str:

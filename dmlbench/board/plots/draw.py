@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dmlbench.errors import UsageError
-from dmlbench.files import prepare_folder, write_whole
+from dmlbench.files import prepare_folder, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ class Series:
     Attributes:
         low, high: (n,), NaN where a point has no interval.
         groups: (n,) the class of each point of a projection.
-        told: what a pointer on each point is told, on a page.
+        tooltips: what a pointer on each point is told, on a page.
         links: where each point leads, on a page.
         hollow: points are outlines.
     """
@@ -41,7 +41,7 @@ class Series:
     low: np.ndarray | None = None
     high: np.ndarray | None = None
     groups: np.ndarray | None = None
-    told: tuple[str, ...] = ()
+    tooltips: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
     hollow: bool = False
 
@@ -77,7 +77,7 @@ class Figure:
         path = Path(path)
         content = draw(self, path.suffix.removeprefix(".").lower(), width)
         prepare_folder(path.parent)
-        write_whole(path, content)
+        write_atomic(path, content)
         return path
 
 

@@ -32,7 +32,7 @@ Runs = Sequence[tuple[str, Evaluation]]
 PERPLEXITY = 30.0
 
 
-def _alike(runs: Runs) -> None:
+def _require_same(runs: Runs) -> None:
     """Refuse runs whose numbers are not of one kind.
 
     Raises:
@@ -42,9 +42,9 @@ def _alike(runs: Runs) -> None:
         ("protocol", lambda e: (e.protocol.name, e.protocol.sha256[:12])),
         ("data set", lambda e: (e.dataset.name, e.dataset.split, e.dataset.sha256[:12])),
     ):
-        found = {key(e): name for name, e in runs}
-        if len(found) > 1:
-            (a, first), (b, second) = list(found.items())[:2]
+        names_by_key = {key(e): name for name, e in runs}
+        if len(names_by_key) > 1:
+            (a, first), (b, second) = list(names_by_key.items())[:2]
             raise NotComparable(f"{first} and {second} differ in {what}: {'/'.join(a)} and {'/'.join(b)}")
 
 
@@ -54,8 +54,8 @@ def reached(e: Evaluation) -> float:
     return max((float(np.nanmax(a)) for a in norms), default=0.0)
 
 
-def _ends(found: Sequence[Ends]) -> tuple[np.ndarray, np.ndarray]:
-    return tuple(np.array([np.nan if ends is None else ends[side] for ends in found]) for side in (0, 1))  # type: ignore[return-value]
+def _ends(intervals: Sequence[Ends]) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(np.array([np.nan if ends is None else ends[side] for ends in intervals]) for side in (0, 1))  # type: ignore[return-value]
 
 
 def eps(runs: Runs, metric: str | None = None, part: str | None = None) -> Figure:
@@ -71,7 +71,7 @@ def eps(runs: Runs, metric: str | None = None, part: str | None = None) -> Figur
         raise NotComparable("the runs are of several kinds of protocol: their curves have no axis in common")
     if titles == {None}:
         return _runs_by_eps(runs, metric)
-    _alike(runs)
+    _require_same(runs)
     series = []
     for name, (_, e), curve in zip(names_of(runs), runs, curves, strict=True):
         assert curve is not None
@@ -89,7 +89,7 @@ def roc(runs: Runs, metric: str | None = None, part: str | None = None) -> Figur
         UsageError: a run decides about no pairs, or has no pair of one sort.
         NotComparable: the runs decide about pairs of different files.
     """
-    _alike(runs)
+    _require_same(runs)
     if len({e.conditions.pairs for _, e in runs}) > 1:
         raise NotComparable("the runs decide about different pairs: --pairs")
     series = []
@@ -122,7 +122,7 @@ def _runs_by_eps(runs: Runs, metric: str | None) -> Figure:
 
 def parts(runs: Runs, metric: str | None = None, part: str | None = None) -> Figure:
     """The score of each part, side by side for several models; 0 gives in, 100 withstands."""
-    _alike(runs)
+    _require_same(runs)
     names = list(dict.fromkeys(m.component for _, e in runs for m in e.measurements))
     series = []
     for name, (_, e) in zip(names_of(runs), runs, strict=True):
@@ -140,10 +140,10 @@ def _metric(runs: Runs, metric: str | None) -> str:
         UsageError: no run has it.
     """
     if metric is None:
-        found = headline(runs[0][1])
-        if found is None:
+        number = headline(runs[0][1])
+        if number is None:
             raise UsageError(f"{runs[0][0]} has no number that models are ranked by: name one with --metric")
-        return found[0]
+        return number[0]
     known = dict.fromkeys(name for _, e in runs for name in numbers(e))
     if metric not in known:
         raise UsageError(f"no run has a metric {metric!r}{suggest(metric, known)}")
@@ -152,7 +152,7 @@ def _metric(runs: Runs, metric: str | None) -> str:
 
 def scatter(runs: Runs, metric: str | None = None, part: str | None = None) -> Figure:
     """ERS (or what the protocol ranks by) against clean R@1, a point for each run."""
-    _alike(runs)
+    _require_same(runs)
     metric = _metric(runs, metric)
     series = []
     for name, (_, e) in zip(names_of(runs), runs, strict=True):
@@ -165,8 +165,8 @@ def scatter(runs: Runs, metric: str | None = None, part: str | None = None) -> F
 
 def classes(runs: Runs, metric: str | None = None, part: str | None = None) -> Figure:
     """The mean score of each class's queries over the parts (or of one ``part``), the first run's weakest class first."""
-    _alike(runs)
-    found: list[tuple[str, dict[int, float]]] = []
+    _require_same(runs)
+    recalls: list[tuple[str, dict[int, float]]] = []
     titles: dict[int, str] = {}
     for name, (_, e) in zip(names_of(runs), runs, strict=True):
         known = components_of(e)
@@ -183,16 +183,16 @@ def classes(runs: Runs, metric: str | None = None, part: str | None = None) -> F
             by_class[int(one)] = (
                 float(np.mean([c.mean() for c in columns if len(c)])) if any(map(len, columns)) else np.nan
             )
-        found.append((name, by_class))
+        recalls.append((name, by_class))
         titles |= closeup_names(e.sample)[1]
-    everyone = sorted({c for _, by_class in found for c in by_class})
-    order = sorted(everyone, key=lambda c: (found[0][1].get(c, np.inf), c))
+    everyone = sorted({c for _, by_class in recalls for c in by_class})
+    order = sorted(everyone, key=lambda c: (recalls[0][1].get(c, np.inf), c))
     at = np.arange(len(order), dtype=np.float64)
     return Figure(
         "classes",
         "class",
         f"score of {part}" if part else "mean score over the parts",
-        tuple(Series(name, at, np.array([by_class.get(c, np.nan) for c in order])) for name, by_class in found),
+        tuple(Series(name, at, np.array([by_class.get(c, np.nan) for c in order])) for name, by_class in recalls),
         tuple(titles.get(c, str(c)) for c in order),
         limits=(0.0, 100.0),
     )
@@ -257,21 +257,21 @@ def matrix(runs: Runs, metric: str | None = None, part: str | None = None) -> Fi
     Raises:
         UsageError: two runs are of the same model and surrogate.
     """
-    _alike(runs)
+    _require_same(runs)
     metric = _metric(runs, metric)
-    found: dict[tuple[str, str], float] = {}
+    values: dict[tuple[str, str], float] = {}
     for label, e in runs:
         key = e.model.id, e.conditions.surrogate or e.model.id
-        if key in found:
+        if key in values:
             raise UsageError(f"{label}: there are two runs of {key[0]} under images of {key[1]}")
         value = numbers(e).get(metric)
-        found[key] = np.nan if value is None else float(value)
-    models = tuple(dict.fromkeys(model for model, _ in found))
+        values[key] = np.nan if value is None else float(value)
+    models = tuple(dict.fromkeys(model for model, _ in values))
     columns = (
-        *(m for m in models if any(s == m for _, s in found)),
-        *dict.fromkeys(s for _, s in found if s not in models),
+        *(m for m in models if any(s == m for _, s in values)),
+        *dict.fromkeys(s for _, s in values if s not in models),
     )
-    table = np.array([[found.get((m, s), np.nan) for s in columns] for m in models])
+    table = np.array([[values.get((m, s), np.nan) for s in columns] for m in models])
     rows = tuple(
         Series(m, np.arange(len(columns), dtype=np.float64), row) for m, row in zip(models, table, strict=True)
     )

@@ -52,12 +52,12 @@ def inline(figure: Figure, name: str, title: str, width: float = 5.5, height: fl
             _plain(element)
     used = set(re.findall(r"#([\w.-]+)", " ".join(v for e in root.iter() for v in e.attrib.values())))
     for element in list(root.iter()):
-        own = element.attrib.pop("id", "")
-        if own in used:
-            element.set("id", f"{name}-{own}")
+        point_id = element.attrib.pop("id", "")
+        if point_id in used:
+            element.set("id", f"{name}-{point_id}")
         for key, value in element.attrib.items():
             element.set(key, re.sub(r"^#|(?<=url\()#", f"#{name}-", value))
-        if point := re.fullmatch(r"point-(\d+)-(\d+)", own):
+        if point := re.fullmatch(r"point-(\d+)-(\d+)", point_id):
             _lead(element, figure, *map(int, point.groups()))
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
@@ -74,12 +74,12 @@ def inline(figure: Figure, name: str, title: str, width: float = 5.5, height: fl
 
 def _plain(element: ElementTree.Element) -> None:
     """Styles as attributes, colours as the page's, no namespaces, no needless white space."""
-    said = dict(part.split(": ", 1) for part in element.attrib.pop("style", "").split("; ") if part)
-    if (font := said.pop("font", None)) and (size := re.search(r"([\d.]+)px", font)):
-        said["font-size"] = size[1]  # as older versions of matplotlib write it
-    said.pop("font-family", None)
+    style = dict(part.split(": ", 1) for part in element.attrib.pop("style", "").split("; ") if part)
+    if (font := style.pop("font", None)) and (size := re.search(r"([\d.]+)px", font)):
+        style["font-size"] = size[1]  # as older versions of matplotlib write it
+    style.pop("font-family", None)
     given = {key.rpartition("}")[2]: " ".join(value.split()) for key, value in element.attrib.items()}
-    styled = {key: value.removesuffix("px") for key, value in said.items()}
+    styled = {key: value.removesuffix("px") for key, value in style.items()}
     attributes = {key: _STANDS_FOR.get(value, value) for key, value in {**given, **styled}.items()}
     element.attrib.clear()
     element.attrib.update(attributes)
@@ -98,7 +98,7 @@ def _lead(element: ElementTree.Element, figure: Figure, series: int, n: int) -> 
             element.remove(child)
         element.append(link)
         element = link
-    if s.told:
-        told = ElementTree.Element("title")
-        told.text = s.told[n]
-        element.insert(0, told)
+    if s.tooltips:
+        title = ElementTree.Element("title")
+        title.text = s.tooltips[n]
+        element.insert(0, title)

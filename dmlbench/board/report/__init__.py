@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dmlbench.board.report.page import Run, page
 from dmlbench.errors import UsageError
-from dmlbench.files import prepare_folder, write_whole
+from dmlbench.files import prepare_folder, write_atomic
 from dmlbench.results import Evaluation
 
 __all__ = ["Run", "page", "report", "write_page"]
@@ -20,7 +20,7 @@ def write_page(runs: Sequence[Run], path: Path) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    write_whole(path, page(runs).encode("utf-8", "backslashreplace"))
+    write_atomic(path, page(runs).encode("utf-8", "backslashreplace"))
 
 
 def report(runs: Evaluation | Sequence[Evaluation], out: str | Path) -> Path:

@@ -119,16 +119,16 @@ def _names(e: Evaluation) -> dict[int, str]:
 def _classes(table: Float[np.ndarray, "Q k"], e: Evaluation) -> Iterator[Row]:
     """Weakest first, over all eps."""
     label, names = e.arrays["label"], _names(e)
-    found = [
+    rows = [
         Row(names[int(one)], int((label == one).sum()), tuple(np.nanmean(table[label == one], axis=0).tolist()))
         for one in np.unique(label)
         if not np.isnan(table[label == one]).any(axis=1).all()
     ]
-    if all(row.queries < 2 for row in found):
+    if all(row.queries < 2 for row in rows):
         return
-    found.sort(key=lambda row: (sum(row.values[1:]), row.values[0]))
-    yield from found[:CLASSES]
-    if rest := found[CLASSES:]:
+    rows.sort(key=lambda row: (sum(row.values[1:]), row.values[0]))
+    yield from rows[:CLASSES]
+    if rest := rows[CLASSES:]:
         weights = [row.queries for row in rest]
         mean = np.average([row.values for row in rest], axis=0, weights=weights)
         yield Row(f"the other {len(rest)}", sum(weights), tuple(mean.tolist()))

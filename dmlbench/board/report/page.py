@@ -52,7 +52,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Found:
+class Retrieved:
     """One retrieved image: its picture, and whether it is of the query's class."""
 
     picture: str
@@ -70,8 +70,8 @@ class Strip:
     change: str
     factor: float
     size: float
-    before: tuple[Found, ...]
-    after: tuple[Found, ...]
+    before: tuple[Retrieved, ...]
+    after: tuple[Retrieved, ...]
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -114,10 +114,10 @@ def page(runs: Sequence[Run]) -> str:
 
 def _headline(e: Evaluation) -> tuple[str, str, str] | None:
     """What runs without ERS are ranked by: the number as it is written, its title, its 95 % interval or ""; None for none."""
-    found = headline(e)
+    ranked_by = headline(e)
     kind = kind_of(e)
-    number = next((n for n in kind.numbers if found and n.name == found[0]), None)
-    if found is None or number is None:
+    number = next((n for n in kind.numbers if ranked_by and n.name == ranked_by[0]), None)
+    if ranked_by is None or number is None:
         return None
     given, norm = kind.read(e), sizes_of(e)[0]
     ends = intervals_of(e).get(number.name) or (given.get(f"{number.name}_lo"), given.get(f"{number.name}_hi"))
@@ -127,7 +127,7 @@ def _headline(e: Evaluation) -> tuple[str, str, str] | None:
             return "beyond the grid" if number.length else "–"
         return written(value, norm) if number.length else shown(number.name, value)
 
-    return text(found[1]), number.title, "" if ends[0] is None else f"{text(ends[0])} – {text(ends[1])}"
+    return text(ranked_by[1]), number.title, "" if ends[0] is None else f"{text(ends[0])} – {text(ends[1])}"
 
 
 def _chart(runs: Sequence[Run]) -> Markup | None:
@@ -156,14 +156,14 @@ def _sides(runs: Sequence[Run]) -> Sides | None:
     if len(runs) < 2:
         return None
     try:
-        found = table([(run.name, run.evaluation) for run in runs])
+        compared = table([(run.name, run.evaluation) for run in runs])
     except NotComparable as error:
         return Sides(caption=f"They cannot be set side by side: {error}.")
     rows = []
-    for n, column in enumerate(found.columns):
-        cells = [cells[n] for _, cells in found.rows]
+    for n, column in enumerate(compared.columns):
+        cells = [cells[n] for _, cells in compared.rows]
         rows.append((header(column), tuple((_shown(column, c.value), _ends(column, c), c.bold) for c in cells)))
-    return Sides(tuple(rows), found.caption)
+    return Sides(tuple(rows), compared.caption)
 
 
 def _shown(column: str, value: float | None) -> str:
@@ -196,22 +196,26 @@ def _curves(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
 
 def _closeup(e: Evaluation, index: int, name: str) -> dict[str, Any]:
     """The strips and the projection of one part."""
-    kept, classes = e.sample, names_of(e.sample)[1]
-    labels = {int(row): int(label) for row, label in zip(kept["closeup/rows"], kept["closeup/labels"], strict=True)}
-    pictures = dict(zip(kept["closeup/rows"].tolist(), kept["closeup/images"], strict=True))
+    sample, classes = e.sample, names_of(e.sample)[1]
+    labels = {int(row): int(label) for row, label in zip(sample["closeup/rows"], sample["closeup/labels"], strict=True)}
+    pictures = dict(zip(sample["closeup/rows"].tolist(), sample["closeup/images"], strict=True))
     strips = []
     for k, (clean, label) in enumerate(
-        zip(kept["closeup/query"][:STRIPS], kept["closeup/query_label"].tolist(), strict=False)
+        zip(sample["closeup/query"][:STRIPS], sample["closeup/query_label"].tolist(), strict=False)
     ):
 
-        def found(rows: np.ndarray, wanted: int = label) -> tuple[Found, ...]:
+        def retrieved(rows: np.ndarray, query_label: int = label) -> tuple[Retrieved, ...]:
             return tuple(
-                Found(data_uri(pictures[row]), labels[row] == wanted, f"class {classes.get(labels[row], labels[row])}")
+                Retrieved(
+                    data_uri(pictures[row]),
+                    labels[row] == query_label,
+                    f"class {classes.get(labels[row], labels[row])}",
+                )
                 for row in rows.tolist()
             )
 
         original = clean.astype(np.float32)
-        attacked = kept[name][int(kept["closeup/place"][k])]
+        attacked = sample[name][int(sample["closeup/place"][k])]
         change, factor = magnified(attacked - original)
         strips.append(
             Strip(
@@ -221,12 +225,12 @@ def _closeup(e: Evaluation, index: int, name: str) -> dict[str, Any]:
                 change=data_uri(change),
                 factor=factor,
                 size=float(np.abs(attacked - original).max()),
-                before=found(kept["closeup/top"][0, k]),
-                after=found(kept["closeup/top"][1 + index, k]),
+                before=retrieved(sample["closeup/top"][0, k]),
+                after=retrieved(sample["closeup/top"][1 + index, k]),
             )
         )
-    at = (kept["closeup/plane"][0], kept["closeup/plane"][1 + index], kept["closeup/plane_gallery"])
-    group = kept["closeup/plane_labels"]
+    at = (sample["closeup/plane"][0], sample["closeup/plane"][1 + index], sample["closeup/plane_gallery"])
+    group = sample["closeup/plane_labels"]
     moved = (Series(what, p[:, 0], p[:, 1], groups=group) for what, p in zip(_MOVED, at, strict=True))
     figure = Figure("plane", "", "", tuple(moved))
     drawing = inline(figure, f"plane-{index}", f"embeddings before and after {name}", 2.4, 2.4)

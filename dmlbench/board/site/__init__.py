@@ -24,7 +24,7 @@ from dmlbench.board.site.overview import Entry, anchor, by_dataset, entries, eps
 from dmlbench.board.site.words import words
 from dmlbench.checkpoints import PACKAGE, Checkpoint, checkpoints
 from dmlbench.datasets import DATASETS
-from dmlbench.files import prepare_folder, write_whole
+from dmlbench.files import prepare_folder, write_atomic
 from dmlbench.results import Evaluation, load
 from dmlbench.submission.bundle import SUBMISSIONS
 from dmlbench.submission.record import read_submission
@@ -74,7 +74,7 @@ def write_site(folder: Path, out: Path) -> list[str]:
     files |= {page: text.encode() for page, text in pages.written.items()}
     for name, content in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out / name, content)
+        write_atomic(out / name, content)
     return list(pages.written)
 
 
@@ -102,7 +102,7 @@ def _card(folder: Path, rows: Iterable[Row]) -> Checkpoint | None:
 
 def _front(lists: Mapping[str, list[Entry]]) -> list[dict[str, Any]]:
     """What the front page has under each of its tabs, the first few models of each data set."""
-    found = []
+    boards_shown = []
     for name, pictures in (("Real pictures", True), ("Small pictures", False)):
         groups: list[dict[str, Any]] = []
         for dataset, rows in lists.items():
@@ -123,8 +123,8 @@ def _front(lists: Mapping[str, list[Entry]]) -> list[dict[str, Any]]:
                 )
         if groups:
             columns = [head(c) for c in filled([e for group in groups for e in group["rows"]])]
-            found.append({"id": anchor(name.lower()), "title": name, "groups": groups, "columns": columns})
-    return found
+            boards_shown.append({"id": anchor(name.lower()), "title": name, "groups": groups, "columns": columns})
+    return boards_shown
 
 
 class Pages:

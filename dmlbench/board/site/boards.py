@@ -78,8 +78,8 @@ def title(protocol: str) -> str:
 
 def kind(protocol: str) -> str:
     """The protocol's kind, "" of one that this installation does not know."""
-    found = load_protocol(protocol).kind if protocol in protocol_names() else ""
-    return found if found in KINDS else ""
+    name = load_protocol(protocol).kind if protocol in protocol_names() else ""
+    return name if name in KINDS else ""
 
 
 def row_id(protocol: str, n: int, row: Row) -> str:
@@ -118,7 +118,7 @@ def plot(protocol: str, dataset: str, rows: Sequence[Row]) -> Markup | None:
                     scale * np.array([getattr(r, y) for _, r in there]),
                     None if claimed else scale * np.array([low for low, _ in ends]),
                     None if claimed else scale * np.array([high for _, high in ends]),
-                    told=tuple(
+                    tooltips=tuple(
                         f"{r.model} ({r.status}): {text(r, y, getattr(r, y))}, {TITLES[x]} {text(r, x, getattr(r, x))}"
                         for _, r in there
                     ),

@@ -61,7 +61,7 @@ def _facts(card: Checkpoint) -> list[tuple[str, str]]:
     arch = ", ".join(f"{key} {value}" for key, value in card.arch.kwargs.items())
     size = card.input.size if isinstance(card.input.size, tuple) else (card.input.size, card.input.size)
     made = card.train
-    found = [
+    facts = [
         ("Network", f"{card.arch.builder}{f' ({arch})' if arch else ''}"),
         ("Parameters", f"{card.arch.n_params:,}" if card.arch.n_params else ""),
         ("Embedding", f"{card.arch.embed_dim} numbers, {'on the unit sphere' if card.embedding.normalized else 'of any length'}, "
@@ -77,7 +77,7 @@ def _facts(card: Checkpoint) -> list[tuple[str, str]]:
         ("Seed", "" if made.seed is None else str(made.seed)),
         ("Licence", card.license),
     ]  # fmt: skip
-    return [(name, value) for name, value in found if value]
+    return [(name, value) for name, value in facts if value]
 
 
 def local(file: File) -> Path | None:

@@ -84,26 +84,27 @@ def by_dataset(boards: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[
     ones and those of many models.
 
     The protocols of a data set begin with the one that it is measured by where none is named, and others that give ERS."""
-    found: dict[str, dict[str, list[Row]]] = {}
+    boards_of: dict[str, dict[str, list[Row]]] = {}
     for name, rows in boards.items():
         protocol, _, dataset = name.partition("/")
-        found.setdefault(dataset, {})[protocol] = merged(rows)
+        boards_of.setdefault(dataset, {})[protocol] = merged(rows)
 
     def place(dataset: str) -> tuple[Any, ...]:
-        measured = any(r.status != "claimed" for rows in found[dataset].values() for r in rows)
+        measured = any(r.status != "claimed" for rows in boards_of[dataset].values() for r in rows)
         size = max(DATASETS[dataset].shape[1:]) if dataset in DATASETS else 0
-        models = {r.model for rows in found[dataset].values() for r in rows}
+        models = {r.model for rows in boards_of[dataset].values() for r in rows}
         return not of_pictures(dataset), not measured, -size, -len(models), dataset
 
     def order(dataset: str, protocol: str) -> tuple[Any, ...]:
-        own = dataset in DATASETS and DATASETS[dataset].protocol == protocol
-        return not own, all(r.ers is None for r in found[dataset][protocol]), protocol
+        default = dataset in DATASETS and DATASETS[dataset].protocol == protocol
+        return not default, all(r.ers is None for r in boards_of[dataset][protocol]), protocol
 
     return {
         dataset: {
-            protocol: found[dataset][protocol] for protocol in sorted(found[dataset], key=lambda p: order(dataset, p))
+            protocol: boards_of[dataset][protocol]
+            for protocol in sorted(boards_of[dataset], key=lambda p: order(dataset, p))
         }
-        for dataset in sorted(found, key=place)
+        for dataset in sorted(boards_of, key=place)
     }
 
 
@@ -114,28 +115,28 @@ def of_pictures(dataset: str) -> bool:
 
 def merged(rows: Iterable[Row]) -> list[Row]:
     """The rows, a claim that several tables of a paper repeat only once, with all its sources."""
-    found: dict[tuple[Any, ...], Row] = {}
+    rows_by_key: dict[tuple[Any, ...], Row] = {}
     for n, row in enumerate(rows):
         same = tuple(getattr(row, c) for c in sorted({"arch", "loss", "defense", "paper", *NUMBERS}))
         key = same if row.status == "claimed" else (n,)
-        if key in found:
-            sources = dict.fromkeys([*(found[key].source or "").split("; "), row.source or ""])
-            row = found[key].model_copy(update={"source": "; ".join(s for s in sources if s)})
-        found[key] = row
-    return list(found.values())
+        if key in rows_by_key:
+            sources = dict.fromkeys([*(rows_by_key[key].source or "").split("; "), row.source or ""])
+            row = rows_by_key[key].model_copy(update={"source": "; ".join(s for s in sources if s)})
+        rows_by_key[key] = row
+    return list(rows_by_key.values())
 
 
 def entries(boards: Boards) -> list[Entry]:
     """Every model of a data set once: measured ones by ERS, then those whose rows are all stale, then claims."""
     models = dict.fromkeys(r.model for rows in boards.values() for r in rows if r.status != "retracted")
-    found = [entry for model in models if (entry := _entry(model, boards))]
+    shown_entries = [entry for model in models if (entry := _entry(model, boards))]
 
     def place(e: Entry) -> tuple[Any, ...]:
         best = next((float(e.cells[c].value) for c in ("ers", *BESIDE, "claimed_ers") if e.cells[c].value), None)
         kind = 0 if e.row.status in RANKED else 2 if e.row.status == "claimed" else 1
         return kind, not e.cells["ers"].value, best is None, -(best or 0.0), e.row.model
 
-    return sorted(found, key=place)
+    return sorted(shown_entries, key=place)
 
 
 def filled(rows: Sequence[Entry]) -> list[str]:
@@ -145,8 +146,8 @@ def filled(rows: Sequence[Entry]) -> list[str]:
 
 def eps_of(rows: Iterable[Entry]) -> str:
     """The eps at which all that stands beside ERS was read, "" where it is not the same everywhere."""
-    found = {c.at for e in rows for c in e.cells.values() if c.at}
-    return found.pop() if len(found) == 1 else ""
+    values = {c.at for e in rows for c in e.cells.values() if c.at}
+    return values.pop() if len(values) == 1 else ""
 
 
 def _entry(model: str, boards: Boards) -> Entry | None:
@@ -168,14 +169,14 @@ def _entry(model: str, boards: Boards) -> Entry | None:
         current_ones = [r for r in there if r.status in RANKED] or there
         if current_ones:
             lowest = min(current_ones, key=lambda r: getattr(r, column))
-            found = cell(lowest, column, lowest.status if lowest.status not in RANKED else "")
-            cells[column] = replace(found, at=f"eps {text(lowest, 'eps', lowest.eps)}" if lowest.eps else "")
+            lowest_cell = cell(lowest, column, lowest.status if lowest.status not in RANKED else "")
+            cells[column] = replace(lowest_cell, at=f"eps {text(lowest, 'eps', lowest.eps)}" if lowest.eps else "")
             used.append(lowest)
         else:
             cells[column] = Cell()
     if claims:
-        beside = claims[0].ers is not None and claims[0].status != "claimed"
-        note = f"measured {shown('ers', claims[0].ers)} under {claims[0].protocol}" if beside else ""
+        measured = claims[0].ers is not None and claims[0].status != "claimed"
+        note = f"measured {shown('ers', claims[0].ers)} under {claims[0].protocol}" if measured else ""
         cells["claimed_ers"] = cell(claims[0], "claimed_ers", note)
     flags = dict.fromkeys(f for r in used for f in (r.flags or "").split())
     return Entry(row, cells, tuple(flags), tuple((row.source or "").split("; ")) if row.source else ())

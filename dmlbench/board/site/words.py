@@ -30,7 +30,7 @@ def _begun(sentence: str) -> str:
 
 
 SCORES, PARTS_OF_ERS, STATUS, FLAG = "Scores", "Parts of ERS", "Status", "Flags"
-_OWN = {
+_TERMS = {
     "recall_at_1": Word(
         CLEAN_METRICS["recall_at_1"].title,
         "Recall at 1: the share of queries, in percent, whose nearest image in the gallery is of their class. Where a wrong image "
@@ -95,14 +95,14 @@ _OWN = {
 @cache
 def words() -> dict[str, Word]:
     """Every word by its anchor: a column of the board, ``kind-`` and a kind, ``flag-`` and a flag, ``status-`` and a status."""
-    found = {"ers": Word("ERS", KINDS["ers"].meaning, SCORES), **_OWN}
-    found |= {name: Word(n.title, n.meaning, SCORES) for name, n in numbers().items() if n.meaning}
-    found |= {f"kind-{name}": Word(name, k.meaning, "Kinds of protocol") for name, k in KINDS.items() if k.meaning}
+    terms = {"ers": Word("ERS", KINDS["ers"].meaning, SCORES), **_TERMS}
+    terms |= {name: Word(n.title, n.meaning, SCORES) for name, n in numbers().items() if n.meaning}
+    terms |= {f"kind-{name}": Word(name, k.meaning, "Kinds of protocol") for name, k in KINDS.items() if k.meaning}
     for column, meaning in _parts().items():
         title = next(name for name, begin in PARTS.items() if begin == column)
-        found[f"part-{column}"] = Word(title, meaning, PARTS_OF_ERS)
-    found |= {f"status-{name}": Word(name, f"{_begun(said)}.", STATUS) for name, said in STATUSES.items()}
-    return found | {f"flag-{flag}": Word(flag, meaning, FLAG) for flag, meaning in FLAGS.items()}
+        terms[f"part-{column}"] = Word(title, meaning, PARTS_OF_ERS)
+    terms |= {f"status-{name}": Word(name, f"{_begun(standing)}.", STATUS) for name, standing in STATUSES.items()}
+    return terms | {f"flag-{flag}": Word(flag, meaning, FLAG) for flag, meaning in FLAGS.items()}
 
 
 def word_of(column: str) -> str:
@@ -114,12 +114,12 @@ def word_of(column: str) -> str:
 
 def _parts() -> dict[str, str]:
     """By the beginning of its columns, what each part of ERS does and how it is scored."""
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for protocol in protocol_names():
         for c in load_protocol(protocol).components:
             column = PARTS.get(c.name)
-            if column and column not in found and c.attack == c.name.partition(":")[0]:
+            if column and column not in meanings and c.attack == c.name.partition(":")[0]:
                 read = text(READOUTS[c.readout].read)
                 ends = f"There, {c.worst:g} is a score of 0, and {c.best:g} is one of 100."
-                found[column] = f"{_begun(ATTACKS[c.attack].title)}. What is read is {read} {ends}"
-    return found
+                meanings[column] = f"{_begun(ATTACKS[c.attack].title)}. What is read is {read} {ends}"
+    return meanings

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dmlbench.attacks import ATTACKS, Attack, aim
+from dmlbench.attacks import ATTACKS, Attack, choose_targets
 from dmlbench.embedding import Embedder
 from dmlbench.errors import UsageError
 from dmlbench.fast.sweep import nearest_entries
@@ -146,7 +146,7 @@ def attempt(
     attack = ATTACKS[step.attack]
     if attack.targets:
         attack = replace(attack, k=min(step.aims, most_aims(scene, attack)) if step.aims > 1 else attack.k)
-        scene = aim(attack, scene, rng)
+        scene = choose_targets(attack, scene, rng)
         if turn is not None:
             scene = scene.aimed(scene.chosen[:, [turn % attack.k]])
     if turn is not None:

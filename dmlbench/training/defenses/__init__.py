@@ -171,23 +171,23 @@ def own_defense(text: str) -> str:
     Raises:
         UsageError: no such file or name. DataError: it is neither.
     """
-    own = own_code(text)
-    if own.label in DEFENSES:
-        return own.label
-    found = own.value
-    if not isinstance(found, DefenseEntry):
-        own.require_takes(3, "(learner, batch, inner, *, parameters), nor a DefenseEntry")
+    code = own_code(text)
+    if code.label in DEFENSES:
+        return code.label
+    defense = code.value
+    if not isinstance(defense, DefenseEntry):
+        code.require_takes(3, "(learner, batch, inner, *, parameters), nor a DefenseEntry")
 
         def step(*args: Any, **params: Any) -> Tensor:
-            loss = own.call(*args, **params)
+            loss = code.call(*args, **params)
             right = isinstance(loss, Tensor) and loss.shape == () and loss.requires_grad
-            own.require(right, "did not give a loss to differentiate, a tensor of no dimensions with a gradient")
+            code.require(right, "did not give a loss to differentiate, a tensor of no dimensions with a gradient")
             return loss  # type: ignore[no-any-return]
 
-        step.__signature__ = inspect.signature(found)  # type: ignore[attr-defined]
-        found = DefenseEntry(step, f"own defence {own.name}", losses=())
-    bare = [name for name, default in found.defaults.items() if default is inspect.Parameter.empty]
-    own.require(not bare, f"has a parameter without a default: {', '.join(bare)}")
-    own.called(own.label)
-    DEFENSES.add(own.label, found)
-    return own.label
+        step.__signature__ = inspect.signature(defense)  # type: ignore[attr-defined]
+        defense = DefenseEntry(step, f"own defence {code.name}", losses=())
+    bare = [name for name, default in defense.defaults.items() if default is inspect.Parameter.empty]
+    code.require(not bare, f"has a parameter without a default: {', '.join(bare)}")
+    code.called(code.label)
+    DEFENSES.add(code.label, defense)
+    return code.label

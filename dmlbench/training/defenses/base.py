@@ -58,12 +58,12 @@ class Learner(nn.Module):
         self.criteria = criteria
         self.loss = loss
         self.margin = margin
-        own = list(batch_norms(embedder).values())
-        if norms and not own:
+        network_norms = list(batch_norms(embedder).values())
+        if norms and not network_norms:
             raise UsageError(
                 "the defence keeps separate batch norms for attacked images, and this network has no batch norm"
             )
-        self.norms = nn.ModuleList(nn.ModuleList(copy.deepcopy(norm) for norm in own) for _ in range(norms))
+        self.norms = nn.ModuleList(nn.ModuleList(copy.deepcopy(norm) for norm in network_norms) for _ in range(norms))
         self.register_buffer("previous", torch.tensor(torch.inf))
 
     def through(self, which: int, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
@@ -82,10 +82,10 @@ class Learner(nn.Module):
         labels = batch.labels
         if self.loss != "triplet":
             return self.criteria[0](embeddings, labels)  # type: ignore[no-any-return]
-        found = embeddings.detach()
-        distances = self.embedder.distance.pairwise(found[batch.anchors], found)
+        detached = embeddings.detach()
+        distances = self.embedder.distance.pairwise(detached[batch.anchors], detached)
         stream = batch.stream("outer", batch.anchors)
-        rows = draw(sampling, distances, labels, batch.anchors, found.shape[1], stream, self.margin)
+        rows = draw(sampling, distances, labels, batch.anchors, detached.shape[1], stream, self.margin)
         return self.criteria[0](embeddings, labels, tuple(rows.unbind(1)))  # type: ignore[no-any-return]
 
 

@@ -89,14 +89,14 @@ def eat(learner: Learner, batch: Batch, inner: Inner) -> Tensor:
         labels = batch.labels[split]
         moved = search(learner, batch, inner, batch.images[split], against(m, labels))
         hard.append((moved, labels))
-    whole = search(
+    against_ensemble = search(
         learner,
         batch,
         inner,
         batch.images,
         lambda x: -torch.stack([each(m, x, batch.labels) for m in range(count)]).sum(0),
     )
-    hard.append((whole, batch.labels))
+    hard.append((against_ensemble, batch.labels))
     sizes = [len(x) for x, _ in hard]
     stacked = torch.cat([x for x, _ in hard])
     loss = batch.images.new_zeros(())

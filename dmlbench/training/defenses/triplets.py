@@ -157,8 +157,8 @@ def ca_tride(learner: Learner, batch: Batch, inner: Inner, *, sampling: str = "S
 
     def easier(x: Tensor) -> Tensor:
         e = learner.embedder(x).view(-1, count, fixed.shape[2])
-        whole = torch.cat([e, fixed[:, 1:]] if count == 1 else [fixed[:, :1], e], 1)
-        return -hardness(distance, whole).repeat_interleave(count)
+        triplet = torch.cat([e, fixed[:, 1:]] if count == 1 else [fixed[:, :1], e], 1)
+        return -hardness(distance, triplet).repeat_interleave(count)
 
     moved = search(learner, batch, inner, source, easier).view_as(clean[:, part])
     images = clean.clone()

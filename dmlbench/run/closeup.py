@@ -1,7 +1,7 @@
-"""A few queries seen closely, for a person to look at: what was found before and after each attack.
+"""The close-up of a run: what a few queries retrieve before and after each attack, for the HTML report.
 
-Kept in ``adversarial_sample.npz`` beside the sample itself, under names that begin with ``closeup/``, so
-that a report needs neither the model nor the data set. Nothing of it enters a score.
+It is stored in ``adversarial_sample.npz`` with the adversarial images, under names that begin with ``closeup/``, so
+that a report needs neither the model nor the data set. No score depends on it.
 """
 
 import json
@@ -18,18 +18,18 @@ from dmlbench.errors import DataError
 from dmlbench.run.subject import Subject
 
 QUERIES = 6
-"""How many queries are shown with what they retrieve."""
+"""Queries that are shown with the images they retrieve."""
 TOP = 5
-"""How many retrieved images of each."""
+"""Retrieved images shown for each of them."""
 THUMBNAIL = 48
-"""Side of a retrieved image, if it is larger."""
+"""Longest side of a retrieved image, pixels; larger ones are scaled down."""
 PLANE_QUERIES = 64
 PLANE_GALLERY = 400
-"""How many points the projection has."""
+"""Points of the two-dimensional projection."""
 
 
 def closeup(subject: Subject, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What a person wants to see of a sample of adversarial images.
+    """What the report shows of a sample of adversarial images.
 
     Args:
         subject: the model, the images and the clean scene.
@@ -41,7 +41,7 @@ def closeup(subject: Subject, sample: Mapping[str, np.ndarray]) -> dict[str, np.
 
         - ``closeup/names`` (T,) uint8, the UTF-8 text of a JSON object: ``components``, the P names, and
           ``classes``, the names of the classes below by label (see :func:`names_of`);
-        - ``closeup/place`` (K,) where in the sample the shown queries are;
+        - ``closeup/place`` (K,) positions of the shown queries in the sample;
         - ``closeup/query`` (K, C, H, W) float16 clean images, ``closeup/query_label`` (K,);
         - ``closeup/top`` (1 + P, K, 5) data set rows retrieved by the clean image, then by each attacked one;
         - ``closeup/rows`` (U,), ``closeup/labels`` (U,), ``closeup/images`` (U, C, h, w) uint8 of those;
@@ -100,7 +100,7 @@ def _text(value: Any) -> np.ndarray:
 
 
 def _class_names(subject: Subject, rows: np.ndarray, queries: np.ndarray) -> dict[int, str]:
-    """The names of the classes that are shown, where the data set has names."""
+    """The names of the classes that are shown, if the data set has names."""
     names = subject.dataset.class_names
     labels = np.unique(subject.dataset.labels[np.concatenate([rows, subject.rows[queries]])])
     return {int(label): str(names[label]) for label in labels if 0 <= label < len(names)}
@@ -112,7 +112,7 @@ def _spread(count: int, most: int) -> np.ndarray:
 
 
 def _varied(labels: np.ndarray, most: int) -> np.ndarray:
-    """At most ``most`` positions, in order: one of each class as far as that goes, then a second of each."""
+    """At most ``most`` positions, ascending, of as many classes as possible: first one of each class, then a second of each."""
     earlier = np.array([(labels[:i] == label).sum() for i, label in enumerate(labels)])
     return np.sort(np.lexsort((np.arange(len(labels)), earlier))[:most])
 
@@ -126,7 +126,7 @@ def _embedded(subject: Subject, images: np.ndarray) -> Tensor:
 
 
 def _top(subject: Subject, positions: np.ndarray, embeddings: Float[Tensor, "K D"]) -> np.ndarray:
-    """(K, 5) data set rows of the nearest gallery entries, each query's own left out."""
+    """(K, 5) data set rows of the nearest gallery entries; the query itself is left out."""
     scene = subject.scene[torch.from_numpy(positions).to(subject.device)]
     count = min(TOP, len(scene.gallery) - 1)
     nearest = scene.ranked(embeddings).topk(count, dim=1, largest=False).indices
@@ -135,7 +135,7 @@ def _top(subject: Subject, positions: np.ndarray, embeddings: Float[Tensor, "K D
 
 
 def _axes(embeddings: Float[Tensor, "N D"]) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and the two principal axes (D, 2) of the gallery, each with a sign of its own that does not change."""
+    """Mean (D,) and the two principal axes (D, 2) of the gallery; the sign of each axis is fixed by its largest coordinate."""
     centre = embeddings.mean(0)
     around = (embeddings - centre).double()
     _, vectors = torch.linalg.eigh(around.t() @ around)

@@ -1,9 +1,9 @@
-"""What a model computes, in a few values: by them a run knows whether it goes on with the same model.
+"""The fingerprint of a model, by which a resumed run, a merge or a cache recognises that the model is the same.
 
-A hash of the parameters does not say how images are normalised, which output is taken, or what code runs. So the
-embeddings of a few fixed images, the probe, stand beside it. Floating point differs between processors, so what is
-compared across processes is a few projections of these, within :data:`NEAR`; what is only ever compared on one
-machine (a cache) may hold the very bytes.
+A hash of the parameters does not show how images are normalised, which output is used, or what code runs. So the
+fingerprint also has the embeddings of a few fixed images, the probe. Floating point differs between processors, so
+fingerprints from different processes are compared by a few projections of these embeddings, within :data:`NEAR`; a
+cache, which stays on one machine, compares the exact bytes (:func:`exact`).
 """
 
 import hashlib
@@ -19,15 +19,15 @@ from dmlbench.fast.exact import true_float32
 from dmlbench.models import probe_images
 
 NEAR = 1e-3
-"""How far a number of the probe may be off, relative to its largest: far above what processors differ by."""
+"""The largest accepted difference of two probes, relative to their largest value: far more than processors differ by."""
 IMAGES, DIRECTIONS, PASSES = 2, 8, 3
 
 
 @true_float32()
 def probed(embedder: Embedder) -> Float[Tensor, "b d"] | None:
-    """The embeddings of the probe images; None where passes of them differ, or are NaN or infinite.
+    """The embeddings of the probe images; None if repeated passes differ, or if they are NaN or infinite.
 
-    Randomness that comes from torch is the same at every call, and the caller's streams are left as they were.
+    torch's generators are seeded for the call, and then restored to the caller's state.
     """
     where = embedder.device
     images = probe_images(embedder.input_shape, IMAGES).to(where)
@@ -41,11 +41,11 @@ def probed(embedder: Embedder) -> Float[Tensor, "b d"] | None:
 
 
 def fingerprint(embedder: Embedder) -> dict[str, Any]:
-    """What can be compared across processes and machines; see :func:`alike`.
+    """The fingerprint, comparable across processes and machines (:func:`differing`).
 
     Returns:
         ``arch``; ``normalisation``, mean and std per channel; ``parameters``, a hash of the network's; ``probe``,
-        ``IMAGES`` x ``DIRECTIONS`` numbers, or None where the model gives no steady ones.
+        ``IMAGES`` x ``DIRECTIONS`` numbers, or None if the model's embeddings vary from pass to pass.
     """
     e = probed(embedder)
     return {
@@ -57,7 +57,7 @@ def fingerprint(embedder: Embedder) -> dict[str, Any]:
 
 
 def _projections(e: Float[Tensor, "b d"]) -> list[float]:
-    """Each embedding along a few fixed waves of unit length."""
+    """The projections of each embedding on a few fixed cosine waves of unit length."""
     place = torch.arange(e.shape[1], dtype=torch.float64)
     waves = torch.cos(place[:, None] * torch.arange(1, DIRECTIONS + 1) * 0.7 + 0.3)  # (d, DIRECTIONS)
     projected = e.double() @ (waves / waves.norm(dim=0))
@@ -65,7 +65,7 @@ def _projections(e: Float[Tensor, "b d"]) -> list[float]:
 
 
 def probes_agree(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
-    """Do two probes agree? One that is not known agrees with every other."""
+    """Do two probes agree within :data:`NEAR`? None, an unknown probe, agrees with every other."""
     if a is None or b is None:
         return True
     scale = max((abs(v) for v in (*a, *b)), default=0.0)
@@ -73,7 +73,7 @@ def probes_agree(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
 
 
 def differing(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """The keys in which two configurations differ, sorted; those that end in ``probe`` are compared by :func:`alike`."""
+    """The keys in which two configurations differ, sorted; those that end in ``probe`` are compared by :func:`probes_agree`."""
     return [key for key in sorted({*stored, *expected}) if not _same(key, stored.get(key), expected.get(key))]
 
 
@@ -82,7 +82,7 @@ def _same(key: str, a: Any, b: Any) -> bool:
 
 
 def exact(embedder: Embedder) -> str | None:
-    """A hash for a cache on one machine: any change of the model that shows gives another one; None where passes differ."""
+    """The exact fingerprint, a hash for a cache on one machine: any visible change of the model changes it. None if passes differ."""
     e = probed(embedder)
     if e is None:
         return None

@@ -1,4 +1,4 @@
-"""Clean images on their way to the device: the next batch is read and copied while the present one is worked on."""
+"""Loading of clean images: the next batch is read and copied to the device while the current one is processed."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,15 +17,15 @@ Bounds = tuple[int, int]
 
 
 class Loader:
-    """Batches of images by their bounds, one read ahead by a thread where they are asked for in the order announced.
+    """Batches of images by their bounds. A thread reads one batch ahead as long as they are requested in the announced order.
 
     On CUDA the copy goes from pinned memory over a stream of its own. Use it in a ``with`` block.
 
     Args:
         images: the data set's.
-        rows: (Q,) its rows, which the bounds count.
-        device: where batches are wanted.
-        order: the bounds as they will be asked for; others may be asked for too, and are read when they are.
+        rows: (Q,) data set rows; the bounds are positions in it.
+        device: the device of the batches.
+        order: the bounds in the order in which they will be requested; any others are read on request.
     """
 
     def __init__(self, images: Images, rows: np.ndarray, device: torch.device, order: Sequence[Bounds]) -> None:
@@ -42,7 +42,7 @@ class Loader:
         self.pool.shutdown(cancel_futures=True)
 
     def __call__(self, a: int, b: int) -> Float[Tensor, "b c h w"]:
-        """Images a to b on the device; what reading them raises is raised here."""
+        """Images a to b - 1 on the device; errors of reading them are raised here."""
         if self.ahead and self.ahead[0] == (a, b):
             (_, reading), self.ahead = self.ahead, None
             batch = reading.result()

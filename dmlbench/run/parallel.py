@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: this one's rank, and how many there are."""
+    """The processes of a run: the rank of this one, and their number."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def join(cls, device: torch.device) -> "World":
-        """The world that torchrun's environment describes; one process without it."""
+        """The processes that torchrun's environment variables describe; a single one without them."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
         if not dist.is_initialized():
@@ -29,7 +29,7 @@ class World:
         return cls(dist.get_rank(), dist.get_world_size())
 
     def leave(self) -> None:
-        """End the group."""
+        """Leave the process group."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

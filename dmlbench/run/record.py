@@ -1,4 +1,4 @@
-"""What a result says of the model, the images and the machine it was measured with."""
+"""The parts of a result that describe the model, the data set, the protocol and the machine."""
 
 import platform
 import sys
@@ -17,7 +17,7 @@ from dmlbench.version import __version__
 
 
 def model_info(embedder: Embedder) -> ModelInfo:
-    """What the record says of the model."""
+    """The record of the model."""
     card = embedder.card
     with torch.no_grad():
         shape = (2, *embedder.input_shape)
@@ -42,7 +42,7 @@ def model_info(embedder: Embedder) -> ModelInfo:
 
 
 def dataset_info(subject: Subject) -> DatasetInfo:
-    """What the record says of the images."""
+    """The record of the data set."""
     d = subject.dataset
     return DatasetInfo(
         name=d.name,
@@ -55,7 +55,7 @@ def dataset_info(subject: Subject) -> DatasetInfo:
 
 
 def counts(dataset: RetrievalDataset) -> dict[str, int]:
-    """How many queries, gallery images and classes a data set has, as the record names them."""
+    """The number of queries, gallery images and classes of a data set, by the record's field names."""
     return {
         "n_queries_full": len(dataset.query),
         "n_gallery": len(dataset.gallery),
@@ -64,7 +64,7 @@ def counts(dataset: RetrievalDataset) -> dict[str, int]:
 
 
 def protocol_info(official: Protocol, run: Protocol, seed: int, shape: Sequence[int]) -> ProtocolInfo:
-    """What the record says of the protocol, and of its adversary as it is run on images of a shape."""
+    """The record of the protocol, with the norm and eps that it uses on images of this shape."""
     sizes = run.sizes(shape)
     return ProtocolInfo(
         name=official.name,
@@ -84,7 +84,7 @@ def environment(
     compiled: bool = False,
     notes: Sequence[str] = (),
 ) -> Environment:
-    """Software and machine, and how gradients were made."""
+    """The record of software, device, and how gradients were computed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return Environment(
         dmlbench=__version__,

@@ -1,6 +1,6 @@
-"""One search: an attack, an optimizer and a threat, run on every query in batches.
+"""A search: an attack, an optimizer and a threat, run on all queries in batches.
 
-Components that share all three share the search. Targets are chosen for all queries before the first
+Components that agree in all three share one search. Targets are chosen for all queries before the first
 step, so they do not depend on batches, on other attacks or on which queries are measured.
 """
 
@@ -25,12 +25,12 @@ from dmlbench.scene import Scene
 from dmlbench.threat import Threat
 
 LARGE = 4096
-"""Numbers in an image above which it is large: 64x64 grey."""
+"""Values in an image (channels x height x width) above which it counts as large: 64x64 grey."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """One search that one or more components read: an attack, an optimizer, a threat."""
+    """One search, whose adversarial images one or more components read."""
 
     attack: str
     optimizer: str
@@ -39,12 +39,12 @@ class Search:
 
     @property
     def name(self) -> str:
-        """The components it serves, as a person reads them."""
+        """The names of its components, for messages."""
         return " ".join(c.name for c in self.components)
 
 
 def searches(protocol: Protocol, components: Sequence[Component]) -> list[Search]:
-    """The searches that serve the components, each run once."""
+    """The searches that the components need, each of them once."""
     groups: dict[tuple[str, str, Threat], list[Component]] = {}
     for c in components:
         groups.setdefault((c.attack, c.optimizer, protocol.threat_of(c)), []).append(c)
@@ -52,7 +52,7 @@ def searches(protocol: Protocol, components: Sequence[Component]) -> list[Search
 
 
 def aimed(subject: Subject, search: Search, seed: int) -> Scene:
-    """The whole scene with the search's targets, chosen in blocks of fixed size."""
+    """The scene of all queries with the search's targets, which are chosen in blocks of fixed size."""
     rng = subject.rng(seed, "targets", search.attack)
     blocks = [slice(a, a + EMBED_BLOCK) for a in range(0, len(subject.rows), EMBED_BLOCK)]
     chosen = torch.cat([choose_targets(ATTACKS[search.attack], subject.scene[s], rng[s]).chosen for s in blocks])
@@ -62,9 +62,9 @@ def aimed(subject: Subject, search: Search, seed: int) -> Scene:
 def auto_batch(
     dataset: RetrievalDataset, device: torch.device, embedder: Embedder | None = None, world: World | None = None
 ) -> int:
-    """Queries attacked at a time: what keeps a CPU's caches busy; on a GPU as many as its memory holds.
+    """Queries attacked at a time: few enough for a CPU's caches, or as many as a GPU's memory holds.
 
-    With an ``embedder``, a GPU's memory is probed once, and all processes of ``world`` take the first one's answer.
+    With an ``embedder`` the GPU's memory is probed once, and all processes of ``world`` use the leader's result.
     """
     large = int(np.prod(dataset.images.shape)) > LARGE
     if device.type != "cuda":
@@ -76,7 +76,7 @@ def auto_batch(
 
 
 def fitting(ready: Embedder, dataset: RetrievalDataset, device: torch.device) -> int:
-    """The power of two of queries whose attack takes at most half of the GPU's free memory, from two measured sizes."""
+    """The largest batch size, a power of two, that takes at most half of the GPU's free memory; estimated from two batches."""
     peaks = []
     sizes = (4, 12)
     for size in sizes:
@@ -91,7 +91,7 @@ def fitting(ready: Embedder, dataset: RetrievalDataset, device: torch.device) ->
 
 
 def batches(count: int, size: int, first: int = 0) -> Iterator[tuple[int, int]]:
-    """Bounds of consecutive batches of what ``first`` leaves of ``count``."""
+    """Bounds (first, last + 1) of consecutive batches of the positions ``first`` to ``count`` - 1."""
     for a in range(first, count, size):
         yield a, min(a + size, count)
 
@@ -107,11 +107,16 @@ def run_search(
     first: int = 0,
     keep: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
-    """Attack every query, or those from position ``first`` on: per-query arrays by name, and the adversarial images of the
-    sample, which is at the positions ``keep``, by default :func:`~dmlbench.run.subject.sample_positions`.
+    """Attack every query, or those from position ``first`` on.
 
-    "seconds" (units,) is what each batch took, "nonfinite" (units,) how many gradients of single images were NaN or
-    infinite there. None where ``work`` is a shard and others are not done.
+    Args:
+        keep: positions of the queries whose adversarial images are returned, by default
+            :func:`~dmlbench.run.subject.sample_positions`.
+
+    Returns:
+        Arrays by name, and the adversarial images at ``keep``; None if ``work`` is a shard and other shards are unfinished.
+        The arrays are each read-out and "norm" (Q,), "targets" (Q, k), and by batch "seconds" and "nonfinite", the number of
+        images' gradients that were NaN or infinite.
     """
     attack, optimizer = ATTACKS[search.attack], OPTIMIZERS[search.optimizer]
     scene = aimed(subject, search, seed)
@@ -158,13 +163,13 @@ def run_search(
 
 @dataclass(frozen=True)
 class Attacked:
-    """What searches made of consecutive queries.
+    """The results of searches on consecutive queries.
 
     Attributes:
-        arrays: ``<component>/value``, ``norm`` and ``targets`` (Q, ...).
-        sample: by component the adversarial images that are kept.
+        arrays: ``<component>/value``, ``<component>/norm`` (Q,) and ``<component>/targets`` (Q, k).
+        sample: by component the adversarial images that are stored.
         seconds: by component.
-        nonfinite: gradients of single images that were NaN or infinite.
+        nonfinite: the number of images' gradients that were NaN or infinite.
     """
 
     arrays: dict[str, np.ndarray]
@@ -173,7 +178,7 @@ class Attacked:
     nonfinite: int
 
     def and_then(self, more: "Attacked") -> "Attacked":
-        """With what the same searches made of the queries that follow."""
+        """These results followed by those of the same searches on the next queries."""
 
         def both(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             return {name: np.concatenate([a[name], b[name]]) for name in a}
@@ -198,7 +203,7 @@ def run_searches(
     first: int = 0,
     keep: np.ndarray | None = None,
 ) -> Attacked:
-    """Every search, one after another, as :func:`run_search`; where ``work`` is a shard, those of which all is known."""
+    """Every search, one after another, by :func:`run_search`; if ``work`` is a shard, only those whose batches are all finished."""
     out = Attacked({}, {}, {}, 0)
     for search in planned:
         if on_search:
@@ -223,11 +228,10 @@ def joined(units: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def shrunk(unit: Callable[[int, int, int], dict[str, np.ndarray]], size: int, a: int, b: int) -> dict[str, np.ndarray]:
-    """``unit(size, a, b)``, which takes ``size`` queries at a time, or half as many as long as the GPU's memory does not
-    hold them.
+    """``unit(size, a, b)``, which processes ``size`` queries at a time; ``size`` is halved until the GPU's memory suffices.
 
     Raises:
-        DataError: not even one query fits beside the images of all.
+        DataError: the memory does not hold all images and one query's pass.
     """
     try:
         return unit(size, a, b)
@@ -239,7 +243,7 @@ def shrunk(unit: Callable[[int, int, int], dict[str, np.ndarray]], size: int, a:
 
 
 def halved(unit: Callable[[int, int], dict[str, np.ndarray]], a: int, b: int) -> dict[str, np.ndarray]:
-    """``unit(a, b)``, in halves where the GPU's memory does not hold it whole.
+    """``unit(a, b)``, computed in halves if it does not fit in the GPU's memory.
 
     Raises:
         DataError: not even one query fits.

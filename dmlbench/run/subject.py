@@ -1,7 +1,7 @@
-"""Who is measured on what: a frozen model, the queries, and the scene that every search starts from.
+"""The subject of a run: the frozen model, the queries, and the clean scene from which every search starts.
 
-Everything clean is embedded once, in blocks whose size does not depend on the batch size, so that
-clean embeddings, and the targets chosen from them, are exactly the same at any batch size.
+Clean images are embedded once, in blocks whose size does not depend on the batch size, so that the
+embeddings, and the targets chosen from them, are exactly the same at any batch size.
 """
 
 from dataclasses import dataclass, replace
@@ -29,17 +29,17 @@ from dmlbench.version import __version__
 EMBED_BLOCK = 256
 """Images embedded at a time, whatever the batch size: it fixes the rounding of the clean embeddings."""
 SAMPLE = 256
-"""How many queries' adversarial images a run keeps, at most ..."""
+"""Queries whose adversarial images a run stores, at most ..."""
 SAMPLE_BYTES = 4 << 20
-"""... and how many bytes of them an attack."""
+"""... and bytes of these images for each attack, at most."""
 
 
 @runtime_checkable
 class Progress(Interface):
-    """Who wants to know how far a run is."""
+    """Receives how far a run has come, for example to draw a progress bar."""
 
     def start(self, task: str, total: int) -> None:
-        """``task`` begins and has ``total`` images to do."""
+        """``task`` begins; it has ``total`` images."""
         ...
 
     def advance(self, task: str, count: int) -> None:
@@ -48,7 +48,7 @@ class Progress(Interface):
 
 
 class Silent:
-    """Nobody wants to know."""
+    """A :class:`Progress` that shows nothing."""
 
     def start(self, task: str, total: int) -> None:
         """Ignore."""
@@ -64,7 +64,10 @@ class Subject:
     Attributes:
         embedder: frozen, on its device.
         rows: (Q,) data set rows of the queries measured.
-        scene: all of them, aimed at nobody.
+        scene: all of these queries, without targets.
+        surrogate: another model on the same queries, on which the adversarial images are made instead (transfer).
+        undefended: the model without its test-time defence, if a step of the protocol makes its images on it.
+        all_queries: (Q', D) clean embeddings of every query of the data set, measured or not.
     """
 
     embedder: Embedder
@@ -72,14 +75,11 @@ class Subject:
     rows: np.ndarray
     scene: Scene
     surrogate: "Subject | None" = None
-    """another model on the same queries, on which adversarial images are made instead"""
     undefended: "Subject | None" = None
-    """the model without its defence at test time, where a step of the protocol makes its images on it"""
-    asked: Tensor | None = None
-    """(Q', D) clean embeddings of every query of the data set, measured or not"""
+    all_queries: Tensor | None = None
 
     def __getitem__(self, index: slice | np.ndarray) -> "Subject":
-        """The same models on some of the queries, by position."""
+        """The same models with some of the queries, by position."""
         at = index if isinstance(index, slice) else torch.from_numpy(index).to(self.device)
         other = None if self.surrogate is None else self.surrogate[index]
         plain = None if self.undefended is None else self.undefended[index]
@@ -87,11 +87,11 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where everything happens."""
+        """The device of the model, on which everything is computed."""
         return self.embedder.device
 
     def rng(self, *parts: object) -> Rng:
-        """Streams for every query, by data set row."""
+        """A random stream for every query, by data set row."""
         return Rng(seed_of(*parts), torch.from_numpy(self.rows).to(self.device))
 
     def images(self, a: int, b: int) -> Tensor:
@@ -101,7 +101,11 @@ class Subject:
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:n``, checked."""
+    """The device named ``auto`` (CUDA if available), ``cpu``, ``cuda`` or ``cuda:n``.
+
+    Raises:
+        UsageError: no such device.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -125,7 +129,7 @@ def query_order(count: int) -> np.ndarray:
 
 
 def measured_queries(count: int, limit: int | None = None) -> np.ndarray:
-    """(n,) which of ``count`` queries are measured, ascending: all, or the first ``limit`` of :func:`query_order`."""
+    """(n,) positions of the measured queries among ``count``, ascending: all, or the first ``limit`` of :func:`query_order`."""
     return np.sort(query_order(count)[: count if limit is None else limit])
 
 
@@ -150,10 +154,10 @@ def embed(embedder: Embedder, dataset: RetrievalDataset, rows: np.ndarray, progr
 
 
 def require_shape(embedder: Embedder, dataset: RetrievalDataset) -> None:
-    """Refuse images of another shape than the model takes.
+    """Raise unless the images have the shape that the model takes.
 
     Raises:
-        UsageError: both shapes are named.
+        UsageError: they do not; it names both shapes.
     """
     if tuple(dataset.images.shape) != tuple(embedder.input_shape):
         raise UsageError(
@@ -163,7 +167,7 @@ def require_shape(embedder: Embedder, dataset: RetrievalDataset) -> None:
 
 
 def unembedded(dataset: RetrievalDataset, positions: np.ndarray | None = None) -> Scene:
-    """Some queries, by default the first, before their gallery, every embedding zero: enough to see whom an attack can be aimed at."""
+    """A scene of some queries, by default the first, whose embeddings are all zero: enough to see which targets an attack may have."""
     positions = np.zeros(1, dtype=np.int64) if positions is None else positions
     apart, row = dataset.apart, dataset.query[positions]
     everyone = torch.from_numpy(dataset.labels[dataset.gallery])
@@ -198,13 +202,18 @@ def prepare(
 ) -> Subject:
     """Freeze the model, embed gallery and queries, and choose which queries are measured.
 
-    ``order`` names the queries instead of ``limit``, by position and in this order. ``gradients`` is a model whose ``precision`` and ``compiled`` count instead of this one's own. ``part`` tells
-    apart the models that one ``work`` keeps embeddings of. ``shared`` is what earlier calls for the same models and
-    data set have embedded, and gets what this one does.
+    Args:
+        limit: the number of queries; None for all.
+        order: positions of the queries, in this order, instead of ``limit``.
+        work: where clean embeddings are saved and read again.
+        cache: also keep them in the cache folder, for later runs.
+        gradients: a model whose ``precision`` and ``compiled`` are used instead of those of ``embedder``.
+        part: the name of this model's embeddings in ``work``, which may hold those of several models.
+        shared: embeddings that earlier calls with the same models and data set have made; those of this call are added.
 
     Raises:
-        UsageError: the model takes images of another shape, ``limit`` is not positive, or the device is not made
-            for the precision.
+        UsageError: the model takes images of another shape, ``limit`` is not positive, or the device does not support
+            the precision.
     """
     require_shape(embedder, dataset)
     if limit is not None and limit < 1:
@@ -248,11 +257,11 @@ def prepare(
         groups=None if apart is None else column(apart[rows]),
         query=column(rows),
     )
-    return Subject(ready, dataset, rows, scene, asked=at(dataset.query))
+    return Subject(ready, dataset, rows, scene, all_queries=at(dataset.query))
 
 
 def sample_positions(subject: Subject, most: int = SAMPLE) -> np.ndarray:
-    """Which queries' adversarial images are kept: the first ``most`` of :func:`query_order` that are measured."""
+    """(S,) positions of the queries whose adversarial images are stored: the first ``most`` of :func:`query_order` that are measured."""
     image = 4 * int(np.prod(subject.dataset.images.shape))
     count = min(most, max(1, SAMPLE_BYTES // image), len(subject.rows))
     order = subject.dataset.query[query_order(len(subject.dataset.query))]

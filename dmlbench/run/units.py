@@ -1,9 +1,9 @@
-"""Finished pieces of a run on disk, and who does which.
+"""Units of work: how a run is cut into pieces that are saved as they finish, and which process computes which.
 
-A unit is one search on one batch of queries, or on all of them. ``RUN/units/`` holds ``configuration.json``, which says
-what is being measured, and one npz file a unit, each written whole or not at all. A run that was killed
-goes on from there; a unit that cannot be read is done again. :class:`Work` deals units out to the
-processes of a ``torchrun``, to the shards of a job array, or to the one process there is.
+A unit is one search on one batch of queries, or on all of them. ``RUN/units/`` holds ``configuration.json``, the
+configuration of the run, and one npz file for each finished unit, written atomically. A run that was killed resumes
+from these files; a unit whose file cannot be read is computed again. :class:`Work` assigns units to the processes of a
+``torchrun``, to the shards of a job array, or to the only process.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ from dmlbench.run.parallel import World
 
 Arrays = dict[str, np.ndarray]
 Unit = tuple[str, int, int]
-"""What is searched, and the bounds of the batch."""
+"""The name of the search, and the first and last + 1 query of the batch."""
 
 
 def refuse_other(stored: Mapping[str, Any], expected: Mapping[str, Any], where: Path, mend: str = "") -> None:
-    """Raise unless two configurations are the same; ``mend`` is what can be done.
+    """Raise unless two configurations are equal; ``mend`` tells the user what to do about it.
 
     Raises:
         NotComparable: they differ; the message names every differing key.
@@ -47,7 +47,7 @@ def refuse_other(stored: Mapping[str, Any], expected: Mapping[str, Any], where: 
 
 
 def _short(value: Any) -> str:
-    """A value as an error message shows it: a list by its items, hashes cut."""
+    """A value as an error message shows it: the items of a list, hashes shortened."""
     if isinstance(value, list | tuple):
         return ", ".join(map(_short, value)) or "nothing"
     text = value if isinstance(value, str) else json.dumps(value)
@@ -62,16 +62,16 @@ class Units:
 
     @property
     def head(self) -> Path:
-        """Where the configuration lies."""
+        """The file of the configuration."""
         return self.folder / "configuration.json"
 
     @property
     def mend(self) -> str:
-        """What a user can do whose run is not the one that is kept."""
+        """What the user can do if the folder holds another run."""
         return f"remove {self.folder} to begin anew, or name another --out"
 
     def configuration(self) -> dict[str, Any] | None:
-        """What the run on disk measures, None where there is none.
+        """The configuration of the run on disk; None if there is none.
 
         Raises:
             DataError: the file is there and cannot be read.
@@ -84,12 +84,12 @@ class Units:
             raise DataError(f"{self.head} cannot be read: {error}; remove {self.folder} to begin anew") from None
 
     def begin(self, configuration: Mapping[str, Any]) -> None:
-        """Make the folder and write what the run measures."""
+        """Make the folder and write the run's configuration."""
         prepare_folder(self.folder)
         write_atomic(self.head, json_bytes(dict(configuration)))
 
     def path(self, unit: Unit) -> Path:
-        """The file of a unit: readable, and different for every name."""
+        """The file of a unit; its name is readable and unique."""
         name, a, b = unit
         digest = hashlib.sha256(name.encode()).hexdigest()[:16]
         return self.folder / f"{re.sub(r'[^A-Za-z0-9+=-]+', '_', name)[:20]}.{digest}.{a:07d}-{b:07d}.npz"
@@ -105,7 +105,7 @@ class Units:
             return None
 
     def put(self, unit: Unit, arrays: Arrays) -> None:
-        """Keep a finished unit.
+        """Save a finished unit.
 
         Raises:
             DataError: it cannot be written, e.g. because the disk is full.
@@ -113,15 +113,15 @@ class Units:
         write_atomic(self.path(unit), npz_bytes(arrays))
 
     def searched(self) -> bool:
-        """Is a search's unit kept, which alone says how long it took? What is done once for all of them is not one."""
+        """Is a unit of a search on disk? Units that are computed once for all searches (clean embeddings) do not count."""
         return next(self._seconds(), None) is not None
 
     def spent(self) -> float:
-        """Seconds that the kept units of searches took, in whatever process."""
+        """Seconds spent on the saved units of searches, summed over all processes."""
         return sum(self._seconds(), 0.0)
 
     def _seconds(self) -> Iterator[float]:
-        """What each kept unit of a search took; damaged files are left out, as they are done again."""
+        """Seconds of each saved unit of a search; damaged files are skipped, since they are computed again."""
         for path in sorted(self.folder.glob("*.npz")):
             with (
                 suppress(OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error),
@@ -139,9 +139,9 @@ class Units:
 
 
 def remembered(name: str, count: int, compute: Callable[[], Arrays]) -> Arrays:
-    """Arrays from the cache folder, else computed and kept there; ``name`` says everything they depend on.
+    """Arrays from the cache folder, or computed and saved there; ``name`` must state everything that they depend on.
 
-    The cache is ``embeddings/`` under ``DMLBENCH_CACHE`` or ``~/.cache/dmlbench``. A damaged file is made again.
+    The cache is ``embeddings/`` under ``DMLBENCH_CACHE`` or ``~/.cache/dmlbench``. A damaged file is computed again.
     """
     store = Units(cache_folder() / "embeddings")
     arrays = store.get((name, 0, count))
@@ -154,7 +154,7 @@ def remembered(name: str, count: int, compute: Callable[[], Arrays]) -> Arrays:
 
 @dataclass(frozen=True)
 class Shard:
-    """The ``index``-th of ``count`` parts of the work, from 1."""
+    """The ``index``-th of ``count`` shards of the work, from 1."""
 
     index: int
     count: int
@@ -170,13 +170,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Work:
-    """Who does which unit, and where finished ones are kept.
+    """Which process computes which unit, and where finished ones are saved.
 
     Attributes:
-        units: on disk, or None where nothing is kept.
-        world: the processes that do the work together and share what they find.
-        shard: this run's part of the work, which leaves the rest undone; None for all of it.
-        gather: take only what is kept; a unit that is not is an error.
+        units: the units on disk; None if nothing is saved.
+        world: the processes of a ``torchrun``, which share the units among them and exchange results.
+        shard: the part of the units that this run computes, the others being left to other runs; None for all of them.
+        gather: only read saved units (``dmlbench merge``); a missing one is an error.
     """
 
     units: Units | None = None
@@ -185,11 +185,11 @@ class Work:
     gather: bool = False
 
     def agree(self, configuration: Mapping[str, Any], resume: bool) -> None:
-        """Write what this run measures, or check that what is kept measures the same.
+        """Save this run's configuration, or check that the saved one is the same.
 
         Raises:
-            NotComparable: it does not.
-            UsageError: an unfinished run is there and ``resume`` was not asked for.
+            NotComparable: it is not.
+            UsageError: there is an unfinished run, and ``resume`` is False.
         """
         if self.units is None:
             return
@@ -209,7 +209,7 @@ class Work:
             refuse_other(self.units.configuration() or {}, configuration, self.units.folder.parent)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has reached this call."""
         if self.world.size > 1:
             import torch.distributed as dist
 
@@ -218,9 +218,9 @@ class Work:
     def once(
         self, name: str, count: int, compute: Callable[[], Arrays], shared: dict[str, Arrays] | None = None
     ) -> Arrays:
-        """The arrays of something that is not divided: read where they are kept, else computed, and kept by the leader.
+        """The arrays of a unit that is not split into batches: read from disk, or computed by every process and saved by the leader.
 
-        ``shared`` holds what other runs have made of the same thing, by name and count, and gets what this one makes.
+        ``shared`` holds the arrays that other calls have computed, by name and count; those of this call are added to it.
         """
         unit = (name, 0, count)
         arrays = self.units.get(unit) if self.units else None
@@ -234,7 +234,7 @@ class Work:
         return arrays
 
     def mine(self, position: int) -> bool:
-        """Is the unit at this position of a list for this process to do?"""
+        """Does this process compute the unit at this position of a list?"""
         if self.shard and position % self.shard.count != self.shard.index - 1:
             return False
         position //= self.shard.count if self.shard else 1
@@ -247,13 +247,13 @@ class Work:
         compute: Callable[[int, int], Arrays],
         done: Callable[[int], None] = lambda count: None,
     ) -> list[Arrays | None]:
-        """The arrays of one search's batches, in order: :meth:`each`, None where a batch is another shard's.
+        """The arrays of one search's batches in order, by :meth:`each`; None for a batch that belongs to another shard.
 
         Args:
-            name: what is searched; with the bounds it names the unit.
+            name: of the search; with the bounds it identifies the unit.
             bounds: first and last + 1 query of each unit.
-            compute: the arrays of the queries a to b.
-            done: told how many queries have just been finished.
+            compute: (a, b) to the arrays of queries a to b.
+            done: called with the number of queries that have just been finished.
         """
         units = {position: (name, a, b) for position, (a, b) in enumerate(bounds)}
         results = self.each(name, units, lambda position: compute(*bounds[position]), done)
@@ -266,19 +266,19 @@ class Work:
         compute: Callable[[int], Arrays],
         done: Callable[[int], None] = lambda count: None,
     ) -> dict[int, Arrays]:
-        """The arrays of every unit by position: read where they are kept, else computed where they are mine.
+        """The arrays of every unit by position: read from disk, or computed by the process to which the unit belongs (:meth:`mine`).
 
-        Each unit also holds ``seconds`` (1,), what it took. With several processes all of them return all
-        units; under a shard those of other shards are left out unless they are kept already.
+        Each unit also holds ``seconds`` (1,), the time it took. With several processes all of them return all
+        units; a shard leaves out the units of other shards unless they are on disk already.
 
         Args:
-            what: what the units are of, for messages.
-            units: by position, which says whose each one is.
-            compute: the arrays of the unit at a position.
-            done: told how many queries have just been finished.
+            what: name of the units in messages.
+            units: by position, which decides to whom each one belongs.
+            compute: a position to the arrays of its unit.
+            done: called with the number of queries that have just been finished.
 
         Raises:
-            DataError: only what is kept may be taken, and a unit is not.
+            DataError: ``gather`` is True and a unit is not on disk.
         """
         results: dict[int, Arrays] = {}
         for position, unit in units.items():
@@ -303,7 +303,7 @@ class Work:
         return dict(sorted(results.items()))
 
     def _exchange(self, results: dict[int, Arrays]) -> list[dict[int, Arrays]]:
-        """What every process of the world has found."""
+        """The results of every process."""
         if self.world.size == 1:
             return []
         import torch.distributed as dist
@@ -314,11 +314,11 @@ class Work:
 
 
 def shared_by(folders: Sequence[Path]) -> dict[str, Any]:
-    """The configuration that several shards' run folders share.
+    """The configuration of several shards' run folders, which must be the same in all of them.
 
     Raises:
         DataError: a folder has no units.
-        NotComparable: two of them measure different things.
+        NotComparable: two configurations differ.
     """
     first: dict[str, Any] | None = None
     for folder in folders:
@@ -333,14 +333,14 @@ def shared_by(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def collect(folders: Sequence[Path], into: Units) -> dict[str, Any]:
-    """Bring the units of several shards' run folders together.
+    """Copy the units of several shards' run folders into one folder.
 
     Returns:
-        The configuration that they share.
+        Their common configuration.
 
     Raises:
         DataError: a folder has no units.
-        NotComparable: two of them, or one and what ``into`` holds, measure different things.
+        NotComparable: the configurations of two of them, or of one and ``into``, differ.
     """
     shared, held = shared_by(folders), into.configuration()
     if held is None:

@@ -164,10 +164,10 @@ class Standing:
 
 def clean_distances(subject: Subject, pairs: Drawn) -> Float[np.ndarray, "Q 2"]:
     """The distance of each pair, NaN where there is none, of all queries that the protocol measures."""
-    assert subject.asked is not None
+    assert subject.all_queries is not None
     out = np.full(pairs.partner.shape, np.nan, dtype=np.float32)
-    order = measured_queries(len(subject.asked), len(pairs.fold))
-    probes = subject.asked[torch.from_numpy(order).to(subject.device)]
+    order = measured_queries(len(subject.all_queries), len(pairs.fold))
+    probes = subject.all_queries[torch.from_numpy(order).to(subject.device)]
     for side in range(len(SIDES)):
         there = np.flatnonzero(pairs.partner[:, side] >= 0)
         partner = torch.from_numpy(pairs.partner[there, side]).to(subject.device)

@@ -42,7 +42,7 @@ _HOMES = {
     "report": "board.report",
     "train": "training.loop",
 }
-"""Public names by the module that they are in, which is imported when one of them is first asked for."""
+"""Public names by the module that they are in, which is imported when one of them is first accessed."""
 
 __all__ = [
     "ATTACKS",

@@ -170,10 +170,10 @@ def require_decision(attack: str, optimizer: str) -> None:
 
 
 def own_attacks(names: Sequence[str]) -> list[str]:
-    """``names``, with the name that its table has it by for each ``FILE.py:NAME[@optimizer]``, which is read and added here.
+    """Register the user's attacks: ``names`` with each ``FILE.py:NAME[@optimizer]`` replaced by its name in :data:`ATTACKS`.
 
-    NAME is an :class:`Attack`, whose objective may be a function of the same file, or an objective: then the attack aims at
-    nobody and is read by R@1.
+    NAME is an :class:`Attack`, whose objective may be a function of the same file, or an objective: then the attack has no
+    targets and is read by R@1.
 
     Raises:
         UsageError: no such file or name. DataError: it is neither, or fails.
@@ -228,7 +228,7 @@ def _objective(own: OwnCode) -> str:
 
 
 def choose_targets(attack: Attack, scene: Scene, rng: Rng) -> Scene:
-    """The scene with this attack's targets chosen."""
+    """The scene with this attack's targets in ``chosen``."""
     if not attack.targets:
         return scene.aimed(scene.row.new_zeros(len(scene), 0))
     return scene.aimed(TARGETS[attack.targets](scene, attack.k, rng))
@@ -259,10 +259,10 @@ class AttackLoss:
 
     @property
     def steady(self) -> bool:
-        """Is an image's gradient the same each time, to the bit, whichever others are beside it?
+        """Is an image's gradient the same at every call, to the bit, whichever images are in its batch?
 
-        Said of float32 on a CPU, whose products treat rows alike, and of a model that showed no doubtful behaviour: not of
-        one that is random, or whose images depend on their batch.
+        True for float32 on a CPU, where matrix products do not depend on the other rows, and for a model without doubtful
+        behaviour: not for one that is random, or whose outputs depend on the batch.
         """
         e = self.embedder
         plain = e.device.type == "cpu" and e.precision == "float32" and e.steps is None
@@ -289,7 +289,7 @@ def measure(
 
     Raises:
         AssertionError: an image left the ball or [0, 1]; an optimizer is at fault.
-        DataError: the model gives NaN or infinite embeddings for one: neither right nor wrong can be said of it.
+        DataError: an embedding is NaN or infinite, so the answer is neither right nor wrong.
     """
     with torch.no_grad():
         inside = threat.contains(adversarial, images)

@@ -75,7 +75,7 @@ class File(_Record):
 
     ``hash`` is what its publisher says of it where that is no whole sha256: a kind and the first digits or all of
     them, such as ``"sha256:f37072fd"`` or ``"md5:e82633"``. A file without ``sha256`` is trusted when it is first
-    fetched: its sha256 is kept beside it, and a later copy has to be the same.
+    fetched: its sha256 is stored with it, and later copies must have the same.
     """
 
     path: str | None = None

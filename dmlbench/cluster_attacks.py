@@ -58,7 +58,7 @@ class SharedInformation:
 
     Attributes:
         centres: (S, k, D) the centroids of S k-means.
-        gain: (S, classes, k) what stands beside p(c|x~) above.
+        gain: (S, classes, k) the factor of p(c|x~) above.
         temperature: in units of distance.
     """
 

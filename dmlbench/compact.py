@@ -1,7 +1,7 @@
 """The arrays of a run in the least room that gives them back exactly: what a bundle on the board holds.
 
 Outcomes become a table (:func:`tabulated`): arrays of one type lie in one array, so that a compressor sees what they share, and
-queries of one class beside each other, since they end alike. Percentages that are ``k`` of ``n`` are kept as ``k``. Adversarial images
+queries of one class next to each other, since their outcomes are similar. Percentages that are ``k`` of ``n`` are stored as ``k``. Adversarial images
 become indices (:func:`stacked`) into the few values that their pixels take. Bundles made before the table
 hold each array for itself, in its smallest type (:func:`narrowed`); they are read by the same function.
 """

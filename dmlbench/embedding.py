@@ -135,7 +135,7 @@ class Embedder(nn.Module):
         doubts: (flag, sentence) of what makes its numbers mean less than they say.
         front: what is done to images (b, C, H, W) in [0, 1] before mean and std: to (b, C, H, W), or to (b k, C, H, W),
             of which the network's outputs are averaged for each image. See :mod:`dmlbench.models.defended`.
-        eot: passes that an attack averages unless it is told otherwise, where ``front`` is random; else None.
+        eot: passes that an attack averages by default, if ``front`` is random; else None.
         lipschitz: L of which its author claims ``|f(x) - f(x')|₂ ≤ L |x - x'|₂``, f being the embeddings as they are compared and x pixels
             in [0, 1]; None where nothing is claimed.
     """
@@ -314,7 +314,7 @@ def disagreement(embeddings: Iterable[Float[Tensor, "b d"]], scale: Tensor | Non
 
 
 def require_finite(embeddings: Float[Tensor, "b d"], name: str, images: str = "images") -> None:
-    """Refuse embeddings that no distance can be told of.
+    """Raise if an embedding is NaN or infinite, so that it has no distances.
 
     Raises:
         DataError: one of them is NaN or infinite.

@@ -99,8 +99,8 @@ def sweep(folder: Path) -> None:
 def lock(path: Path, busy: DmlbenchError | None = None) -> Iterator[bool]:
     """Keep every other process (and thread) that locks ``path``, a file or a folder, out of its block meanwhile.
 
-    The lock goes with its process. It is a file ``.lock`` in the folder, or ``.<name>.lock`` beside the file, which is
-    gone after the block. What the block gets is False where the file system has no locks; then nobody is kept out.
+    The lock goes with its process. It is a file ``.lock`` in the folder, or ``.<name>.lock`` next to the file, and is
+    deleted after the block. The block gets False if the file system has no locks: then other writers are not kept out.
 
     Args:
         path: need not be there.

@@ -7,7 +7,7 @@ A mean of values that lie in a range (shares and ranks in percent, cosines, ERS)
 of Clopper and Pearson for as many independent outcomes as the queries are worth, n / design effect, after
 Korn and Graubard. It lies in the range, is the plain t interval of class means in mid-range, and is never
 without width. Near an end of the range the classes say little about how they differ: five classes without a
-single hit look alike. There the design effect is drawn towards that of an intra-class correlation of
+single hit look the same. There the design effect is drawn towards that of an intra-class correlation of
 :data:`CORRELATION`, by :data:`WEIGHT` independent hits or misses, so that no hit at all gives the rule of three
 for n / design effect queries. Values without a range, such as distances, have the t interval.
 
@@ -115,7 +115,7 @@ def paired_intervals(
     :func:`class_intervals`. A query that lacks a value in one counts in neither.
 
     Independent models are as far from the truth as the root of the summed squares of their distances to the
-    ends; models that err alike differ by no more than the distance between the ends of both. In between, the
+    ends; models with the same errors differ by no more than the distance between the ends of both. In between, the
     squares are mixed by the correlation of the classes' errors.
     """
     missing = np.isnan(first) | np.isnan(second)

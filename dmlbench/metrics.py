@@ -24,7 +24,7 @@ from dmlbench.scene import Scene
 
 RECALL_AT = (1, 2, 4, 8)
 CMC_AT = (5, 10)
-"""Ranks at which re-identification reads its cumulative match characteristic beside rank 1: R@k under another name."""
+"""Ranks at which re-identification reads its cumulative match characteristic besides rank 1: R@k under another name."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def map_at_r_of_right(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " 
 
 
 def decided(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
-    """FLIP: is the pair of the image and its target still told rightly to be of one class or of two? Percent; NaN without a
+    """FLIP: is the decision on the pair of the image and its target still right (one class or two)? Percent; NaN without a
     threshold. Ties count against the model."""
     if scene.threshold is None:
         return torch.full_like(e[:, 0], torch.nan)

@@ -107,7 +107,7 @@ class Time:
 
 
 def looked(call: Callable[[], object], device: torch.device) -> Time:
-    """What a call takes, from several for a short while; the first, which makes things ready, does not count."""
+    """The time of a call, from several calls; the first one, which warms up, does not count."""
     call()
     looks: list[float] = []
     while len(looks) < LOOKS or sum(looks) < LOOK:
@@ -115,8 +115,8 @@ def looked(call: Callable[[], object], device: torch.device) -> Time:
     return Time.of(looks)
 
 
-class LookedAt(AttackLoss):
-    """The loss of an attack that no image leaves: a random gallery does not say which would."""
+class FullBatchLoss(AttackLoss):
+    """An attack's loss for a batch that stays full: which images would leave it early cannot be seen on a random gallery."""
 
     steady = False  # type: ignore[assignment]
 
@@ -146,7 +146,7 @@ class Stage:
         """One whole batch of a search."""
         part, source = choose_targets(attack, self.scene, self.rng), self.surrogate or self
         known = source.scene.aimed(part.chosen)
-        loss = LookedAt(source.embedder, OBJECTIVES[attack.objective], known, threat.eot)
+        loss = FullBatchLoss(source.embedder, OBJECTIVES[attack.objective], known, threat.eot)
         with torch.no_grad():
             images = OPTIMIZERS[optimizer](loss, self.images, threat, self.rng)
         measure(self.embedder, attack, threat, images, self.images, part)

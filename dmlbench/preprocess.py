@@ -1,7 +1,7 @@
 """From a decoded picture to the pixels that a network is fed: a fixed box, resize, centre crop or padding, channels.
 
 An attack works on what comes out here, scaled to [0, 1]; mean and std come after it, inside the model.
-The field's 224-pixel setting resizes to exactly 256x256 (the aspect ratio is not kept) and crops the
+The field's 224-pixel setting resizes to exactly 256x256 (the aspect ratio changes) and crops the
 centre 224x224; :meth:`Preprocess.standard` gives that for any larger network.
 """
 

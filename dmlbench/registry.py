@@ -21,7 +21,7 @@ def _importing() -> bool:
 class Plugins:
     """The modules that installed packages name in an entry-point group: imported before the first look-up in any registry.
 
-    Each adds to the registries what it offers (docs/extend.md). A failed import is told at every look-up from then on,
+    Each adds to the registries what it offers (docs/extend.md). A failed import raises at every later look-up,
     since entries would be missing without a word.
     """
 

@@ -1,4 +1,4 @@
-"""What an evaluation gives: records, per-query arrays, and how they are kept on disk.
+"""The result of an evaluation: records, per-query arrays, and their files on disk.
 
 A run folder holds ``evaluation.json`` (an :class:`Evaluation`), ``per_query.npz`` (arrays over
 queries), ``adversarial_sample.npz`` (a few adversarial images, losslessly) and ``manifest.json``
@@ -283,7 +283,7 @@ class Evaluation(_Record):
     def with_arrays(
         self, arrays: Mapping[str, np.ndarray], sample: Mapping[str, np.ndarray] | None = None
     ) -> "Evaluation":
-        """The same record with these arrays attached, beside those that it has; a record it was copied from keeps its own."""
+        """Add arrays and images to this record and return it; records that were copied from it before do not get them."""
         self._arrays = {**self._arrays, **arrays}
         self._sample = {**self._sample, **(sample or {})}
         return self
@@ -336,11 +336,11 @@ def save(evaluation: Evaluation, folder: Path) -> Path:
 
 
 def load(folder: Path, arrays: bool = True, sample: bool = True) -> Evaluation:
-    """Read a run folder, every file that is wanted checked against the manifest.
+    """Read a run folder; every file that is read is checked against the manifest.
 
     Args:
         arrays: whether to read the per-query arrays and the sample.
-        sample: whether the adversarial images are wanted; the board in the wheel is without them.
+        sample: whether to read the adversarial images; the board in the wheel has none.
 
     Raises:
         DataError: a file is missing, changed since it was written, or not what the schema says.

@@ -89,7 +89,7 @@ class Pass:
     Attributes:
         purpose: "read" or "search". An adversary does not know the draws that it will be read with.
         turn: which of the passes that are averaged, from 0.
-        rows: (b,) data set rows of the images; None where nobody said.
+        rows: (b,) data set rows of the images; None if unknown.
         calls: (b,) how many values the search has seen of each image before.
     """
 

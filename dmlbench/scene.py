@@ -2,7 +2,7 @@
 
 ``N`` gallery entries, ``B`` images under attack, ``D`` dimensions, ``K`` targets an image. Distances
 to the gallery include the image's own clean entry; the views ``same`` and ``other`` leave it out.
-Some entries do not count for an image beside its own: those that share one of its ``groups``, such as
+Besides its own entry, further entries may not count for an image: those that share one of its ``groups``, such as
 the same person seen by the same camera. No ranking, rank, target or objective sees them (``ignored``).
 """
 
@@ -112,8 +112,8 @@ class Scene:
         groups: (B, G) int64 where the gallery has groups too, else None: entries of one of an image's groups do not
             count for it.
         abreast: how many images blocks of the gallery are cut for; 0 for as many as there are.
-        query: (B,) the images' rows in the data set, by which a random defence draws; None where nobody said.
-        threshold: (B,) the distance below which each image and its first target are told to be of one class; None where
+        query: (B,) the images' rows in the data set, by which a random defence seeds its draws; None if unknown.
+        threshold: (B,) the distance below which each image and its first target are decided to be of one class; None if
             nobody decides.
     """
 

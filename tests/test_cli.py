@@ -111,14 +111,14 @@ def test_a_plan_takes_every_look_and_all_images_into_account(monkeypatch: pytest
         return (len(steps) - before) * (0.1, 0.3)[next(clock) % 4 // 2]
 
     steps: list[int] = []
-    real = plan.Whole.__call__
+    real = plan.FullBatchLoss.__call__
 
     def counted(self, images):
         sizes.append(len(images))
         steps.append(1)
         return real(self, images)
 
-    monkeypatch.setattr(plan.Whole, "__call__", counted)
+    monkeypatch.setattr(plan.FullBatchLoss, "__call__", counted)
     monkeypatch.setattr(plan, "timed", slow_at_times)
     time, _ = on.cost(plan.ATTACKS["GTT"], "pgd", Threat(eps="40/255", step="4/255", steps=32))
     assert set(sizes) == {6}

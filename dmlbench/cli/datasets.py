@@ -32,7 +32,7 @@ def list_datasets(as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def show_dataset(name: str, as_json: bool) -> None:
-    """What a data set holds, as found on this machine."""
+    """What a data set holds, as it is on this machine."""
     entry = DATASETS[name]
     facts: dict[str, object] = {"id": name, "title": entry.title, "protocol": entry.protocol}
     for split in ("train", "test"):
@@ -115,7 +115,7 @@ def verify_dataset(name: str, as_json: bool) -> None:
 
 
 def _sentence(r: "SplitReport") -> str:
-    """What was found of a split."""
+    """The report on a split, in one sentence."""
     if r.problem:
         return f"{r.split}: {r.problem}"
     text = f"{r.split}: {r.counts}"

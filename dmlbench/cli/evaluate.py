@@ -208,7 +208,7 @@ def _sizes(rules: "Protocol", eps: str | None) -> dict[str, list[str] | None]:
 def _measured(
     task: "Task", out: Path | None, csv: Path | None, part: "Shard | None", world: "World"
 ) -> Evaluation | None:
-    """The result of one task, kept in ``out``; None for a shard, and for all but the first of several processes."""
+    """The result of one task, saved in ``out``; None for a shard, and in all processes but the first."""
     import dmlbench
     from dmlbench.run.units import Units, Work, refuse_other
     from dmlbench.task import told

@@ -113,7 +113,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def load_subject(
     model: str, options: "ModelOptions", dataset: str | None, split: str, *, ready: bool = True, small: bool = False
 ) -> tuple["Embedder", "RetrievalDataset"]:
-    """The model and the images it is measured on, a part if ``small``, decoded if ``ready``; what was found is told on stderr."""
+    """The model and the images it is measured on, a part if ``small``, decoded if ``ready``; notes about them go to stderr."""
     from dmlbench.datasets import decode, load_dataset
     from dmlbench.datasets.preview import preview
     from dmlbench.datasets.remarks import remarks

@@ -28,7 +28,7 @@ def console() -> Console:
 
 
 def tell(note: str) -> None:
-    """A note on stderr; what the command has told already is not told again with its result."""
+    """Print a note on stderr, once: the same note is not printed again with the result."""
     notes_shown: set[str] = click.get_current_context().meta.setdefault("dmlbench.told", set())
     if note not in notes_shown:
         notes_shown.add(note)

@@ -1,4 +1,4 @@
-"""What every corruption gets beside the picture: random arrays, and how its size enters; and the record of one."""
+"""The record of a corruption, and its arguments besides the picture: random arrays, and the scale factor for its size."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from dmlbench.errors import UsageError
 from dmlbench.rng import Rng
 
 SMALLEST = 8
-"""Pixels that each side of a picture needs: below, no blur is told from another."""
+"""The smallest side of a picture in pixels: below it one blur cannot be told from another."""
 SMALL = 64
 """Pictures up to this side take the severities of 32 pixels, larger ones those of 224."""
 
@@ -80,7 +80,7 @@ class Corruption:
         apply: (picture, parameters, size, draws) to the corrupted picture; what leaves [0, 1] is clipped afterwards.
         large, small: the parameters of each severity, for 224 pixels and for 32.
         extra: one of the four that are not among the 15, and not in their mean.
-        colour: does nothing to grey pictures, which are not asked for it.
+        colour: changes nothing in grey pictures, so it is not run on them.
     """
 
     apply: Apply

@@ -67,7 +67,7 @@ class DatasetEntry:
         load: (split, preprocess) to the data set, its counts and files not yet looked at.
         title: one line about it.
         protocol: the protocol that ``evaluate`` uses when none is named.
-        packaged: True where no file beside the installed packages is needed.
+        packaged: True if the installed packages contain all files.
         shape: (C, H, W) that the field feeds a network.
         counts: by split, what a whole data set holds; empty where nobody knows.
         licence: on what terms the pictures come.

@@ -27,7 +27,7 @@ else:
 
 @runtime_checkable
 class Images(Protocol):
-    """Images by row: float32 in [0, 1], decoded when asked for."""
+    """Images by row: float32 in [0, 1], decoded on access."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -110,7 +110,7 @@ def _each_digest(images: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class ChosenImages:
-    """Rows of other images, in any order and as often as wanted."""
+    """A selection of rows of other images, in any order, with repetitions."""
 
     images: Images
     rows: np.ndarray
@@ -161,7 +161,7 @@ class RetrievalDataset:
             other, e.g. pictures of one person by one camera; -1 is in no group.
         copies_count: whether a gallery entry of the very same content as the query may be its answer, as in the
             field's numbers on its own data sets; one's own copies are left out like one's own entry.
-        notes: what a person should know of how the images were found.
+        notes: sentences for the user about how the images were selected.
         pairs: what each query is compared with, where a file says it (:mod:`dmlbench.datasets.pairs`).
         preview: whether this is but a part of the data set, on which nothing is a full result.
         licence, source: where the images come from and on what terms.
@@ -311,7 +311,7 @@ def _labels(labels: object, what: str) -> tuple[np.ndarray, list[str]]:
     """Labels as int64, and the names of the classes where the labels were strings."""
     given = _array(labels, what)
     if given.dtype.kind == "U" and not isinstance(labels, np.ndarray):
-        given = np.asarray(labels, dtype=object)  # numpy makes strings of the numbers beside a string
+        given = np.asarray(labels, dtype=object)  # numpy turns numbers into strings if there is a string among them
     strings = [isinstance(v, str) for v in given.flat] if given.dtype.kind in "OU" else [False]
     if given.ndim == 1 and strings and all(strings):
         return numbered([str(v) for v in given])
@@ -376,7 +376,7 @@ def user_folder() -> Path:
 def data_roots() -> list[Path]:
     """Where data sets that are not inside a package are looked for, in this order: the folder that
     ``DMLBENCH_DATA`` names; where it names none, ``~/.cache/dmlbench/data``, then ``../shared/data``
-    beside the working directory. ``dmlbench datasets prepare`` puts them into the first."""
+    next to the working directory. ``dmlbench datasets prepare`` puts them into the first."""
     named = folder_named("DMLBENCH_DATA")
     return [named] if named else [user_folder() / "data", Path("../shared/data")]
 

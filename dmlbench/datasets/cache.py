@@ -2,7 +2,7 @@
 
 The cache lies under ``DMLBENCH_CACHE``, else ``~/.cache/dmlbench`` (``XDG_CACHE_HOME`` is honoured), and
 may be deleted at any time. An array is keyed by the sha256 of every source file and by the
-preprocessing; what the files hold is asked again whenever a size or a time on disk has changed. One
+preprocessing; the files are hashed again whenever a size or a time on disk has changed. One
 process decodes while others that want the same array wait for it; a file appears under its name
 only when it is whole.
 """
@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]
 
 
 def cache_folder() -> Path:
-    """Where decoded images are kept."""
+    """The folder of decoded images."""
     return folder_named("DMLBENCH_CACHE") or user_folder()
 
 

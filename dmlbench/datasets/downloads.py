@@ -77,7 +77,7 @@ def fetch(file: Download, folder: Path, heard: Heard = lambda done, total: None)
     """The file in ``folder``, downloaded if it is not there, its size and sha256 checked where they are known.
 
     Raises:
-        DataError: no address gives the right file; the last reason is told.
+        DataError: no address gives the right file; it states the last reason.
     """
     import pooch
     import requests

@@ -4,7 +4,7 @@ Where PATH holds folders named ``train`` and ``test`` (or ``training``, ``testin
 ``gallery``), in any case, the classes lie below those, and ``query`` with ``gallery`` make a test split with separate
 galleries, also within ``test``. Longer names with such a word (``train_set``, ``Test images``) are parts where all folders
 have one. Otherwise every class folder belongs to the test split. A sole folder around all that is stepped through.
-What is no picture is passed over and said, and so is everything else that was not obvious.
+Files that are no pictures are skipped. The notes of the data set name them, and every decision that was not obvious.
 """
 
 import os
@@ -45,12 +45,12 @@ _MADE_BY_SYSTEMS = ("__MACOSX", "@eaDir", "lost+found")
 
 @dataclass
 class Listing:
-    """What was found below a folder.
+    """The contents of a folder.
 
     Attributes:
         pictures: (part, class, path below the root) of each, in order.
-        passed: how many files of each suffix are no pictures.
-        notes: what a person should know, a sentence each.
+        passed: the number of files that are no pictures, by suffix.
+        notes: sentences for the user.
     """
 
     pictures: list[tuple[str, str, str]] = field(default_factory=list)

@@ -11,7 +11,7 @@ def rows(path: Path, columns: int, header: int = 0) -> Iterator[list[str]]:
     """The lines of a list file as ``columns`` words each, after ``header`` lines; empty lines are left out.
 
     Words are divided by white space; the last one keeps its own (file names have blanks). Bytes that are
-    not UTF-8 are kept as the file system keeps them, so such file names still open.
+    not UTF-8 become surrogate escapes, so that files of such names can be opened.
 
     Raises:
         DataError: the file is missing, or a line has fewer words.

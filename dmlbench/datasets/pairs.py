@@ -1,4 +1,4 @@
-"""Pairs of pictures to verify, from a file: LFW's ``pairs.txt``, or a CSV with columns probe, partner, same and, if wanted, fold.
+"""Pairs of pictures to verify, from a file: LFW's ``pairs.txt``, or a CSV with columns probe, partner, same and optionally fold.
 
 LFW's layout (Huang, Ramesh, Berg and Learned-Miller, 2007): a first line with the number of folds and of genuine pairs in each, then for
 each fold as many lines ``name n m`` and as many ``name n other m``. A picture is named by its path, by the end of it from a folder on,
@@ -38,7 +38,7 @@ class Named(NamedTuple):
 def with_pairs(dataset: RetrievalDataset, path: str | Path) -> RetrievalDataset:
     """The data set with the file's pairs as its queries: each asks with its probe, however often that is named.
 
-    Partners are in the gallery, beside what was; a probe's own picture does not count for it.
+    Partners are added to the gallery; a probe's own picture does not count for it.
 
     Raises:
         UsageError: the file cannot be read, or names pairs that nothing can be measured on; the line is named.

@@ -26,7 +26,7 @@ from dmlbench.files import first_line
 
 T = TypeVar("T")
 BLOCK = 128
-"""How many pictures are worked on before the first of them is asked for."""
+"""Pictures that are decoded ahead of the one that is requested."""
 
 
 def shown(path: Path | str) -> str:
@@ -61,7 +61,7 @@ class Source(Protocol):
         ...
 
     def crops(self) -> bytes:
-        """What else decides the pixels of a row beside its content."""
+        """What else the pixels of a row depend on, besides the file's content."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Putting a data set where dmlbench finds it: downloaded, unpacked, linked, or told how to get it.
+"""Preparing a data set: download, unpack or link it, or print how to get it.
 
 :data:`ORIGINS` says for each data set where it comes from and how its folder is recognised. Sizes and
 sha256 are those that TensorFlow Datasets publishes for the same files.

@@ -45,7 +45,7 @@ class Store:
         return min(matches, key=lambda name: (name.count("/"), name)).removesuffix(marker)
 
     def text(self, name: str) -> str:
-        """What a text file holds; bytes that are not UTF-8 are kept as the file system keeps them.
+        """What a text file holds; bytes that are not UTF-8 become surrogate escapes.
 
         Raises:
             DataError: it cannot be read.

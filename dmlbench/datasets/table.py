@@ -4,7 +4,7 @@ Columns ``label`` and ``path`` (relative to the CSV's folder, or absolute), ``sp
 ``validation``, for which ``test`` is also read), ``is_query`` and ``is_gallery`` (for the validation rows), and
 optionally ``x_1, x_2, y_1, y_2``: left, right, top and bottom of a box in pixels, empty for the whole picture.
 Rows of one ``sequence`` do not count for each other, and neither do rows of one label and one ``camera``; empty cells are of
-none. A camera may be called ``camid``, ``cam_id`` or ``camera_id`` too. The label -1 is junk, which is left out. Any other column is not used, and that is said.
+none. A camera may be called ``camid``, ``cam_id`` or ``camera_id`` too. The label -1 is junk, which is left out. Any other column is ignored, with a note.
 """
 
 import os

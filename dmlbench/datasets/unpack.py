@@ -67,7 +67,7 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
 def unpack(archive: Path, folder: Path, heard: Callable[[int], None] = lambda files: None) -> None:
     """Unpack ``archive`` as ``folder``, which must not exist; whole or not at all.
 
-    One top folder that holds everything is kept. ``heard`` is told how many files are done.
+    A single top folder is kept. ``heard`` is called with the number of finished files.
 
     Raises:
         DataError: no archive, a broken one, or one that is refused; the reason names the member.

@@ -15,11 +15,11 @@ from dmlbench.preprocess import Preprocess
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What was found of one split.
+    """The report on one split.
 
     Attributes:
         split: "train" or "test".
-        found, expected: how many images and classes; expected is None where nobody knows.
+        counts, expected: the number of images and classes; expected is None if it is unknown.
         lonely: classes of a single image, whose queries have nothing to find.
         broken: a line for each image that is missing or cannot be decoded.
         problem: why the split could not be read at all, else "".

@@ -1,4 +1,4 @@
-"""The audit: which questions of :mod:`dmlbench.doubts.questions` a result is asked, and what their flags mean.
+"""The audit: which checks of :mod:`dmlbench.doubts.questions` are run on a result, and what their flags mean.
 
 docs/audit.md is the page to read. "fail": the measured robustness is not to be believed; "warn": look again; "pass": no
 doubt was found. A finding that is not a pass travels with the result as a flag.
@@ -58,7 +58,7 @@ class Check:
     Attributes:
         ask: how it is answered.
         doubt: what the flag of a finding that is no pass means, whatever the model.
-        flag: of the same finding where the run has no audit (:func:`glance`); "" where it is not asked then.
+        flag: of the same check in a run without an audit (:func:`glance`); "" if it is not made there.
     """
 
     ask: Callable[[Evidence], Finding]
@@ -152,10 +152,10 @@ def glance(
 ) -> Iterator[Flag]:
     """The checks with a ``flag``, on some of the queries that are right when clean: what every result can afford.
 
-    F1 and F2 are asked of up to :data:`GLANCED` queries, the others of up to :data:`SURVEYED`; where none of
-    ``optimizers`` follows the gradient, F1, F5 and A4 alone. F2 and A1 are asked of the model that the searches are
+    F1 and F2 are made on up to :data:`GLANCED` queries, the others on up to :data:`SURVEYED`; if none of
+    ``optimizers`` follows the gradient, F1, F5 and A4 alone. F2 and A1 are made on the model that the searches are
     made on, the surrogate where there is one. Their gradient is the margin's, as in the audit: unlike that of the
-    shift it has no reason to vanish at the clean image. A model that is known to be random is asked F2 alone.
+    shift it has no reason to vanish at the clean image. For a model that is known to be random F2 alone is made.
 
     Args:
         recall: clean R@1 of each query, percent, NaN without positives.

@@ -77,7 +77,7 @@ def apart(network: Network, other: Network, images: Tensor) -> tuple[float, floa
     """How far two networks are apart on (b, C, H, W) images: outputs, and gradients to the images.
 
     Each is the length of the difference over the length of ``network``'s own. The gradients are those of one
-    fixed direction of the output. ``other`` is told that the number of images may change.
+    fixed direction of the output. The batch size of ``other`` is marked as dynamic.
     """
     results = []
     for run in (network, other):

@@ -2,7 +2,7 @@
 
 By default torch lets cuDNN round the factors of convolutions to TF32 (10 bits of mantissa), and a program
 may allow the same, or bfloat16, for matrix products. A result is read with none of it; the settings are
-put back afterwards. Gradients in lower precision are asked for with ``Embedder.precision``.
+put back afterwards. ``Embedder.precision`` sets a lower precision for gradients.
 """
 
 import warnings
@@ -37,7 +37,7 @@ def _attribute(holder: Any, name: str, exact: Any, tf32: Any) -> Setting:
 
 @cache
 def settings() -> tuple[Setting, ...]:
-    """The switches of this torch: the old ones, then the new ones that torch 2.9 set beside them.
+    """The switches of this torch version: the old ones, then those that torch 2.9 added.
 
     The old ones move the new ones too, so they are written first.
     """

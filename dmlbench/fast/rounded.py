@@ -97,7 +97,7 @@ class RoundedGallery:
 
 @dataclass(frozen=True, eq=False)
 class RoundedQuery:
-    """Embeddings in 8-bit integers beside a gallery in them.
+    """A batch of embeddings and a gallery, both in 8-bit integers.
 
     Attributes:
         codes: (B, D) int8.

@@ -29,7 +29,7 @@ MOST = (2**31 - 1) // LEVELS**2
 """Entries whose 8-bit pulls add up in 32 bits."""
 _WIDTH = 64
 _TIE = 1e-6
-"""Share by which a squared distance must differ from a target's to be another, where products are rounded alike."""
+"""Relative difference from which two squared distances count as different; below it they may differ by rounding alone."""
 _FAR = 1e30
 """A squared distance beyond every target's."""
 _NOISE = 1e-9

@@ -1,6 +1,6 @@
 """The smallest eps that breaks a query: between which two eps of a grid it lies, and where there.
 
-All queries share one list of eps, the grid's own among them, so that those which ask about the same one are searched together.
+All queries share one list of eps, which contains the grid, so that queries at the same eps are searched together.
 """
 
 import itertools
@@ -24,7 +24,7 @@ Ladder = tuple[Float[np.ndarray, " n"], Int[np.ndarray, " E"]]
 
 
 def ladder(radii: Sequence[float], rule: Threshold) -> Ladder:
-    """Every eps that is asked about, ascending, and where those of the grid stand among them.
+    """Every eps that the search may try, ascending, and the positions of the grid's eps among them.
 
     From the smallest of the grid / 2^octaves up, ``parts`` to each octave; then ``parts`` from one of the grid to the next.
     """
@@ -144,7 +144,7 @@ def within(value: float | None, smallest: dict[str, Any]) -> float:
 
 
 def shown(value: float | None, numbers: dict[str, Any]) -> str:
-    """A length in a sentence; one that is beyond the largest of the grid is said to be so."""
+    """A length as text; None, beyond the largest of the grid, as "> largest"."""
     return f"> {written(numbers['largest'], numbers['norm'])}" if value is None else written(value, numbers["norm"])
 
 

@@ -25,7 +25,7 @@ KINDS: Registry[Kind] = Registry(
 
 
 def numbers() -> dict[str, Number]:
-    """Every number that some kind gives beside its parts' scores, by its column."""
+    """Every number that a kind reports besides its parts' scores, by column."""
     return {number.name: number for kind in KINDS.values() for number in kind.numbers}
 
 

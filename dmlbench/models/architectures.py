@@ -45,7 +45,7 @@ _NOT_OF_THE_NETWORK = (
 def ensemble(member: str = "conv3", members: int = 3, **kwargs: Any) -> nn.Module:
     """``members`` networks of the architecture ``member``; the other arguments are theirs.
 
-    Members that are timm's or torchvision's (``embed_dim`` is then the width of their last layer, 0 for none) begin alike.
+    Members that are timm's or torchvision's (``embed_dim`` is then the width of their last layer, 0 for none) start from the same weights.
 
     Raises:
         UsageError: no number of members, or more than :data:`MOST_MEMBERS`; an ensemble of ensembles.
@@ -67,10 +67,10 @@ class Built:
 
     Attributes:
         network: the module.
-        input_shape: (C, H, W) it was made for, None where nothing is said.
+        input_shape: (C, H, W) it was made for, None if unknown.
         mean, std: per channel, None for none.
         interpolation: how its maker resizes pictures.
-        fed: all that its publication says of its pictures; it comes before what is said above.
+        fed: the preprocessing that its publication states; it takes precedence over the fields above.
         stated: how pictures are prepared, where its weights say so.
         notes: sentences for the user.
         takes: the arguments of one of our own networks.

@@ -99,7 +99,7 @@ def load(
 
     Raises:
         DataError: the file does not fit; what is missing or of another shape is listed by name.
-        UsageError: the file has trained layers beside the network that nobody asked to leave out; no such head.
+        UsageError: the file has trained layers that the network lacks and that ``without`` does not name; no such head.
     """
     network, matched = assembled.built.network, assembled.matched
     head: tuple[nn.Module, str, dict[str, Tensor]] | None = None

@@ -1,6 +1,6 @@
 """Does a user's model behave as a benchmark needs? Outputs, modes, sizes, randomness, independence.
 
-What is harmless is put right and said; what makes numbers doubtful becomes a warning in the result;
+What is harmless is corrected, with a note; what makes numbers doubtful becomes a warning in the result;
 what cannot work ends with a sentence.
 """
 

@@ -1,10 +1,10 @@
 """Where a registered model's weights lie on this machine; fetched where they are not in the package.
 
-A fetched file gets its name only once its size and hash are those of the registry. It is kept under
+A fetched file is renamed to its final name only if its size and hash are those of the registry. It is stored under
 the cache folder's ``checkpoints``. Processes that fetch the same file at once (torchrun) each write their own.
 
 Where the registry has no whole sha256 of a file (its publisher says the first digits, or nothing), the first one
-that is fetched is trusted: its sha256 is kept beside it, said, and every later copy has to be the same.
+that is fetched is trusted: its sha256 is stored with it and printed, and every later copy must have the same.
 """
 
 import os
@@ -62,7 +62,7 @@ def fetch(name: str, file: File) -> tuple[Path, tuple[str, ...]]:
     """A file with addresses, from the cache, a folder or the network; and sentences about what was trusted.
 
     Raises:
-        DataError: no address gives the file that the registry names; each one's trouble is told.
+        DataError: no address gives the file that the registry names; it states the reason for each.
     """
     folder = cache_folder() / "checkpoints"
     target = folder / f"{(file.sha256 or file.hash or 'first').replace(':', '-')[:23]}-{name}.{_ENDS[file.format]}"

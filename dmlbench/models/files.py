@@ -27,7 +27,7 @@ KEYS = ("state_dict", "model_state_dict", "model_state", "model", "net", "networ
 AVERAGED = re.compile(r"(^|[._])(ema|teacher|swa|averaged?|shadow)(?=[._]|$)", re.IGNORECASE)
 """What names an average over training steps of the same weights, which timm takes where there is one."""
 OF_A_LOSS = ("criterion", "loss", "optimizer", "scheduler", "scaler", "proxies", "proxy", "centers", "centres")
-"""What else is kept there, and is no part of a network at test."""
+"""Other state dictionaries in training checkpoints, which are no part of the network at test time."""
 _UNSHARDED = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 """The weights in a folder of the hub."""
 _INDEX = ".index.json"
@@ -46,7 +46,7 @@ class WeightsFile:
         parts: the files that were read.
         further: further state dictionaries in it, which are neither a copy of this one nor a loss's: names with their key.
         notes: sentences about what was chosen or passed over.
-        config: the hub's ``config.json`` beside it.
+        config: the hub's ``config.json`` in the same folder.
     """
 
     path: Path
@@ -119,7 +119,7 @@ def read_file(path: Path, key: str | None = None) -> WeightsFile:
 
     Raises:
         DataError: missing, broken, or holding what would have to be run.
-        UsageError: no state dictionary under ``key``, or none found; the keys there are are named.
+        UsageError: no state dictionary under ``key``, or none at all; it names the keys that there are.
     """
     if path.is_dir():
         inside = _in_folder(path)
@@ -191,7 +191,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _sharded(path: Path, key: str | None) -> WeightsFile:
-    """The parts that an index lists, which lie beside it."""
+    """The shards that an index file lists, which lie in its folder."""
     try:
         placed = read_json(path.read_bytes())["weight_map"]
         names = sorted({str(name) for name in placed.values()})
@@ -275,7 +275,7 @@ def _chosen(path: Path, kind: str, content: Mapping[str, Any], key: str | None, 
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """Tensors by name; ``pure`` where there is nothing else beside them."""
+    """A mapping with tensors: those by name; ``pure`` if it holds nothing else."""
 
     tensors: Mapping[str, Tensor]
     pure: bool

@@ -2,7 +2,7 @@
 
 ======================  ===========================================================================
 a registered id         checkpoints.json
-``timm:NAME``           timm's network; ``torchvision:NAME`` and ``hf-hub:NAME`` alike
+``timm:NAME``           timm's network; likewise ``torchvision:NAME`` and ``hf-hub:NAME``
 weights                 a file, or a folder of the hub: with ``--spec``, or of an architecture that is recognised
 a run folder            what ``dmlbench train`` left: its last weights
 ``python:WHERE:NAME``   the user's own function; WHERE is a module or a ``.py`` file. Only this form runs code
@@ -328,7 +328,7 @@ def _defended(rest: str, options: ModelOptions) -> Embedder:
 
 
 def open_model(name: str, options: ModelOptions | None = None) -> Embedder:
-    """A ready :class:`Embedder` from what ``--model`` says; ``notes`` and ``doubts`` tell what was found.
+    """The :class:`Embedder` that ``--model`` names, ready to use; its ``notes`` and ``doubts`` are sentences for the user.
 
     Raises:
         UsageError: unknown name, or options that do not go together (exit code 2).

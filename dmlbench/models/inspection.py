@@ -67,7 +67,7 @@ def clip_names(file: WeightsFile) -> list[str]:
 
 
 def width_of(network: nn.Module, shape: tuple[int, int, int]) -> int | None:
-    """The width of a network's embedding, without memory or work; None where it cannot be told."""
+    """The width of a network's embedding, by a pass on torch's meta device; None if that pass fails."""
     try:
         twin = copy.deepcopy(network).to("meta").eval()
         with torch.no_grad():
@@ -84,7 +84,7 @@ class Fit:
     Attributes:
         builder: its name, as ``--model`` or a spec's ``arch.builder`` takes it.
         kwargs: further arguments of the builder.
-        embed_dim: the width of the embedding; None where it cannot be told.
+        embed_dim: the width of the embedding; None if it is unknown.
         prefix: what stands before the network's own names in the file.
         matched: tensors of the network that the file has in the same shape.
         missing, unexpected, other_shape: names that keep it from fitting.
@@ -103,7 +103,7 @@ class Fit:
 
     @property
     def complete(self) -> bool:
-        """The file has all of the network, and nothing more of its parts, nor layers beside it."""
+        """Does the file have all tensors of the network, and no further ones of its parts or of other trained layers?"""
         return not (self.missing or self.unexpected or self.other_shape or self.left)
 
     @property
@@ -165,7 +165,7 @@ def fits(file: WeightsFile, builders: Iterable[str] | None = None, chosen: Chose
 
 
 def _each(file: WeightsFile, builders: Iterable[str], chosen: Chosen) -> Iterator[Fit]:
-    """Every candidate worth a comparison, compared as it is asked for."""
+    """Every candidate that may fit, compared lazily."""
     for builder, kwargs in _small_networks(file.tensors):
         yield _compare(file, builder, kwargs, chosen)
     for builder in builders:

@@ -1,9 +1,9 @@
 """From the names in a weights file to those of a network: prefixes, wrappers, renamed layouts, what is left out.
 
 Whoever trains a network wraps it, and the file says so: ``module.``, ``backbone.``, ``_orig_mod`` within a name, two
-copies of which one is an average. What belongs to the network is found by its own names; what a file holds beside it
-has to be known (a loss, a copy, the text half of CLIP, what the authors do not use at test), or it may be the layer
-that makes the embedding, and the run ends.
+copies of which one is an average. The network's tensors are recognised by its own names. Every other tensor of the file must be of a known kind (a loss, a copy,
+the text half of CLIP, what the authors do not use at test time): else it may be the layer that makes the embedding, and
+the run ends.
 """
 
 import importlib
@@ -32,7 +32,7 @@ _OF_TEXT = re.compile(
     r"^(transformer\.resblocks\.|token_embedding\.|ln_final\.|positional_embedding$|text_projection|text\.|text_model\.|"
     r"attn_mask$)"
 )
-"""The other half of CLIP, beside its ``visual``."""
+"""The text half of CLIP, whose image half is ``visual``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class Match:
 def strip(
     tensors: Mapping[str, Tensor], names: Iterable[str], prefix: str | None = None
 ) -> tuple[str, dict[str, Tensor]]:
-    """The prefix under which ``tensors`` fit the names ``names`` best, and those below it without it.
+    """The prefix under which ``tensors`` match a network's ``names`` best, and the tensors below it, named without it.
 
     Wrappers may be nested (``module.model.``). Without any fit the prefix is "".
     """
@@ -64,7 +64,7 @@ def strip(
 
 
 def match(tensors: Mapping[str, Tensor], network_names: Iterable[str], prefix: str | None = None) -> Match:
-    """Which of a file's tensors are a network's, by its names ``network_names``.
+    """Which of a file's tensors are a network's, by the names of its state dictionary, ``network_names``.
 
     Raises:
         UsageError: several copies of the network fit, and which is meant is not clear.
@@ -123,7 +123,7 @@ def _same(plain: Mapping[str, str], tensors: Mapping[str, Tensor], one: str, two
 
 
 def renamed(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors with the names of layouts that we know turned into those of the network ``state``, prefix kept."""
+    """A file's tensors with the names of known layouts turned into those of a network's ``state`` dictionary; prefixes stay."""
     for layout in (_clip_tower, _clip_trunk, _mobilenet_v2):
         tensors = layout(tensors, state)
     return dict(tensors)
@@ -241,7 +241,7 @@ def adapted(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tens
 
 
 def left_out(file: WeightsFile, matched: Match, network: nn.Module) -> dict[str, Tensor]:
-    """What a file holds beside a network, names as in the file."""
+    """The tensors of a file that a network does not use, named as in the file."""
     state = network.state_dict()
     parts = {k.partition(".")[0] for k in state}
     unused = tuple(getattr(network, "unused", ())) or None

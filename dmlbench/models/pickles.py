@@ -1,6 +1,6 @@
 """Files of ``torch.save``, read with ``weights_only=True``: tensors and plain values, and nothing is run.
 
-A checkpoint often holds more beside its tensors: class names, a date, the options of the program that wrote it.
+A checkpoint often holds more than tensors: class names, a date, the options of the program that wrote it.
 Plain values of numpy are read. Any other type of another package is never imported: a stand-in takes its place,
 which holds nothing and does nothing, so that the tensors beside it can be read. What only code that runs could
 mean, such as a function of the operating system, ends the reading.
@@ -144,7 +144,7 @@ def torch_content(path: Path) -> tuple[Any, tuple[str, ...]]:
 
 
 def _pickles(path: Path) -> Iterator[IO[bytes]]:
-    """Where the pickles of a file begin, each to be read to its end before the next is asked for.
+    """Where the pickles of a file begin, each to be read to its end before the next is requested.
 
     Raises:
         DataError: the archive unpacks to more than it is long; torch.save does not compress.

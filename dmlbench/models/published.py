@@ -1,6 +1,6 @@
 """Networks of publications that neither timm nor torchvision has, under the names that their files carry.
 
-Each keeps its authors' names of tensors, so that a file of theirs fits as it is. What their files hold beside it and
+Each keeps its authors' names of tensors, so that a file of theirs fits as it is. What else their files hold and
 use in training alone is listed in ``unused``. ``fed`` says how the authors feed it: facts of the layout, not of
 one file. Written from the papers and from the shapes of the public files.
 """

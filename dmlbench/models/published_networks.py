@@ -83,7 +83,7 @@ class _Light(nn.Module):
 
 
 def _norm(inside: int, outside: int, kernel: int = 1, stride: int = 1, pad: int = 0, relu: bool = True) -> nn.Module:
-    """Convolution and batch norm, and ReLU unless told otherwise."""
+    """Convolution and batch norm, and by default ReLU."""
     named: dict[str, nn.Module] = {
         "conv": nn.Conv2d(inside, outside, kernel, stride, pad, bias=False),
         "bn": nn.BatchNorm2d(outside),
@@ -105,7 +105,7 @@ class _Gate(nn.Module):
 
 
 class _OmniScale(nn.Module):
-    """OSNet's block: one to four light 3x3 in parallel, gated and added, beside a shortcut."""
+    """OSNet's block: one to four light 3x3 in parallel, gated and added, with a shortcut."""
 
     def __init__(self, inside: int, outside: int) -> None:
         super().__init__()

@@ -71,7 +71,7 @@ def feeding(embedder: Embedder) -> str:
 
 
 def fed_by_record(file: WeightsFile, built: Built) -> Built:
-    """What the hub's configuration beside a file says of its pictures, where there is one."""
+    """The architecture with the preprocessing that the hub's configuration next to the file states, if there is one."""
     config = file.config.get("pretrained_cfg")
     if not isinstance(config, Mapping):
         return built

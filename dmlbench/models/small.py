@@ -10,7 +10,7 @@ from torch import Tensor, nn
 def smallcnn(
     channels: int = 1, width: int = 16, embed_dim: int = 64, size: int = 8, *, batch_norm: bool = False
 ) -> nn.Module:
-    """Three 3x3 convolutions (strides 1, 2, 2), each with a batch norm if asked for, and a linear layer, for 8x8 images."""
+    """Three 3x3 convolutions (strides 1, 2, 2), each with an optional batch norm, and a linear layer, for 8x8 images."""
     side = (size + 3) // 4
     layers: list[nn.Module] = []
     for before, after, stride in ((channels, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)):

@@ -121,7 +121,7 @@ def resized(plain: Preprocess, way: str, pixels: int, pad: int = 0) -> Preproces
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What may be said of a model beside its name; None keeps what the form itself knows.
+    """Options of a model besides its name; None keeps the default of the model's form.
 
     Attributes:
         weights: a file, or "pretrained".
@@ -199,7 +199,7 @@ class ModelOptions:
     def fed(self, plain: Preprocess, stated: bool = False) -> Preprocess:
         """``plain`` with what the options change; another size has the field's resize for that size.
 
-        ``stated`` is true where ``plain`` was stated for this model, not assumed.
+        ``stated`` is True if ``plain`` was stated for this model, not assumed.
         """
         channels = self.channels or plain.channels
         size = self.input_size or plain.size

@@ -81,7 +81,7 @@ def _plain_numbers(tensor: Tensor) -> bool:
 def fill_from(
     network: nn.Module, file: WeightsFile, matched: Match, architecture: str, without: Sequence[str] | None = ()
 ) -> list[str]:
-    """Load what :func:`~dmlbench.models.layouts.match` found in a file into a network; sentences about what was done.
+    """Load the tensors that :func:`~dmlbench.models.layouts.match` recognised into a network; sentences about what was done.
 
     Args:
         network: filled in place.
@@ -93,7 +93,7 @@ def fill_from(
     Raises:
         DataError: something of the network is missing, of another shape, or the file has more of a part
             than the network has; each is listed by name.
-        UsageError: the file has trained layers beside the network that nobody asked to leave out.
+        UsageError: the file has trained layers that the network lacks and that ``without`` does not name.
     """
     state = network.state_dict()
     left = left_out(file, matched, network)

@@ -40,7 +40,7 @@ Backward = Callable[[Tensor, Tensor, Values], Tensor]
 
 @dataclass(frozen=True)
 class Given:
-    """What a transform has beside the images: a stream for each, and pictures (n, C, H, W) of the gallery, as read."""
+    """Arguments of a transform besides the images: a random stream for each, and unperturbed pictures (n, C, H, W) of the gallery."""
 
     rng: Rng
     pool: Tensor

@@ -32,7 +32,7 @@ class Run(Protocol):
 
 @runtime_checkable
 class Divisible(Protocol):
-    """A loss that can be asked about some of its images alone: ``loss[mask](images[mask])``."""
+    """A loss that can be evaluated on a subset of its images: ``loss[mask](images[mask])``."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """(b,) the loss of each image."""

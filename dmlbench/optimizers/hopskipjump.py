@@ -20,7 +20,7 @@ FIRST_PROBE = 0.1
 LENGTHS = 10
 """Step lengths that are tried, each half of the one before: the longest that stays flipped is taken."""
 TRIES = 20
-"""Random images that are asked about where no flipped one is known."""
+"""Random images that are tried as long as no flipped one is known."""
 FINEST = 23
 """Halvings beyond which float32 holds no nearer point."""
 
@@ -39,7 +39,7 @@ class _Search:
         self.left = threat.queries
 
     def flipped(self, x: Tensor) -> Tensor:
-        """(b,) bool: is the decision on each of ``x`` the one that is wanted? One query each."""
+        """(b,) bool: does each image of ``x`` flip the decision? It costs one query for each image."""
         if not self.left:
             raise _Spent
         self.left -= 1

@@ -75,7 +75,7 @@ def refusals(changed: Sequence[Change], there: set[str]) -> Iterator[Problem]:
     """Every change that a pull request may not make.
 
     Args:
-        found, there: as :func:`changes` gives them.
+        changed, there: as :func:`changes` returns them.
     """
     for change in changed:
         if reason := _reason(change, there):

@@ -38,7 +38,7 @@ from dmlbench.submission.replay import dataset_of
 from dmlbench.submission.static import WEIGHTS, Checked
 
 OCTAVES = 0.125
-"""How far the smallest eps may differ on a log scale with base 2: one step between two eps that are asked about."""
+"""How far the smallest eps may differ on a log scale with base 2: one step between two eps of the search."""
 SHARE = 0.05
 """Share of the queries that level 3 attacks again ..."""
 LEAST = 64

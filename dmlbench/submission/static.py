@@ -93,7 +93,7 @@ def check_static(path: Path, board: Path | None = None, aged: bool = False) -> C
         aged: whether its protocol may have been superseded, as that of a row which is on the board already.
 
     Raises:
-        Refused: with everything that was found wrong before going on made no sense.
+        Refused: with all problems up to the step after which checking cannot continue.
     """
     opened = open_bundle(path)
     submission, evaluation = opened.submission, opened.evaluation

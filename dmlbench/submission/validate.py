@@ -1,4 +1,4 @@
-"""All levels in order, up to the one that is asked for; the first that refuses ends it."""
+"""All levels of validation in order, up to the given one; it stops at the first that refuses."""
 
 import datetime
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class Report(BaseModel):
     id: str | None = None
     sha256: str | None = None
     level: int
-    """the one that was asked for"""
+    """the level that was requested"""
     passed: tuple[int, ...]
     """the levels that it passed"""
     problems: tuple[Problem, ...] = ()
@@ -73,7 +73,7 @@ def validate(
         fetch: whether weights that are neither there nor in this package are fetched from the address that the
             submission names; size and sha256 are checked.
         share, least, seed: of level 3.
-        on_level: told each level that was passed.
+        on_level: called with each level that was passed.
 
     Raises:
         DataError: the data set that level 2 and above need is not on this machine.

@@ -22,7 +22,7 @@ QUICK_STEPS = 8
 COLLAPSE = 0.02
 """A model whose embeddings are on average nearer than this share of their length has collapsed."""
 COLLAPSE_FROM = 100
-"""Untrained networks embed everything alike too: collapse is looked for from this step on."""
+"""The first step at which collapse is checked: an untrained network also gives all images nearly the same embedding."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def quick_check(learner: Learner, recipe: Recipe, images: Tensor, labels: Tensor
 
 
 def collapsed(rows: list[Progress], last: bool) -> bool:
-    """Have the embeddings become alike and stayed so: at two checks in a row, or at the ``last`` one of the run?
+    """Have the embeddings collapsed to nearly one point: at two checks in a row, or at the ``last`` one of the run?
 
     What grows is still leaving the state that untrained networks are in.
     """

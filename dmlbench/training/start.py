@@ -167,7 +167,7 @@ def begin(embedder: Embedder, recipe: Recipe) -> Begun | None:
     """Put the weights that ``recipe.init`` names into the untrained network; None where it names none.
 
     Raises:
-        UsageError: no such weights, weights of another architecture, or trained layers that nobody asked to leave out.
+        UsageError: no such weights, weights of another architecture, or trained layers that ``init_without`` does not name.
         DataError: they are broken, or do not fit.
     """
     if recipe.init is None:

@@ -1,6 +1,6 @@
 """Two evaluations to paired differences: the same queries, one against the other, by class.
 
-Both models answered the same queries, so they err alike, and the interval of their difference knows by how
+Both models answered the same queries, so their errors are correlated, and the interval of their difference knows by how
 much, class by class (:mod:`dmlbench.intervals`). ERS is the mean of its parts' scores and
 so is its difference. NMI is not a mean over queries: its interval comes from the clusters that each
 query fell into, recomputed on every resample of classes.

@@ -30,7 +30,7 @@ class Series:
     Attributes:
         low, high: (n,), NaN where a point has no interval.
         groups: (n,) the class of each point of a projection.
-        tooltips: what a pointer on each point is told, on a page.
+        tooltips: the text shown at each point on a page.
         links: where each point leads, on a page.
         hollow: points are outlines.
     """
@@ -176,7 +176,7 @@ def _draw_points(axes: "Axes", figure: Figure, ink: Ink) -> None:
 
 
 def _draw_board(axes: "Axes", figure: Figure, ink: Ink) -> None:
-    """Many points that are told apart by where they lead; each has a name of its own in the SVG, ``point-I-N``."""
+    """Many points, each with a link; in the SVG the id of each is ``point-I-N``."""
     for i, (s, colour) in enumerate(zip(figure.series, ink.of(len(figure.series)), strict=True)):
         if (reach := _errors(s)) is not None:
             axes.errorbar(s.x, s.y, yerr=reach, color=colour, ls="", elinewidth=0.7)

@@ -49,7 +49,7 @@ def _require_same(runs: Runs) -> None:
 
 
 def reached(e: Evaluation) -> float:
-    """The largest perturbation found in the run, in its protocol's norm; 0 where none is kept."""
+    """The largest perturbation in the run, in the protocol's norm; 0 if the run stores no norms."""
     norms = [a for key, a in e.arrays.items() if key.endswith("/norm") and a.size]
     return max((float(np.nanmax(a)) for a in norms), default=0.0)
 
@@ -134,7 +134,7 @@ def parts(runs: Runs, metric: str | None = None, part: str | None = None) -> Fig
 
 
 def _metric(runs: Runs, metric: str | None) -> str:
-    """The metric asked for, or what the first run is ranked by.
+    """The given metric, or the one by which the first run is ranked.
 
     Raises:
         UsageError: no run has it.

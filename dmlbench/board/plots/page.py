@@ -89,7 +89,7 @@ def _plain(element: ElementTree.Element) -> None:
 
 
 def _lead(element: ElementTree.Element, figure: Figure, series: int, n: int) -> None:
-    """A point's mark as a link to where it leads, with what a pointer on it is told."""
+    """A point's marker with its link and its tooltip."""
     s = figure.series[series]
     if s.links:
         link = ElementTree.Element("a", {"href": s.links[n], "class": "point", "tabindex": "-1"})

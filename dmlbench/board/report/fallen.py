@@ -15,7 +15,7 @@ from dmlbench.threat import length, written
 CLASSES = 30
 """How many classes are shown, weakest first."""
 FIRST = 20
-"""How many queries are shown before all of them are asked for."""
+"""Queries that are shown until the reader asks for all."""
 MOST = 2000
 """How many queries are listed."""
 _READ = "recall_at_1"
@@ -152,7 +152,7 @@ def _counts(table: Float[np.ndarray, "Q k"]) -> tuple[int, ...]:
 
 
 def _queries(table: Float[np.ndarray, "Q k"], heads: Sequence[str], e: Evaluation) -> Iterator[Query]:
-    """By the smallest eps that was found for each where the run looked for it, else by the first of ``heads``."""
+    """Sorted by the smallest eps that breaks each query if the run searched for it, else by the first of ``heads``."""
     label, names, first = e.arrays["label"], _names(e), _first(table)
     kind, norm = kind_of(e), sizes_of(e)[0]
     by_query = kind.by_query(e)

@@ -42,7 +42,7 @@ class Run:
 
     @property
     def eps(self) -> float:
-        """The largest perturbation found in the run, in its protocol's norm; 0 where none is kept."""
+        """The largest perturbation in the run, in the protocol's norm; 0 if the run stores no norms."""
         return reached(self.evaluation)
 
     @property

@@ -15,7 +15,7 @@ Boards = Mapping[str, Sequence[Row]]
 """The rows of each protocol on one data set."""
 
 BESIDE = tuple(name for name, number in numbers().items() if number.beside_ers)
-"""What stands beside ERS."""
+"""Columns that are shown next to ERS."""
 COLUMNS = ("recall_at_1", "ers", "claimed_ers", *BESIDE)
 
 
@@ -27,7 +27,7 @@ class Cell:
         value: what it is sorted and filtered by, "" for a missing one.
         extra: what stands in small letters behind it: its interval.
         note: what must not be overlooked about it.
-        at: the eps at which it was read, where that is not said for the whole table.
+        at: the eps of the value, if the table does not state one for all cells.
     """
 
     value: str = ""
@@ -145,7 +145,7 @@ def filled(rows: Sequence[Entry]) -> list[str]:
 
 
 def eps_of(rows: Iterable[Entry]) -> str:
-    """The eps at which all that stands beside ERS was read, "" where it is not the same everywhere."""
+    """The eps of the columns next to ERS; "" if it is not the same everywhere."""
     values = {c.at for e in rows for c in e.cells.values() if c.at}
     return values.pop() if len(values) == 1 else ""
 

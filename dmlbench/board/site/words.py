@@ -18,7 +18,7 @@ from dmlbench.protocols import load_protocol, protocol_names
 
 @dataclass(frozen=True)
 class Word:
-    """A word and its meaning; ``group`` says beside which others it is listed."""
+    """A term and its meaning; terms of one ``group`` are listed together."""
 
     title: str
     meaning: str

@@ -276,7 +276,7 @@ def page(p: Protocol) -> Iterator[str]:
 
 
 def arrays(rules: Protocol, parts: Sequence[Component]) -> dict[str, tuple[str, int]]:
-    """What each query has beside whether each radius is certified."""
+    """The per-query arrays besides the outcomes at each radius."""
     return {MARGIN: ("f", 1), LENGTH: ("f", 1), RADIUS: ("f", 1)}
 
 

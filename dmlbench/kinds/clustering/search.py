@@ -2,7 +2,7 @@
 
 All measured images are moved, then k-means with as many clusters as there are classes runs on what the
 model makes of them; :mod:`dmlbench.cluster_attacks` says by what. NMI of many small clusters is far from 0 for random ones, so
-AMI stands beside it. What counts is the lowest NMI and the lowest AMI over the attacks that know the labels.
+AMI is reported too. What counts is the lowest NMI and the lowest AMI over the attacks that know the labels.
 The images go through the model in blocks, between two of which nothing changes: what a step descends is of the set
 as it was before the step.
 """
@@ -40,7 +40,7 @@ STEP = 2.5
 BLOCK = 256
 """Images embedded at a time."""
 READ = ("value", "clusters", "norm", "choice")
-"""What is kept of each image."""
+"""The arrays that a run stores for each image."""
 LLOYD = 2
 """Iterations of k-means between two steps, from the centroids of the step before."""
 

@@ -26,7 +26,7 @@ from dmlbench.scene import Gallery
 BLOCK = 256
 """Pictures corrupted and embedded at a time."""
 ALSO = ("map_at_r",)
-"""What is read of each query beside R@1."""
+"""Metrics of each query besides R@1."""
 CLEAN = "clean"
 """Under which name the sample holds the pictures before any corruption."""
 

@@ -184,7 +184,7 @@ def page(p: Protocol) -> Iterator[str]:
 
 
 def arrays(rules: Protocol, parts: Sequence[Component]) -> dict[str, tuple[str, int]]:
-    """What each query has under each corruption beside R@1."""
+    """The per-query arrays of each corruption besides R@1."""
     return {f"{c.name}/{key}": ("f", 1) for c in parts for key in ALSO}
 
 

@@ -2,7 +2,7 @@
 
 The adversary may move m pictures of the gallery within eps, each in its own place. It starts from the entries that are the first
 answer to most of the known queries when clean, moves each by itself, and keeps the m that together take most of the known
-queries. A query is *taken* where its nearest entry is one of them. What a hub of the clean gallery takes stands beside it.
+queries. A query is *taken* where its nearest entry is one of them. What the hubs of the clean gallery take is reported for comparison.
 """
 
 from collections.abc import Mapping, Sequence

@@ -42,7 +42,7 @@ from dmlbench.results import Evaluation
 
 
 def arrays(rules: Protocol, parts: Sequence[Component]) -> dict[str, tuple[str, int]]:
-    """What each query has at each eps beside its outcome and norm."""
+    """The per-query arrays at each eps besides outcome and norm."""
     kinds = {"broken_by": "i", "iteration": "i", **dict.fromkeys(PROXIES, "f")}
     kinds |= {"round": "i"} if rules.together > 1 else {}
     columns = {f"{c.name}/{key}": (kind, 1) for c in parts for key, kind in kinds.items()}

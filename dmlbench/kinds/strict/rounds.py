@@ -4,7 +4,7 @@ Queries differ in how likely a random start breaks them, so each further round b
 with rounds (:class:`~dmlbench.protocol.Step`) ends for a group of queries together, by what all of the group showed: groups
 are fixed by the protocol, so the end does not depend on batches, shards, processes or a resume.
 
-What is missed is told from the last half of the rounds. A query that falls with probability p in a round is left after n rounds with
+What is missed is estimated from the last half of the rounds. A query that falls with probability p in a round is left after n rounds with
 probability (1 - p)^n. Where these p lie evenly near 0, as many queries per unit of p, the rounds n+1 to 10 n break 0.9 times what the
 rounds n/2+1 to n broke: that is the estimate. Where p is heavier there, as many queries between 0.001 and 0.01 as between 0.01
 and 0.1, they break log2(10) = 3.32 times as many: with the upper Poisson limit of what was counted, that is the bound.

@@ -251,7 +251,7 @@ def piece(
     turn: int | None,
     positions: np.ndarray,
 ) -> Arrays:
-    """One step on some queries, as it is kept on disk.
+    """One step on some queries, as the arrays of a unit on disk.
 
     Returns:
         ``broken``, ``iteration`` and ``norm``, and by name the read-outs that :class:`Standing` follows, (n,) each;
@@ -313,8 +313,8 @@ def run(
 ) -> Outcome | None:
     """The whole curve: every step at every eps, on the queries that are right when clean.
 
-    ``sampled`` lists the positions of the queries whose adversarial images are wanted. None where ``work`` is a
-    shard: what it does not attack is unknown.
+    ``sampled`` (S,) are the positions of the queries whose adversarial images are stored. None if ``work`` is a
+    shard, since the other shards' results are unknown.
     """
     work = work or Work()
     shape = subject.dataset.images.shape

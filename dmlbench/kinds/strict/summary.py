@@ -20,7 +20,7 @@ the protocol's steps count from 2."""
 PROXIES = ("recall_at_2", "recall_at_4", "recall_at_8", "map_at_r")
 """Read at the images that the searches for R@1 stopped at: no search aimed at them, so the true worst is lower."""
 SMALLEST = "smallest_eps/value"
-"""The per-query array of the smallest eps found, on the [0, 1] scale."""
+"""The per-query array of the smallest eps that breaks each query, on the [0, 1] scale."""
 
 
 def components(protocol: Protocol, shape: Sequence[int]) -> list[Component]:

@@ -1,4 +1,4 @@
-"""The step that a model behind a defence at test time is given beside the protocol's own: transfer from the model without it.
+"""An additional step for models with a test-time defence: transfer from the model without the defence.
 
 A gradient through a stand-in for a derivative (BPDA), or through an average of draws, can miss what the network behind the
 defence shows plainly. Images are therefore made on that network and looked at through the defence. The model decides, not the

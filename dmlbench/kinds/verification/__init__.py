@@ -1,1 +1,1 @@
-"""Verification: are two pictures of one class? Clean, and with one of them perturbed to be told apart or taken for another's."""
+"""Verification: are two pictures of one class? Clean, and with one of them perturbed: dodging (one class decided as two) and impersonation (two as one)."""

@@ -43,7 +43,7 @@ CLOSE_DISTANCE = 1e-3
 
 
 def arrays(rules: Protocol, parts: Sequence[Component]) -> dict[str, tuple[str, int]]:
-    """What each query has of each side, and at each eps beside its outcome and norm."""
+    """The per-query arrays of each side, and at each eps besides outcome and norm."""
     columns = {f"{c.name}/{key}": ("i", 1) for c in parts for key in ("broken_by", "iteration")} | {FOLD: ("i", 1)}
     for side in SIDES:
         columns |= {f"{side}/partner": ("i", 1), f"{side}/distance": ("f", 1), f"{side}/clean": ("f", 1)}

@@ -141,7 +141,7 @@ def _require_thresholds(pairs: Drawn, name: str) -> None:
 
 
 def threshold(distance: Float[np.ndarray, " n"], genuine: Bool[np.ndarray, " n"], far: float | None = None) -> float:
-    """The distance below which two pictures are told to be of one class, in float32.
+    """The distance below which two pictures are decided to be of one class, in float32.
 
     Of the middles between neighbouring distances, half the smallest and one and a half times the largest: the one that tells most
     pairs right, the smallest of several; with ``far`` the largest that accepts at most this share of impostors.

@@ -65,7 +65,7 @@ class Flip(Watch):
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """Pairs one beside the other, as a batch of them is attacked.
+    """All pairs in one batch: those of both sides.
 
     Attributes:
         subject: the probes, aimed at their partners; a query is there once for each of its pairs.
@@ -114,7 +114,7 @@ def read(bench: Bench, at: Tensor, threat: Threat, images: Tensor, clean: Tensor
 
 
 def piece(bench: Bench, step: Step, threat: Threat, seed: int, keep: np.ndarray, positions: np.ndarray) -> Arrays:
-    """One step on some pairs, as it is kept on disk.
+    """One step on some pairs, as the arrays of a unit on disk.
 
     Returns:
         ``broken``, ``iteration`` and ``norm`` (n,); ``gradients``, ``values`` and ``nonfinite`` (1,); ``images`` (m, C, H, W)
@@ -188,7 +188,7 @@ def run(
 ) -> Outcome | None:
     """The whole curve: every step at every eps, on the pairs that are right when clean; None where ``work`` is a shard.
 
-    ``sampled`` lists the positions of the queries whose adversarial images are wanted.
+    ``sampled`` (S,) are the positions of the queries whose adversarial images are stored.
     """
     work = work or Work()
     dataset, settings = subject.dataset, Settings.of(rules)

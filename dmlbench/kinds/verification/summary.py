@@ -13,7 +13,7 @@ from dmlbench.protocol import Component, Protocol
 from dmlbench.results import finite
 
 FARS = ("1e-2", "1e-3", "1e-4")
-"""False accept rates that TAR is told at."""
+"""False accept rates at which TAR is reported."""
 NO_PAIR, SURVIVED, CLEAN_WRONG, CARRIED = -2, -1, 0, 1
 """``broken_by`` of a query without such a pair, of a pair that no step flipped, that was decided wrongly before any, and that a
 smaller eps flipped; the protocol's steps count from 2."""

@@ -97,7 +97,7 @@ def robust(
     The loss of the recipe, triplet or contrastive, is taken with that element replaced.
 
     Our reading: the search follows H, of which both losses are increasing functions, so that triplets
-    inside the margin's hinge are perturbed too; mining is semihard unless asked otherwise.
+    inside the margin's hinge are perturbed too; mining is semihard by default.
     """
     if element not in ELEMENTS:
         raise UsageError(f"element {element!r} must be one of {', '.join(ELEMENTS)}")

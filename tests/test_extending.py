@@ -69,7 +69,7 @@ def test_the_examples_are_short_and_of_every_kind() -> None:
     assert all(text.count("\n") < 20 for text in files.values())
     text = "".join(files.values())
     for table in ("OBJECTIVES", "TARGETS", "OPTIMIZERS", "READOUTS", "ATTACKS", "PROTOCOLS", "DATASETS", "ARCHITECTURES",
-                  "LOSSES", "DEFENSES"):  # fmt: skip
+                  "LOSSES", "DEFENSES", "KINDS"):  # fmt: skip
         assert re.search(rf"^@?{table}\.(add|register)\(", text, re.MULTILINE), table
 
 
@@ -103,11 +103,12 @@ def test_the_page_is_a_package_that_runs_as_it_says(tmp_path: Path) -> None:
         if "measurements" in result
     }
     everything = {name: m for named in parts.values() for name, m in named.items()}
-    assert {"median", "far", "MO@shrinking", "FAR@pgd:target_cosine", "FAR@pgd:recall_at_4"} <= set(everything)
+    assert {"jitter", "median", "far", "MO@shrinking", "FAR@pgd:target_cosine", "FAR@pgd:recall_at_4"} <= set(everything)
     assert everything["far"]["optimizer"] == everything["MO@shrinking"]["optimizer"] == "shrinking"
     (mine,) = (r for words, r in found.items() if "--protocol mine " in words)
     assert mine["protocol"]["name"] == "mine" and everything["median"]["value"] < mine["benign"]["recall_at_1"]
-    (noisy,) = (r for words, r in found.items() if "runs/noisy" in words)
+    noisy, jittered = (r for words, r in found.items() if "runs/noisy" in words)
+    assert jittered["protocol"]["name"] == "jitter" and jittered["measurements"][0]["readout"] == "recall_at_1"
     assert (noisy["dataset"]["name"], noisy["model"]["loss"], noisy["model"]["defense"]) == (
         "odd-digits",
         "supcon",

@@ -24,7 +24,7 @@ NONE, ICS = "digits-smallcnn-triplet-none", "digits-smallcnn-triplet-hm-lga-ics"
 def package(tmp_path_factory) -> Path:
     """The package of the page, installed by hand."""
     where = tmp_path_factory.mktemp("installed")
-    text = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8").partition("## A kind of protocol")[2]
+    text = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8").partition("## A kind of protocol in full")[2]
     (where / "mypackage").mkdir()
     for name, kind in (("noise.py", "python"), ("noise.toml", "toml")):
         block = re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL)

@@ -152,12 +152,12 @@ HEAD = 'name = "x"\nversion = "1"\nkind = "corruptions"\ntitle = "t"\n[threat]\n
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[settings]\nseverity = [1]\n", "severity does nothing"),
-        ("[settings]\nseverities = [0, 1]\n", "severities"),
+        ("[settings]\nseverity = [1]\n", "[settings] severity"),
+        ("[settings]\nseverities = [0, 1]\n", "[settings] severities.0"),
         ("[settings]\nseverities = [2, 1]\n", "ascending"),
-        ("[settings]\nseverities = []\n", "severities"),
-        ("[settings]\nseverities = [true]\n", "severities"),
-        ('[settings]\ngallery = "yes"\n', "true or false"),
+        ("[settings]\nseverities = []\n", "[settings] severities"),
+        ("[settings]\nseverities = [true]\n", "[settings] severities.0"),
+        ('[settings]\ngallery = "yes"\n', "[settings] gallery"),
         ('eps = "8/255"\n', "eps does nothing"),
         ('[grid]\n8 = ["8/255"]\n', "[grid] does nothing"),
     ],

@@ -103,7 +103,9 @@ def test_the_page_is_a_package_that_runs_as_it_says(tmp_path: Path) -> None:
         if "measurements" in result
     }
     everything = {name: m for named in parts.values() for name, m in named.items()}
-    assert {"jitter", "median", "far", "MO@shrinking", "FAR@pgd:target_cosine", "FAR@pgd:recall_at_4"} <= set(everything)
+    assert {"jitter", "median", "far", "MO@shrinking", "FAR@pgd:target_cosine", "FAR@pgd:recall_at_4"} <= set(
+        everything
+    )
     assert everything["far"]["optimizer"] == everything["MO@shrinking"]["optimizer"] == "shrinking"
     (mine,) = (r for words, r in found.items() if "--protocol mine " in words)
     assert mine["protocol"]["name"] == "mine" and everything["median"]["value"] < mine["benign"]["recall_at_1"]

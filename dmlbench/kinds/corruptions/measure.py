@@ -7,16 +7,18 @@ the protocol's seed, the corruption and the severity alone, so the numbers do no
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from pydantic import Field
 from torch import Tensor
 
 from dmlbench.corruptions import CORRUPTIONS, SEVERITIES, corrupted
 from dmlbench.embedding import require_finite
-from dmlbench.kinds.base import Outcome
+from dmlbench.errors import UsageError
+from dmlbench.kinds.base import Outcome, Settings, settings_of
 from dmlbench.metrics import mean, retrieval
 from dmlbench.protocol import Component, Protocol
 from dmlbench.run.subject import Progress, Subject
@@ -31,11 +33,33 @@ CLEAN = "clean"
 """Under which name the sample holds the pictures before any corruption."""
 
 
+class CorruptionSettings(Settings):
+    """``[settings]``."""
+
+    severities: Annotated[
+        tuple[Annotated[int, Field(ge=SEVERITIES[0], le=SEVERITIES[-1])], ...], Field(min_length=1)
+    ] = SEVERITIES
+    """of every corruption, ascending"""
+    gallery: bool = False
+    """whether the gallery is corrupted too"""
+
+    @classmethod
+    def of(cls, rules: Protocol) -> "CorruptionSettings":
+        """Those of a protocol.
+
+        Raises:
+            UsageError: a key or value that means nothing.
+        """
+        settings = settings_of(cls, rules)
+        if list(settings.severities) != sorted(set(settings.severities)):
+            raise UsageError(f"[settings] severities {list(settings.severities)} must be in ascending order")
+        return settings
+
+
 def corruptions_and_severities(protocol: Protocol, shape: Sequence[int]) -> list[tuple[str, int]]:
     """Every corruption at every severity, but those that change colours for grey pictures."""
-    severities = protocol.settings.get("severities", SEVERITIES)
     names = [name for name, c in CORRUPTIONS.items() if not c.colour or shape[0] > 1]
-    return [(name, severity) for name in names for severity in severities]
+    return [(name, severity) for name in names for severity in CorruptionSettings.of(protocol).severities]
 
 
 def components(protocol: Protocol, shape: Sequence[int]) -> list[Component]:
@@ -83,7 +107,7 @@ def readings(subject: Subject, protocol: Protocol, name: str, severity: int, see
     """
     scene = subject.scene
     scene = replace(scene, clean=embedded(subject, subject.rows, name, severity, seed))
-    if protocol.settings.get("gallery", False):
+    if CorruptionSettings.of(protocol).gallery:
         e = embedded(subject, subject.dataset.gallery, name, severity, seed)
         scene = replace(scene, gallery=Gallery(e, scene.gallery.labels, groups=scene.gallery.groups))
     metrics = retrieval(scene, (1,))
@@ -105,7 +129,7 @@ def run(
     """
     work = work or Work()
     parts = components(protocol, subject.dataset.images.shape)
-    everyone = len(subject.rows) + (len(subject.dataset.gallery) if protocol.settings.get("gallery") else 0)
+    everyone = len(subject.rows) + (len(subject.dataset.gallery) if CorruptionSettings.of(protocol).gallery else 0)
     progress.start("corruptions", everyone * len(parts))
 
     def unit(i: int) -> Arrays:

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, Field
 
-from dmlbench.corruptions import CORRUPTIONS, SEVERITIES
-from dmlbench.errors import Problem, UsageError
+from dmlbench.corruptions import CORRUPTIONS
+from dmlbench.errors import Problem
 from dmlbench.kinds import page as md
 from dmlbench.kinds.base import (
     AGREE,
@@ -28,11 +28,18 @@ from dmlbench.kinds.base import (
     differences,
     text_of,
 )
-from dmlbench.kinds.corruptions.measure import ALSO, CLEAN, components, parsed, readings, run, summary
+from dmlbench.kinds.corruptions.measure import (
+    ALSO,
+    CLEAN,
+    CorruptionSettings,
+    components,
+    parsed,
+    readings,
+    run,
+    summary,
+)
 from dmlbench.protocol import Component, Protocol
 from dmlbench.results import Evaluation
-
-SETTINGS = ("gallery", "severities")
 
 
 class Metrics(Form):
@@ -134,20 +141,12 @@ def by_query(e: Evaluation) -> dict[str, np.ndarray]:
 
 
 def check(p: Protocol) -> None:
-    """That the settings are known, and severities those that there are.
+    """That the settings are known, and severities those of the corruptions.
 
     Raises:
         UsageError: they are not.
     """
-    for key in p.settings:
-        if key not in SETTINGS:
-            raise UsageError(f"[settings] {key} does nothing in kind 'corruptions'; there are {' and '.join(SETTINGS)}")
-    if type(p.settings.get("gallery", False)) is not bool:
-        raise UsageError(f"[settings] gallery {p.settings['gallery']!r} must be true or false")
-    severities = p.settings.get("severities", list(SEVERITIES))
-    known = isinstance(severities, list) and severities and all(s in SEVERITIES and s is not True for s in severities)
-    if not known or sorted(set(severities)) != severities:
-        raise UsageError(f"[settings] severities {severities!r} must be some of {list(SEVERITIES)}, ascending")
+    CorruptionSettings.of(p)
 
 
 def tables(extras: dict[str, Any]) -> Iterator[Sheet | Line]:
@@ -173,8 +172,9 @@ def page(p: Protocol) -> Iterator[str]:
     """Which corruptions, and what is corrupted."""
     usual = [name for name, c in CORRUPTIONS.items() if not c.extra]
     extra = [name for name, c in CORRUPTIONS.items() if c.extra]
-    severities = ", ".join(map(str, p.settings.get("severities", SEVERITIES)))
-    whose = "Queries and gallery are corrupted" if p.settings.get("gallery") else "Queries alone are corrupted"
+    settings = CorruptionSettings.of(p)
+    severities = ", ".join(map(str, settings.severities))
+    whose = "Queries and gallery are corrupted" if settings.gallery else "Queries alone are corrupted"
     yield (
         f"{whose}, each picture in its own way (corruptions.md), at severities {severities}. Score: the mean of R@1 over "
         f"{len(usual)} corruptions ({', '.join(usual)}) and the severities, percent, ↑ robust. Beside them, in no mean: "

@@ -1,7 +1,7 @@
-"""What worst-case searches share: what is seen of each image on the way, and passes over those that are left.
+"""What worst-case searches share: a loss that watches each image's decision, and passes over the queries that are left.
 
-A search looks at images one after another; :class:`Watch` is a loss that notes when one of them is what is looked for, whatever
-it descends. What counts in the end is the harness's own read-out of the image that a search stopped at.
+A search evaluates images one after another; :class:`Watch` is a loss that also notes when one of them is decided wrongly, whatever
+it descends. The result is read off the image at which the search stopped, by the harness.
 """
 
 import copy
@@ -35,14 +35,14 @@ ROUGH = ("tf32", "bfloat16")
 
 
 class Log:
-    """What a search has seen of each of its images: whether it was found, when first, and where.
+    """The log of a search, by image: the first perturbed image that is decided wrongly, and when it was seen.
 
     Attributes:
-        found: (b, ...) the first that is what is looked for.
-        first: (b,) the count of the loss value at which that was, from 1; 0 where it has not been.
-        gradients, values: backward passes and passes without one that were spent, over all images; ``eot`` counts
-            each of its passes.
-        unknown: () how many embeddings were NaN or infinite.
+        first_wrong: (b, ...) the first image that is decided wrongly; the clean image until there is one.
+        first: (b,) the number of loss values up to that one, from 1; 0 if there is none yet.
+        gradients, values: passes with and without a backward pass, summed over all images; each of the ``eot`` passes
+            counts.
+        unknown: () the number of embeddings that were NaN or infinite.
     """
 
     def __init__(self, images: Tensor) -> None:
@@ -53,11 +53,11 @@ class Log:
         self.unknown = torch.zeros((), dtype=torch.int64, device=images.device)
 
     def spend(self, passes: int, graph: bool) -> None:
-        """So many more forward passes of one image, each with a backward one if ``graph``."""
+        """Count forward passes of single images, each with a backward pass if ``graph``."""
         self.gradients, self.values = self.gradients + graph * passes, self.values + (not graph) * passes
 
     def note(self, at: Int[Tensor, " n"], margins: Float[Tensor, " n"], images: Tensor) -> None:
-        """One more loss value for the images ``at``."""
+        """Log one more loss value of the images at the positions ``at``."""
         self.calls[at] += 1
         fresh = wrong_by(margins) & (self.first[at] == 0)  # (n,)
         self.first[at] = torch.where(fresh, self.calls[at], self.first[at])
@@ -65,20 +65,20 @@ class Log:
         self.first_wrong[at] = torch.where(fresh.view(shape), images, self.first_wrong[at])
 
     def stopped(self, images: Tensor) -> Tensor:
-        """``images`` (b, ...), with the first found one of each that has one in its place."""
+        """``images`` (b, ...) with each replaced by its first wrong one, if it has one: where the search stops."""
         return torch.where((self.first > 0).view(-1, *[1] * (images.dim() - 1)), self.first_wrong, images)
 
     def calls_until(self, broken: Bool[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
-        """How many images had been looked at when the first was found, of those that a read-out ``broken`` too; else 0."""
+        """(b,) the number of loss values until each image that the read-out finds ``broken`` was first wrong; 0 for the others."""
         first, calls = self.first.cpu().numpy(), self.calls.cpu().numpy()
         return np.where(broken, np.where(first > 0, first, calls), 0).astype(np.int32)
 
 
 class Watch:
-    """An attack's loss that also watches a margin, whatever it descends: an image is what is looked for where :func:`wrong_by` says so.
+    """An attack's loss that also watches the margin of the decision, whatever it descends: an image is wrong by :func:`wrong_by`.
 
-    A :class:`~dmlbench.optimizers.Hunt`: images that have been found once are settled. Where the passes of
-    a gradient are rounded or compiled, an image counts as found once a pass as of a read-out says so too.
+    A :class:`~dmlbench.optimizers.Hunt`: an image that was wrong once is settled. If gradient passes are rounded
+    or compiled, an image counts as wrong only if a float32 pass of the plain network confirms it.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Watch:
         self.precision = embedder.precision
         self.at = torch.arange(len(scene), device=log.first.device) if at is None else at
         self.within: tuple[Threat, Tensor] | None = None
-        """a threat and clean images (b, ...), where images outside the ball are looked at that do not count"""
+        """a threat and clean images (b, ...), if the search evaluates images outside the ball, which do not count"""
 
     def __call__(self, images: Tensor) -> Float[Tensor, " n"]:
         values, margins = self._summed(images)
@@ -106,7 +106,7 @@ class Watch:
         self.log.spend(self.eot * len(images), images.requires_grad)
 
     def _confirmed(self, images: Tensor, margins: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """The margins, those of images that seem found for the first time made again in float32.
+        """The margins; those of images that seem wrong for the first time are computed again in float32.
 
         A pass that is rounded on its way to a gradient can be wrong by more than the margin; a search that stops
         for it leaves a query that the read-out finds right, and that the rest of the search might have broken.
@@ -127,7 +127,7 @@ class Watch:
         return reduce(torch.add, values), reduce(torch.add, margins)
 
     def _once(self, e: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:
-        """The loss (n,) and the margin (n,) of the embeddings of one forward pass; counts for ``log.unknown`` are made."""
+        """The loss (n,) and the margin (n,) of the embeddings of one forward pass; it also counts ``log.unknown``."""
         raise NotImplementedError
 
     def __getitem__(self, index: Tensor) -> "Watch":
@@ -136,11 +136,11 @@ class Watch:
         return twin
 
     def unsettled(self) -> Bool[Tensor, " n"]:
-        """Which images have not been found yet."""
+        """Which images have not been wrong yet."""
         return self.log.first[self.at] == 0
 
     def searched(self, optimizer: str, clean: Tensor, threat: Threat, rng: Rng) -> Tensor:
-        """Where an optimizer stops that is given every image (b, ...) that is not settled; the clean image of the others."""
+        """Run an optimizer on the images (b, ...) that are not settled: its last images, and the clean images of the settled ones."""
         alive = self.unsettled()
         if not bool(alive.any()):
             return clean
@@ -151,7 +151,7 @@ class Watch:
         return images
 
     def require_known(self, step: str, threat: Threat) -> None:
-        """Refuse a search that saw embeddings of which nothing can be said.
+        """Raise if the search saw embeddings without a decision.
 
         Raises:
             DataError: some were NaN or infinite.
@@ -165,11 +165,11 @@ class Watch:
 
 @dataclass(frozen=True)
 class Field:
-    """What every pass over the queries needs to know.
+    """The arguments that every pass over the queries shares.
 
     Attributes:
         bounds: of the blocks of queries that shards are dealt, in the order of ``query_order``.
-        keep: the queries whose adversarial images are wanted.
+        keep: positions of the queries whose adversarial images are stored.
     """
 
     subject: Subject
@@ -248,11 +248,11 @@ def read_out(
 
 
 def cost(units: Iterable[tuple[np.ndarray, Arrays]]) -> dict[str, Any]:
-    """What units of a search cost together: ``gradients``, ``values``, ``nonfinite`` and ``seconds``."""
+    """The total cost of a search's units: ``gradients``, ``values``, ``nonfinite`` and ``seconds``."""
     spent = {key: sum(int(arrays[key].sum()) for _, arrays in units) for key in ("gradients", "values", "nonfinite")}
     return {**spent, "seconds": float(sum(arrays["seconds"].sum() for _, arrays in units))}
 
 
 def _digest(positions: np.ndarray) -> str:
-    """Short for a list of queries."""
+    """A short hash of a list of queries."""
     return hashlib.sha256(positions.astype("<i8").tobytes()).hexdigest()[:16]

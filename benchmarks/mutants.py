@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TWIN = "test_optimizers.py::test_a_search_is_that_of_the_plain_loop[{}]".format
+TIES = "test_metrics.py::test_the_fast_ranking_counts_the_negatives_that_the_rule_of_ties_puts_ahead"
 BLUR = "test_objectives.py::test_rounding_is_as_large_as_embeddings_are_long"
 GAPS = "test_intervals.py::test_resamples_in_which_nothing_counts_say_nothing"
 
@@ -33,6 +34,10 @@ class Mutant:
 MUTANTS = (
     Mutant("GTT: ties count for the model", "ahead(d, c).sum(1) - 1", "(d < c).sum(1)",
            "test_metrics.py::test_entries_as_near_as_the_target_push_it_out_of_the_top_4"),
+    Mutant("R@k: ties count for the model", "torch.le(part,", "torch.lt(part,", TIES),
+    Mutant("R@k from sorted lists: ties count for the model", "near, right=True).to(", "near, right=False).to(", TIES),
+    Mutant("certified: a change as long as the radius is certified", "right_by(radius - size)", "(radius >= size)",
+           "test_certified.py::test_a_change_as_long_as_the_radius_is_not_certified"),
     Mutant("ES: blur without the scale", "size.detach() <= scene.gallery.blur * scene.gallery.scale",
            "size.detach() <= scene.gallery.blur", BLUR),
     Mutant("ES, GTM as published: blur without the scale", "keepdim=True) <= scene.gallery.blur * scene.gallery.scale",

@@ -21,9 +21,19 @@ from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, ShardDone, UsageError
 from dmlbench.evaluate import evaluate
 from dmlbench.kinds.base import Stated, StoredSample
-from dmlbench.kinds.certified import record
+from dmlbench.kinds.certified import lipschitz, record
 from dmlbench.kinds.certified.bound import errors, fewest, largest, margins, radii
-from dmlbench.kinds.certified.measure import CLEAN, LENGTH, MARGIN, RADIUS, Settings, components, smoothed
+from dmlbench.kinds.certified.measure import (
+    CLEAN,
+    LENGTH,
+    MARGIN,
+    RADIUS,
+    Settings,
+    components,
+    right,
+    smoothed,
+    within,
+)
 from dmlbench.kinds.table import numbers_of
 from dmlbench.protocols import FOLDER, PROTOCOLS, load_protocol
 from dmlbench.protocols.reading import read_protocol
@@ -213,6 +223,16 @@ def test_the_fewest_samples_are_those_that_prove_anything(alpha, queries) -> Non
     least = fewest(alpha, queries)
     assert errors(np.ones(1), least, alpha, queries)[0] < 1 <= errors(np.ones(1), least - 1, alpha, queries)[0]
     assert largest(0.25, least, alpha, queries) > 0
+
+
+def test_a_change_as_long_as_the_radius_is_not_certified() -> None:
+    """It may bring about a tie, which is wrong; and a margin of 0 is one."""
+    radius = np.array([0.5, np.nextafter(0.5, 1), np.nextafter(0.5, 0), np.inf, 0.0, np.nan])
+    np.testing.assert_array_equal(within(radius, 0.5), [0, 100, 0, 100, 0, np.nan])
+    np.testing.assert_array_equal(right(np.array([1e-300, 0.0, -1e-300, np.nan])), [100, 0, 0, np.nan])
+    np.testing.assert_array_equal(
+        lipschitz.proven(np.array([1.0, np.nextafter(1, 2), np.nan]), 2.0, 0.5), [0, 100, np.nan]
+    )
 
 
 # --- a run ---------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from dmlbench.checkpoints import Checkpoint
 from dmlbench.errors import DataError, DmlbenchError
-from dmlbench.files import first_line
+from dmlbench.files import described
 from dmlbench.preprocess import Preprocess
 from dmlbench.registry import Registry
 from dmlbench.rng import Pass, passing
@@ -209,11 +209,8 @@ class Embedder(nn.Module):
         except (DmlbenchError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:  # the network is anybody's code, which can fail in any way
-            first = first_line(error, "no reason given")
             shape = "x".join(map(str, images.shape))
-            raise DataError(
-                f"model {self.name!r} fails on a batch of {shape}: {type(error).__name__}: {first}"
-            ) from error
+            raise DataError(f"model {self.name!r} fails on a batch of {shape}: {described(error)}") from error
 
     def normalise(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """What the network is fed: images less mean, over std."""

@@ -154,3 +154,10 @@ def read_toml(path: Path, raised: type[DmlbenchError] = DataError) -> dict[str, 
 def first_line(text: object, otherwise: str = "") -> str:
     """The first line of what an error, or a text, says; where that is nothing ``otherwise``, else the name of its type."""
     return next(iter(str(text).strip().splitlines()), "") or otherwise or type(text).__name__
+
+
+def described(error: BaseException) -> str:
+    """The kind and the first line of an error of other people's code, ``"KeyError: 'name'"``; the kind alone if it has no text."""
+    kind = type(error).__name__
+    line = first_line(error.msg if isinstance(error, SyntaxError) else error, kind)
+    return line if line == kind else f"{kind}: {line}"

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from dmlbench.errors import DataError, DmlbenchError, UsageError
-from dmlbench.files import first_line as line_of
+from dmlbench.files import described
 from dmlbench.registry import suggest
 
 PREFIX = "python:"
@@ -28,10 +28,8 @@ _FILES: set[str] = set()
 
 
 def first_line(error: BaseException) -> str:
-    """Kind and first line of an error; of one of dmlbench the sentence alone."""
-    kind = type(error).__name__
-    line = line_of(error.msg if isinstance(error, SyntaxError) else error, kind)
-    return line if isinstance(error, DmlbenchError) or line == kind else f"{kind}: {line}"
+    """An error in one line; of one of dmlbench the sentence alone."""
+    return str(error) if isinstance(error, DmlbenchError) else described(error)
 
 
 def place_of(error: BaseException, files: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from dmlbench.errors import DataError, UsageError
+from dmlbench.files import described
 
 T = TypeVar("T")
 
@@ -50,8 +51,7 @@ class Plugins:
                     try:
                         point.load()
                     except (Exception, SystemExit) as error:  # another package's code, which can fail in any way
-                        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                        self.problem = f"plugin {point.name!r} ({point.value}) cannot be imported: {text}"
+                        self.problem = f"plugin {point.name!r} ({point.value}) cannot be imported: {described(error)}"
                         break
             if self.problem:
                 raise DataError(self.problem)

@@ -14,7 +14,7 @@ from synthetic import evaluation
 from dmlbench import files
 from dmlbench.board import add_row, from_csv
 from dmlbench.errors import DataError, UsageError
-from dmlbench.files import atomic_file, first_line, lock, read_toml, write_atomic
+from dmlbench.files import atomic_file, described, first_line, lock, read_toml, write_atomic
 from dmlbench.results import held
 
 
@@ -165,3 +165,8 @@ def test_toml_is_read_as_utf_8(tmp_path):
 )
 def test_the_first_line_of_what_is_said(said, otherwise, line):
     assert first_line(said, otherwise) == line
+
+
+def test_an_error_is_described_by_its_kind_and_its_first_line():
+    errors = (ValueError("one\ntwo"), KeyError("a"), AssertionError(), SyntaxError("invalid", ("f.py", 1, 1, "x")))
+    assert [*map(described, errors)] == ["ValueError: one", "KeyError: 'a'", "AssertionError", "SyntaxError: invalid"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmlbench.embedding import Embedder
 from dmlbench.fast.rounded import settled
-from dmlbench.files import first_line
+from dmlbench.files import described
 
 Network = Callable[[Tensor], Tensor]
 
@@ -60,8 +60,7 @@ class Steps:
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler, and whatever it calls, can fail in any way
-            text = first_line(error, "no reason given")
-            self.trouble = f"torch.compile failed ({type(error).__name__}: {text})"
+            self.trouble = f"torch.compile failed ({described(error)})"
             return
         limits = LIMITS.get(self.precision, EXACT)
         if all(value <= limit for value, limit in zip(gaps, limits, strict=True)):

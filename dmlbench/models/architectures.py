@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dmlbench.errors import DataError, DmlbenchError, UsageError
-from dmlbench.files import first_line
+from dmlbench.files import described, first_line
 from dmlbench.models.heads import require_width, with_head
 from dmlbench.models.published import IMAGENET_MEAN, IMAGENET_STD, PUBLISHED, Fed, published
 from dmlbench.models.small import Ensemble, c2f2, conv3, smallcnn
@@ -176,11 +176,6 @@ def _numbers(value: Any) -> Iterator[float]:
         yield value
 
 
-def _message(error: Exception) -> str:
-    """What an error of another package is and says, in one line."""
-    return f"{type(error).__name__}: {first_line(error, 'no reason given')}"
-
-
 def _timm(name: str, embed_dim: int | None, pretrained: bool, kwargs: Mapping[str, Any], most: int | None) -> Built:
     import timm
 
@@ -199,8 +194,8 @@ def _timm(name: str, embed_dim: int | None, pretrained: bool, kwargs: Mapping[st
         raise UsageError(f"timm:{name} does not take these arguments: {first_line(error)}") from None
     except Exception as error:  # a failed download raises whatever the hub's client raises
         if not pretrained and not hub:
-            raise UsageError(f"timm:{name} does not take these arguments: {_message(error)}") from None
-        raise DataError(f"timm cannot fetch {name}: {_message(error)}") from None
+            raise UsageError(f"timm:{name} does not take these arguments: {described(error)}") from None
+        raise DataError(f"timm cannot fetch {name}: {described(error)}") from None
     about = getattr(network, "pretrained_cfg", None) or {}
     channels, *sides = about.get("input_size") or (3, 224, 224)
     sides = kwargs.get("img_size", sides)
@@ -234,8 +229,8 @@ def _torchvision(
         raise UsageError(f"torchvision:{name} does not take these arguments: {first_line(error)}") from None
     except Exception as error:
         if not pretrained:
-            raise UsageError(f"torchvision:{name} does not take these arguments: {_message(error)}") from None
-        raise DataError(f"torchvision cannot fetch {name}: {_message(error)}") from None
+            raise UsageError(f"torchvision:{name} does not take these arguments: {described(error)}") from None
+        raise DataError(f"torchvision cannot fetch {name}: {described(error)}") from None
     if embed_dim is not None:
         with_head(network, embed_dim)
     size = kwargs.get("image_size", 299 if name == "inception_v3" else 224)

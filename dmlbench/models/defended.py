@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from dmlbench.datasets.base import Images
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, DmlbenchError, UsageError
-from dmlbench.files import first_line
+from dmlbench.files import described
 from dmlbench.models.behaviour import probe_images
 from dmlbench.models.wrappers import STAGES, WRAPPERS, Backward, Given, Values, Wrapper, nothing
 from dmlbench.rng import Rng, streams_of_pixels
@@ -108,8 +108,7 @@ class Applied:
         except (DmlbenchError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:  # another package's transform, which can fail in any way
-            text = f"{type(error).__name__}: {first_line(error)}"
-            raise DataError(f"wrapper {self} fails on {tuple(images.shape)}: {text}") from error
+            raise DataError(f"wrapper {self} fails on {tuple(images.shape)}: {described(error)}") from error
         fits = len(out) == len(images) or (self.wrapper.stage == STAGES[-1] and len(out) % len(images) == 0)
         if not fits or out.shape[1:] != images.shape[1:]:
             raise DataError(f"wrapper {self} makes {tuple(out.shape)} of images {tuple(images.shape)}")

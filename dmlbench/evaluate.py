@@ -6,7 +6,7 @@ once) and ``run/search.py`` (how one attack is run).
 
 import datetime
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -19,10 +19,10 @@ from dmlbench.doubts.audit import examine, glance
 from dmlbench.doubts.checks import doubts_about
 from dmlbench.doubts.evidence import Finding
 from dmlbench.embedding import Embedder
-from dmlbench.errors import ShardDone
+from dmlbench.errors import ShardDone, UsageError
 from dmlbench.fast.compiled import Steps
 from dmlbench.fast.exact import true_float32
-from dmlbench.intervals import VERSION, Intervals
+from dmlbench.intervals import VERSION, Ends, Intervals
 from dmlbench.kinds.base import Outcome
 from dmlbench.metrics import CLEAN_METRICS, OF_THE_GALLERY, RECALL_AT, agreement, assignments, mean, retrieval
 from dmlbench.own_code import RUN
@@ -30,19 +30,23 @@ from dmlbench.protocol import Component, Protocol, ers_of, score_intervals
 from dmlbench.results import Evaluation, Flag, Measurement, finite
 from dmlbench.run.closeup import closeup
 from dmlbench.run.fingerprint import fingerprint
-from dmlbench.run.looks import even_order, sure_intervals, until_sure
+from dmlbench.run.looks import even_order, searched_until_sure, sure_intervals, sure_mean, until_sure
 from dmlbench.run.record import dataset_info, environment, model_info, protocol_info
 from dmlbench.run.search import Attacked, run_searches
-from dmlbench.run.subject import Progress, Silent, Subject, prepare, sample_positions
+from dmlbench.run.subject import Progress, Silent, Subject, measured_queries, prepare, sample_positions
 from dmlbench.run.units import Work
 from dmlbench.task import Options, Task
 
 
+def retrieved(subject: Subject) -> dict[str, np.ndarray]:
+    """The clean metrics of retrieval, ``benign/<name>`` (Q,)."""
+    clean = retrieval(subject.scene, RECALL_AT, grouped=subject.dataset.grouped)
+    return {f"benign/{name}": values for name, values in clean.items()}
+
+
 def benign_arrays(subject: Subject, seeds: Sequence[int]) -> dict[str, np.ndarray]:
     """The clean metrics: ``benign/<name>`` (Q,) of retrieval, () of clustering, and each query's clusters."""
-    scene = subject.scene
-    clean = retrieval(scene, RECALL_AT, grouped=subject.dataset.grouped)
-    out = {f"benign/{name}": values for name, values in clean.items()}
+    scene, out = subject.scene, retrieved(subject)
     classed = scene.gallery.classed
     classes = scene.gallery.labels[classed].cpu().numpy()
     clusters = assignments(scene.gallery.embeddings[classed], len(np.unique(classes)), seeds)
@@ -91,16 +95,23 @@ def evaluate(
         run_searches, planned=task.planned, seed=task.seed, batch_size=size, progress=progress, work=work,
         on_search=o.on_search,
     )  # fmt: skip
-    found, looked = None, dict[str, Any]()
-    if o.until is not None:
-        subject, found, looked = until_sure(subject, task.chosen.own, o.until, attacked)
+
+    def own_run(here: Subject, work: Work) -> Outcome | None:
+        if not (task.kind.run and task.chosen.runner):
+            return None
+        return task.kind.run(here, task.rules, task.seed, size, progress, sample_positions(here), work)
+
+    found, outcome, looked = None, None, dict[str, Any]()
+    if o.until is not None and task.kind.run:
+        subject, outcome, looked = run_until_sure(task, subject, o.until, own_run, work)
+    elif o.until is not None:
+        subject, found, looked = searched_until_sure(subject, task.chosen.own, o.until, attacked)
+    if looked:
         clock.done("attacks")
     clean = clean_arrays(task, subject, work)
     clock.done("clean metrics")
     found = attacked(subject) if found is None else found
-    kept, outcome = sample_positions(subject), None
-    if task.kind.run and task.chosen.runner:
-        outcome = task.kind.run(subject, task.rules, task.seed, size, progress, kept, work)
+    outcome = own_run(subject, work) if outcome is None else outcome
     if work.shard:
         said = f"shard {work.shard.index}/{work.shard.count} is finished"
         raise ShardDone("; ".join([*notes_of(subject, task), said]))
@@ -120,7 +131,8 @@ def embedded(task: Task, progress: Progress, work: Work) -> Subject:
     o = task.options
     order = None if o.only is None else np.sort(np.asarray(o.only, dtype=np.int64))
     if o.until is not None:
-        order = even_order(task.dataset.labels[task.dataset.query])
+        wanted = measured_queries(len(task.dataset.query), task.queries)
+        order = wanted[even_order(task.dataset.labels[task.dataset.query[wanted]])]
     prepared = partial(
         prepare, dataset=task.dataset, limit=task.queries, order=order, device=o.device, progress=progress, work=work,
         cache=o.cache, shared=o.shared,
@@ -139,6 +151,36 @@ def clean_arrays(task: Task, subject: Subject, work: Work) -> dict[str, np.ndarr
     if work.world.leads and (work.shard is None or work.shard.index == 1):
         arrays |= work.once("benign", len(subject.rows), partial(benign_arrays, subject, task.rules.clustering_seeds))
     return arrays
+
+
+def run_until_sure(
+    task: Task, subject: Subject, points: float, run: Callable[[Subject, Work], Outcome | None], work: Work
+) -> tuple[Subject, Outcome, dict[str, Any]]:
+    """The kind's own run on more and more of the queries, in the subject's order, until its number is sure.
+
+    Returns:
+        The queries measured, by ascending row, and what a run of these alone gives; and :func:`until_sure`'s, with the ``number``.
+
+    Raises:
+        UsageError: the kind does not tell what each query adds to its number.
+    """
+    name = str(task.kind.watched)
+    here, outcome = subject, Outcome([], {}, {}, {}, {})
+
+    def look(n: int, level: float) -> tuple[float | None, Ends]:
+        nonlocal here, outcome
+        here = subject[np.argsort(subject.rows[:n])]
+        done = run(here, work.part(f"{n} queries"))
+        assert done is not None  # no shard: Task refuses it
+        outcome, clean = done, {"query": here.rows, "label": task.dataset.labels[here.rows], **retrieved(here)}
+        measured = Measured(task, here, clean, Attacked({}, {}, {}, 0), outcome, {})
+        values = task.kind.by_query(measured.evaluation((), ()).with_arrays(measured.arrays)).get(name)
+        if values is None:
+            raise UsageError(f"--until: kind {task.kind.name!r} does not tell what each query adds to {name}")
+        return finite(mean(values)), sure_mean(values, clean["label"], level)
+
+    told = until_sure(len(subject.rows), points, look)
+    return here, outcome, {"number": name, **told}
 
 
 class Measured:

@@ -44,8 +44,8 @@ class Options:
             which is an extra part that never counts in ERS; "all" stands for all that the protocol measures,
             and ``FILE.py:NAME`` for one's own.
         limit: only this many queries, which marks the result partial.
-        until: only as many queries as bring the 95 % interval of ERS within this many points of it, in the order of
-            :func:`~dmlbench.run.looks.even_order`, looked at more than once and made up for (:mod:`dmlbench.run.looks`);
+        until: only as many queries as bring the 95 % interval of ERS, or of the kind's own number
+            (:attr:`~dmlbench.kinds.base.Kind.watched`), within this many points of it, in the order of :func:`~dmlbench.run.looks.even_order`, looked at more than once and made up for (:mod:`dmlbench.run.looks`);
             marks the result partial.
         eps: another size of the perturbation than the protocol's, or of a protocol with a grid several in ascending order, with
             steps that are longer or shorter in proportion; marks the result partial.
@@ -176,7 +176,7 @@ class Task:
         if o.until is not None:
             others = {"--limit": o.limit, "--attacks": o.attacks, "--shard": o.work and o.work.shard}
             labels = self.dataset.labels[self.dataset.query]
-            require_stoppable(rules, self.kind.mean, labels, o.until, others)
+            require_stoppable(rules, self.kind.watched, labels, o.until, others)
 
     @property
     def kind(self) -> Kind:

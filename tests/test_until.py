@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmlbench
+from dmlbench.board import paper
 from dmlbench.board.compare import compare
 from dmlbench.compact import npz_bytes
 from dmlbench.errors import UsageError
@@ -97,9 +98,8 @@ def test_it_stops_at_the_first_look_that_is_sure(stopped, short) -> None:
     low, high = stopped.ers_interval
     assert max(stopped.ers - low, high - stopped.ers) == pytest.approx(last)
     assert stopped.partial == (f"--until {POINTS:g}",) and stopped.dataset.n_queries == told["looks"][-1]["queries"]
-    assert (
-        stopped.ers_interval == looks.sure_intervals(short.components, stopped.arrays, told["looks"][-1]["level"]).mean
-    )
+    sure = looks.sure_intervals(short.components, stopped.arrays, told["looks"][-1]["level"])
+    assert stopped.ers_interval == sure.mean == paper.intervals(stopped)["ers"]
 
 
 def test_each_query_gives_what_it_gives_in_a_whole_run(stopped, measured, short) -> None:
@@ -172,7 +172,7 @@ def test_what_cannot_be_stopped_is_refused(typed, tmp_path: Path) -> None:
     assert "--shard" in refused("--until", "1", "--shard", "1/2", "--out", str(tmp_path))
     assert "'clustering' has none" in refused("--until", "1", "--protocol", "clustering")
     with pytest.raises(UsageError, match="two classes"):
-        looks.require_stoppable(load_protocol("ers-digits"), True, np.zeros(5, dtype=np.int64), 1.0, {})
+        looks.require_stoppable(load_protocol("ers-digits"), "ers", np.zeros(5, dtype=np.int64), 1.0, {})
 
 
 def test_as_it_is_typed(typed, tmp_path: Path) -> None:
@@ -206,9 +206,9 @@ def test_as_it_is_typed(typed, tmp_path: Path) -> None:
 def test_intervals_hold_the_whole_runs_ers() -> None:
     """A small turn of ``benchmarks/until_coverage.py``: 40 orders of one committed run."""
     folder = until_coverage.ROOT / "omniglot-small-conv3-triplet-hm-lga-2-ers-28" / "run"
-    components, arrays = until_coverage.outcomes(folder)
-    counts, holds = until_coverage.simulated(components, arrays, 4.0, 40)
+    reads, arrays = until_coverage.outcomes(folder)
+    counts, holds = until_coverage.simulated(reads["ers"], arrays, 4.0, 40)
     assert (counts < 2120).mean() > 0.9 and holds.mean() >= 0.93
     large = until_coverage.enlarged(arrays, 6000, 1000)
     assert len(np.unique(large["label"])) == 1000
-    assert until_coverage.stopped(components, large, 2.0, looks.even_order(large["label"]))[0] < 6000
+    assert until_coverage.stopped(reads["ers"], large, 2.0, looks.even_order(large["label"]))[0] < 6000

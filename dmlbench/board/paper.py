@@ -19,12 +19,13 @@ from dmlbench.board.compare.render import escape_markdown
 from dmlbench.board.compare.verdict import components_of
 from dmlbench.board.row import EXECUTED, shown, superseded
 from dmlbench.errors import NotComparable, UsageError
-from dmlbench.intervals import PERCENT, Ends, class_intervals
+from dmlbench.intervals import Ends
 from dmlbench.kinds.table import KINDS, numbers_of
 from dmlbench.metrics import CLEAN_METRICS
 from dmlbench.protocol import score_intervals
 from dmlbench.registry import suggest
 from dmlbench.results import Evaluation
+from dmlbench.run.looks import mean_interval
 
 HEADERS = {**{name: metric.title for name, metric in CLEAN_METRICS.items()}, "ers": "ERS"}
 """What columns are called; parts by their own name, other numbers in words."""
@@ -69,21 +70,24 @@ def numbers(e: Evaluation) -> dict[str, float | None]:
 def intervals(e: Evaluation) -> dict[str, Ends]:
     """Their 95 % intervals as they are made today, from the queries' own outcomes; what is no mean over queries has none.
 
-    Of a protocol that is not at hand the parts have those that the result states.
+    Of a protocol that is not at hand, and of a run that stopped where it was sure enough, the parts have those that the result states.
     """
     if "label" not in e.arrays:
         return {}
-    label, ends = e.arrays["label"], dict[str, Ends]()
+    ends: dict[str, Ends] = {}
     try:
         present = [c for name, c in components_of(e).items() if f"{name}/value" in e.arrays]
+        stated = "until" in e.extras
     except NotComparable:
+        stated = True
+    if stated:
         present, ends = [], {m.component: m.interval for m in e.measurements} | {"ers": e.ers_interval}
     if present:
         ends |= zip([c.name for c in present], score_intervals(present, e.arrays).columns, strict=True)
     for name in e.benign:
         values = e.arrays.get(f"benign/{name}")
         if values is not None:
-            ends[name] = class_intervals(values[:, None].astype(np.float64), label, [PERCENT]).columns[0]
+            ends[name] = mean_interval(e, values.astype(np.float64))
     extra = set(e.extras.get("extra_parts", ()))
     protocol_parts = [c for c in present if c.name not in extra]
     if e.ers is not None and protocol_parts:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from dmlbench.board.adversary import sizes_of
 from dmlbench.checkpoints import Checkpoint, checkpoints
-from dmlbench.intervals import PERCENT, VERSION, Ends, class_intervals
+from dmlbench.intervals import VERSION, Ends
 from dmlbench.kinds.base import Count, Percent
 from dmlbench.kinds.table import KINDS, kind_of, numbers, numbers_of
 from dmlbench.metrics import CLEAN_METRICS
@@ -23,6 +23,7 @@ from dmlbench.protocol import score_intervals
 from dmlbench.protocols import packaged_protocol
 from dmlbench.registry import PLUGINS
 from dmlbench.results import Evaluation
+from dmlbench.run.looks import mean_interval
 from dmlbench.threat import length
 
 PARTS = {
@@ -360,7 +361,7 @@ def _kind_columns(e: Evaluation) -> dict[str, Any]:
     for number in kind.numbers:
         values = None if number.median else kind.by_query(e).get(number.name)
         if values is not None and f"{number.name}_lo" in kind.columns.model_fields:
-            ends = class_intervals(values[:, None], e.arrays["label"], [PERCENT]).columns[0]
+            ends = mean_interval(e, values)
             columns[f"{number.name}_lo"], columns[f"{number.name}_hi"] = ends or (None, None)
     return {name: _neat(value, 6 if name in LENGTHS else 4) for name, value in columns.items()}
 

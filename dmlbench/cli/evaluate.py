@@ -77,7 +77,7 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
     "--until",
     type=float,
     metavar="POINTS",
-    help="Only so many queries that ERS is sure to this many points, e.g. 1.0; marks the result partial.",
+    help="Only so many queries that ERS, or the protocol's own number, is sure to this many points; marks the result partial.",
 )
 @click.option(
     "--preview", is_flag=True, help="A first look: 64 queries, 1,000 gallery images, drawn by class; no result."
@@ -162,7 +162,7 @@ def evaluate(
     if many and csv:
         raise UsageError("--csv is a board of one protocol: name one with --protocol and --eps, or leave --csv out")
     if plan and until is not None:
-        raise UsageError("--plan cannot tell when --until stops: leave --until out for the most that it may cost")
+        raise UsageError("--plan cannot tell when --until stops: leave --until out for what all queries cost")
     if plan:
         plans = {name: plan_of(task) for name, task in tasks.items()}
         if as_json:

@@ -81,8 +81,9 @@ def print_evaluation(e: "Evaluation") -> None:
     )
     from dmlbench.board.adversary import adversary
     from dmlbench.kinds.base import interval_text, text_of
-    from dmlbench.kinds.table import kind_of
-    from dmlbench.metrics import CLEAN_METRICS, decimals
+    from dmlbench.kinds.table import kind_of, numbers
+    from dmlbench.metrics import CLEAN_METRICS, decimals, mean
+    from dmlbench.run.looks import mean_interval
 
     kind = kind_of(e)
     shown = {metric.title: e.benign[name] for name, metric in CLEAN_METRICS.items() if name in e.benign}
@@ -93,8 +94,8 @@ def print_evaluation(e: "Evaluation") -> None:
     if attacked := adversary(e):
         what = "under attack" if kind.moved else "against"
         out.print(f"[italic]{what}[/italic]: {escape(attacked)}")
-    numbers = ("raw", "better", "score", "95 % interval", "retention", "queries", "seconds")
-    parts = _table(None, [Column("part", overflow="fold")], numbers)  # a name is never cut
+    columns = ("raw", "better", "score", "95 % interval", "retention", "queries", "seconds")
+    parts = _table(None, [Column("part", overflow="fold")], columns)  # a name is never cut
     retention = e.extras.get("retention", {})
     for m in e.measurements:
         parts.add_row(
@@ -118,6 +119,10 @@ def print_evaluation(e: "Evaluation") -> None:
     if e.ers is not None:
         partial = f"  (partial: {', '.join(e.partial)})" if e.partial else ""
         out.print(f"[bold]ERS {e.ers:.1f}[/bold]  95 % interval {interval_text(e.ers_interval)}{partial}")
+    elif told := e.extras.get("until"):
+        number, values = numbers()[told["number"]], kind.by_query(e)[told["number"]]
+        ends = f"95 % interval {interval_text(mean_interval(e, values))}"
+        out.print(f"[bold]{number.title} {text_of(mean(values))}[/bold]  {ends}  (partial: {', '.join(e.partial)})")
     elif e.partial:
         score = "" if kind.run else "ERS –  "
         out.print(f"{score}(partial: {', '.join(e.partial)})")

@@ -246,6 +246,7 @@ class Kind:
         moved: its parts are read at images that a search moved within a ball: each query has a norm, and the sample holds the
             images. Else the sample holds what ``replay`` looks at.
         within: R@1 of its parts is within the attacked set, so it may rise as well as fall.
+        whole_set: what a query gives depends on which others are measured with it.
         pairs: its queries may be pairs of pictures that a file names.
         unit: it is defined only where embeddings have unit length.
         require: raises UsageError where a data set cannot be measured: (rules, data set, seed), before anything is embedded.
@@ -291,6 +292,7 @@ class Kind:
     mean: bool = False
     moved: bool = True
     within: bool = False
+    whole_set: bool = False
     pairs: bool = False
     unit: bool = False
     require: Callable[[Protocol, RetrievalDataset, int], None] = lambda rules, dataset, seed: None
@@ -314,6 +316,16 @@ class Kind:
     as_long: Callable[[Protocol, Evaluation], Protocol] = lambda rules, evaluation: rules
     share: Callable[[Stated, Subject, np.random.Generator, Progress], tuple[str, Iterable[Problem]]] | None = None
     disagree: Callable[[Stated, Evaluation, np.ndarray, int], Iterator[Problem]] | None = None
+
+    @property
+    def watched(self) -> str | None:
+        """The number that ``--until`` watches: ERS, or the first of its own that is a mean over queries in points of 100 and no clean
+        one that others are drawn against; None where each query does not add to one by itself."""
+        if self.mean:
+            return "ers"
+        clean = {number.against for number in self.numbers}
+        means = (n.name for n in self.numbers if not (n.median or n.length or n.name in clean))
+        return next(means, None) if self.run and not self.whole_set else None
 
 
 def count_problems(bad: Any, field: str, text: str) -> Iterator[Problem]:

@@ -347,6 +347,7 @@ UNIVERSAL = Kind(
     check=check,
     run=run,
     components=components,
+    whole_set=True,
     require=require,
     optimizers=lambda rules: {"universal"},
     jobs=jobs,

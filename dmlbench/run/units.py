@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,10 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Units:
-    """The units of one run on disk, in ``folder``."""
+    """The units of one run on disk, in ``folder``; ``part`` of it tells apart units of one name."""
 
     folder: Path
+    part: str = ""
 
     @property
     def head(self) -> Path:
@@ -90,7 +91,7 @@ class Units:
 
     def path(self, unit: Unit) -> Path:
         """The file of a unit; its name is readable and unique."""
-        name, a, b = unit
+        name, a, b = f"{self.part}{unit[0]}", *unit[1:]
         digest = hashlib.sha256(name.encode()).hexdigest()[:16]
         return self.folder / f"{re.sub(r'[^A-Za-z0-9+=-]+', '_', name)[:20]}.{digest}.{a:07d}-{b:07d}.npz"
 
@@ -207,6 +208,10 @@ class Work:
         self.wait()
         if not self.world.leads:
             refuse_other(self.units.configuration() or {}, configuration, self.units.folder.parent)
+
+    def part(self, name: str) -> "Work":
+        """The same with units of its own."""
+        return replace(self, units=self.units and replace(self.units, part=f"{name}: "))
 
     def wait(self) -> None:
         """Wait until every process has reached this call."""

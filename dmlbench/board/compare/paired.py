@@ -163,15 +163,15 @@ def same_queries(base: Evaluation, candidate: Evaluation) -> bool:
 
 
 def of_the_set(base: Evaluation, candidate: Evaluation) -> set[str]:
-    """The parts whose outcomes for a query depend on which others are measured with it: recall within an attacked
+    """The parts whose outcomes for a query depend on which others are measured with it, such as recall within an attacked
     set, and perturbations that all queries share."""
-    within = kind_of(base).within
+    whole_set = kind_of(base).whole_set
     return {
         m.component
         for e in (base, candidate)
         for m in e.measurements
         if (m.optimizer in OPTIMIZERS and OPTIMIZERS[m.optimizer].whole_set)
-        or (within and m.component not in e.extras.get("extra_parts", ()))
+        or (whole_set and m.component not in e.extras.get("extra_parts", ()))
     }
 
 
@@ -185,7 +185,8 @@ def _numbers(
     """The numbers of the runs' kind: those that are made of the queries' own from the common ones, the others, which are
     of the whole set, as they are."""
     kind, given, other = kind_of(base), numbers_of(base), numbers_of(candidate)
-    first, second = kind.by_query(base), kind.by_query(candidate)
+    alike = same_queries(base, candidate)
+    first, second = ({}, {}) if kind.whole_set and not alike else (kind.by_query(base), kind.by_query(candidate))
     out = []
     for number in kind.numbers:
         name = number.name
@@ -194,7 +195,7 @@ def _numbers(
         if name in first and name in second and name in other:
             pair = first[name][i], second[name][j]
             out.append((_medians if number.median else _means)(name, *pair, base.arrays["label"][i], seed, draws))
-        elif not same_queries(base, candidate):
+        elif not alike:
             out.append(_left_out(name))
         else:
             ends = number.between(base, candidate, i, j, seed, draws) if number.between and name in other else None

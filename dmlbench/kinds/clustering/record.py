@@ -221,6 +221,7 @@ CLUSTERING = Kind(
     run=run,
     components=components,
     within=True,
+    whole_set=True,
     averages=False,
     optimizers=lambda p: {"pgd"},
     jobs=jobs,

@@ -306,6 +306,7 @@ POISON = Kind(
     run=run,
     components=components,
     moved=False,
+    whole_set=True,
     require=require,
     averages=False,
     optimizers=lambda rules: {OPTIMIZER},

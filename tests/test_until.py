@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import dmlbench
 from dmlbench.board import paper
 from dmlbench.board.compare import compare
+from dmlbench.cli.results import print_evaluation
 from dmlbench.compact import npz_bytes
 from dmlbench.errors import UsageError
 from dmlbench.evaluate import evaluate
@@ -157,6 +158,11 @@ def test_two_are_compared_on_the_queries_that_both_measured(stopped, measured, s
         own = components["LTM"].rescale(float(stopped.arrays["LTM/value"][common].mean()))
         said = next(m for m in found.metrics if m.metric == "LTM")
         assert (said.base if base is stopped else said.candidate) == pytest.approx(own)
+
+
+def test_a_run_without_ers_is_shown_too(stopped, capsys) -> None:
+    print_evaluation(stopped.model_copy(update={"ers": None, "ers_interval": None}))  # as where a part has no value
+    assert "partial" in capsys.readouterr().out
 
 
 def test_what_cannot_be_stopped_is_refused(typed, tmp_path: Path) -> None:

@@ -119,8 +119,8 @@ def print_evaluation(e: "Evaluation") -> None:
     if e.ers is not None:
         partial = f"  (partial: {', '.join(e.partial)})" if e.partial else ""
         out.print(f"[bold]ERS {e.ers:.1f}[/bold]  95 % interval {interval_text(e.ers_interval)}{partial}")
-    elif told := e.extras.get("until"):
-        number, values = numbers()[told["number"]], kind.by_query(e)[told["number"]]
+    elif name := e.extras.get("until", {}).get("number"):
+        number, values = numbers()[name], kind.by_query(e)[name]
         ends = f"95 % interval {interval_text(mean_interval(e, values))}"
         out.print(f"[bold]{number.title} {text_of(mean(values))}[/bold]  {ends}  (partial: {', '.join(e.partial)})")
     elif e.partial:

@@ -3,7 +3,7 @@
 The file to show a visitor. :func:`craft` searches, :func:`measure` looks at what came out (the harness
 measures, never the attack). A new attack is an objective in ``objectives.py`` and a line in
 :data:`ATTACKS`; another package adds its own through the entry point group ``dmlbench.plugins``, and a file
-of the user's is named as it is (:func:`own_attacks`).
+of the user's is named as it is (:func:`user_attacks`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,12 @@ from dmlbench.fast.exact import true_float32
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import OBJECTIVES, Objective
 from dmlbench.optimizers import OPTIMIZERS, Run
-from dmlbench.own_code import OwnCode, own_code
 from dmlbench.registry import Registry
 from dmlbench.rng import Rng
 from dmlbench.scene import Scene
 from dmlbench.targets import TARGETS
 from dmlbench.threat import Threat
+from dmlbench.user_code import UserCode, load_user_code
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ _CVPR = "Zhou and Patel, CVPR 2022, arXiv 2203.01439"
 _ICCV = "Zhou et al., ICCV 2021, arXiv 2103.05248"
 _PANUM = "Panum et al., arXiv 2102.07265"
 _BAI = "Bai et al., arXiv 1901.10650"
-_OWN = "dmlbench, docs/strict.md"
+_THIS_PROJECT = "dmlbench, docs/strict.md"
 _GUIDES = (
     "the public code moves the gallery's pictures, with all queries of the identity as guides; here the query is moved"
 )
@@ -109,11 +109,11 @@ ATTACKS: Registry[Attack] = Registry(
         "GTM-published-2": Attack("GTM as behind the published numbers, its distance too", "approach_published",
                                   "nearest_other_published", _R, _CVPR,
                                   note="GTM-published, with the 1e-6 that the public code's distance adds"),
-        "WM": Attack("misrank by the margin, positive and negative looked up at every step", "margin", "", _R, _OWN,
+        "WM": Attack("misrank by the margin, positive and negative looked up at every step", "margin", "", _R, _THIS_PROJECT,
                      decides=True),
-        "MT": Attack("misrank in favour of one other class", "margin_to_class", "nearest_classes", _R, _OWN,
+        "MT": Attack("misrank in favour of one other class", "margin_to_class", "nearest_classes", _R, _THIS_PROJECT,
                      note="alone: the nearest wrong class; in `strict`: the five nearest in turn", decides=True),
-        "ME": Attack("misrank in favour of one entry of another class", "margin_to_entry", "nearest_other", _R, _OWN,
+        "ME": Attack("misrank in favour of one entry of another class", "margin_to_entry", "nearest_other", _R, _THIS_PROJECT,
                      note="alone: the nearest wrong entry; in `strict`: the nearest ones in turn", decides=True),
         "Panum": Attack("move away from the nearest positive, read on the queries that are right when clean", "leave",
                         "nearest_same", ("recall_of_right", "map_at_r_of_right"), _PANUM,
@@ -169,7 +169,7 @@ def require_decision(attack: str, optimizer: str) -> None:
         )
 
 
-def own_attacks(names: Sequence[str]) -> list[str]:
+def user_attacks(names: Sequence[str]) -> list[str]:
     """Register the user's attacks: ``names`` with each ``FILE.py:NAME[@optimizer]`` replaced by its name in :data:`ATTACKS`.
 
     NAME is an :class:`Attack`, whose objective may be a function of the same file, or an objective: then the attack has no
@@ -178,53 +178,53 @@ def own_attacks(names: Sequence[str]) -> list[str]:
     Raises:
         UsageError: no such file or name. DataError: it is neither, or fails.
     """
-    return [_own(name) if ".py:" in name and name.partition("@")[0] not in ATTACKS else name for name in names]
+    return [_user_attack(name) if ".py:" in name and name.partition("@")[0] not in ATTACKS else name for name in names]
 
 
-def _own(text: str) -> str:
+def _user_attack(text: str) -> str:
     where, _, rest = text.rpartition(".py:")
     if "@" in where:
         raise UsageError(f"{text}: a file whose path has an '@' cannot be told from ATTACK@OPTIMIZER")
     name, at, optimizer = rest.partition("@")
-    own = own_code(f"{where}.py:{name}")
-    if own.label in ATTACKS:
-        return f"{own.label}{at}{optimizer}"
-    found = own.value
-    if isinstance(found, Attack):
-        if found.objective not in OBJECTIVES and hasattr(own.module, found.objective):
-            found = replace(found, objective=_objective(own_code(f"{where}.py:{found.objective}")))
+    code = load_user_code(f"{where}.py:{name}")
+    if code.label in ATTACKS:
+        return f"{code.label}{at}{optimizer}"
+    attack = code.value
+    if isinstance(attack, Attack):
+        if attack.objective not in OBJECTIVES and hasattr(code.module, attack.objective):
+            attack = replace(attack, objective=_objective(load_user_code(f"{where}.py:{attack.objective}")))
         (
-            OBJECTIVES[found.objective],
-            found.targets and TARGETS[found.targets],
-            [READOUTS[name] for name in found.readouts],
+            OBJECTIVES[attack.objective],
+            attack.targets and TARGETS[attack.targets],
+            [READOUTS[name] for name in attack.readouts],
         )
     else:
-        found = Attack(f"own objective {name}", _objective(own), "", ("recall_at_1",), own.label)
-    ATTACKS.add(own.label, found)
-    own.called(own.label)
-    return f"{own.label}{at}{optimizer}"
+        attack = Attack(f"own objective {name}", _objective(code), "", ("recall_at_1",), code.label)
+    ATTACKS.add(code.label, attack)
+    code.called(code.label)
+    return f"{code.label}{at}{optimizer}"
 
 
-def _objective(own: OwnCode) -> str:
+def _objective(code: UserCode) -> str:
     """The name of the user's own objective in its table, where whatever it does wrong ends in one line."""
-    if own.label in OBJECTIVES:
-        return own.label
-    own.require_takes(2, "(embeddings, scene), nor an Attack")
+    if code.label in OBJECTIVES:
+        return code.label
+    code.require_takes(2, "(embeddings, scene), nor an Attack")
 
     def guarded(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
-        loss = own.call(e, scene)
-        told = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        loss = code.call(e, scene)
+        given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         right = isinstance(loss, Tensor) and loss.shape == (len(e),) and loss.is_floating_point()
-        own.require(right, f"gave {told}, not one float loss for each of {len(e)} images")
+        code.require(right, f"gave {given}, not one float loss for each of {len(e)} images")
         sloped = loss.requires_grad or not e.requires_grad
-        own.require(
+        code.require(
             sloped, "gave a loss without a gradient: of the optimizers only square, noise, nes and spsa do without"
         )
         return loss  # type: ignore[no-any-return]
 
-    guarded.__doc__ = own.value.__doc__
-    OBJECTIVES.add(own.label, guarded)
-    return own.label
+    guarded.__doc__ = code.value.__doc__
+    OBJECTIVES.add(code.label, guarded)
+    return code.label
 
 
 def choose_targets(attack: Attack, scene: Scene, rng: Rng) -> Scene:

@@ -25,7 +25,6 @@ from dmlbench.fast.exact import true_float32
 from dmlbench.intervals import VERSION, Ends, Intervals
 from dmlbench.kinds.base import Outcome
 from dmlbench.metrics import CLEAN_METRICS, OF_THE_GALLERY, RECALL_AT, agreement, assignments, mean, retrieval
-from dmlbench.own_code import RUN
 from dmlbench.protocol import Component, Protocol, ers_of, score_intervals
 from dmlbench.results import Evaluation, Flag, Measurement, finite
 from dmlbench.run.closeup import closeup
@@ -36,6 +35,7 @@ from dmlbench.run.search import Attacked, run_searches
 from dmlbench.run.subject import Progress, Silent, Subject, measured_queries, prepare, sample_positions
 from dmlbench.run.units import Work
 from dmlbench.task import Options, Task
+from dmlbench.user_code import RUN
 
 
 def retrieved(subject: Subject) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dmlbench.attacks import ATTACKS, choose_targets, own_attacks
+from dmlbench.attacks import ATTACKS, choose_targets, user_attacks
 from dmlbench.datasets import DATASETS, RetrievalDataset, load_dataset
 from dmlbench.datasets.pairs import with_pairs
 from dmlbench.embedding import Embedder, digest_of
@@ -22,7 +22,6 @@ from dmlbench.kinds.base import Kind
 from dmlbench.kinds.table import KINDS
 from dmlbench.models import load_model
 from dmlbench.models.defended import averaged, known_to_attacks
-from dmlbench.own_code import require_named
 from dmlbench.protocol import Chosen, Protocol
 from dmlbench.protocols import load_protocol
 from dmlbench.results import Conditions, Evaluation
@@ -32,6 +31,7 @@ from dmlbench.run.looks import require_stoppable
 from dmlbench.run.search import Search, auto_batch, searches
 from dmlbench.run.subject import Progress, require_shape, resolve_device, unembedded
 from dmlbench.run.units import Arrays, Work
+from dmlbench.user_code import require_named
 from dmlbench.version import __version__
 
 
@@ -126,7 +126,7 @@ class Task:
             UsageError: an unknown name or a combination that does not fit. DataError: files are missing.
         """
         if options.attacks:
-            options = replace(options, attacks=own_attacks(options.attacks))
+            options = replace(options, attacks=user_attacks(options.attacks))
         embedder = as_embedder(model)
         if not isinstance(dataset, RetrievalDataset):
             dataset = load_dataset(dataset or default_dataset(embedder), preprocess=embedder.preprocess)

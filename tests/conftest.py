@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dmlbench
-from dmlbench.own_code import RUN
+from dmlbench.user_code import RUN
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # pytest runs as many workers as there are cores

@@ -24,7 +24,7 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
     "<": operator.lt,
     ">": operator.gt,
-    "~": lambda value, value_asked: str(value_asked).casefold() in str(value).casefold(),
+    "~": lambda value, text: str(text).casefold() in str(value).casefold(),
 }
 """Filters: ``ers>=40``, ``status=verified``, ``defense~hm``; all but ``!=`` leave out rows without a value."""
 

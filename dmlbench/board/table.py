@@ -167,7 +167,7 @@ def add_row(evaluation: Evaluation, path: Path) -> Row:
     row = _allowed(path, lambda: from_evaluation(evaluation))
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path):
-        write_atomic(path, to_csv(rank([*_beside(row, path), row])))
+        write_atomic(path, to_csv(rank([*_rows_that_stay(row, path), row])))
     return row
 
 
@@ -182,7 +182,7 @@ def foresee(path: Path, partial: Sequence[str], **known: Any) -> None:
     Raises:
         DataError: as for :func:`add_row`.
     """
-    _beside(_allowed(path, lambda: Row(status="local", partial=partial_text(partial), **known)), path)
+    _rows_that_stay(_allowed(path, lambda: Row(status="local", partial=partial_text(partial), **known)), path)
 
 
 def _allowed(path: Path, make: Callable[[], Row]) -> Row:
@@ -193,7 +193,7 @@ def _allowed(path: Path, make: Callable[[], Row]) -> Row:
         raise DataError(f"{path} takes no such row: {first_problem(error)}") from None
 
 
-def _beside(row: Row, path: Path) -> list[Row]:
+def _rows_that_stay(row: Row, path: Path) -> list[Row]:
     """The rows of the file that stay when ``row`` is added."""
     rows = from_csv(path) if path.exists() else []
     if row.partial and any(r.partial is None for r in rows if r.key == row.key):

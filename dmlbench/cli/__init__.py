@@ -19,8 +19,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from dmlbench.errors import DataError, DmlbenchError
-from dmlbench.own_code import blame
 from dmlbench.registry import suggest
+from dmlbench.user_code import blame
 from dmlbench.version import __version__
 
 _BARE: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())

@@ -33,7 +33,7 @@ def named(text: str | None) -> list[str] | None:
     Raises:
         UsageError: nothing is named.
     """
-    from dmlbench.attacks import own_attacks
+    from dmlbench.attacks import user_attacks
 
     if text is None:
         return None
@@ -41,7 +41,7 @@ def named(text: str | None) -> list[str] | None:
     names = [name.strip() for name in plain.split(",") if name.strip()]
     if not names:
         raise UsageError(f"--attacks {text!r} names nothing: e.g. CA+,QA-, or all for what the protocol measures")
-    return own_attacks(names)
+    return user_attacks(names)
 
 
 def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int | None:

@@ -12,8 +12,8 @@ from dmlbench.cli.model_options import load_subject, model_options
 from dmlbench.cli.output import json_option, progress
 from dmlbench.errors import UsageError
 from dmlbench.files import prepare_folder
-from dmlbench.own_code import require_named
 from dmlbench.results import refuse_partial
+from dmlbench.user_code import require_named
 
 if TYPE_CHECKING:
     from dmlbench.models import ModelOptions

@@ -14,14 +14,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from dmlbench.cli.model_options import Size
 from dmlbench.cli.output import Bar, hint, json_option, print_json, print_list, tell
 from dmlbench.errors import UsageError
-from dmlbench.own_code import RUN
 from dmlbench.run.parallel import World
 from dmlbench.run.subject import resolve_device
-from dmlbench.training.defenses import DEFENSES, own_defense
+from dmlbench.training.defenses import DEFENSES, user_defense
 from dmlbench.training.loop import train as run_training
 from dmlbench.training.progress import Progress as Row
 from dmlbench.training.recipe import Recipe, changed, load_recipe, make_recipe, packaged_recipes, short_name, slug
 from dmlbench.training.start import architecture_of
+from dmlbench.user_code import RUN
 
 EXAMPLE = """\b
 Examples:
@@ -144,7 +144,7 @@ def train(
         return
     named = {key: value for key, value in options.items() if value is not None}
     if ".py:" in named.get("defense", ""):
-        named["defense"] = own_defense(named["defense"])
+        named["defense"] = user_defense(named["defense"])
         tell(RUN[named["defense"]])
     chosen = gather(recipe, settings(pairs), named)
     if out is None:

@@ -32,9 +32,9 @@ from dmlbench.datasets.cache import CachedImages, Progress, fitted
 from dmlbench.datasets.folder import class_folder
 from dmlbench.datasets.pictures import Files
 from dmlbench.errors import UsageError
-from dmlbench.own_code import PREFIX, own_code
 from dmlbench.preprocess import Preprocess
 from dmlbench.registry import Registry
+from dmlbench.user_code import PREFIX, load_user_code
 
 __all__ = [
     "DATASETS",
@@ -161,7 +161,7 @@ def _table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
 
 def _python(rest: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
     """What the user's own function gives, which takes what it wants of ``split`` and ``preprocess``."""
-    code, name = own_code(rest, PREFIX), f"{PREFIX}{rest}"
+    code, name = load_user_code(rest, PREFIX), f"{PREFIX}{rest}"
     code.called(name)
     made = code.call(**code.those_taken(split=split, preprocess=preprocess))
     code.require(isinstance(made, RetrievalDataset), f"gave a {type(made).__name__}, not a RetrievalDataset")

@@ -45,9 +45,9 @@ from dmlbench.models.recognised import fed_by_record, feeding, on_record
 from dmlbench.models.records import build, check_probe, registered, space_of, trained
 from dmlbench.models.spec import ModelOptions, Spec
 from dmlbench.models.weights import fill_from
-from dmlbench.own_code import PREFIX, RUN, own_code
 from dmlbench.preprocess import Preprocess
 from dmlbench.registry import Registry, suggest
+from dmlbench.user_code import PREFIX, RUN, load_user_code
 
 __all__ = ["FORMS", "build", "check_probe", "open_model", "space_of"]
 
@@ -253,7 +253,7 @@ def stated_shape(module: nn.Module, name: str) -> tuple[int, int, int] | None:
 
 def _python(rest: str, options: ModelOptions) -> Embedder:
     """The user's own function: called without arguments, gives a module or an Embedder."""
-    code = own_code(rest, PREFIX)
+    code = load_user_code(rest, PREFIX)
     code.called(f"{PREFIX}{rest}")
     made = code.value
     if not isinstance(made, nn.Module):

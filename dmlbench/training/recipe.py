@@ -19,11 +19,11 @@ from dmlbench.embedding import DISTANCES
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import read_toml
 from dmlbench.models.architectures import require_known
-from dmlbench.own_code import require_named
 from dmlbench.registry import suggest
 from dmlbench.threat import Threat
 from dmlbench.training.defenses import DEFENSES
 from dmlbench.training.losses import LOSSES
+from dmlbench.user_code import require_named
 
 RECIPES = PACKAGE / "recipes"
 MOST_IMAGES = 1_000_000

@@ -18,13 +18,13 @@ from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.intervals import Ends
 from dmlbench.kinds.table import kind_of
 from dmlbench.models import load_model
-from dmlbench.own_code import require_named
 from dmlbench.protocol import counted, scored
 from dmlbench.registry import Registry, suggest
 from dmlbench.results import Evaluation
 from dmlbench.run.closeup import names_of as closeup_names
 from dmlbench.run.subject import embed
 from dmlbench.threat import length
+from dmlbench.user_code import require_named
 
 Runs = Sequence[tuple[str, Evaluation]]
 """Runs, each with the name that the user gave it."""

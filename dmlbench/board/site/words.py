@@ -86,7 +86,7 @@ _TERMS = {
     ),
     "status": Word(
         "Status",
-        "What stands behind a row. " + " ".join(f"{_begun(name)}: {said}." for name, said in STATUSES.items()),
+        "What stands behind a row. " + " ".join(f"{_begun(name)}: {standing}." for name, standing in STATUSES.items()),
         SCORES,
     ),
 }

@@ -206,7 +206,7 @@ def united(
                 lowest, best = value, choice
             if idle == rules.patience:
                 break
-        middles = [centroids(e, torch.from_numpy(own).long(), k) for own in now.T]
+        middles = [centroids(e, torch.from_numpy(assigned).long(), k) for assigned in now.T]
         falls = np.stack([
             torch.stack([nearest_centre(embeddings[:, a], middle)[0] for a in range(len(clusters))], 1).numpy()
             for middle in middles

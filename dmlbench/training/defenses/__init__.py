@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from dmlbench.errors import UsageError
-from dmlbench.own_code import own_code
 from dmlbench.registry import Registry, suggest
 from dmlbench.training.defenses.base import Batch, Inner, Learner, Step
 from dmlbench.training.defenses.manipulation import DESTINATIONS, hm
@@ -20,6 +19,7 @@ from dmlbench.training.defenses.mdprop import mdprop
 from dmlbench.training.defenses.proxies import adp, at, eat, trades
 from dmlbench.training.defenses.triplets import act, ca_tride, est, min_max, noise, none, robust
 from dmlbench.training.sampling import SAMPLINGS
+from dmlbench.user_code import load_user_code
 
 __all__ = ["DEFENSES", "DESTINATIONS", "Batch", "DefenseEntry", "Inner", "Learner", "Paper", "Step"]
 
@@ -164,14 +164,14 @@ DEFENSES: Registry[DefenseEntry] = Registry(
 )
 
 
-def own_defense(text: str) -> str:
+def user_defense(text: str) -> str:
     """The name that :data:`DEFENSES` has it by of ``FILE.py:NAME``, a :data:`Step` or a :class:`DefenseEntry`, which is
     read and added here.
 
     Raises:
         UsageError: no such file or name. DataError: it is neither.
     """
-    code = own_code(text)
+    code = load_user_code(text)
     if code.label in DEFENSES:
         return code.label
     defense = code.value

@@ -44,18 +44,18 @@ def place_of(error: BaseException, files: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class OwnCode:
+class UserCode:
     """Something in a user's file or module.
 
     Attributes:
-        said: as the user named it.
+        text: as the user named it.
         name: the attribute.
         path: the file that it was read from, resolved.
         sha256: of that file.
         module: what the file became.
     """
 
-    said: str
+    text: str
     name: str
     path: str
     sha256: str
@@ -82,7 +82,7 @@ class OwnCode:
             DataError: it is not ``right``.
         """
         if not right:
-            raise DataError(f"{self.said} {problem}")
+            raise DataError(f"{self.text} {problem}")
 
     def require_takes(self, count: int, what: str) -> None:
         """Refuse what cannot be called with ``count`` positional arguments, which are ``what``.
@@ -98,7 +98,7 @@ class OwnCode:
         try:
             takes.bind(*[None] * count)
         except TypeError:
-            raise DataError(f"{self.said} takes {takes}, not {what}") from None
+            raise DataError(f"{self.text} takes {takes}, not {what}") from None
 
     def those_taken(self, **given: Any) -> dict[str, Any]:
         """Those of ``given`` that the function has parameters for.
@@ -125,16 +125,16 @@ class OwnCode:
         try:
             return self.value(*args, **kwargs)
         except (Exception, SystemExit) as error:  # anybody's code
-            _failed(self.said, error, self.path)
+            _failed(self.text, error, self.path)
 
 
-def _failed(said: str, error: BaseException, path: str) -> NoReturn:
+def _failed(text: str, error: BaseException, path: str) -> NoReturn:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         raise error
-    raise DataError(f"{said} failed: {first_line(error)}{place_of(error, [path])}") from error
+    raise DataError(f"{text} failed: {first_line(error)}{place_of(error, [path])}") from error
 
 
-def own_code(text: str, prefix: str = "") -> OwnCode:
+def load_user_code(text: str, prefix: str = "") -> UserCode:
     """The code of ``WHERE:NAME``, its file or module imported now.
 
     Args:
@@ -147,9 +147,9 @@ def own_code(text: str, prefix: str = "") -> OwnCode:
     """
     plain, _, digest = text.partition("#")
     where, colon, name = plain.rpartition(":")
-    said = prefix + plain
+    named = prefix + plain
     if not colon or not where or not name:
-        raise UsageError(f"{said} needs a module or file and a name, e.g. {prefix}mine.py:make")
+        raise UsageError(f"{named} needs a module or file and a name, e.g. {prefix}mine.py:make")
     in_file = where.endswith(".py")
     path = str(Path(where).expanduser().resolve()) if in_file else ""
     if in_file and not Path(path).is_file():
@@ -165,15 +165,15 @@ def own_code(text: str, prefix: str = "") -> OwnCode:
             path = str(getattr(module, "__file__", None) or "")
             source = Path(path).read_bytes() if path else b""
     except (Exception, SystemExit) as error:  # anybody's code
-        _failed(said, error, path)
+        _failed(named, error, path)
     sha256 = hashlib.sha256(source).hexdigest()
     if not sha256.startswith(digest):
-        raise DataError(f"{said} has changed: the sha256 of {where} begins with {sha256[:12]}, not {digest}")
+        raise DataError(f"{named} has changed: the sha256 of {where} begins with {sha256[:12]}, not {digest}")
     if not hasattr(module, name):
         public = [n for n, v in vars(module).items() if not n.startswith("_") and not isinstance(v, ModuleType)]
         raise UsageError(f"{prefix}{where} has no function {name!r}{suggest(name, public)}")
     _FILES.add(path)
-    return OwnCode(said, name, path, sha256, module)
+    return UserCode(named, name, path, sha256, module)
 
 
 def _run(source: bytes, path: str) -> ModuleType:

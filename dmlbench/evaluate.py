@@ -51,9 +51,9 @@ def benign_arrays(subject: Subject, seeds: Sequence[int]) -> dict[str, np.ndarra
     classes = scene.gallery.labels[classed].cpu().numpy()
     clusters = assignments(scene.gallery.embeddings[classed], len(np.unique(classes)), seeds)
     out |= {f"benign/{name}": np.array([value]) for name, value in agreement(classes, clusters).items()}
-    own = scene.row.cpu().numpy()
-    if (own >= 0).all():  # every query is a gallery entry, so it fell into a cluster
-        out["benign/clusters"] = clusters[(classed.cumsum(0) - 1).cpu().numpy()[own]]
+    entry = scene.row.cpu().numpy()
+    if (entry >= 0).all():  # every query is a gallery entry, so it fell into a cluster
+        out["benign/clusters"] = clusters[(classed.cumsum(0) - 1).cpu().numpy()[entry]]
     return out
 
 
@@ -87,7 +87,7 @@ def evaluate(
     progress, work = o.progress or Silent(), o.work or Work()
     task = Task.of(model, dataset, protocol, o)
     size, earlier = task.agree(work), work.units.spent() if work.units else 0.0
-    task.aim()
+    task.check_targets()
     clock.done("loading")
     subject = embedded(task, progress, work)
     clock.done("embedding")
@@ -96,27 +96,27 @@ def evaluate(
         on_search=o.on_search,
     )  # fmt: skip
 
-    def own_run(here: Subject, work: Work) -> Outcome | None:
+    def kind_run(here: Subject, work: Work) -> Outcome | None:
         if not (task.kind.run and task.chosen.runner):
             return None
         return task.kind.run(here, task.rules, task.seed, size, progress, sample_positions(here), work)
 
-    found, outcome, looked = None, None, dict[str, Any]()
+    attacked_parts, outcome, looked = None, None, dict[str, Any]()
     if o.until is not None and task.kind.run:
-        subject, outcome, looked = run_until_sure(task, subject, o.until, own_run, work)
+        subject, outcome, looked = run_until_sure(task, subject, o.until, kind_run, work)
     elif o.until is not None:
-        subject, found, looked = searched_until_sure(subject, task.chosen.own, o.until, attacked)
+        subject, attacked_parts, looked = searched_until_sure(subject, task.chosen.listed, o.until, attacked)
     if looked:
         clock.done("attacks")
     clean = clean_arrays(task, subject, work)
     clock.done("clean metrics")
-    found = attacked(subject) if found is None else found
-    outcome = own_run(subject, work) if outcome is None else outcome
+    attacked_parts = attacked(subject) if attacked_parts is None else attacked_parts
+    outcome = kind_run(subject, work) if outcome is None else outcome
     if work.shard:
-        said = f"shard {work.shard.index}/{work.shard.count} is finished"
-        raise ShardDone("; ".join([*notes_of(subject, task), said]))
+        text = f"shard {work.shard.index}/{work.shard.count} is finished"
+        raise ShardDone("; ".join([*notes_of(subject, task), text]))
     clock.done("attacks")
-    measured = Measured(task, subject, clean, found, outcome, looked)
+    measured = Measured(task, subject, clean, attacked_parts, outcome, looked)
     doubts, audit = measured.doubts(size) if work.world.leads else ((), [])
     evaluation = measured.evaluation(doubts, audit)
     clock.done("checks")
@@ -127,7 +127,7 @@ def evaluate(
 
 
 def embedded(task: Task, progress: Progress, work: Work) -> Subject:
-    """The model with its queries, everything clean embedded once; and the surrogate's and the undefended model's, where there is one."""
+    """The subject with all clean images embedded once, and those of the surrogate and of the undefended model, if there are any."""
     o = task.options
     order = None if o.only is None else np.sort(np.asarray(o.only, dtype=np.int64))
     if o.until is not None:
@@ -146,7 +146,7 @@ def embedded(task: Task, progress: Progress, work: Work) -> Subject:
 
 
 def clean_arrays(task: Task, subject: Subject, work: Work) -> dict[str, np.ndarray]:
-    """Which queries are measured, their classes and clean metrics; these by one process alone, and by one shard."""
+    """The measured queries, their classes and clean metrics; the leader of the first shard alone computes the metrics."""
     arrays = {"query": subject.rows, "label": task.dataset.labels[subject.rows]}
     if work.world.leads and (work.shard is None or work.shard.index == 1):
         arrays |= work.once("benign", len(subject.rows), partial(benign_arrays, subject, task.rules.clustering_seeds))
@@ -179,16 +179,16 @@ def run_until_sure(
             raise UsageError(f"--until: kind {task.kind.name!r} does not tell what each query adds to {name}")
         return finite(mean(values)), sure_mean(values, clean["label"], level)
 
-    told = until_sure(len(subject.rows), points, look)
-    return here, outcome, {"number": name, **told}
+    stopped = until_sure(len(subject.rows), points, look)
+    return here, outcome, {"number": name, **stopped}
 
 
 class Measured:
-    """All that a run measured, on its way into an :class:`Evaluation`.
+    """The measurements of a run, from which its :class:`Evaluation` is made.
 
     Attributes:
         arrays: per-query outcomes; sample: adversarial images of some queries.
-        outcome: what the kind's own run gave, where there was one.
+        outcome: of the run of the protocol's kind, if it has one.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class Measured:
         task: Task,
         subject: Subject,
         clean: Mapping[str, np.ndarray],
-        found: Attacked,
+        attacked: Attacked,
         outcome: Outcome | None,
         looked: Mapping[str, Any],
     ) -> None:
@@ -204,9 +204,9 @@ class Measured:
         metrics = {name: mean(clean[f"benign/{name}"]) for name in CLEAN_METRICS if f"benign/{name}" in clean}
         self.benign = {name: value for name, value in metrics.items() if np.isfinite(value)}
         scalars = {f"benign/{name}" for name in OF_THE_GALLERY}
-        self.arrays = {key: values for key, values in clean.items() if key not in scalars} | found.arrays
-        self.sample = {"rows": subject.rows[sample_positions(subject)], **found.sample}
-        self.parts, self.seconds, self.nonfinite = list(task.chosen.own), found.seconds, found.nonfinite
+        self.arrays = {key: values for key, values in clean.items() if key not in scalars} | attacked.arrays
+        self.sample = {"rows": subject.rows[sample_positions(subject)], **attacked.sample}
+        self.parts, self.seconds, self.nonfinite = list(task.chosen.listed), attacked.seconds, attacked.nonfinite
         if outcome:
             self.parts, self.seconds = outcome.components, {**self.seconds, **outcome.seconds}
             self.arrays, self.sample = {**self.arrays, **outcome.arrays}, {**self.sample, **outcome.sample}
@@ -214,13 +214,13 @@ class Measured:
         self.sample |= closeup(subject, self.sample) if task.kind.moved else {}
         level = looked["looks"][-1]["level"] if looked else None
         sure = None if level is None else sure_intervals(self.parts, self.arrays, level)
-        score = task.kind.mean and task.whole
-        own, self.ers, self.ers_interval = scores(self.parts, self.arrays, self.seconds, complete=score, sure=sure)
+        score = task.kind.mean and task.complete
+        listed, self.ers, self.ers_interval = scores(self.parts, self.arrays, self.seconds, complete=score, sure=sure)
         extra = scores(task.chosen.extra, self.arrays, self.seconds, complete=False)[0]
-        self.measurements = (*own, *extra)
+        self.measurements = (*listed, *extra)
 
     def doubts(self, batch_size: int) -> tuple[tuple[Flag, ...], list[Finding]]:
-        """What makes the numbers doubtful: the audit's findings where the protocol asks for one, else a glance at the model."""
+        """Flags of doubtful numbers: the audit's findings if the protocol has one, else those of a short check of the model."""
         task, rules = self.task, self.task.rules
         used = {s.optimizer for s in task.planned} | (task.kind.optimizers(rules) if self.outcome else set())
         if self.outcome and rules.audit:
@@ -231,9 +231,9 @@ class Measured:
         return tuple(glance(self.subject, self.arrays["benign/recall_at_1"], used, batch_size)), []
 
     def extras(self, audit: Sequence[Finding]) -> dict[str, Any]:
-        """What is kept beside the parts; no key for what there is nothing of."""
+        """The ``extras`` of the record; entries that would be empty are left out."""
         task = self.task
-        found = {
+        extras = {
             task.kind.name: self.outcome and self.outcome.summary,
             "until": self.looked,
             "retention": None if task.kind.within else retention(self.measurements, self.benign),
@@ -246,10 +246,10 @@ class Measured:
             if task.embedder.card is None
             else None,  # nothing else says what it was
         }
-        return {key: value for key, value in found.items() if value or (key == "retention" and value is not None)}
+        return {key: value for key, value in extras.items() if value or (key == "retention" and value is not None)}
 
     def evaluation(self, doubts: Sequence[Flag], audit: Sequence[Finding]) -> Evaluation:
-        """The record, but for its times."""
+        """The record, without its times."""
         task = self.task
         return Evaluation(
             model=model_info(task.embedder),
@@ -291,13 +291,13 @@ class Clock:
 
 
 def notes_of(subject: Subject, task: Task) -> tuple[str, ...]:
-    """How the run differed from what was asked for, where that changes no more than its speed, what did not count, and
-    which of the user's own code was run."""
+    """Notes for the record: how the run differed from the options where this affects its speed alone, which entries did not
+    count, and which user code was run."""
     models = [subject.embedder, *([subject.surrogate.embedder] if subject.surrogate else [])]
     apart = "gallery images that share a group with a query (camera, sequence or the very same picture) did not count for it"
     trouble = [m.steps.trouble for m in models if isinstance(m.steps, Steps) and m.steps.trouble]
     named = [*(part for m in models for part in (m.arch or "").split("+")), subject.dataset.name]
-    named += [component.attack for component in (*task.chosen.own, *task.chosen.extra)]
+    named += [component.attack for component in (*task.chosen.listed, *task.chosen.extra)]
     return (
         *(RUN[name] for name in dict.fromkeys(named) if name in RUN),
         *(f"--compile: gradient steps ran uncompiled, since {why}" for why in trouble),

@@ -302,18 +302,18 @@ class Protocol(_Record):
             raise UsageError(f"protocol {self.name!r} has two components {twice!r}: one would overwrite the other")
         if names is None:
             return Chosen(self.components, (), True)
-        own: list[Component] = []
+        listed: list[Component] = []
         extra: list[Component] = []
         for name in names:
             if name == "all":
-                own += self.components
+                listed += self.components
             elif any(c.name == name for c in self.components):
-                own.append(self.component(name))
+                listed.append(self.component(name))
             elif "@" in name or name in ATTACKS:
                 extra += self.combined(name, shape)
             else:
                 self.component(name)
-        return Chosen(_once(own), _once(extra), "all" in names)
+        return Chosen(_once(listed), _once(extra), "all" in names)
 
     def combined(self, name: str, shape: Sequence[int]) -> list[Component]:
         """The columns of any attack@optimizer under this protocol's threat: one for each read-out, and for each eps
@@ -352,14 +352,14 @@ def repeated(names: Iterable[str]) -> str | None:
 
 
 class Chosen(NamedTuple):
-    """What a run measures.
+    """The parts that a run measures.
 
     Attributes:
-        own: components of the protocol.
-        extra: other combinations, which never count in a score.
-        runner: whether the protocol's own run is wanted, where its kind has one.
+        listed: components of the protocol.
+        extra: other combinations of attack and optimizer, which never count in a score.
+        runner: whether to call the run of the protocol's kind, if it has one.
     """
 
-    own: tuple[Component, ...]
+    listed: tuple[Component, ...]
     extra: tuple[Component, ...]
     runner: bool

@@ -1,7 +1,7 @@
-"""What is to be measured, and what tells its result from others: model, images, protocol and options, resolved and checked.
+"""The task of a run: model, data set, protocol and options, resolved and checked; and the identity of its result.
 
-A :class:`Task` is made before anything is embedded, so what cannot be done is said at once. :data:`IDENTITY` lists, one beside
-the other, what a task and a finished result say of the same thing: who goes on with a run compares them.
+A :class:`Task` is made before anything is embedded, so that what cannot be measured is refused at once. :data:`IDENTITY` has
+for each field of the identity how to read it from a task and from a finished result: a resumed run compares the two.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,9 +37,9 @@ from dmlbench.version import __version__
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a model is measured.
+    """The options of a run.
 
-    What makes it another result:
+    Those that change the result:
         attacks: only these: components of the protocol, which leaves ERS empty, and any ``attack@optimizer``,
             which is an extra part that never counts in ERS; "all" stands for all that the protocol measures,
             and ``FILE.py:NAME`` for one's own.
@@ -57,16 +57,16 @@ class Options:
         only: positions of the queries to measure, of those of the data set, instead of ``limit``; marks the result partial.
         device: "auto", "cpu", "cuda" or "cuda:n".
 
-    What does not:
+    Those that do not:
         batch_size: queries attacked at a time; by default chosen for the device.
-        progress: who is told how far the run is.
-        argv: the command, for the record.
-        on_search: told of each search before it begins.
-        work: who does which unit of the work, and where finished ones are kept; see docs/running.md.
-        resume: go on with the unfinished run that ``work`` keeps.
-        cache: keep the clean embeddings under the cache folder, for later runs of this model on this data set.
-        shared: a dict that is handed to several calls with the same model, data set, surrogate and device, so that
-            everything clean is embedded once for all of them.
+        progress: receives how far the run has come.
+        argv: the command line, for the record.
+        on_search: called with each search before it begins.
+        work: which process computes which unit, and where finished ones are saved; see docs/running.md.
+        resume: continue the unfinished run that ``work`` has saved.
+        cache: save the clean embeddings in the cache folder, for later runs of this model on this data set.
+        shared: a dict passed to several calls with the same model, data set, surrogate and device, so that
+            clean images are embedded once for all of them.
     """
 
     attacks: Sequence[str] | None = None
@@ -96,13 +96,13 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A model, images, and a protocol as it is run.
+    """A model, a data set, and a protocol as it is run.
 
     Attributes:
-        official: the protocol, whose hash the result has.
-        rules: the same with the options' eps and averaged passes, as its kind runs it on this model.
-        surrogate: the model that adversarial images are made on, if it is another.
-        undefended: the model without its defence at test time, where the rules make some of the images on it.
+        official: the protocol as published, whose hash the result has.
+        rules: the protocol as it is run, with the options' eps and ``eot``, and the steps that its kind adds for this model.
+        surrogate: the model on which adversarial images are made, if it is another one.
+        undefended: the model without its test-time defence, if a step of ``rules`` makes its images on it.
     """
 
     embedder: Embedder
@@ -120,7 +120,7 @@ class Task:
         protocol: Protocol | str | None,
         options: Options,
     ) -> "Task":
-        """Everything loaded and checked, but nothing embedded.
+        """The task, with everything loaded and checked, but nothing embedded.
 
         Raises:
             UsageError: an unknown name or a combination that does not fit. DataError: files are missing.
@@ -150,8 +150,8 @@ class Task:
             run = run.model_copy(update={"threat": {**run.threat, "eot": options.eot}})
         other = None if options.surrogate is None else as_embedder(options.surrogate)
         if other is not None and other.eot is not None and options.eot is None:
-            said = f"surrogate {other.name!r} is random: say how many passes its gradients average, --eot {other.eot}"
-            raise UsageError(said)
+            text = f"surrogate {other.name!r} is random: say how many passes its gradients average, --eot {other.eot}"
+            raise UsageError(text)
         task = Task(embedder, dataset, rules, run, options, other)
         task._check()
         if task.chosen.runner and known_to_attacks(embedder) and (more := task.kind.behind(run)) is not run:
@@ -185,39 +185,39 @@ class Task:
 
     @cached_property
     def chosen(self) -> Chosen:
-        """Which parts are measured."""
+        """The parts that are measured."""
         return self.rules.chosen(self.options.attacks, self.dataset.images.shape)
 
     @property
     def planned(self) -> list[Search]:
-        """The searches that serve them."""
-        return searches(self.rules, [*self.chosen.own, *self.chosen.extra])
+        """The searches that these parts need."""
+        return searches(self.rules, [*self.chosen.listed, *self.chosen.extra])
 
     @property
     def seed(self) -> int:
-        """Of everything that is drawn."""
+        """The seed of all random choices."""
         return self.rules.seed if self.options.seed is None else self.options.seed
 
     @property
     def queries(self) -> int:
-        """How many are measured, unless the run stops when it is sure enough."""
+        """The number of queries that are measured, unless ``until`` stops the run earlier."""
         if self.options.only is not None:
             return len(self.options.only)
         return self.rules.measured(len(self.dataset.query), self.options.limit)
 
     @property
-    def whole(self) -> bool:
-        """Is everything measured that the protocol itself measures?"""
-        return self.chosen.runner if self.kind.run else len(self.chosen.own) == len(self.rules.components)
+    def complete(self) -> bool:
+        """Are all parts of the protocol measured?"""
+        return self.chosen.runner if self.kind.run else len(self.chosen.listed) == len(self.rules.components)
 
     @property
     def precision(self) -> str:
-        """In which gradients are made."""
+        """The precision of gradients."""
         return settled(self.embedder.precision, len(self.dataset.gallery), resolve_device(self.options.device))
 
     @property
     def conditions(self) -> Conditions:
-        """What makes another threat of the protocol."""
+        """The options that change the protocol's threat."""
         o = self.options
         return Conditions(
             eot=o.eot,
@@ -228,14 +228,14 @@ class Task:
 
     @property
     def partial(self) -> tuple[str, ...]:
-        """Why the result will not be a full one; empty where it will."""
+        """The options that make the result partial; empty for a full one."""
         o, full = self.options, self.official.measured(len(self.dataset.query))
         why = {
             "--preview": "" if self.dataset.preview else None,
             "--limit": o.limit if o.limit is not None and o.limit < full else None,
             "--only": None if o.only is None else f"{len(o.only)} queries",
             "--until": None if o.until is None else f"{o.until:g}",
-            "--attacks": None if self.whole else ",".join(o.attacks or ()),
+            "--attacks": None if self.complete else ",".join(o.attacks or ()),
             "--seed": o.seed if o.seed != self.official.seed else None,
             **{f"--{name}": value for name, value in self.conditions.model_dump().items()},
         }
@@ -243,15 +243,18 @@ class Task:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells the finished result from others: :data:`IDENTITY`."""
-        own = fingerprint(self.embedder) if self.embedder.card is None else {}
-        return {**{name: of_task(self) for name, (of_task, _) in IDENTITY.items()}, **own}
+        """The identity of the result: :data:`IDENTITY`, and the fingerprint of a model that is not registered."""
+        prints = fingerprint(self.embedder) if self.embedder.card is None else {}
+        return {**{name: of_task(self) for name, (of_task, _) in IDENTITY.items()}, **prints}
 
     def agree(self, work: Work) -> int:
-        """Compare with what ``work`` keeps, or begin it; the batch size, which stays that of the units that are kept.
+        """Compare the configuration with the one that ``work`` has saved, or save it.
+
+        Returns:
+            The batch size: the saved one, where there are saved units.
 
         Raises:
-            NotComparable: what is kept is of another configuration.
+            NotComparable: the saved configuration is another one.
         """
         o, stored = self.options, work.units.configuration() if work.units else None
         size = (
@@ -282,8 +285,8 @@ class Task:
         work.agree(configuration, o.resume)
         return int(size)
 
-    def aim(self) -> None:
-        """Refuse what cannot be aimed, or embedded, before anything is.
+    def check_targets(self) -> None:
+        """Check before anything is embedded that images fit the model and attacks find targets.
 
         Raises:
             UsageError: images of another shape than the model takes, or an attack without a target.
@@ -313,11 +316,11 @@ IDENTITY: Mapping[str, tuple[Callable[[Task], Any], Callable[[Evaluation], Any]]
     "partial": (lambda t: list(t.partial), lambda e: list(e.partial)),
     "extra_parts": (lambda t: [c.name for c in t.chosen.extra], lambda e: list(e.extras.get("extra_parts", ()))),
 }
-"""By name: what a task says, and what a finished result says; its batch size, for one, it does not."""
+"""By field: its value in a task, and in a finished result. What a result does not state, such as the batch size, is no part of it."""
 
 
-def told(e: Evaluation) -> dict[str, Any]:
-    """What a finished result says of :attr:`Task.identity`."""
+def identity_of(e: Evaluation) -> dict[str, Any]:
+    """The identity of a finished result, to compare with :attr:`Task.identity`."""
     return {**{name: of_result(e) for name, (_, of_result) in IDENTITY.items()}, **e.extras.get("fingerprint", {})}
 
 

@@ -211,7 +211,7 @@ def _measured(
     """The result of one task, saved in ``out``; None for a shard, and in all processes but the first."""
     import dmlbench
     from dmlbench.run.units import Units, Work, refuse_other
-    from dmlbench.task import told
+    from dmlbench.task import identity_of
 
     foreseen(task, csv)
     if out:
@@ -222,7 +222,7 @@ def _measured(
     resume = task.options.resume
     if out and units and resume and not part and (out / "manifest.json").exists() and units.configuration() is None:
         done = load(out)
-        refuse_other(told(done), task.identity, out, "name another --out")
+        refuse_other(identity_of(done), task.identity, out, "name another --out")
         if not world.leads:
             return None
         click.echo(f"{out} holds the finished result of this command: nothing is done again", err=True)

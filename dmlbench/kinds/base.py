@@ -1,8 +1,8 @@
-"""What a kind of protocol is: one record, from which all the rest reads what it has to know of it.
+"""A kind of protocol: one record, from which all other modules read everything that depends on the kind.
 
-A kind says which fields of a protocol's file it is run by, what it runs, which numbers and columns it gives, how they are
-shown, and what a submitted run of it must hold. Evaluations keep what is its own under its name in
-:attr:`~dmlbench.results.Evaluation.extras`; everything that has a default may be left out (docs/extend.md has a whole one).
+It states which fields of a protocol's file it uses, what it runs, which numbers and columns it reports, how they are
+shown, and what a submitted run of it must hold. An evaluation stores the kind's part of the result under its name in
+:attr:`~dmlbench.results.Evaluation.extras`. Fields with a default may be left out (docs/extend.md has a short and a full kind).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ RUN = "run/evaluation.json"
 QUERIES = "run/per_query.npz"
 SAMPLE = "run/adversarial_sample.npz"
 WHOLE_RUN = "whole/"
-"""How names in the sample begin of what is of the whole run, where the others have something of each sampled query."""
+"""The prefix of arrays in the sample that belong to the whole run; all others have one entry for each sampled query."""
 
 CLOSE = 1e-3
 """How far a stated number may be from the one computed again, in points: rounding of sums."""
@@ -54,7 +54,7 @@ Tables = Callable[[dict[str, Any]], Iterator["Sheet | Line"]]
 
 
 class Form(BaseModel):
-    """A part of what a kind keeps in ``extras``, nothing missing and nothing more."""
+    """The form of a part of ``extras``: no field may be missing, and there are no others."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -106,7 +106,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Number:
-    """A number that a kind gives beside its parts' scores; larger is more robust.
+    """A number that a kind reports besides its parts' scores; larger is more robust.
 
     Attributes:
         name: its column.
@@ -117,7 +117,7 @@ class Number:
         against: of a number that ranks: the column that it is drawn against.
         median: it is a median over queries; else the mean of what each adds to it, or of the whole set.
         length: a length on the [0, 1] scale of pixels; else points of 100.
-        beside_ers: it stands beside ERS on the board of the same images.
+        beside_ers: it is shown next to ERS on the board of the same images.
         between: of a number of the set: the interval of its difference between two runs, from the positions of the
             common queries in both, a seed and a number of resamples.
     """
@@ -207,8 +207,8 @@ class Stated:
 
 @dataclass(frozen=True, eq=False)
 class StoredSample:
-    """What the stored adversarial images are looked at with: the model and its queries, the ``positions`` of those whose
-    images are stored, and their clean images."""
+    """What the stored adversarial images of a submitted run are checked against: the model with its queries, the ``positions`` of
+    the queries whose images are stored, and their clean images."""
 
     subject: Subject
     positions: np.ndarray
@@ -233,7 +233,7 @@ class Kind:
         name: what ``kind`` in the file says, and the key in ``extras``.
         title: one line for a person.
         meaning: two sentences for who reads its numbers for the first time.
-        needs, reads: the protocol's fields that it must have, and may have, beside those of every kind.
+        needs, reads: the protocol's fields that it must have, and may have, besides those of every kind.
         unread: keys of [threat] that would do nothing.
         check: raises UsageError where they do not fit one another.
 
@@ -256,7 +256,7 @@ class Kind:
 
     What it gives:
         form: the type of its part of ``extras``.
-        numbers: beside the parts' scores, in the order in which they are shown.
+        numbers: besides the parts' scores, in the order in which they are shown.
         columns: the types of its columns in a row of a board, in their order.
         read: the values of those columns, None for a missing one.
         by_query: by name of a number what each query (Q,) adds to it: the number is their mean, or their median.
@@ -270,12 +270,12 @@ class Kind:
     What a submitted run must hold:
         arrays: by name, for each query, the kind of number ("i" or "f") and how many of them (1: an array (Q,)).
         outcome_problems: which of its arrays do not fit one another.
-        number_problems: which numbers do not come out of the arrays again; asked where the arrays have no problem.
+        number_problems: which numbers differ from those recomputed from the arrays; called if the arrays have no problem.
         replay: what the stored images of the sample contradict.
         as_long: the protocol under which a share of the queries is searched for as long as all were.
         share: where a share of the queries says nothing: what to measure again instead, (stated, subject, random
             numbers, progress) to what it was, in words, and the problems.
-        disagree: of two runs of the same queries, (stated, found, positions, level): what differs; by default every part,
+        disagree: of two runs of the same queries, (stated, rerun, positions, level): what differs; by default every part,
             and the number that is ranked by.
     """
 

@@ -91,6 +91,15 @@ def test_it_is_compared_query_by_query(typed, measured) -> None:
     assert number["difference"] == pytest.approx(by_name["noise@80/255"]["difference"])
 
 
+def test_it_stops_where_its_number_is_sure(typed, measured) -> None:
+    said = typed("evaluate", "--model", ICS, "--protocol", "noise", "--until", "50", "--out", "runs/until")
+    run = load(typed.folder / "runs" / "until")
+    assert run.extras["until"]["number"] == "noise_recall_at_1" and run.dataset.n_queries == 64
+    assert f"R@1 under noise % {np.mean(run.arrays['noise@80/255/value']):.1f}" in said and "--until 50" in said
+    found = json.loads(typed("compare", "runs/until", f"runs/{ICS}", "--json"))
+    assert found["n_queries"] == 64 and all(m["difference"] in (0, None) for m in found["metrics"])
+
+
 def test_it_is_drawn_and_reported(typed, measured) -> None:
     typed("plot", f"runs/{NONE}", f"runs/{ICS}", "--kind", "eps", "--out", "curve.svg")
     assert "under noise" in (typed.folder / "curve.svg").read_text()

@@ -95,26 +95,18 @@ def evaluate(
         run_searches, planned=task.planned, seed=task.seed, batch_size=size, progress=progress, work=work,
         on_search=o.on_search,
     )  # fmt: skip
-
-    def kind_run(here: Subject, work: Work) -> Outcome | None:
-        if not (task.kind.run and task.chosen.runner):
-            return None
-        return task.kind.run(here, task.rules, task.seed, size, progress, sample_positions(here), work)
-
+    kind_run = partial(run_of_the_kind, task, size, progress)
     attacked_parts, outcome, looked = None, None, dict[str, Any]()
-    if o.until is not None and task.kind.run:
-        subject, outcome, looked = run_until_sure(task, subject, o.until, kind_run, work)
-    elif o.until is not None:
-        subject, attacked_parts, looked = searched_until_sure(subject, task.chosen.listed, o.until, attacked)
-    if looked:
+    if o.until is not None:
+        subject, attacked_parts, outcome, looked = measured_until_sure(task, subject, o.until, attacked, kind_run, work)
         clock.done("attacks")
     clean = clean_arrays(task, subject, work)
     clock.done("clean metrics")
     attacked_parts = attacked(subject) if attacked_parts is None else attacked_parts
     outcome = kind_run(subject, work) if outcome is None else outcome
     if work.shard:
-        text = f"shard {work.shard.index}/{work.shard.count} is finished"
-        raise ShardDone("; ".join([*notes_of(subject, task), text]))
+        finished = f"shard {work.shard.index}/{work.shard.count} is finished"
+        raise ShardDone("; ".join([*notes_of(subject, task), finished]))
     clock.done("attacks")
     measured = Measured(task, subject, clean, attacked_parts, outcome, looked)
     doubts, audit = measured.doubts(size) if work.world.leads else ((), [])
@@ -151,6 +143,30 @@ def clean_arrays(task: Task, subject: Subject, work: Work) -> dict[str, np.ndarr
     if work.world.leads and (work.shard is None or work.shard.index == 1):
         arrays |= work.once("benign", len(subject.rows), partial(benign_arrays, subject, task.rules.clustering_seeds))
     return arrays
+
+
+def run_of_the_kind(task: Task, batch_size: int, progress: Progress, subject: Subject, work: Work) -> Outcome | None:
+    """The outcome of the run of the protocol's kind; None where the kind has none, or it is not among the chosen parts."""
+    if not (task.kind.run and task.chosen.runner):
+        return None
+    return task.kind.run(subject, task.rules, task.seed, batch_size, progress, sample_positions(subject), work)
+
+
+def measured_until_sure(
+    task: Task,
+    subject: Subject,
+    points: float,
+    attacked: Callable[..., Attacked],
+    kind_run: Callable[[Subject, Work], Outcome | None],
+    work: Work,
+) -> tuple[Subject, Attacked | None, Outcome | None, dict[str, Any]]:
+    """The queries measured until the number that ``--until`` watches is sure, their results, and all looks: by the run of the
+    protocol's kind if it has one, else by the searches of its components."""
+    if task.kind.run:
+        subject, outcome, looked = run_until_sure(task, subject, points, kind_run, work)
+        return subject, None, outcome, looked
+    subject, results, looked = searched_until_sure(subject, task.chosen.listed, points, attacked)
+    return subject, results, None, looked
 
 
 def run_until_sure(

@@ -241,10 +241,8 @@ def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
 
 def tables(extras: dict[str, Any]) -> Iterator[Sheet | Line]:
     """Certified R@1 by radius, the radii, and of what."""
-    rows = [
-        ("0", text_of(extras["certified"])),
-        *((row["eps"], text_of(row["recall_at_1"])) for row in extras["curve"]),
-    ]
+    rows = [("0", text_of(extras["certified"]))]
+    rows += [(row["eps"], text_of(row["recall_at_1"])) for row in extras["curve"]]
     yield Sheet("certified R@1, %, by L2 radius", ("radius",), ("R@1",), tuple(rows))
     if claim := extras.get("lipschitz"):
         rows = [(row["eps"], text_of(row["recall_at_1"])) for row in claim["curve"]]

@@ -48,7 +48,7 @@ def row(name: str, queries: int | None) -> list[str]:
     took = time.process_time() - began
     right = np.flatnonzero(recall == 100.0)
     found = survey(subject, right[np.unique(np.linspace(0, len(right) - 1, 128).astype(int))])
-    kept = [f"{100 * found.kept[start].mean():.0f}" for start in ("as is", "midpoint", "aside")]
+    kept = [f"{100 * found.survived[start].mean():.0f}" for start in ("as is", "midpoint", "aside")]
     clean = [f"{100 * found.right[start].mean():.0f}" for start in ("least bits", "midpoint", "aside")]
     lengths = [f"{np.nanmedian(found.nearness):.2f}", f"{between(subject):.3f}", f"{spread(subject):.3f}"]
     return [name, *kept, *clean, *lengths, f"{took:.1f}", ", ".join(flags) or "none"]

@@ -8,7 +8,6 @@ from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from dmlbench.errors import DataError, UsageError
-from dmlbench.files import described
 
 T = TypeVar("T")
 
@@ -51,7 +50,8 @@ class Plugins:
                     try:
                         point.load()
                     except (Exception, SystemExit) as error:  # another package's code, which can fail in any way
-                        self.problem = f"plugin {point.name!r} ({point.value}) cannot be imported: {described(error)}"
+                        text = f"{type(error).__name__}: {' '.join(str(error).split())}"  # all its lines
+                        self.problem = f"plugin {point.name!r} ({point.value}) cannot be imported: {text}"
                         break
             if self.problem:
                 raise DataError(self.problem)

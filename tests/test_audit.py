@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import audit_sweep
 import numpy as np
 import pytest
 import torch
@@ -206,3 +207,10 @@ def test_an_optimizer_of_ones_own_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         result = dmlbench.evaluate("digits-smallcnn-triplet-hm-lga-ics", "digits", p, limit=32)
         findings[name] = [(f["check"], f["verdict"]) for f in result.extras["audit"]]
     assert findings["my-apgd"] == findings["apgd"] and "fail" not in {v for _, v in findings["my-apgd"]}
+
+
+def test_the_sweep_over_honest_models_fills_both_tables() -> None:
+    look = audit_sweep.row("digits-smallcnn-triplet-none", 16)
+    assert len(look) == 1 + len(audit_sweep.SHORT) and look[-1] == "none"
+    whole = audit_sweep.audited("digits-smallcnn-triplet-none", 16, "strict-fast")
+    assert len(whole) == 1 + len(audit_sweep.WHOLE) and whole[1:4] == ["pass", "none", "16"]

@@ -23,7 +23,7 @@ from dmlbench.run.fingerprint import differing, exact, fingerprint
 from dmlbench.run.parallel import World
 from dmlbench.run.search import auto_batch, halved, shrunk
 from dmlbench.run.units import Shard, Units, Work, collect
-from dmlbench.task import Options, Task, told
+from dmlbench.task import Options, Task, identity_of
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "digits-smallcnn-triplet-none"
@@ -148,7 +148,7 @@ def test_an_eot_that_is_the_protocols_own_is_a_full_result_of_the_same_run(model
             evaluate(model, "digits", rules, work=Work(units), progress=StopAfter(1), **options)
         done = evaluate(model, "digits", rules, eot=eot, work=Work(units), resume=True, **options)
         assert done.partial == ("--limit 12",)
-        assert Task.of(model, "digits", rules, Options(eot=eot, **options)).identity == told(done)
+        assert Task.of(model, "digits", rules, Options(eot=eot, **options)).identity == identity_of(done)
     assert evaluate(model, "digits", own, eot=1, **options).partial == ("--limit 12", "--eot 1")
 
 

@@ -21,7 +21,7 @@ from dmlbench.protocols import load_protocol
 from dmlbench.run.parallel import World
 from dmlbench.run.subject import Silent, prepare
 from dmlbench.run.units import Shard, Units, Work, collect
-from dmlbench.task import Options, Task, told
+from dmlbench.task import Options, Task, identity_of
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "digits-smallcnn-triplet-hm-lga-ics"
@@ -348,7 +348,7 @@ def test_what_is_asked_for_is_what_the_finished_record_tells(options, model):
     )
     data = dmlbench.load_dataset("digits")
     done = evaluate(model, data, rules, device="cpu", **options)
-    assert Task.of(model, data, rules, Options(device="cpu", **options)).identity == told(done)
+    assert Task.of(model, data, rules, Options(device="cpu", **options)).identity == identity_of(done)
 
 
 def test_a_finished_run_of_other_weights_differs(model):

@@ -596,10 +596,6 @@ def test_by_id_the_usual_protocol_is_meant_and_no_sample_needed(tmp_path, monkey
         load(tmp_path / "submissions" / "a" / "run")
 
 
-WITH_AREA = "omniglot-small-conv3-triplet-hm-lga-2"
-"""A model whose stored run is of version 1 of strict, which has an area."""
-
-
 def undefended_under(protocol, model="digits-smallcnn-triplet-none"):
     folder = SUBMISSIONS / f"{model}-{protocol}" / "run"
     if not folder.is_dir():
@@ -607,8 +603,18 @@ def undefended_under(protocol, model="digits-smallcnn-triplet-none"):
     return load(folder, sample=False)
 
 
-def test_the_area_of_a_worst_case_is_paired_and_gated():
-    base = undefended_under("strict", WITH_AREA)
+@pytest.fixture(scope="module")
+def with_area():
+    """A stored run of version 1 of strict, which has an area."""
+    for folder in sorted(SUBMISSIONS.glob("omniglot-*-strict/run")):
+        run = load(folder, sample=False)
+        if "area" in run.extras["strict"] and run.measurements[0].value > 0:
+            return run
+    pytest.skip("the board is not at hand, or holds no such run any more")
+
+
+def test_the_area_of_a_worst_case_is_paired_and_gated(with_area):
+    base = with_area
     itself = metric(compare(base, base), "worst_case_area")
     assert itself.verdict == "same" and itself.interval[1] - itself.interval[0] < 2
     arrays = dict(base.arrays)
@@ -672,8 +678,8 @@ def limited(run, count):
     return e.with_arrays({key: values[keep] for key, values in run.arrays.items()})
 
 
-def test_the_worst_case_of_some_queries_is_compared_on_those():
-    base = undefended_under("strict", WITH_AREA)
+def test_the_worst_case_of_some_queries_is_compared_on_those(with_area):
+    base = with_area
     small = limited(base, 300)
     for c in (compare(base, small), compare(small, base)):
         for name in ("worst_case_recall_at_1", "worst_case_area"):
@@ -685,8 +691,8 @@ def test_the_worst_case_of_some_queries_is_compared_on_those():
     assert metric(c, "nmi").difference == 0 and not any("not compared" in n for n in c.notes)
 
 
-def test_an_extra_part_is_none_of_the_worst_case_curve():
-    base = undefended_under("strict", WITH_AREA)
+def test_an_extra_part_is_none_of_the_worst_case_curve(with_area):
+    base = with_area
     last = base.measurements[-1]
     name = "WM@apgd@5/255"
     more = base.model_copy(

@@ -251,7 +251,8 @@ def packaged(name: str) -> Path:
 def first_problem(error: ValidationError) -> str:
     """The first problem of a pydantic error as one line: where, what."""
     problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    place, said = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+    return f"{place}: {said}" if place else said
 
 
 @lru_cache

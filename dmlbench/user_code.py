@@ -15,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from dmlbench import files
 from dmlbench.errors import DataError, DmlbenchError, UsageError
-from dmlbench.files import described
 from dmlbench.registry import suggest
 
 PREFIX = "python:"
@@ -29,12 +29,12 @@ _FILES: set[str] = set()
 
 def first_line(error: BaseException) -> str:
     """An error in one line; of one of dmlbench the sentence alone."""
-    return str(error) if isinstance(error, DmlbenchError) else described(error)
+    return files.first_line(error) if isinstance(error, DmlbenchError) else files.described(error)
 
 
-def place_of(error: BaseException, files: Iterable[str]) -> str:
-    """``" (my.py, line 7)"`` for the last line in one of ``files`` that an error went through; "" where there is none."""
-    known = set(files)
+def place_of(error: BaseException, paths: Iterable[str]) -> str:
+    """``" (my.py, line 7)"`` for the last line in one of ``paths`` that an error went through; "" where there is none."""
+    known = set(paths)
     if isinstance(error, SyntaxError) and error.filename in known:
         return f" ({Path(error.filename).name}, line {error.lineno})"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

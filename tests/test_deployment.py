@@ -320,7 +320,7 @@ def test_without_a_ball_every_query_is_as_when_clean(model, digits) -> None:
     subject = prepare(model, digits, limit=20, device="cpu")
     rule, half = rules("universal"), halves(subject.rows, 0)
     nothing = replace(rule.threat_at("1/255"), eps=0, step=0)
-    found = universal.made(subject, universal.UniversalSettings.of(rule), nothing, 0, half, 0, np.arange(20))
+    found = universal.made(subject, universal.attack_of(rule), nothing, 0, half, 0, np.arange(20))
     np.testing.assert_array_equal(found["recall_at_1"] == 100, right_when_clean(subject))
     assert not found["norm"].any()
 

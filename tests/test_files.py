@@ -11,7 +11,7 @@ import filelock
 import pytest
 from synthetic import evaluation
 
-from dmlbench import files
+from dmlbench import files, user_code
 from dmlbench.board import add_row, from_csv
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import atomic_file, described, first_line, lock, read_toml, write_atomic
@@ -170,3 +170,8 @@ def test_the_first_line_of_what_is_said(said, otherwise, line):
 def test_an_error_is_described_by_its_kind_and_its_first_line():
     errors = (ValueError("one\ntwo"), KeyError("a"), AssertionError(), SyntaxError("invalid", ("f.py", 1, 1, "x")))
     assert [*map(described, errors)] == ["ValueError: one", "KeyError: 'a'", "AssertionError", "SyntaxError: invalid"]
+
+
+def test_an_error_of_the_project_in_a_users_code_is_its_sentence_in_one_line():
+    assert user_code.first_line(UsageError("no such layer\nTraceback ...")) == "no such layer"
+    assert user_code.first_line(KeyError("layer")) == "KeyError: 'layer'"

@@ -7,6 +7,7 @@ shown, and what a submitted run of it must hold. An evaluation stores the kind's
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -52,6 +53,8 @@ Shape = Sequence[int]
 """(channels, height, width)"""
 Tables = Callable[[dict[str, Any]], Iterator["Sheet | Line"]]
 
+SettingsForm = TypeVar("SettingsForm", bound="Settings")
+
 
 class Form(BaseModel):
     """The form of a part of ``extras``: no field may be missing, and there are no others."""
@@ -64,21 +67,25 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
+    @classmethod
+    def of(cls: type[SettingsForm], rules: Protocol) -> SettingsForm:
+        """Those of a protocol.
 
-SettingsForm = TypeVar("SettingsForm", bound=Settings)
+        Raises:
+            UsageError: a key or value that means nothing.
+        """
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in rules.settings.items()}
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise UsageError(f"[settings] {first_problem(error)}") from None
 
 
-def settings_of(form: type[SettingsForm], rules: Protocol) -> SettingsForm:
-    """Those of a protocol.
-
-    Raises:
-        UsageError: a key or value that means nothing.
-    """
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in rules.settings.items()}
-    try:
-        return form.model_validate(fields)
-    except ValidationError as error:
-        raise UsageError(f"[settings] {first_problem(error)}") from None
+def ascending(values: tuple[int, ...]) -> tuple[int, ...]:
+    """The values of a setting, refused where they do not ascend: a validator."""
+    if any(b <= a for a, b in pairwise(values)):
+        raise ValueError(f"{list(values)} must be in ascending order")
+    return values
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,6 @@ from dmlbench.kinds.base import (
     StoredSample,
     count_problems,
     outcomes_differ,
-    settings_of,
     text_of,
 )
 from dmlbench.kinds.halves import halves, made_on_each
@@ -67,18 +66,18 @@ class UniversalSettings(Settings):
     attack: str = "WM"
     """whose losses are summed"""
 
-    @classmethod
-    def of(cls, rules: Protocol) -> Attack:
-        """The attack of a protocol.
 
-        Raises:
-            UsageError: an unknown one, or one that the kind cannot read.
-        """
-        name = settings_of(cls, rules).attack
-        attack = ATTACKS[name]
-        if "recall_at_1" not in attack.readouts or attack.targets:
-            raise UsageError(f"[settings] attack {name!r} has targets, or is not read by R@1")
-        return attack
+def attack_of(rules: Protocol) -> Attack:
+    """The attack of a protocol.
+
+    Raises:
+        UsageError: an unknown one, or one that the kind cannot read.
+    """
+    name = UniversalSettings.of(rules).attack
+    attack = ATTACKS[name]
+    if "recall_at_1" not in attack.readouts or attack.targets:
+        raise UsageError(f"[settings] attack {name!r} has targets, or is not read by R@1")
+    return attack
 
 
 def components(rules: Protocol, shape: Sequence[int]) -> list[Component]:
@@ -147,7 +146,7 @@ def run(
 ) -> Outcome | None:
     """Both halves' perturbations at every eps; None where ``work`` is a shard, whose part is then done. A unit is one of them."""
     work, parts, half = work or Work(), components(rules, subject.dataset.images.shape), halves(subject.rows, seed)
-    attack = UniversalSettings.of(rules)
+    attack = attack_of(rules)
 
     def make(eps: str, which: int) -> Arrays:
         return made(subject, attack, threat_at(rules, eps), seed, half, which, sampled)
@@ -226,7 +225,7 @@ def check(p: Protocol) -> None:
     Raises:
         UsageError: it is not.
     """
-    UniversalSettings.of(p)
+    attack_of(p)
 
 
 def require(rules: Protocol, dataset: RetrievalDataset, seed: int) -> None:
@@ -243,7 +242,7 @@ def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
     for eps in p.eps_for(dataset.images.shape):
         threat = threat_at(p, eps)
         yield Job(
-            name=f"universal@{eps}", eps=eps, optimizer="universal", threat=threat, attack=UniversalSettings.of(p),
+            name=f"universal@{eps}", eps=eps, optimizer="universal", threat=threat, attack=attack_of(p),
             passes=OPTIMIZERS["universal"].passes(threat), steps=threat.steps,
         )  # fmt: skip
 
@@ -261,7 +260,7 @@ def page(p: Protocol) -> Iterator[str]:
     """What the perturbation is made on and read on."""
     yield (
         f"The queries are dealt to two halves. One perturbation is made on each ({p.threat_at('0').steps} signed steps of 2.5 eps / steps on the sum of "
-        f"`{settings_of(UniversalSettings, p).attack}`'s losses), and added to every query: to those that it saw, and to the others. Score: R@1 of the others, "
+        f"`{UniversalSettings.of(p).attack}`'s losses), and added to every query: to those that it saw, and to the others. Score: R@1 of the others, "
         "percent, ↑ robust.\n"
     )
     yield from md.table(["number", "what"], [[f"`{n.name}`", n.title] for n in NUMBERS])
@@ -285,7 +284,7 @@ def outcome_problems(stated: Stated) -> Iterator[Problem]:
 def replay(stated: Stated, stored: StoredSample) -> Iterator[Problem]:
     """The stored images of a half are all moved by one perturbation, and show what is stated."""
     e, subject, at = stated.evaluation, stored.subject, stored.positions
-    attack, scene = UniversalSettings.of(stated.rules), subject.scene[torch.from_numpy(at).to(subject.device)]
+    attack, scene = attack_of(stated.rules), subject.scene[torch.from_numpy(at).to(subject.device)]
     half, clean = e.arrays[HALF][at], stored.clean.cpu().numpy()
     for c in stated.parts:
         images = e.sample[c.name]
@@ -317,7 +316,7 @@ def share(
     progress.start("universal", len(half))
     again = made(
         subject,
-        UniversalSettings.of(rules),
+        attack_of(rules),
         threat_at(rules, eps),
         rules.seed,
         half,

@@ -48,15 +48,6 @@ class Settings(base.Settings):
     radius: float = Field(gt=0)
     """the L2 radius that models are ranked at, [0, 1] scale"""
 
-    @classmethod
-    def of(cls, rules: Protocol) -> "Settings":
-        """Those of a protocol.
-
-        Raises:
-            UsageError: a key or value that means nothing.
-        """
-        return base.settings_of(cls, rules)
-
 
 def components(rules: Protocol, shape: Sequence[int]) -> list[Component]:
     """One column for each radius of the grid, ascending."""

@@ -12,13 +12,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from dmlbench.corruptions import CORRUPTIONS, SEVERITIES, corrupted
 from dmlbench.embedding import require_finite
-from dmlbench.errors import UsageError
-from dmlbench.kinds.base import Outcome, Settings, settings_of
+from dmlbench.kinds.base import Outcome, Settings, ascending
 from dmlbench.metrics import mean, retrieval
 from dmlbench.protocol import Component, Protocol
 from dmlbench.run.subject import Progress, Subject
@@ -37,23 +36,13 @@ class CorruptionSettings(Settings):
     """``[settings]``."""
 
     severities: Annotated[
-        tuple[Annotated[int, Field(ge=SEVERITIES[0], le=SEVERITIES[-1])], ...], Field(min_length=1)
+        tuple[Annotated[int, Field(ge=SEVERITIES[0], le=SEVERITIES[-1])], ...],
+        Field(min_length=1),
+        AfterValidator(ascending),
     ] = SEVERITIES
     """of every corruption, ascending"""
     gallery: bool = False
     """whether the gallery is corrupted too"""
-
-    @classmethod
-    def of(cls, rules: Protocol) -> "CorruptionSettings":
-        """Those of a protocol.
-
-        Raises:
-            UsageError: a key or value that means nothing.
-        """
-        settings = settings_of(cls, rules)
-        if list(settings.severities) != sorted(set(settings.severities)):
-            raise UsageError(f"[settings] severities {list(settings.severities)} must be in ascending order")
-        return settings
 
 
 def corruptions_and_severities(protocol: Protocol, shape: Sequence[int]) -> list[tuple[str, int]]:

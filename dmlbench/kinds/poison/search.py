@@ -12,12 +12,11 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from dmlbench.embedding import Embedder, require_finite
-from dmlbench.errors import UsageError
-from dmlbench.kinds.base import WHOLE_RUN, Outcome, Settings, settings_of
+from dmlbench.kinds.base import WHOLE_RUN, Outcome, Settings, ascending
 from dmlbench.kinds.halves import halves, made_on_each
 from dmlbench.metrics import READOUTS, mean
 from dmlbench.objectives import ahead
@@ -41,26 +40,19 @@ HALF, NEAREST = "poison/half", "poison/nearest"
 class PoisonSettings(Settings):
     """``[settings]``."""
 
-    poisons: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 10)
+    poisons: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), AfterValidator(ascending)] = (
+        1,
+        10,
+    )
     """how many pictures are moved, ascending"""
     seeds: Annotated[int, Field(ge=1)] = 32
     """how many pictures are tried"""
 
-    @classmethod
-    def of(cls, rules: Protocol) -> "PoisonSettings":
-        """Those of a protocol.
-
-        Raises:
-            UsageError: a key or value that means nothing.
-        """
-        settings = settings_of(cls, rules)
-        if list(settings.poisons) != sorted(set(settings.poisons)):
-            raise UsageError(f"[settings] poisons {list(settings.poisons)} must be in ascending order")
-        if settings.poisons[-1] > settings.seeds:
-            raise UsageError(
-                f"[settings] poisons {settings.poisons[-1]} are more than the {settings.seeds} seeds that are tried"
-            )
-        return settings
+    @model_validator(mode="after")
+    def _enough_seeds(self) -> "PoisonSettings":
+        if self.poisons[-1] > self.seeds:
+            raise ValueError(f"poisons {self.poisons[-1]} are more than the {self.seeds} seeds that are tried")
+        return self
 
 
 def components(rules: Protocol, shape: Sequence[int]) -> list[Component]:

@@ -29,7 +29,6 @@ from dmlbench.kinds.base import (
     StoredSample,
     count_problems,
     outcomes_differ,
-    settings_of,
     text_of,
 )
 from dmlbench.kinds.sides.search import MOVED, OPTIMIZER, PICTURES, SidesSettings, components, pictures, read, run
@@ -102,7 +101,7 @@ def check(p: Protocol) -> None:
     Raises:
         UsageError: they are not.
     """
-    settings_of(SidesSettings, p)
+    SidesSettings.of(p)
     if p.norm != "linf":
         raise UsageError(f"[threat] norm {p.norm!r}: kind 'sides' has linf alone, since both pictures share one search")
 
@@ -113,7 +112,7 @@ def require(rules: Protocol, dataset: RetrievalDataset, seed: int) -> None:
     Raises:
         UsageError: there are not.
     """
-    k, labels = settings_of(SidesSettings, rules).candidates, dataset.labels[dataset.gallery]
+    k, labels = SidesSettings.of(rules).candidates, dataset.labels[dataset.gallery]
     least = len(labels) - int(np.unique(labels[labels >= 0], return_counts=True)[1].max(initial=0))
     if k > least:
         raise UsageError(
@@ -123,7 +122,7 @@ def require(rules: Protocol, dataset: RetrievalDataset, seed: int) -> None:
 
 def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
     """Every part at every eps, at their most: as if every query survived."""
-    times = settings_of(SidesSettings, p).candidates
+    times = SidesSettings.of(p).candidates
     for part in components(p, dataset.images.shape):
         threat, weight = p.threat_of(part), times * sum(MOVED[part.attack])
         gradients, values = OPTIMIZERS[OPTIMIZER].passes(threat)
@@ -144,7 +143,7 @@ def tables(extras: dict[str, Any]) -> Iterator[Sheet | Line]:
 
 def page(p: Protocol) -> Iterator[str]:
     """Who is perturbed, and how it is searched for."""
-    k, threat = settings_of(SidesSettings, p).candidates, p.threat_at("0")
+    k, threat = SidesSettings.of(p).candidates, p.threat_at("0")
     yield (
         f"For each query the adversary owns one wrong picture of the gallery, one of the {k} nearest, and may move it within eps, or the "
         f"query, or each of both; all other pictures are clean. {threat.steps} steps of `{OPTIMIZER}` from a {threat.start} start for each of the {k}. Score: R@1 with both "

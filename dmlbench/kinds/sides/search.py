@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dmlbench.embedding import Embedder, require_finite
-from dmlbench.kinds.base import Outcome, Settings, settings_of
+from dmlbench.kinds.base import Outcome, Settings
 from dmlbench.kinds.hunting import Field as Pass
 from dmlbench.kinds.hunting import Log, Watch
 from dmlbench.kinds.readings import summary
@@ -87,7 +87,7 @@ class Pair(Watch):
 
 def candidates(subject: Subject, rules: Protocol) -> Int[Tensor, "Q k"]:
     """Gallery entries of the candidates of each query, the nearest first; those that are of its class or do not count are no targets."""
-    k = settings_of(SidesSettings, rules).candidates
+    k = SidesSettings.of(rules).candidates
     blocks = (subject.scene[a : a + 256] for a in range(0, len(subject.rows), 256))
     return torch.cat([TARGETS["nearest_other"](block, k, subject.rng(0)) for block in blocks])
 

@@ -36,15 +36,6 @@ class Settings(base.Settings):
     largest: tuple[str, ...] = ()
     """steps that are run at the largest eps alone"""
 
-    @classmethod
-    def of(cls, rules: Protocol) -> "Settings":
-        """Those of a protocol.
-
-        Raises:
-            UsageError: a key or value that means nothing.
-        """
-        return base.settings_of(cls, rules)
-
 
 @dataclass(frozen=True, eq=False)
 class Drawn:

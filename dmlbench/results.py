@@ -291,7 +291,7 @@ class Evaluation(_Record):
 
 def json_bytes(value: Any) -> bytes:
     """JSON as dmlbench writes it: indented, UTF-8, LF, no NaN."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def held(folder: Path) -> AbstractContextManager[bool]:

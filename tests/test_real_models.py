@@ -16,6 +16,7 @@ from dmlbench.checkpoints import Checkpoint, checkpoints, packaged
 from dmlbench.errors import DataError, UsageError
 from dmlbench.models import ModelOptions, build, build_network, open_model, parameter_count, probe_images
 from dmlbench.models.inspection import width_of
+from dmlbench.results import json_bytes
 
 REAL = [name for name, c in checkpoints().items() if not c.train.command and c.files and not c.files[0].path]
 CLAIMS = {"oml-vits16-cub": 83.7, "oml-vits16-sop": 86.6, "proxyanchor-cars-r50": 87.7, "dino-vits16": 62.7}
@@ -148,7 +149,7 @@ def test_the_registry_is_written_in_one_way() -> None:
     text = packaged("checkpoints.json").read_text(encoding="utf-8")
     content = json.loads(text)
     assert list(content["checkpoints"]) == sorted(content["checkpoints"])
-    assert text == json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    assert text.encode() == json_bytes(content)
 
 
 def scattered(shapes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

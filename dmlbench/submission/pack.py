@@ -202,7 +202,8 @@ def repacked(folder: Path) -> dict[str, bytes] | None:
     e = load(folder / "run")
     stale = superseded(e.protocol.name, e.protocol.sha256, e.model.id)
     current = {name: _read(folder / name) for name in LIMITS if (folder / name).exists()}
-    files = {n: raw for n, raw in current.items() if n in ("run/evaluation.json", "submission.yaml", WEIGHTS)}
+    files = {n: raw for n, raw in current.items() if n in ("submission.yaml", WEIGHTS)}
+    files["run/evaluation.json"] = json_bytes(e.model_dump(mode="json"))
     files = _sealed(files, e, min(STALE_SAMPLE, _least(e)) if stale else len(e.sample["rows"]))
     if files == current:
         return None

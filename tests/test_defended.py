@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 import dmlbench
 from dmlbench.attacks import AttackLoss
+from dmlbench.board.row import from_evaluation
 from dmlbench.doubts.questions import judged_random, passes_gap
 from dmlbench.embedding import Embedder, passes
 from dmlbench.errors import DataError, UsageError
 from dmlbench.kinds.strict.search import attempt
 from dmlbench.models import wrappers as module
-from dmlbench.models.defended import Applied, averaged, defended, split
+from dmlbench.models.defended import Applied, averaged, behind, defended, split
 from dmlbench.models.wrappers import STAGES, WRAPPERS, Given, Wrapper
 from dmlbench.objectives import margin
 from dmlbench.protocol import Step
@@ -307,6 +308,15 @@ def test_identity_gives_the_undefended_numbers_bit_for_bit() -> None:
         assert np.array_equal(values, wrapped.arrays[name], equal_nan=True), name
         assert np.array_equal(values, once.arrays[name], equal_nan=True), name
     assert plain.ers == wrapped.ers and [w.flag for w in wrapped.warnings] == [w.flag for w in plain.warnings]
+    assert [from_evaluation(e).defense for e in (plain, wrapped)] == ["none", "none, behind identity"]
+
+
+def test_a_row_names_every_wrapper() -> None:
+    assert behind("none", "m") == "none"
+    assert (
+        behind("hm (ics=0.5)", "defended:jpeg(75):defended:bits(4):ensemble:a,b")
+        == "hm (ics=0.5), behind jpeg(75), behind bits(4)"
+    )
 
 
 def hunted(name, *parts):

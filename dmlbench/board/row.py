@@ -18,7 +18,7 @@ from dmlbench.intervals import VERSION, Ends
 from dmlbench.kinds.base import Count, Percent
 from dmlbench.kinds.table import KINDS, kind_of, numbers, numbers_of
 from dmlbench.metrics import CLEAN_METRICS
-from dmlbench.models.defended import network_of
+from dmlbench.models.defended import behind, network_of
 from dmlbench.protocol import score_intervals
 from dmlbench.protocols import packaged_protocol
 from dmlbench.registry import PLUGINS
@@ -303,7 +303,7 @@ def from_evaluation(
     extra = set(e.extras.get("extra_parts", ()))
     scored = [(m.score, m.component) for m in e.measurements if m.score is not None and m.component not in extra]
     if card is not None:
-        columns |= {"arch": card.arch.builder, "loss": card.train.loss, "defense": defense_text(card)}
+        columns |= {"arch": card.arch.builder, "loss": card.train.loss}
         columns["license"] = card.license
         if card.paper is not None:
             columns |= {"paper": card.paper.title, "paper_url": card.paper.url}
@@ -311,7 +311,9 @@ def from_evaluation(
             stated = [c.value for c in card.claims if c.metric == "ers" and c.protocol == e.protocol.name]
             claimed_ers = stated[0] if stated else None
     else:
-        columns |= {"arch": e.model.arch, "loss": e.model.loss, "defense": e.model.defense}
+        columns |= {"arch": e.model.arch, "loss": e.model.loss}
+    trained = defense_text(card) if card else e.model.defense
+    columns["defense"] = behind(trained, e.model.id) if trained else None
     columns |= _kind_columns(e)
     ends = _ers_interval(e)
     return Row(

@@ -185,6 +185,12 @@ def network_of(model: str) -> str:
     return model
 
 
+def behind(text: str, model: str) -> str:
+    """What is said of the network that the name of a model says, and of the defences before it: ``none, behind jpeg(75)``."""
+    front = model.removesuffix(network_of(model)).split(FORM)
+    return ", ".join([text, *(f"behind {wrapper.removesuffix(':')}" for wrapper in front if wrapper)])
+
+
 def hashed(wrappers: Sequence[Applied], sha256: str) -> str:
     """What stands for wrappers, the outer one first, before a model whose weights have this hash: that hash where there is none."""
     for wrapper in reversed(wrappers):

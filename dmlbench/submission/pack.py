@@ -17,7 +17,7 @@ from dmlbench.errors import DataError, UsageError
 from dmlbench.files import write_atomic
 from dmlbench.kinds.base import WHOLE_RUN
 from dmlbench.kinds.table import numbers_of
-from dmlbench.models.defended import hashed, named
+from dmlbench.models.defended import behind, hashed, named
 from dmlbench.plain import read_json
 from dmlbench.results import Evaluation, json_bytes, load
 from dmlbench.run.subject import query_order
@@ -65,7 +65,7 @@ def draft(run: Path, checkpoint: Checkpoint | None = None, authors: Sequence[str
     content = {
         "schema_version": 1,
         "id": re.sub("[^a-z0-9._-]+", "-", f"{e.model.id}-{e.protocol.name}"),
-        "title": card.title if card and known else FILL_IN,
+        "title": behind(card.title, e.model.id) if card and known else FILL_IN,
         "authors": list(authors) or [FILL_IN],
         "code_url": None,
         "stated": {

@@ -155,6 +155,7 @@ def climb(
     first: float = 1.0,
     wider: float = 1.0,
     targets: Tensor | None = None,
+    along: Field | None = None,
     stop: Stop = lambda: None,
 ) -> Found:
     """Projected gradient ascent of the margin from ``start`` (b, C, H, W) for the queries ``q`` (b,).
@@ -165,6 +166,7 @@ def climb(
         wider: the ball begins this many times as large and shrinks to its own size within half of the steps;
             only images inside it count.
         targets: (b,) entries to come near to, in place of the nearest wrong one of each step.
+        along: another model's field, whose margin is climbed; what counts is still the margin of ``field``.
     """
     found = Found(torch.zeros(len(q), dtype=torch.bool, device=q.device), start.clone(), _lowest(q))
     at, x, v = torch.arange(len(q), device=q.device), start, torch.zeros_like(start)
@@ -181,8 +183,12 @@ def climb(
             left = ~torch.isin(q[at], q[at[hit]])
         if k == steps or not bool(left.any()):
             break
+        seen = field
+        if along is not None:
+            seen, e = along, along.embed(x)
+            _, wrong, right = along.margin(e.detach(), q[at])
         toward = wrong if targets is None else targets[at]
-        (gradient,) = torch.autograd.grad(e, x, field.entries[toward] - field.entries[right])
+        (gradient,) = torch.autograd.grad(e, x, seen.entries[toward] - seen.entries[right])
         v = momentum * v + gradient / gradient.abs().flatten(1).mean(1).clamp_min(1e-30).view(-1, 1, 1, 1)
         stride = first * ball.eps * (1 + math.cos(math.pi * k / steps)) / 2
         x = ball.project(x.detach() + stride * ball.steepest(v), field.clean[q[at]], reach)

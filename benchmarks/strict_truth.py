@@ -37,6 +37,7 @@ from dmlbench.errors import DataError, DmlbenchError, Interrupted, UsageError
 from dmlbench.fast.exact import true_float32
 from dmlbench.files import write_atomic
 from dmlbench.metrics import recall_at_1
+from dmlbench.models.defended import network_of
 from dmlbench.results import Evaluation, json_bytes, load, save
 from dmlbench.run.subject import Subject, prepare, query_order
 from dmlbench.threat import Threat, length
@@ -51,7 +52,9 @@ class Search:
 
     Attributes:
         kind: "restart" (a random start, uniform and on a corner in turn), "entry" (the same, toward one wrong entry
-            after the other, nearest first), "transfer" (from another query's perturbation, the likeliest first) or "square".
+            after the other, nearest first), "transfer" (from another query's perturbation, the likeliest first), "undefended"
+            (restarts along the gradient of the model without its test-time defence; no attempt at a model without one)
+            or "square".
         steps: of each attempt; forward passes where the kind is "square".
         momentum, wider, first: see :func:`adversary.climb`.
     """
@@ -74,6 +77,7 @@ SEARCHES = (
     Search("from a wider ball", "restart", 8, 100, wider=2.0),
     Search("restarts of 200 steps", "restart", 10, 200),
     Search("restarts of 1,000 steps", "restart", 3, 1000),
+    Search("on the undefended model", "undefended", 20, 100),
     Search("Square, 20,000 queries", "square", 1, 20_000),
 )
 """About 14,000 gradients and 20,000 further forward passes for a query that nothing breaks."""
@@ -138,52 +142,50 @@ class Cell:
             raise DataError(f"{path} is not a cell of this script: {error}") from None
 
 
+def field_of(subject: Subject) -> Field:
+    """What searches see of a prepared subject."""
+    images, dataset = subject.dataset.images, subject.dataset
+
+    def embedded(rows: np.ndarray) -> Tensor:
+        with torch.no_grad():
+            parts = [subject.embedder(images[r].to(subject.device)) for r in np.array_split(rows, -(-len(rows) // 256))]
+        return torch.cat(parts)
+
+    def column(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(subject.device)
+
+    position = np.full(len(dataset.labels), -1)
+    position[dataset.gallery] = np.arange(len(dataset.gallery))
+    return Field(
+        subject.embedder,
+        embedded(dataset.gallery),
+        column(dataset.labels[dataset.gallery]),
+        column(dataset.labels[subject.rows]),
+        column(position[subject.rows]),
+        images[subject.rows].to(subject.device),
+        None
+        if dataset.apart is None
+        else (column(dataset.apart[subject.rows]), column(dataset.apart[dataset.gallery])),
+    )
+
+
 @dataclass(frozen=True)
 class Bench:
     """A model with its queries, the field that searches see, and how work is spread.
 
     Attributes:
         subject: as dmlbench reads out.
+        undefended: the field of the model without its test-time defence, if it has one.
         effort: factor on the number of attempts of every search.
     """
 
     subject: Subject
     field: Field
+    undefended: Field | None
     seed: int
     effort: float
     threads: int
     stopped: threading.Event
-
-    @classmethod
-    def of(cls, subject: Subject, seed: int, effort: float, threads: int) -> "Bench":
-        """From a prepared subject."""
-        images = subject.dataset.images
-
-        def embedded(rows: np.ndarray) -> Tensor:
-            with torch.no_grad():
-                parts = [
-                    subject.embedder(images[r].to(subject.device)) for r in np.array_split(rows, -(-len(rows) // 256))
-                ]
-            return torch.cat(parts)
-
-        def column(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(values)).to(subject.device)
-
-        dataset = subject.dataset
-        position = np.full(len(dataset.labels), -1)
-        position[dataset.gallery] = np.arange(len(dataset.gallery))
-        field = Field(
-            subject.embedder,
-            embedded(dataset.gallery),
-            column(dataset.labels[dataset.gallery]),
-            column(dataset.labels[subject.rows]),
-            column(position[subject.rows]),
-            images[subject.rows].to(subject.device),
-            None
-            if dataset.apart is None
-            else (column(dataset.apart[subject.rows]), column(dataset.apart[dataset.gallery])),
-        )
-        return cls(subject, field, seed, effort, threads, threading.Event())
 
     @property
     def batch(self) -> int:
@@ -219,6 +221,7 @@ def ready(bench: Bench, cell: Cell, index: int, ball: Ball) -> tuple[int, Callab
     def climbed(q: Tensor, start: Tensor, targets: Tensor | None = None) -> Found:
         s = search
         options: dict[str, Any] = {"momentum": s.momentum, "wider": s.wider, "first": s.first, "stop": bench.stop}
+        options["along"] = bench.undefended if s.kind == "undefended" else None
         return climb(field, ball, q, start, steps=s.steps, targets=targets, **options)
 
     def starts(q: Tensor, tries: np.ndarray) -> Tensor:
@@ -229,8 +232,9 @@ def ready(bench: Bench, cell: Cell, index: int, ball: Ball) -> tuple[int, Callab
             start[corners] = ball.start(field.clean[q[corners]], [seeds[i] for i in corners], True)
         return start
 
-    if search.kind == "restart":
-        return attempts, lambda chosen: climbed(chosen[0], starts(*chosen))
+    if search.kind in ("restart", "undefended"):
+        possible = attempts if search.kind == "restart" or bench.undefended else 0
+        return possible, lambda chosen: climbed(chosen[0], starts(*chosen))
     if search.kind == "square":
         queries = max(1, round(search.steps * bench.effort))
         return 1, lambda chosen: square(
@@ -418,8 +422,14 @@ def verified(run: Evaluation, options: argparse.Namespace) -> None:
         order = dataset.query[query_order(len(dataset.query))]
         rows = np.sort(order[np.isin(order, rows)][: options.queries])
     at = np.searchsorted(run.arrays["query"], rows)
-    subject = prepare(model, replace(dataset, query=rows), device=options.device)
-    bench = Bench.of(subject, options.seed, options.effort, options.threads)
+    measured, network = replace(dataset, query=rows), network_of(run.model.id)
+    subject = prepare(model, measured, device=options.device)
+    undefended = None
+    if network != run.model.id:
+        undefended = field_of(prepare(load_model(network), measured, device=options.device))
+    bench = Bench(
+        subject, field_of(subject), undefended, options.seed, options.effort, options.threads, threading.Event()
+    )
     clean = run.arrays["benign/recall_at_1"][at]
     smaller: dict[int, np.ndarray] = {}
     for eps, survived, stated in cells_of(run, options):

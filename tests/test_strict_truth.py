@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -147,6 +148,19 @@ def test_the_ascent_is_that_of_a_plain_loop(field, ball, momentum, first, wider)
     for i, (_, image, best) in enumerate(expected):
         assert torch.allclose(found.images[i], image, atol=1e-4)
         assert float(found.best[i]) == pytest.approx(best, abs=1e-4)
+
+
+def test_the_ascent_can_follow_the_margin_of_another_model(field) -> None:
+    hidden = replace(field, embed=lambda images: field.embed((images * 16).round() / 16))
+    q = torch.arange(8).repeat(3)
+    start = LINF.start(field.clean[q], [seed_of(i) for i in range(24)], False)
+    blind, guided = climb(hidden, LINF, q, start, steps=20), climb(hidden, LINF, q, start, steps=20, along=field)
+    assert len(set(q[guided.broken].tolist())) > len(set(q[blind.broken].tolist()))
+    for i in guided.broken.nonzero()[:, 0].tolist():
+        assert plain_margin(hidden, guided.images[i], int(q[i]))[0] >= -1e-6
+    assert torch.equal(
+        climb(field, LINF, q, start, steps=20, along=field).images, climb(field, LINF, q, start, steps=20).images
+    )
 
 
 def test_other_attempts_of_a_query_end_once_one_has_broken_it(field) -> None:

@@ -8,6 +8,7 @@ queries), ``adversarial_sample.npz`` (a few adversarial images, losslessly) and 
 import html
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -290,8 +291,9 @@ class Evaluation(_Record):
 
 
 def json_bytes(value: Any) -> bytes:
-    """JSON as dmlbench writes it: indented, UTF-8, LF, no NaN."""
-    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """JSON as dmlbench writes it: indented, a list of numbers on one line, UTF-8, LF, no NaN."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    return (re.sub(r'\[\n([^][{}"]*)\]', lambda numbers: f"[{' '.join(numbers[1].split())}]", text) + "\n").encode()
 
 
 def held(folder: Path) -> AbstractContextManager[bool]:

@@ -1,6 +1,7 @@
 """What a bundle and the wheel hold: nothing lost, nothing that is not needed."""
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from dmlbench.board.table import from_csv
 from dmlbench.compact import COLUMNS, narrowed, npz_bytes, stacked, tabulated, unstacked, untabulated, widened
 from dmlbench.datasets import DATASETS
 from dmlbench.errors import DataError
-from dmlbench.results import load
+from dmlbench.results import json_bytes, load
 from dmlbench.submission.bundle import LIMITS
 from dmlbench.submission.pack import repacked, write_folder
 from dmlbench.submission.static import check_static
@@ -43,6 +44,20 @@ def test_the_smallest_type_loses_nothing(values: np.ndarray) -> None:
 def test_whole_numbers_and_shares_get_small() -> None:
     arrays = {"label": np.array([0, 255]), "value": np.array([0, 100, np.nan], np.float32), "by": np.array([-1, 3])}
     assert [str(a.dtype) for a in narrowed(arrays).values()] == ["uint8", "float16", "int64"]
+
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+
+
+@given(st.recursive(PLAIN, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20))
+def test_a_record_is_read_as_it_was_written(value: object) -> None:
+    assert json.loads(json_bytes(value)) == value
+
+
+def test_a_list_of_numbers_is_one_line_of_a_record() -> None:
+    said = {"curve": [[0.5, 1.0], [2, None]], "names": ["[\n 1, 2 ]"], "none": []}
+    assert json_bytes(said).decode().splitlines()[1:5] == [' "curve": [', "  [0.5, 1.0],", "  [2, null]", " ],"]
+    assert json.loads(json_bytes(said)) == said
 
 
 def run_of(labels: np.ndarray, columns: list[np.ndarray]) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dmlbench.errors import DataError
+from dmlbench.kinds.base import WHOLE_RUN
 from dmlbench.results import load
 from dmlbench.submission.bundle import SUBMISSIONS
 from dmlbench.submission.pack import repacked, write_folder
@@ -34,7 +35,11 @@ def require_same(folder: Path, files: dict[str, bytes]) -> None:
         old, new = load(folder / "run"), load(Path(scratch) / "run")
     differing = [k for k in old.arrays.keys() | new.arrays.keys() if not same(old.arrays[k], new.arrays[k])]
     stay = np.isin(old.sample["rows"], new.sample["rows"])
-    differing += [k for k in old.sample.keys() | new.sample.keys() if not same(old.sample[k][stay], new.sample[k])]
+    differing += [
+        k
+        for k in old.sample.keys() | new.sample.keys()
+        if not same(old.sample[k] if k.startswith(WHOLE_RUN) else old.sample[k][stay], new.sample[k])
+    ]
     if old != new or differing:
         raise DataError(f"{folder} would change: {', '.join(differing) or 'evaluation.json'}")
 

@@ -5,20 +5,24 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from shlex import quote
 
 import pytest
 from accessible import PROBLEMS
 from browser import chromium
 
 from dmlbench.board import Row, from_csv, rank, to_csv
+from dmlbench.board.build import load_boards
 from dmlbench.board.row import NUMBERS
 from dmlbench.board.site import write_site
 from dmlbench.board.site.boards import ORDER
+from dmlbench.board.site.models import path_of
 from dmlbench.board.site.overview import by_dataset, entries, merged
 from dmlbench.board.site.words import words
 from dmlbench.doubts.audit import FLAGS
 from dmlbench.errors import DataError
 from dmlbench.kinds.table import KINDS, numbers
+from dmlbench.models.defended import network_of
 
 BOARD = Path(__file__).resolve().parent.parent / "leaderboard"
 CUB, DIGITS = "datasets/cub.html", "datasets/digits.html"
@@ -332,15 +336,17 @@ def test_every_link_inside_the_site_leads_somewhere(site):
 
 
 def test_each_measured_model_has_a_page_with_all_that_makes_it_again(site, board):
-    curves = [r.model for kind in ("strict", "clustering") for r in from_csv(board / kind / "digits.csv")]
+    rows = [row for one in load_boards(board).values() for row in one if row.dataset == "digits"]
+    curves = [row.model for row in rows if row.ers is None and row.eps is not None]
     for row in from_csv(board / "ers-digits" / "digits.csv"):
-        text = (site / "models" / f"{row.model}.html").read_text(encoding="utf-8")
-        assert f"dmlbench evaluate --model {row.model} --dataset digits --protocol ers-digits --out" in text
-        assert f"weights/{row.model}.safetensors" in text and row.weights_sha256 in text
-        assert f"dmlbench train {row.model} " in text and text.count('class="plot eps"') == curves.count(row.model)
+        text, network = (site / path_of(row.model)).read_text(encoding="utf-8"), network_of(row.model)
+        assert f"dmlbench evaluate --model {quote(row.model)} --dataset digits --protocol ers-digits --out" in text
+        assert f"weights/{network}.safetensors" in text and (row.weights_sha256 in text or network != row.model)
+        assert f"dmlbench train {network} " in text and text.count('class="plot eps"') == curves.count(row.model)
         run = json.loads((site / "runs" / f"{row.submission}.json").read_text())
         assert run["model"]["id"] == row.model
-        assert (site / "checkpoints" / f"{row.model}.json").is_file()
+        assert (site / "checkpoints" / path_of(row.model).split("/")[1]).with_suffix(".json").is_file()
+        assert (f"behind {row.model.split(':')[-2:][0]}" in text) == (network != row.model)
     text = (site / MODEL).read_text(encoding="utf-8")
     assert "@misc{" in text and "2203.01439" in text
     stale = (site / "models" / "mnist-conv3-triplet-est-2.html").read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from dmlbench.board.site.boards import TITLES, row_id, title
 from dmlbench.board.site.overview import anchor, cell
 from dmlbench.checkpoints import PACKAGE, Checkpoint, File, Paper, checkpoints
 from dmlbench.kinds.table import kind_of
+from dmlbench.models.defended import behind
 from dmlbench.protocols import load_protocol, protocol_names
 from dmlbench.results import Evaluation
 
@@ -45,10 +46,10 @@ def page(
     registered = checkpoints().get(model)
     return {
         "model": model,
-        "card": card,
+        "card": card.model_copy(update={"title": behind(card.title, model)}) if card else None,
         "registered": registered is not None,
         "status": registered if registered is not None and registered.status != "active" else None,
-        "facts": _facts(card) if card else [],
+        "facts": _facts(card, model) if card else [],
         "files": [_file(f, weights) for f in card.files] if card else [],
         "bibtex": _bibtex(card.paper) if card and card.paper else "",
         "results": [_result(*place, runs) for place in places],
@@ -57,7 +58,7 @@ def page(
     }
 
 
-def _facts(card: Checkpoint) -> list[tuple[str, str]]:
+def _facts(card: Checkpoint, model: str) -> list[tuple[str, str]]:
     arch = ", ".join(f"{key} {value}" for key, value in card.arch.kwargs.items())
     size = card.input.size if isinstance(card.input.size, tuple) else (card.input.size, card.input.size)
     made = card.train
@@ -70,7 +71,7 @@ def _facts(card: Checkpoint) -> list[tuple[str, str]]:
         ("Trained on", f"{card.dataset.name}, {card.dataset.split}"
                        + (f", and {card.extra_training_data}" if card.extra_training_data else "")),
         ("Loss", made.loss),
-        ("Defence", defense_text(card)),
+        ("Defence", behind(defense_text(card), model)),
         ("eps in training", made.eps or ""),
         ("Steps of its attack", str(made.steps) if made.steps else ""),
         ("Training", ", ".join(f"{n:,} {what}" for n, what in ((made.epochs, "epochs"), (made.iterations, "iterations")) if n)),

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from shlex import quote
@@ -339,7 +340,7 @@ def test_each_measured_model_has_a_page_with_all_that_makes_it_again(site, board
     rows = [row for one in load_boards(board).values() for row in one if row.dataset == "digits"]
     curves = [row.model for row in rows if row.ers is None and row.eps is not None]
     for row in from_csv(board / "ers-digits" / "digits.csv"):
-        text, network = (site / path_of(row.model)).read_text(encoding="utf-8"), network_of(row.model)
+        text, network = unescape((site / path_of(row.model)).read_text(encoding="utf-8")), network_of(row.model)
         assert f"dmlbench evaluate --model {quote(row.model)} --dataset digits --protocol ers-digits --out" in text
         assert f"weights/{network}.safetensors" in text and (row.weights_sha256 in text or network != row.model)
         assert f"dmlbench train {network} " in text and text.count('class="plot eps"') == curves.count(row.model)

@@ -174,7 +174,8 @@ def climb(
         stop()
         reach = 1 + (wider - 1) * max(0.0, 1 - 2 * k / steps)
         x = x.detach().requires_grad_(k < steps)
-        e = field.embed(x)
+        with torch.set_grad_enabled(along is None):
+            e = field.embed(x)
         margins, wrong, right = field.margin(e.detach(), q[at])
         left = torch.ones_like(at, dtype=torch.bool)
         if reach > 1:

@@ -80,7 +80,7 @@ SEARCHES = (
     Search("on the undefended model", "undefended", 20, 100),
     Search("Square, 20,000 queries", "square", 1, 20_000),
 )
-"""About 14,000 gradients and 20,000 further forward passes for a query that nothing breaks."""
+"""About 14,000 gradients (16,000 behind a defence) and 20,000 further forward passes for a query that nothing breaks."""
 SMALLER = "a smaller eps"
 DONORS = 400
 """Perturbations of others that "transfer" chooses from, at most."""

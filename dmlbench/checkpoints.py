@@ -248,11 +248,14 @@ def packaged(name: str) -> Path:
     return inside if inside.exists() else PACKAGE.parent / name
 
 
+def problems_of(error: ValidationError) -> list[tuple[str, str]]:
+    """Where and what each problem of a pydantic error is; where is "" for one of the whole record."""
+    return [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+
+
 def first_problem(error: ValidationError) -> str:
     """The first problem of a pydantic error as one line: where, what."""
-    problem = error.errors()[0]
-    place, said = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
-    return f"{place}: {said}" if place else said
+    return ": ".join(text for text in problems_of(error)[0] if text)
 
 
 @lru_cache

@@ -24,6 +24,7 @@ QUICK = (
     Search("entries", "entry", 3, 20),
     Search("transfer", "transfer", 2, 10, first=0.5),
     Search("wider", "restart", 1, 20, wider=2.0),
+    Search("undefended", "undefended", 3, 20),
     Search("square", "square", 1, 30),
 )
 LINF, L2 = Ball("linf", 0.05), Ball("l2", 0.17)
@@ -189,13 +190,17 @@ def test_square_never_loses_margin_and_finds_what_it_says(field, ball) -> None:
 
 @pytest.fixture(scope="module")
 def claims(tmp_path_factory):
+    return claiming(MODEL, tmp_path_factory.mktemp("claims") / "run")
+
+
+def claiming(model, folder):
     """A run that claims every right query survives everywhere, on a model that stands nothing at 40/255."""
-    run = evaluate(dmlbench.load_model(MODEL), "digits", dmlbench.load_protocol("strict-fast"), limit=40)
+    run = evaluate(dmlbench.load_model(model), "digits", dmlbench.load_protocol("strict-fast"), limit=40)
     clean = run.arrays["benign/recall_at_1"]
     strict = {**run.extras["strict"], "curve": [{"eps": "1/255000"}, {"eps": "40/255", "missed_at_most": 1.0}]}
     fields = {name: getattr(run, name) for name in type(run).model_fields} | {"extras": {"strict": strict}}
     arrays = {**run.arrays, "strict@1/255000/value": clean, "strict@40/255/value": clean}
-    return save(type(run)(**fields).with_arrays(arrays), tmp_path_factory.mktemp("claims") / "run")
+    return save(type(run)(**fields).with_arrays(arrays), folder)
 
 
 @pytest.fixture
@@ -212,12 +217,20 @@ def test_false_claims_are_found_and_true_ones_left(claims, quick, tmp_path, caps
     small, large = rows(tmp_path)
     assert small["survivors"] == large["survivors"] == large["right"] > 30
     assert (small["broken"], small["truth"], small["broken_by"]) == (0, small["strict"], {})
-    assert small["passes"]["square"] == 30 * small["right"]
+    assert small["passes"]["square"] == 30 * small["right"] and small["passes"]["undefended"] == 0
     assert large["broken"] == large["right"] and large["truth"] == 0
     assert (small["bound"], small["bound_holds"]) == (None, None)
     assert (large["bound"], large["bound_holds"]) == (1.0, False)
     said = capsys.readouterr().out
     assert said == (tmp_path / "strict_truth.md").read_text() and "**fails**" in said
+
+
+def test_a_defended_model_falls_to_images_of_the_undefended_one(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(strict_truth, "SEARCHES", [search for search in QUICK if search.kind == "undefended"])
+    run = claiming(f"defended:bits(3,naive):{MODEL}", tmp_path / "run")
+    assert strict_truth.main([str(run), "--out", str(tmp_path), "--eps", "40/255"]) == 0
+    (row,) = rows(tmp_path)
+    assert row["broken_by"] == {"undefended": row["broken"]} and row["broken"] > 0.5 * row["right"] > 10
 
 
 def test_a_break_counts_only_if_dmlbench_reads_it_so(claims, quick, tmp_path, monkeypatch) -> None:

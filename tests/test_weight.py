@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import repack
 from bundles import sealed
 from hypothesis import given
 from hypothesis import strategies as st
@@ -203,6 +204,22 @@ def test_a_bundle_of_the_old_way_is_repacked_to_the_same_numbers(
     after = check_static(folder, aged=True).evaluation
     assert after == before and len(after.sample["rows"]) == 1
     assert np.isin(after.sample["rows"], before.sample["rows"]).all() and repacked(folder) is None
+
+
+def test_a_board_is_repacked_and_read_back(tmp_path: Path, monkeypatch, capsys) -> None:
+    """With images that belong to a whole run, which are not one for each query."""
+    name = "digits-smallcnn-triplet-none-poison"
+    folder = tmp_path / "submissions" / name
+    shutil.copytree(ROOT / "leaderboard" / "submissions" / name, folder)
+    kept = {n: (folder / n).read_bytes() for n in LIMITS if (folder / n).exists()}
+    written = json.dumps(json.loads(kept["run/evaluation.json"]), indent=2).encode()
+    write_folder(sealed({**kept, "run/evaluation.json": written}), folder)
+    monkeypatch.setattr("sys.argv", ["repack", "--board", str(tmp_path)])
+    repack.main()
+    assert f"{name}: " in capsys.readouterr().out
+    assert {n: (folder / n).read_bytes() for n in kept} == kept
+    repack.main()
+    assert f"{name}: " not in capsys.readouterr().out
 
 
 def test_the_wheel_carries_the_runs_that_compare_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -303,8 +303,7 @@ def from_evaluation(
     extra = set(e.extras.get("extra_parts", ()))
     scored = [(m.score, m.component) for m in e.measurements if m.score is not None and m.component not in extra]
     if card is not None:
-        columns |= {"arch": card.arch.builder, "loss": card.train.loss}
-        columns["license"] = card.license
+        columns |= {"arch": card.arch.builder, "loss": card.train.loss, "license": card.license}
         if card.paper is not None:
             columns |= {"paper": card.paper.title, "paper_url": card.paper.url}
         if claimed_ers is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ValidationError, create_model
 
+from dmlbench.checkpoints import problems_of
 from dmlbench.doubts.audit import CHECKS, FIRST
 from dmlbench.doubts.evidence import Finding, last_resorts, left_by, white_steps
 from dmlbench.doubts.questions import FEW, HIDDEN
@@ -61,9 +62,7 @@ def form_problems(e: Evaluation) -> Iterator[Problem]:
     try:
         Extras.model_validate(e.extras)
     except ValidationError as error:
-        for wrong in error.errors():
-            text = wrong["msg"].removeprefix("Value error, ")
-            yield Problem(0, f"{RUN} extras.{'.'.join(map(str, wrong['loc']))}", text)
+        yield from (Problem(0, f"{RUN} extras.{place}", text) for place, text in problems_of(error))
 
 
 def parts_of(rules: Protocol, e: Evaluation) -> list[Component]:

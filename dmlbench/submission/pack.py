@@ -149,7 +149,7 @@ def pack(
         UsageError: ``sample`` is below that, or above 0 where it is 0.
     """
     e = load(run)
-    files = {"run/evaluation.json": _read(run / "evaluation.json"), "submission.yaml": _read(submission)}
+    files = {"submission.yaml": _read(submission)}
     least = _least(e)
     if sample is not None and sample < least:
         raise UsageError(f"--sample {sample}: a bundle holds the images of at least {least} queries")
@@ -174,10 +174,11 @@ def _least(e: Evaluation) -> int:
 
 
 def _sealed(files: dict[str, bytes], e: Evaluation, sample: int) -> dict[str, bytes]:
-    """These files, with the run's arrays in the least room and both manifests."""
+    """These files, with the run's record, its arrays in the least room and both manifests."""
     outcomes = {name: values for name, values in e.arrays.items() if not name.endswith("/targets")}
     files = {
         **files,
+        "run/evaluation.json": json_bytes(e.model_dump(mode="json")),
         "run/per_query.npz": npz_bytes(tabulated(outcomes), zipfile.ZIP_LZMA),
         "run/adversarial_sample.npz": npz_bytes(stacked(shortened(e, sample)), zipfile.ZIP_LZMA),
     }
@@ -203,7 +204,6 @@ def repacked(folder: Path) -> dict[str, bytes] | None:
     stale = superseded(e.protocol.name, e.protocol.sha256, e.model.id)
     current = {name: _read(folder / name) for name in LIMITS if (folder / name).exists()}
     files = {n: raw for n, raw in current.items() if n in ("submission.yaml", WEIGHTS)}
-    files["run/evaluation.json"] = json_bytes(e.model_dump(mode="json"))
     files = _sealed(files, e, min(STALE_SAMPLE, _least(e)) if stale else len(e.sample["rows"]))
     if files == current:
         return None

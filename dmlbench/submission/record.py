@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from dmlbench.board.row import Percent, Row, Sha256, Text, Url, plain_text
-from dmlbench.checkpoints import ID, Checkpoint, DatasetRef, checkpoints
+from dmlbench.checkpoints import ID, Checkpoint, DatasetRef, checkpoints, problems_of
 from dmlbench.errors import Problem, UsageError
 from dmlbench.kinds.table import numbers
 from dmlbench.metrics import CLEAN_METRICS
@@ -120,10 +120,7 @@ def read_submission(raw: bytes) -> Submission:
     try:
         submission = Submission.model_validate(content)
     except ValidationError as error:
-        raise Refused(
-            Problem(0, f"{file} {'.'.join(map(str, e['loc']))}", e["msg"].removeprefix("Value error, "))
-            for e in error.errors()
-        ) from None
+        raise Refused(Problem(0, f"{file} {place}", text) for place, text in problems_of(error)) from None
     problems = [Problem(0, f"{file} {where}", why) for where, why in _text_problems(content)]
     license_name, sha256 = submission.checkpoint.license, submission.stated.weights_sha256
     named = {

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from dmlbench.board.row import Row, Status, from_evaluation
-from dmlbench.checkpoints import checkpoints
+from dmlbench.checkpoints import checkpoints, problems_of
 from dmlbench.compact import unstacked, untabulated
 from dmlbench.datasets import DATASETS, load_dataset
 from dmlbench.errors import Problem
@@ -129,10 +129,7 @@ def _row(submission: Submission, evaluation: Evaluation) -> Row:
         status: Status = "retracted" if submission.retracted else "reproduced"
         return from_evaluation(evaluation, status=status, card=submission.checkpoint, submission=submission.id)
     except ValidationError as error:
-        raise Refused(
-            Problem(0, f"{RUN} {'.'.join(map(str, e['loc']))}", e["msg"].removeprefix("Value error, "))
-            for e in error.errors()
-        ) from None
+        raise Refused(Problem(0, f"{RUN} {place}", text) for place, text in problems_of(error)) from None
 
 
 def _weights_look(bundle: Bundle) -> Iterator[Problem]:
@@ -179,10 +176,7 @@ def _evaluation(bundle: Bundle) -> Evaluation:
         read_json(files["evaluation.json"])
         evaluation: Evaluation = SubmittedRun.model_validate_json(files["evaluation.json"], strict=True)
     except ValidationError as error:
-        raise Refused(
-            Problem(0, f"{RUN} {'.'.join(map(str, e['loc']))}", e["msg"].removeprefix("Value error, "))
-            for e in error.errors()
-        ) from None
+        raise Refused(Problem(0, f"{RUN} {place}", text) for place, text in problems_of(error)) from None
     except ValueError as error:
         raise Refused([Problem(0, RUN, f"is not JSON: {error}")]) from None
     if problems := list(extras.form_problems(evaluation)):

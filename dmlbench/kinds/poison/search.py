@@ -40,10 +40,11 @@ HALF, NEAREST = "poison/half", "poison/nearest"
 class PoisonSettings(Settings):
     """``[settings]``."""
 
-    poisons: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), AfterValidator(ascending)] = (
-        1,
-        10,
-    )
+    poisons: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...],
+        Field(min_length=1),
+        AfterValidator(ascending),
+    ] = (1, 10)
     """how many pictures are moved, ascending"""
     seeds: Annotated[int, Field(ge=1)] = 32
     """how many pictures are tried"""

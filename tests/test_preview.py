@@ -54,6 +54,17 @@ def test_a_preview_of_files_reads_only_its_own(tmp_path, monkeypatch: pytest.Mon
     assert len(everything.query) == len(everything.gallery) == 30
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_preview_keeps_the_few_that_ask_and_other_classes(seed: int) -> None:
+    """All are searched, two of one class ask: both do in the preview too, before entries of every class."""
+    y = np.arange(900) % 3
+    asks = np.random.default_rng(seed).choice(np.flatnonzero(y == 1), 2, replace=False)
+    whole = RetrievalDataset("mine", "test", TensorImages(torch.zeros(900, 1, 2, 2)), y, query=asks, copies_count=True)
+    part = preview(whole, entries=30)
+    assert set(part.query) == set(asks) <= set(part.gallery)
+    assert np.bincount(y[part.gallery]).tolist() == [10, 10, 10]
+
+
 def test_a_preview_is_never_a_full_result() -> None:
     result = evaluate("digits-smallcnn-triplet-hm-lga-ics", preview(load_dataset("digits")), attacks=["all"])
     assert result.partial == ("--preview",) and result.dataset.n_gallery == 896 and result.dataset.n_queries == 64

@@ -20,8 +20,11 @@ def preview(dataset: RetrievalDataset, queries: int = QUERIES, entries: int = EN
     rng = np.random.default_rng(20220601)
     labels, gallery = dataset.labels, rng.permutation(dataset.gallery)
     asks = rng.permutation(dataset.query)
+    gallery = gallery[np.argsort(~np.isin(gallery, asks), kind="stable")]  # entries of queries come first
     classes = rng.permutation(np.unique(labels[asks]))
     nobody = gallery[labels[gallery] < 0]
+    others = np.setdiff1d(labels[gallery], [*labels[asks], *labels[nobody]])
+    classes = np.concatenate([classes, rng.permutation(others)])
     nobody = nobody[: round(entries * len(nobody) / len(gallery))]
     room = max(1, entries - len(nobody))
     classes = classes[: max(1, room // EACH)]

@@ -420,6 +420,12 @@ def test_a_csv_with_boxes(tmp_path: Path, root: Path) -> None:
             "x_1 'a' is not a number",
         ),
         (["label,path,split,is_query,is_gallery,x_1,x_2,y_1,y_2", "1,0.png,test,1,1,0,99,0,9"], r"box \(0, 0, 99, 9\)"),
+        (
+            ["label,path,split,is_query,is_gallery,x_1,x_2,y_1,y_2", "1,0.png,test,1,1,,9,0,9"],
+            "line 2: a box needs all",
+        ),
+        (["label,path,split,is_query,is_gallery", "1,0.png,test,1,1,"], "names 5 columns, and a row has more cells"),
+        (["label,path,split,is_query,is_gallery", "", ",,,,", "1,0.png,dev,1,1"], "line 4: split 'dev'"),
     ],
 )
 def test_a_csv_that_is_wrong(lines: list[str], said: str, tmp_path: Path, root: Path) -> None:
@@ -582,10 +588,11 @@ def test_a_csv_with_sequences_and_cameras(tmp_path: Path, root: Path) -> None:
 
 def test_what_a_csv_is_forgiven(tmp_path: Path, root: Path) -> None:
     file = rows_of(tmp_path / "mine")
-    text = file.read_text().replace("0.png", "..\\mine\\0.png").replace("\n1,3", "\n-1,3").replace("\n", "\r\n")
+    text = file.read_text().replace("0.png", "..\\mine\\0.png").replace("\n1,3", "\n-1,3").replace("\n0,2", "\n 0 ,2")
+    text = (text + "\n,,,,\n\n").replace("\n", "\r\n")
     file.write_bytes(b"\xef\xbb\xbf" + text.encode())
     got = load_dataset(f"csv:{file}", preprocess=SMALL)
-    assert len(got) == 3 and any("label -1 are junk" in note for note in got.notes)
+    assert got.labels.tolist() == [0, 1, 0] and any("label -1 are junk" in note for note in got.notes)
     assert [r.split for r in verify(f"csv:{file}")] == ["test"] and verify(f"csv:{file}")[0].complete
     with pytest.raises(UsageError, match="no row of the train split"):
         load_dataset(f"csv:{file}", "train")

@@ -41,9 +41,14 @@ def table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
     if not file.is_file():
         raise UsageError(f"csv:{path} is not a file")
     try:
-        rows = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8", encoding_errors="surrogateescape")
+        rows = pd.read_csv(
+            file, dtype=str, keep_default_na=False, encoding="utf-8", encoding_errors="surrogateescape", skip_blank_lines=False
+        )  # fmt: skip
     except (ValueError, OSError) as error:
         raise DataError(f"{shown(file)} is not a readable CSV: {error}") from None
+    if not isinstance(rows.index, pd.RangeIndex):  # pandas takes the first cells for names of the rows
+        raise DataError(f"{shown(file)}: the first line names {len(rows.columns)} columns, and a row has more cells")
+    rows = rows[(rows != "").any(axis=1)]
     if "camera" not in rows.columns and (named := next((c for c in _CAMERA if c in rows.columns), None)):
         rows = rows.rename(columns={named: "camera"})
     required = ["label", "path", "split"] + (["is_query", "is_gallery"] if split == "test" else [])
@@ -62,7 +67,8 @@ def table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
     notes = []
     if strange := [str(column) for column in rows.columns if column not in _KNOWN]:
         notes.append(f"columns that are not used: {', '.join(map(shown, strange))}")
-    junk = rows["label"].str.strip().isin(_JUNK)
+    rows = rows.assign(label=rows["label"].str.strip())
+    junk = rows["label"].isin(_JUNK)
     if junk.any():
         notes.append(f"{int(junk.sum()):,} rows with the label -1 are junk and left out: they count for no query")
         rows = rows[~junk]
@@ -140,4 +146,7 @@ def _boxes(rows: pd.DataFrame, file: Path) -> np.ndarray | None:
                 numbers[at, column] = float(text)
             except ValueError:
                 raise DataError(f"{shown(file)}, line {index + 2}: {name} {text!r} is not a number") from None
+    missing = np.isnan(numbers)
+    if len(part := rows.index[missing.any(1) & ~missing.all(1)]):
+        raise DataError(f"{shown(file)}, line {part[0] + 2}: a box needs all of {', '.join(_BOX)}, or none")
     return numbers

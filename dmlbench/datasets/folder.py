@@ -229,9 +229,10 @@ def _gather(root: Path, part: str, top: Path, listing: Listing) -> None:
     if loose:
         listing.notes.append(f"{loose:,} pictures right in {shown(top)} are in no class folder and passed over")
     right_in = deeper = 0
+    above = [str(folder) for folder in (top.resolve(), *top.resolve().parents)]
     for folder in _folders(top):
         before, passed = len(listing.pictures), Counter[str]()
-        for file in _files(folder, (), listing):
+        for file in _files(folder, tuple(above), listing):
             if not _is_picture(file):
                 passed[file.suffix.lower() or "without a suffix"] += 1
                 continue

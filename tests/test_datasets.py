@@ -601,6 +601,30 @@ def test_what_a_csv_is_forgiven(tmp_path: Path, root: Path) -> None:
         load_dataset(f"csv:{only}")
 
 
+def test_a_folder_of_people_by_camera(tmp_path: Path, root: Path) -> None:
+    """As re-identification's code arranges them: -1 is junk; the camera, which only the names say, is not read."""
+    for part, person, count in (
+        ("query", "0005", 2),
+        ("gallery", "0005", 2),
+        ("gallery", "-1", 3),
+        ("gallery", "0006", 1),
+    ):
+        for i in range(count):
+            picture(tmp_path / part / person / f"{person}_c{i + 1}s1_{i:06d}_00.png", seed=i)
+    got = load_dataset(f"folder:{tmp_path}", preprocess=SMALL)
+    assert (len(got.query), len(got.gallery), list(got.class_names)) == (2, 3, ["0005", "0006"])
+    assert sum(re.match("3 images are junk|.*the camera is not read", said) is not None for said in remarks(got)) == 2
+
+
+def test_a_person_is_shown_their_own_data_set(typed, tmp_path: Path, root: Path) -> None:  # type: ignore[no-untyped-def]
+    class_tree(tmp_path, classes=2, each=2, parts=("query", "gallery"))
+    picture(tmp_path / "gallery" / "-1" / "0.png")
+    shown = typed("datasets", "show", f"folder:{tmp_path}", "--json").json
+    assert "nothing for the train split" in shown["train"]
+    assert (shown["test"]["classes"], shown["test"]["queries"], shown["test"]["gallery"]) == (2, 4, 4)
+    assert "is not a folder" in typed("datasets", "show", "folder:nowhere", code=2).err
+
+
 def test_a_csv_with_a_row_for_each_role(tmp_path: Path, root: Path) -> None:
     """The same file is a query in one row and a gallery entry in another: it is not its own answer."""
     lines = ["label,path,split,is_query,is_gallery"]

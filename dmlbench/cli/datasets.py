@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import click
 
 from dmlbench.cli.output import Bar, json_option, print_facts, print_json, print_list
-from dmlbench.datasets import DATASETS, load_dataset
+from dmlbench.datasets import DATASETS, dataset_entry, load_dataset
+from dmlbench.datasets.base import counts_of
 from dmlbench.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def list_datasets(as_json: bool) -> None:
 @json_option
 def show_dataset(name: str, as_json: bool) -> None:
     """What a data set holds, as it is on this machine."""
-    entry = DATASETS[name]
+    entry = dataset_entry(name)
     facts: dict[str, object] = {"id": name, "title": entry.title, "protocol": entry.protocol}
     for split in ("train", "test"):
         try:
@@ -42,12 +43,14 @@ def show_dataset(name: str, as_json: bool) -> None:
             facts[split] = f"not here: {error}"
             continue
         except UsageError as error:
+            if split == "test":
+                raise
             facts[split] = str(error)
             continue
         facts["licence"], facts["source"] = d.licence, d.source
         facts[split] = {
             "images": len(d),
-            "classes": len(set(d.labels.tolist())),
+            "classes": counts_of(d).classes,
             "queries": len(d.query),
             "gallery": len(d.gallery),
             "shape": list(d.images.shape),

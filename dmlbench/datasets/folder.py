@@ -4,7 +4,7 @@ Where PATH holds folders named ``train`` and ``test`` (or ``training``, ``testin
 ``gallery``), in any case, the classes lie below those, and ``query`` with ``gallery`` make a test split with separate
 galleries, also within ``test``. Longer names with such a word (``train_set``, ``Test images``) are parts where all folders
 have one. Otherwise every class folder belongs to the test split. A sole folder around all that is stepped through.
-Files that are no pictures are skipped. The notes of the data set name them, and every decision that was not obvious.
+A class folder ``-1`` is junk, which counts for no query. Files that are no pictures are skipped. The notes of the data set name them, and every decision that was not obvious.
 """
 
 import os
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dmlbench.datasets.base import RetrievalDataset, numbered
+from dmlbench.datasets.base import JUNK, RetrievalDataset, numbered
 from dmlbench.datasets.cache import CachedImages
 from dmlbench.datasets.pictures import Files, shown
 from dmlbench.errors import DataError, UsageError
@@ -109,7 +109,9 @@ def class_folder(path: str, split: str, preprocess: Preprocess) -> RetrievalData
             + (f"; {listing.notes[-1]}" if listing.passed else "")
         )
     same = one_name([(part, name) for part, name, _ in listing.pictures], listing.notes)
-    labels, names = numbered([shown(same[part, name]) for part, name, _ in listing.pictures])
+    called = np.array([shown(same[part, name]) for part, name, _ in listing.pictures])
+    labels = np.full(len(called), JUNK, dtype=np.int64)
+    labels[called != str(JUNK)], names = numbered(called[called != str(JUNK)].tolist())
     part_of = np.array([part for part, _, _ in listing.pictures])
     return RetrievalDataset(
         name=f"folder:{shown(named)}",

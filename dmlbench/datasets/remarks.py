@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from dmlbench.datasets.base import DISTRACTOR, JUNK, RetrievalDataset
+from dmlbench.datasets.cache import CachedImages
+from dmlbench.datasets.pictures import Files, shown
+from dmlbench.datasets.reid import NAME
 
 SMALL_GALLERY = 100
 """Entries that a gallery needs to have a top 1 %."""
@@ -32,6 +35,14 @@ def remarks(dataset: RetrievalDataset) -> Iterator[str]:
         yield f"{junk:,} images are junk (label {JUNK}): they count for no query"
     if distractors := int((labels[gallery] == DISTRACTOR).sum()):
         yield f"{distractors:,} gallery images are distractors: wrong for every query, and of no class"
+    files = dataset.images.source if isinstance(dataset.images, CachedImages) else None
+    if dataset.split == "test" and not dataset.grouped and isinstance(files, Files):
+        named = [name for path in files.paths if NAME.fullmatch(name := path.rpartition("/")[2])]
+        if len(named) > len(files) / 2:
+            yield (
+                f"files are named as those of re-identification ({shown(named[0])}), by class and camera: the camera is not "
+                "read, and pictures of one class by one camera count for each other; a CSV with a column camera leaves them out"
+            )
     classes = np.unique(labels[gallery][labels[gallery] >= 0])
     if len(classes) < 2 and not distractors:
         yield f"all {len(gallery):,} gallery images are of one class: every answer is right, and nothing is measured"

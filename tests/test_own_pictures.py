@@ -12,6 +12,7 @@ from bundles import SUBMISSIONS
 from conftest import shared
 from PIL import Image
 from safetensors.torch import load_file
+from trees import class_tree, picture
 
 from dmlbench.checkpoints import sha256_of
 from dmlbench.datasets.base import DISTRACTOR, JUNK, ArrayImages, RetrievalDataset
@@ -155,6 +156,16 @@ def test_a_resumed_run_needs_its_first_weights_no_more(photos: Path, tmp_path: P
         train(recipe, tmp_path / "cut", report=stop)
     file.write_bytes(b"another file")
     assert train(recipe, tmp_path / "cut", resume=True).entry == whole.entry
+
+
+def test_a_run_is_not_resumed_on_other_pictures(tmp_path: Path) -> None:
+    mine = class_tree(tmp_path / "mine", classes=4, each=4, parts=("train",))
+    train(table(mine), tmp_path / "run")
+    picture(mine / "train" / "class0" / "new.png", seed=99)
+    with pytest.raises(UsageError, match="begun on other pictures or labels"):
+        train(table(mine), tmp_path / "run", resume=True)
+    (mine / "train" / "class0" / "new.png").unlink()
+    train(table(mine), tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("statistics", ["batch", "frozen"])

@@ -239,7 +239,7 @@ def train(
         write_weights(folder / f"{which}.safetensors", learner.embedder.network, half=recipe.stored == "float16")
 
     if resume:
-        state = read_state(folder, recipe, world.size)
+        state = read_state(folder, recipe, world.size, dataset.sha256)
         try:
             learner.load_state_dict(state["learner"])
             optimizer.load_state_dict(state["optimizer"])
@@ -318,7 +318,7 @@ def train(
                 best = benign + attacked
                 store("best")
             write_atomic(folder / "log.csv", log_bytes(rows))
-            save_state(folder, recipe, learner, optimizer, rows, best, world.size, origin)
+            save_state(folder, recipe, learner, optimizer, rows, best, world.size, origin, dataset.sha256)
         judge()
     entry = finish(folder, recipe, preprocess, learner.embedder, origin) if world.leads else {}
     return Trained(folder, tuple(rows), entry)

@@ -70,6 +70,7 @@ def save_state(
     best: float,
     processes: int,
     begun: str | None,
+    data: str,
 ) -> None:
     """Everything that a resume needs, as one file."""
     buffer = io.BytesIO()
@@ -82,18 +83,20 @@ def save_state(
             "best": best,
             "processes": processes,
             "begun": begun,
+            "data": data,
         },
         buffer,
     )
     write_atomic(folder / "state.pt", buffer.getvalue())
 
 
-def read_state(folder: Path, recipe: Recipe, processes: int) -> dict[str, Any]:
-    """The state of an earlier run of the same recipe by as many processes, on whose number the batches depend.
+def read_state(folder: Path, recipe: Recipe, processes: int, data: str) -> dict[str, Any]:
+    """The state of an earlier run of the same recipe, on data of the same sha256, by as many processes, on whose number the
+    batches depend.
 
     Raises:
         DataError: there is none, or it cannot be read.
-        UsageError: it belongs to another recipe, the differing keys are named; or to another number of processes.
+        UsageError: it belongs to another recipe, the differing keys are named; or to other data, or another number of processes.
     """
     path = folder / "state.pt"
     if not path.is_file():
@@ -109,6 +112,8 @@ def read_state(folder: Path, recipe: Recipe, processes: int) -> dict[str, Any]:
         raise UsageError(
             f"{folder} was begun by {before} process(es), this run has {processes}: the batches would differ"
         )
+    if state.get("data", data) != data:  # runs of before this was kept do not say it
+        raise UsageError(f"{folder} was begun on other pictures or labels than data set {recipe.dataset!r} has now")
     return state
 
 

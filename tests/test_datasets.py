@@ -625,6 +625,13 @@ def test_a_person_is_shown_their_own_data_set(typed, tmp_path: Path, root: Path)
     assert "is not a folder" in typed("datasets", "show", "folder:nowhere", code=2).err
 
 
+def test_what_pillow_says_of_pictures_that_it_reads_is_not_shown(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    class_tree(tmp_path / "mine", classes=2, each=1)
+    with Image.open(tmp_path / "mine" / "class0" / "000.png") as image:
+        image.convert("P").save(tmp_path / "mine" / "class0" / "p.png", transparency=bytes(range(9)))
+    assert run("datasets", "verify", f"folder:{tmp_path / 'mine'}").err == ""
+
+
 def test_a_csv_with_a_row_for_each_role(tmp_path: Path, root: Path) -> None:
     """The same file is a query in one row and a gallery entry in another: it is not its own answer."""
     lines = ["label,path,split,is_query,is_gallery"]

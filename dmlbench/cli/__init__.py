@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import unicodedata
+import warnings
 from typing import Any, NoReturn
 
 import click
@@ -137,6 +138,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command and exit; the entry point of the console script."""
     arguments = sys.argv[1:] if argv is None else argv
     legible()
+    warnings.filterwarnings("ignore", module="PIL")  # about pictures that it reads all the same
     debug = "--debug" in arguments
     if debug:  # accepted anywhere on the line
         arguments = ["--debug", *[a for a in arguments if a != "--debug"]]

@@ -1,5 +1,7 @@
 """The kind of protocol that measures retrieval under common corruptions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +10,12 @@ import dmlbench
 from dmlbench.board import from_evaluation
 from dmlbench.corruptions import CORRUPTIONS, corrupted
 from dmlbench.datasets import RetrievalDataset, TensorImages
+from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate
 from dmlbench.kinds.base import Stated, StoredSample
 from dmlbench.kinds.corruptions import record
-from dmlbench.kinds.corruptions.measure import CLEAN, components, parsed
+from dmlbench.kinds.corruptions.measure import CLEAN, components, embedded, parsed
 from dmlbench.kinds.table import numbers_of
 from dmlbench.protocols import load_protocol
 from dmlbench.protocols.reading import read_protocol
@@ -103,6 +106,25 @@ def test_the_headline_is_the_mean_over_the_fifteen(done) -> None:
 def test_grey_pictures_have_no_colours_to_saturate() -> None:
     grey, colour = ({parsed(c)[0] for c in components(rules(), (n, 32, 32))} for n in (1, 3))
     assert colour - grey == {"saturate"} and len(colour) == 19
+
+
+@pytest.mark.parametrize("name", ["frost", "jpeg_compression"])
+def test_a_network_that_takes_blue_first_sees_the_same_corruption(name) -> None:
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (12, 3, 16, 16))).float() / 255
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 8))
+    model = Embedder(network, (3, 16, 16))
+
+    class BlueFirst(torch.nn.Module):
+        def forward(self, x):
+            return network(x.flip(1))
+
+    twin = Embedder(BlueFirst(), (3, 16, 16), preprocess=replace(model.preprocess, order="bgr"))
+    places = np.arange(12)
+    sets = [
+        RetrievalDataset("made", "test", TensorImages(x), places % 4, places, places) for x in (images, images.flip(1))
+    ]
+    plain, other = (prepare(m, d, device="cpu") for m, d in zip((model, twin), sets, strict=True))
+    assert torch.equal(embedded(plain, places, name, 5, 0), embedded(other, places, name, 5, 0))
 
 
 def test_the_row_ranks_by_it(done) -> None:

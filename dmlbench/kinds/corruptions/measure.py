@@ -66,23 +66,26 @@ def parsed(part: Component) -> tuple[str, int]:
 
 
 def pictures(images: Float[Tensor, "b C H W"]) -> UInt8[np.ndarray, "b H W C"]:
-    """The images in 8 bits, as corruptions take them."""
+    """The images (RGB or grey) in 8 bits, as corruptions take them."""
     eight = (images.clamp(0, 1) * 255).round().to(torch.uint8)
     return np.asarray(eight.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
 
 def embedded(subject: Subject, rows: np.ndarray, name: str, severity: int, seed: int) -> Float[Tensor, "n D"]:
-    """Embeddings of the data set's pictures at ``rows`` under one corruption.
+    """Embeddings of the data set's pictures at ``rows`` under one corruption, which sees red first whatever the model is fed.
 
     Raises:
         DataError: one is NaN or infinite.
     """
     blocks = []
+    blue_first = subject.embedder.preprocess.order == "bgr"
     with torch.no_grad():
         for a in range(0, len(rows), BLOCK):
-            eight = pictures(subject.dataset.images[rows[a : a + BLOCK]])
+            images = subject.dataset.images[rows[a : a + BLOCK]]
+            eight = pictures(images.flip(1) if blue_first else images)
             changed = np.stack([corrupted(one, name, severity, seed) for one in eight])
             images = torch.from_numpy(changed).permute(0, 3, 1, 2).float() / 255
+            images = images.flip(1) if blue_first else images
             blocks.append(subject.embedder(images.contiguous().to(subject.device)))
     e = torch.cat(blocks)
     require_finite(e, subject.embedder.name, "corrupted pictures")

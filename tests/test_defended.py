@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -432,6 +433,14 @@ def test_the_command_line_refuses_and_takes(run, typed) -> None:
     said = ["--dataset", "digits", "--limit", "8", "--attacks", "GTM", "--csv", "board.csv", "--json"]
     made = run("evaluate", "--model", name, *said).json["model"]["id"]
     assert made == f"defended:tv(0.05):defended:jpeg(75):defended:bits(4):ensemble:{MODEL},{MODEL}"
+
+
+def test_the_page_s_own_wrapper(monkeypatch) -> None:
+    monkeypatch.setattr(WRAPPERS, "_entries", dict(WRAPPERS._entries))
+    page = (Path(__file__).parent.parent / "docs/defended.md").read_text(encoding="utf-8")
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    x = pictures()
+    assert torch.equal(defended(embedder_of(), applied("round-up(4)"))(x), embedder_of()((x * 4).ceil() / 4))
 
 
 def test_a_wrapper_of_another_package(monkeypatch) -> None:

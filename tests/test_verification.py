@@ -3,12 +3,13 @@
 import itertools
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from plain import distance as plain_distance
 from scipy.interpolate import interp1d
@@ -90,21 +91,24 @@ def test_the_rates_are_those_of_scikit_learn(rows, far: float) -> None:
 
 
 def plain_threshold(d, same, far=None) -> float:
-    """Every middle between neighbours, and both ends, asked about pair by pair."""
+    """Every middle between neighbours, and both ends, asked about pair by pair: one on the threshold is decided wrongly."""
     values = sorted({float(x) for x in d})
-    tried = [values[0] / 2, *((a + b) / 2 for a, b in itertools.pairwise(values)), 1.5 * values[-1]]
+    ends = values[0] / 2 or -1.0, 1.5 * values[-1] or 1.0
+    tried = [ends[0], *((a + b) / 2 for a, b in itertools.pairwise(values)), ends[1]]
     best, most = None, -1
     for t in tried:
-        right = sum((x < t) == s for x, s in zip(d, same, strict=True))
-        accepted = sum(x < t for x, s in zip(d, same, strict=True) if not s)
+        right = sum(x < t if s else x > t for x, s in zip(d, same, strict=True))
+        accepted = sum(x <= t for x, s in zip(d, same, strict=True) if not s)
         if far is not None:
-            best = t if accepted <= far * sum(not s for s in same) else best
+            best = t if accepted <= Fraction(str(far)) * sum(not s for s in same) else best
         elif right > most:
             best, most = t, right
     return best
 
 
 @settings(max_examples=100, deadline=None)
+@example([(0, True), (0, False)], None)  # a model that gives one embedding
+@example([(d, d % 2 == 0) for d in range(200)], 0.29)  # 0.29 * 100 is below 29 in floating point
 @given(pairs_of_scores, st.sampled_from([None, 0.3, 0.01]))
 def test_a_threshold_is_that_of_the_plain_loop(rows, far) -> None:
     d, same = np.array([d / 8 for d, _ in rows], dtype=np.float32), np.array([s for _, s in rows])

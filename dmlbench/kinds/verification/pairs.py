@@ -134,15 +134,18 @@ def _require_thresholds(pairs: Drawn, name: str) -> None:
 def threshold(distance: Float[np.ndarray, " n"], genuine: Bool[np.ndarray, " n"], far: float | None = None) -> float:
     """The distance below which two pictures are decided to be of one class, in float32.
 
-    Of the middles between neighbouring distances, half the smallest and one and a half times the largest: the one that tells most
-    pairs right, the smallest of several; with ``far`` the largest that accepts at most this share of impostors.
+    Of the middles between neighbouring distances, half the smallest and one and a half times the largest (one less and one more
+    where these are not above 0): the one that tells most pairs right, the smallest of several; with ``far`` the largest that
+    accepts at most this share of impostors.
     """
     values = np.unique(distance.astype(np.float64))
-    tried = np.concatenate([[values[0] / 2], (values[1:] + values[:-1]) / 2, [1.5 * values[-1]]])
+    least, most = values[[0, -1]]
+    ends = least / 2 if least > 0 else least - 1, 1.5 * most if most > 0 else most + 1
+    tried = np.concatenate([ends[:1], (values[1:] + values[:-1]) / 2, ends[1:]])
     accepted = np.searchsorted(np.sort(distance[genuine]), tried)
     wrong = np.searchsorted(np.sort(distance[~genuine]), tried)
     if far is not None:
-        return float(np.float32(tried[np.flatnonzero(wrong <= far * (~genuine).sum())[-1]]))
+        return float(np.float32(tried[np.flatnonzero(wrong / (~genuine).sum() <= far)[-1]]))
     return float(np.float32(tried[(accepted - wrong).argmax()]))
 
 

@@ -312,6 +312,13 @@ def test_identity_gives_the_undefended_numbers_bit_for_bit() -> None:
     assert [from_evaluation(e).defense for e in (plain, wrapped)] == ["none", "none, behind identity"]
 
 
+@pytest.mark.parametrize("text", ["tv(0.1234567)", "tv(1e-07)", "bits(8)", "mixup(0.6000001,64)"])
+def test_a_name_says_values_exactly(text) -> None:
+    name, values = text.removesuffix(")").split("(")
+    read = Applied.read(name, values)
+    assert str(read) == text and split(f"{read}:x")[0] == read
+
+
 def test_a_row_names_every_wrapper() -> None:
     assert behind("none", "m") == "none"
     assert (

@@ -60,7 +60,7 @@ class Applied:
     naive: bool = False
 
     def __str__(self) -> str:
-        words = [f"{v:g}" for v in self.values] + [NAIVE] * self.naive
+        words = [repr(float(v)).removesuffix(".0") for v in self.values] + [NAIVE] * self.naive
         return self.name + (f"({','.join(words)})" if words else "")
 
     @property

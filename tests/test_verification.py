@@ -411,7 +411,7 @@ def test_a_run_of_a_file_as_a_user_types_it(typed, faces, tmp_path) -> None:
         ("probe,partner,same\nP_0_0001,P_0_0002,1\nP_0_0001,P_0_0003,1\n", "pictures of a single class"),
         ("probe,partner,same\nP_0_0001,P_0_0002,1\nP_1_0001,P_1_0003,1\n", "has no impostor pair"),
         ("probe,partner,same\nP_0_0001,P_1_0002,0\n", "has no genuine pair"),
-        (CSV.replace("P_0_0001,P_1_0002,0,0\n", "").replace("P_2_0001,P_3_0001,0,0\n", ""), "the threshold of fold 1 needs impostor pairs"),
+        (CSV.replace("P_0_0001,P_1_0002,0,0\n", "").replace("P_2_0001,P_3_0001,0,0\n", ""), "the threshold of fold 7 needs impostor pairs"),
     ],
 )  # fmt: skip
 def test_a_bad_file_ends_before_anything_is_computed(typed, faces, tmp_path, monkeypatch, text, words) -> None:

@@ -82,9 +82,11 @@ def drawn(dataset: RetrievalDataset, rules: Protocol, seed: int) -> Drawn:
     positions = measured_queries(len(dataset.query), rules.queries)
     pairs = dataset.pairs
     if pairs is not None and (pairs.fold >= 0).all():
-        fold = np.unique(pairs.fold, return_inverse=True)[1].reshape(-1)[positions]
+        called, places = np.unique(pairs.fold, return_inverse=True)
+        fold = places.reshape(-1)[positions]
         of_class: dict[int, int] = {}
     else:
+        called = np.arange(Settings.of(rules).folds)
         of_class = folds_of_classes(dataset, Settings.of(rules).folds, seed)
         fold = np.array([of_class[int(label)] for label in dataset.labels[dataset.query[positions]]], dtype=np.int64)
     part_of = torch.tensor([of_class.get(int(label), -1) for label in dataset.labels[dataset.gallery]])
@@ -96,7 +98,7 @@ def drawn(dataset: RetrievalDataset, rules: Protocol, seed: int) -> Drawn:
         genuine = dataset.labels[dataset.query[positions]] == dataset.labels[pairs.partner[positions]]
         partner = np.stack([np.where(genuine, named, -1), np.where(genuine, -1, named)], axis=1)
     pairs_drawn = Drawn(partner, np.where(partner[:, 1] >= 0, partner[:, 1], other), fold)
-    _require_thresholds(pairs_drawn, dataset.name)
+    _require_thresholds(pairs_drawn, called, dataset.name)
     return pairs_drawn
 
 
@@ -118,14 +120,14 @@ def _one_of(choice: Bool[Tensor, "b N"], rng: Rng) -> Int[Tensor, " b"]:
     return torch.where(count > 0, (choice.long().cumsum(1) == place[:, None] + 1).long().argmax(1), -1)
 
 
-def _require_thresholds(pairs: Drawn, name: str) -> None:
-    """Raise unless the folds other than each one that has pairs hold genuine and impostor pairs."""
+def _require_thresholds(pairs: Drawn, called: np.ndarray, name: str) -> None:
+    """Raise unless the folds other than each one that has pairs hold genuine and impostor pairs; ``called`` are the user's numbers of folds."""
     there = pairs.partner >= 0
     used = np.unique(pairs.fold[there.any(1)])
     for fold in used:
         for side, kind in enumerate(("genuine", "impostor")):
             if not there[pairs.fold != fold, side].any():
-                text = f"data set {name!r}: the threshold of fold {fold} needs {kind} pairs in other folds, and there are none"
+                text = f"data set {name!r}: the threshold of fold {called[fold]} needs {kind} pairs in other folds, and there are none"
                 raise UsageError(text)
     if not len(used):
         raise UsageError(f"data set {name!r} has no pair to verify")

@@ -392,6 +392,41 @@ def test_a_trained_layer_is_used_or_the_run_ends(tiny: nn.Module, tmp_path: Path
     assert only(images).shape == (2, 96)
 
 
+@pytest.mark.parametrize(
+    ("content", "key", "place"),
+    [
+        ({"trunk": "body", "embedder": "layer"}, "trunk", "embedder"),
+        ({"model": "body", "embedder": "layer"}, "model", "embedder"),
+        ({"models": {"model": "body", "embedder": "layer"}}, None, "models.embedder"),
+        ({"models": {"trunk": "body", "embedder": "layer"}}, "models.trunk", "models.embedder"),
+        ({"embedder": "layer", "**": "body"}, None, "embedder"),
+    ],
+)
+def test_a_trained_layer_beside_the_named_weights_is_not_left_out(content, key, place, tiny, tmp_path: Path) -> None:
+    """Whoever names where the network lies has not said that the embedding layer next to it is to be left out."""
+    layer = seeded(nn.Linear(96, 8), seed=3)
+    states = {"body": {k: v for k, v in tiny.state_dict().items() if not k.startswith("fc.")}, "layer": {}}
+    states["layer"] = {f"0.{k}": v for k, v in layer.state_dict().items()}
+
+    def filled(names: dict) -> dict:
+        inside = {k: filled(v) if isinstance(v, dict) else states[v] for k, v in names.items() if k != "**"}
+        return {**states[names["**"]], **inside} if "**" in names else inside
+
+    torch.save({**filled(content), "optimizer": {"exp": torch.zeros(2)}, "epoch": 3}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=rf"would leave out: {place}.0.weight.*--head {place}.0"):
+        loads_as(tiny, tmp_path / "x.pth", checkpoint_key=key)
+    whole = nn.Sequential(timm.create_model("test_resnet", num_classes=0), layer).eval()
+    whole[0].load_state_dict(states["body"])
+    loads_as(whole, tmp_path / "x.pth", checkpoint_key=key, head=f"{place}.0")
+
+
+def test_a_layer_of_another_shape_is_no_copy_of_the_network(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(4, 3))
+    content = {"model": network.state_dict(), "embedder": nn.Linear(3, 2).state_dict()}
+    torch.save({**content, "embedder": {f"0.{k}": v for k, v in content["embedder"].items()}}, tmp_path / "x.pth")
+    assert list(read_file(tmp_path / "x.pth").further) == ["embedder.0.weight", "embedder.0.bias"]
+
+
 def test_proxy_anchors_file_is_its_own_layout(tmp_path: Path) -> None:
     """fc is ImageNet's and unused; features are the average plus the maximum over places, then ``embedding``."""
     body = seeded(torchvision.models.resnet18())

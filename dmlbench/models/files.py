@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -223,19 +224,22 @@ def _is_state(value: Any) -> bool:
 
 def _chosen(path: Path, kind: str, content: Mapping[str, Any], key: str | None, parts: tuple[Path, ...]) -> WeightsFile:
     """The state dictionary in a file's content."""
+    states = dict(_states(content))
     if key is not None:
         state: Any = content
         for part in key.split("."):
             state = state.get(part) if isinstance(state, Mapping) else None
-        if not _tensors_in(state):
-            raise UsageError(f"--checkpoint-key {key!r}: no tensors there in {path}; it has {', '.join(content)}")
-        return WeightsFile(path, kind, content, key, _tensors_in(state), parts)
-    if _is_state(content) or kind == "safetensors":
-        return WeightsFile(path, kind, content, "", _tensors_in(content), parts)
-    states = dict(_states(content))
+        if not (held := _tensors_in(state)):
+            raise UsageError(f"--checkpoint-key {key!r}: no tensors there in {path}; it has {listed(content, 8)}")
+        above = key.removesuffix(part)
+        layers = {name: s for name, s in states.items() if all(t.dim() < 3 for t in s.tensors.values())}
+        return WeightsFile(path, kind, content, key, held, parts, _beside(layers, key, _State(held, above=above)))
+    top = _State(_tensors_in(content))
+    if kind == "safetensors":
+        return WeightsFile(path, kind, content, "", top.tensors, parts)
     plain = next((name for name in KEYS if name in states), None)
-    if plain is None and _tensors_in(content):
-        return WeightsFile(path, kind, content, "", _tensors_in(content), parts)
+    if plain is None and len(top.tensors) > max((len(s.tensors) for s in states.values() if s.pure), default=0):
+        return WeightsFile(path, kind, content, "", top.tensors, parts, _beside(states, "", top))
     plain = plain or next((name for name in states if name.rpartition(".")[2] in KEYS), None)
     others = [name for name, held in states.items() if name != plain and held.pure and not _of_a_loss(name)]
     right_in = [name for name in others if name in content] or others
@@ -246,21 +250,16 @@ def _chosen(path: Path, kind: str, content: Mapping[str, Any], key: str | None, 
         if holds and not others:
             raise would_run(path, holds)
         raise UsageError(
-            f"no weights found in {path}: name their place with --checkpoint-key; it has {', '.join(others or content)}"
+            f"no weights found in {path}: name their place with --checkpoint-key; "
+            f"it has {listed(others or content, 8) or 'nothing'}"
         )
     names = states[first].names
     copies = [name for name in others if name != first and names <= states[name].names]
     averaged = next((name for name in (first, *copies) if name in averages), None)
     chosen = averaged or first
     raw = next((n for n in (first, *others) if n not in averages and states[n].names <= states[chosen].names), None)
-    rest = [name for name in others if name not in (first, *copies)]
-    some = [name for name in rest if name in averages and states[name].names <= names]
-    further = {
-        f"{name}.{k}": tensor
-        for name in rest
-        if not states[name].names <= names and (name in content or name in averages)
-        for k, tensor in states[name].tensors.items()
-    }
+    some = [name for name in averages if name not in (first, *copies) and states[name].names <= names]
+    further = _beside({name: s for name, s in states.items() if name not in (first, *copies)}, first, states[first])
     notes = []
     if averaged and raw:
         notes = [
@@ -275,15 +274,16 @@ def _chosen(path: Path, kind: str, content: Mapping[str, Any], key: str | None, 
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """A mapping with tensors: those by name; ``pure`` if it holds nothing else."""
+    """A mapping with tensors: those by name; ``pure`` if it holds nothing else; ``above``, the place that it lies in."""
 
     tensors: Mapping[str, Tensor]
-    pure: bool
+    pure: bool = True
+    above: str = ""
 
     @property
-    def names(self) -> set[str]:
-        """Of its layers, by which copies of a network are known."""
-        return {_bare(k) for k in self.tensors}
+    def names(self) -> set[tuple[str, torch.Size]]:
+        """Names and shapes of its tensors, by which copies of a network are known."""
+        return {(_bare(k), t.shape) for k, t in self.tensors.items()}
 
 
 def _states(content: Mapping[Any, Any], above: str = "", depth: int = 3) -> Iterator[tuple[str, _State]]:
@@ -292,9 +292,20 @@ def _states(content: Mapping[Any, Any], above: str = "", depth: int = 3) -> Iter
         if not isinstance(value, Mapping):
             continue
         if held := _tensors_in(value):
-            yield f"{above}{name}", _State(held, _is_state(value))
+            yield f"{above}{name}", _State(held, _is_state(value), above)
         elif depth > 1 and not _of_a_loss(str(name)):
             yield from _states(value, f"{above}{name}.", depth - 1)
+
+
+def _beside(states: Mapping[str, _State], chosen: str, state: _State) -> dict[str, Tensor]:
+    """The tensors that stand beside the chosen ``state`` dictionary and are neither copies of its own nor a loss's."""
+    return {
+        f"{name}.{k}": tensor
+        for name, held in states.items()
+        if name != chosen and held.pure and not _of_a_loss(name) and not held.names <= state.names
+        and (held.above in ("", state.above) or AVERAGED.search(name))
+        for k, tensor in held.tensors.items()
+    }  # fmt: skip
 
 
 def _bare(name: str) -> str:

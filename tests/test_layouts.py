@@ -427,6 +427,65 @@ def test_a_layer_of_another_shape_is_no_copy_of_the_network(tmp_path: Path) -> N
     assert list(read_file(tmp_path / "x.pth").further) == ["embedder.0.weight", "embedder.0.bias"]
 
 
+def test_a_layer_is_put_where_its_width_fits(tiny: nn.Module, tmp_path: Path) -> None:
+    """Behind the features, behind the last layer (24 values), or nowhere; what the user is advised to do can be done."""
+    path, held = tmp_path / "x.pth", {f"net.{k}": v for k, v in tiny.state_dict().items()}
+    for name, layer in (("embedding", nn.Linear(24, 8)), ("bn", nn.BatchNorm1d(24))):
+        layer = seeded(layer, seed=3)
+        torch.save({**held, **{f"{name}.{k}": v for k, v in layer.state_dict().items()}}, path)
+        with pytest.raises(UsageError, match=rf"--head {name} puts"):
+            loads_as(tiny, path)
+        notes = loads_as(nn.Sequential(tiny, layer).eval(), path, head=name).notes
+        assert any("after the last one" in note for note in notes) and not any("not used" in note for note in notes)
+    torch.save({**held, "x.weight": torch.zeros(8, 50), "ln.weight": torch.ones(24), "ln.bias": torch.zeros(24)}, path)
+    with pytest.raises(UsageError, match=r"takes 50 values, and the features have 96: .* python:FILE"):
+        loads_as(tiny, path, head="x")
+    with pytest.raises(
+        UsageError, match=r"ln.weight \(24,\), ln.bias \(24,\). --head x puts"
+    ):  # a layer norm is no head
+        loads_as(tiny, path)
+
+
+def test_of_several_last_layers_none_is_left_out_in_silence(tiny: nn.Module, tmp_path: Path) -> None:
+    body = {k: v for k, v in tiny.state_dict().items() if not k.startswith("fc.")}
+    layers = seeded(nn.Sequential(nn.Linear(96, 12), nn.ReLU(), nn.Linear(12, 8)), seed=3)
+    torch.save({**body, **{f"fc.{k}": v for k, v in layers.state_dict().items()}}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"other last layers .*fc.0.weight.*--embed-dim 0 .*python:FILE"):
+        loads_as(tiny, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"would leave out: fc.2.weight"):
+        loads_as(tiny, tmp_path / "x.pth", head="fc.0")
+    features = timm.create_model("test_resnet", num_classes=0).eval()
+    features.load_state_dict(body)
+    loads_as(nn.Sequential(features, layers[0]).eval(), tmp_path / "x.pth", head="fc.0", leave_out="fc.2")
+    loads_as(features, tmp_path / "x.pth", embed_dim=0)
+
+
+@pytest.mark.parametrize("name", ["timm:test_convnext", "torchvision:mobilenet_v3_small", "torchvision:alexnet"])
+def test_features_where_the_last_layer_stands_beside_others(name: str, tmp_path: Path) -> None:
+    package, _, network_name = name.partition(":")
+    make = timm.create_model if package == "timm" else torchvision.models.get_model
+    network = seeded(make(network_name, num_classes=12))
+    torch.save(network.state_dict(), tmp_path / "x.pth")
+    embedder = open_model(name, ModelOptions(weights=str(tmp_path / "x.pth"), embed_dim=0, input_size=SIZE))
+    if package == "timm":
+        network.reset_classifier(0)
+    else:
+        network.classifier[-1] = nn.Identity()
+    images = probe_images(SHAPE, 2)
+    with torch.no_grad():
+        expected = nn.functional.normalize(network(embedder.normalise(images)), dim=1)
+    torch.testing.assert_close(embedder(images), expected)
+
+
+def test_a_network_without_a_linear_layer_is_loaded_as_it_is(tmp_path: Path) -> None:
+    network = seeded(torchvision.models.squeezenet1_1())
+    torch.save(network.state_dict(), tmp_path / "x.pth")
+    embedder = open_model("torchvision:squeezenet1_1", ModelOptions(weights=str(tmp_path / "x.pth"), input_size=SIZE))
+    assert embedder(probe_images(SHAPE, 2)).shape == (2, 1000)
+    with pytest.raises(UsageError, match="no last layer to change"):
+        open_model("torchvision:squeezenet1_1", ModelOptions(weights=str(tmp_path / "x.pth"), embed_dim=0))
+
+
 def test_proxy_anchors_file_is_its_own_layout(tmp_path: Path) -> None:
     """fc is ImageNet's and unused; features are the average plus the maximum over places, then ``embedding``."""
     body = seeded(torchvision.models.resnet18())

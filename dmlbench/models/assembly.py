@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from dmlbench.errors import UsageError
 from dmlbench.models.architectures import Built, build_network
-from dmlbench.models.files import WeightsFile
-from dmlbench.models.heads import head_of, head_width, layer_of, with_head, with_layer
+from dmlbench.models.files import WeightsFile, listed
+from dmlbench.models.heads import HEADS, head_of, head_width, last_widths, layer_of, with_head, with_layer
 from dmlbench.models.layouts import Match, adapted, match, renamed
 from dmlbench.models.published import PUBLISHED
 from dmlbench.models.weights import fill, fill_from
@@ -44,11 +44,13 @@ class Assembled:
     Attributes:
         built: the network, and how it is fed.
         matched: the tensors.
+        features: how many values a layer that ``--head`` names is given; None where that is not known.
         notes: sentences for the user.
     """
 
     built: Built
     matched: Match
+    features: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -83,13 +85,16 @@ def assemble(
     if any(p.is_meta for p in built.network.parameters()):  # shapes alone are compared
         matched = replace(matched, tensors={k: v.to("meta") for k, v in matched.tensors.items()})
     matched = replace(matched, tensors=adapted(matched.tensors, built.network))
+    features = None
     if ":" in builder and head_of(built.network) is not None:
         width = head_width(built.network, matched.tensors) if chosen.embed_dim is None else chosen.embed_dim
+        features = (last_widths(built.network) or (None,))[0]
         if chosen.head is not None:
-            width = 0
-        if width is not None or matched.tensors:
+            after = width is not None and width == _taken(file, matched, chosen.head) != features
+            width, features = (width, width) if after else (0, features)
+        if width is not None or (matched.tensors and features is not None):
             built = replace(built, network=with_head(built.network, width or 0, matched.tensors))
-    return Assembled(built, matched, tuple(notes))
+    return Assembled(built, matched, features, tuple(notes))
 
 
 def load(
@@ -103,41 +108,82 @@ def load(
     """
     network, matched = assembled.built.network, assembled.matched
     head: tuple[nn.Module, str, dict[str, Tensor]] | None = None
+    after = False
     without = chosen.without
     if chosen.head is not None:
         head = _head(file, matched, chosen.head)
-        without = None if without is None else (*without, head[1], *_built_head(network, matched))
-    notes = fill_from(network, file, matched, architecture, without)
+        after = ":" not in architecture or last_widths(network) is not None
+        replaced = () if after else _built_head(network, matched, head[1])
+        without = None if without is None else (*without, head[1], *replaced)
+        if (taken := head[2]["weight"].shape[-1]) != (given := assembled.features or taken):
+            raise UsageError(
+                f"--head {chosen.head!r} takes {taken} values, and the features have {given}: it belongs after another "
+                "layer, and a network that ends in more is built by --model python:FILE.py:FUNCTION"
+            )
+    if ":" in architecture:
+        _refuse_other_head(network, matched, file)
+    notes = fill_from(network, file, matched, architecture, without, used=head and head[1])
     if head is not None:
         layer, name, tensors = head
         fill(layer, tensors, f"weights file {file.path}, layer {name},")
+        notes.append(f"{file.name}: layer {name!r} is put {'after' if after else 'in place of'} the last one")
         network = with_layer(network, layer)
-        notes.append(f"{file.name}: layer {name!r} is put in place of the last one")
     return replace(assembled.built, network=network), [*notes, *assembled.notes]
 
 
-def _head(file: WeightsFile, matched: Match, name: str) -> tuple[nn.Module, str, dict[str, Tensor]]:
-    """The layer of a file that ``--head`` names, with or without the prefix, its name in the file, its tensors."""
+def _refuse_other_head(network: nn.Module, matched: Match, file: WeightsFile) -> None:
+    """Refuse a file with other layers in the place of the network's last one, and say what can be done.
+
+    Raises:
+        UsageError: the last layer of the network is linear, and the file has several there, or one of another kind.
+    """
+    name, state = head_of(network), network.state_dict()
+    if name is None or not isinstance(getattr(network, name), nn.Linear):
+        return
+    there = [k for k in matched.tensors if k.startswith(f"{name}.") and k not in state]
+    if there and f"{name}.weight" not in matched.tensors:
+        raise UsageError(
+            f"{file.path} has other last layers than the architecture: {listed([matched.prefix + k for k in there])}; "
+            "--embed-dim 0 leaves them out, and a network that ends in them is built by --model python:FILE.py:FUNCTION"
+        )
+
+
+def _layer(file: WeightsFile, matched: Match, name: str) -> tuple[str, dict[str, Tensor]]:
+    """The layer of a file that ``--head`` names, with or without the prefix: its name in the file, its tensors, none if it is not there."""
     every = {**file.tensors, **file.further}
     for full in (name, matched.prefix + name):
-        tensors = {k.removeprefix(f"{full}."): v for k, v in every.items() if k.startswith(f"{full}.")}
-        if tensors:
-            layer = layer_of(tensors, full)
-            if layer is None:
-                raise UsageError(
-                    f"--head {name!r} is no linear layer and no batch norm ({', '.join(sorted(tensors))}): "
-                    "a network that ends in more is built by --model python:FILE.py:FUNCTION"
-                )
-            if isinstance(layer, nn.BatchNorm1d):
-                tensors.setdefault("num_batches_tracked", layer.state_dict()["num_batches_tracked"])
-            return layer, full, tensors
-    raise UsageError(f"--head {name!r}: {file.path} has no such layer")
+        if tensors := {k.removeprefix(f"{full}."): v for k, v in every.items() if k.startswith(f"{full}.")}:
+            return full, tensors
+    return name, {}
 
 
-def _built_head(network: nn.Module, matched: Match) -> tuple[str, ...]:
-    """The name in the file of the last layer that another one replaces."""
+def _taken(file: WeightsFile, matched: Match, name: str) -> int | None:
+    """How many values the layer takes that ``--head`` names."""
+    weight = _layer(file, matched, name)[1].get("weight")
+    return None if weight is None or weight.dim() == 0 else weight.shape[-1]
+
+
+def _head(file: WeightsFile, matched: Match, name: str) -> tuple[nn.Module, str, dict[str, Tensor]]:
+    """The layer of a file that ``--head`` names, untrained, its name in the file, its tensors."""
+    full, tensors = _layer(file, matched, name)
+    if not tensors:
+        raise UsageError(f"--head {name!r}: {file.path} has no such layer")
+    layer = layer_of(tensors, full)
+    if layer is None:
+        raise UsageError(
+            f"--head {name!r} is no linear layer and no batch norm ({', '.join(sorted(tensors))}): "
+            "a network that ends in more is built by --model python:FILE.py:FUNCTION"
+        )
+    if isinstance(layer, nn.BatchNorm1d):
+        tensors.setdefault("num_batches_tracked", layer.state_dict()["num_batches_tracked"])
+    return layer, full, tensors
+
+
+def _built_head(network: nn.Module, matched: Match, chosen: str) -> tuple[str, ...]:
+    """The names in the file of the last layer that the ``chosen`` one replaces; none where that is a part of it."""
     name = head_of(network)
-    return (matched.prefix + name,) if name else ("fc", "classifier", "head", "heads")
+    names = (matched.prefix + name,) if name else HEADS
+    return tuple(n for n in names if not chosen.startswith(f"{n}."))
 
 
 def _image_size(built: Built, matched: Match, size_asked: tuple[int, int] | None) -> tuple[str, Any, str] | None:

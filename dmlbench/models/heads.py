@@ -54,6 +54,13 @@ def with_head(network: nn.Module, embed_dim: int, tensors: Mapping[str, Tensor] 
     return network
 
 
+def last_widths(network: nn.Module) -> tuple[int, int] | None:
+    """How many values a network's last linear layer takes and gives; None where it has none that we know."""
+    name = head_of(network)
+    last = _last_linear(getattr(network, name)) if name else None
+    return (last[1].in_features, last[1].out_features) if last else None
+
+
 def _replace(head: nn.Module, inner: str, layer: nn.Module) -> None:
     """Put ``layer`` at the dotted name ``inner`` below ``head``."""
     above, _, last = inner.rpartition(".")
@@ -99,5 +106,5 @@ def layer_of(tensors: Mapping[str, Tensor], name: str) -> nn.Module | None:
 
 
 def with_layer(network: nn.Module, layer: nn.Module) -> nn.Module:
-    """A network without its last layer, followed by ``layer``."""
+    """A network followed by ``layer``."""
     return nn.Sequential(OrderedDict(features=network, head=layer))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dmlbench.errors import UsageError
 from dmlbench.models.files import AVERAGED, WeightsFile, listed
+from dmlbench.models.heads import head_of, layer_of
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module", "_forward_module"}
 """What torch.compile, activation checkpointing, FSDP and Lightning's Fabric put into names, anywhere."""
@@ -244,13 +245,20 @@ def left_out(file: WeightsFile, matched: Match, network: nn.Module) -> dict[str,
     """The tensors of a file that a network does not use, named as in the file."""
     state = network.state_dict()
     parts = {k.partition(".")[0] for k in state}
-    unused = tuple(getattr(network, "unused", ())) or None
+    removed = tuple(
+        f"{name}." for name, m in network.named_modules() if isinstance(m, nn.Identity) and _in_head(name, network)
+    )
+    unused = (*getattr(network, "unused", ()), *removed)
     inside = {
         matched.prefix + k: v
         for k, v in matched.tensors.items()
-        if k not in state and (k.partition(".")[0] not in parts or (unused and k.startswith(unused)))
+        if k not in state and (k.partition(".")[0] not in parts or k.startswith(unused))
     }
     return {**matched.outside, **inside, **file.further}
+
+
+def _in_head(name: str, network: nn.Module) -> bool:
+    return name.partition(".")[0] == head_of(network)
 
 
 def unknown(left: Mapping[str, Tensor], matched: Match, network: nn.Module) -> Iterator[str]:
@@ -289,8 +297,8 @@ def refuse_unknown(file: WeightsFile, names: list[str], left: Mapping[str, Tenso
         return
     text = listed([f"{name} {tuple(left[name].shape)}" for name in names], 3)
     layers = list(dict.fromkeys(_layer(name) for name in names))
-    linear = [layer for layer in layers if left.get(f"{layer}.weight", torch.empty(())).dim() in (1, 2)]
-    use = f"--head {linear[-1]} puts that layer in place of the last one; " if linear else ""
+    single = [n for n in layers if layer_of({k.rpartition(".")[2]: t for k, t in left.items() if _layer(k) == n}, n)]
+    use = f"--head {' or '.join(single[:3])} puts that layer in place of the last one or after it; " if single else ""
     raise UsageError(
         f"{file.path} holds trained layers that {architecture} would leave out: {text}. {use}"
         f"--leave-out {','.join(layers[:3])}{',...' if len(layers) > 3 else ''} does without; "

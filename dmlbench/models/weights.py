@@ -79,7 +79,12 @@ def _plain_numbers(tensor: Tensor) -> bool:
 
 
 def fill_from(
-    network: nn.Module, file: WeightsFile, matched: Match, architecture: str, without: Sequence[str] | None = ()
+    network: nn.Module,
+    file: WeightsFile,
+    matched: Match,
+    architecture: str,
+    without: Sequence[str] | None = (),
+    used: str | None = None,
 ) -> list[str]:
     """Load the tensors that :func:`~dmlbench.models.layouts.match` recognised into a network; sentences about what was done.
 
@@ -89,6 +94,7 @@ def fill_from(
         matched: its tensors under the network's names.
         architecture: what errors call the network.
         without: layers of the file that are left out on purpose; None for whatever is left.
+        used: the layer of the file that is put after the network.
 
     Raises:
         DataError: something of the network is missing, of another shape, or the file has more of a part
@@ -106,8 +112,8 @@ def fill_from(
     notes = [f"{file.name}: {len(state)} tensors loaded" + (f" from {file.key!r}" if file.key else "")]
     if matched.prefix:
         notes[0] += f", prefix {matched.prefix!r} removed"
-    if left:
-        notes.append(f"{file.name}: not used: {listed(left)}")
+    if unused := [name for name in left if used is None or not among(name, (used,), "")]:
+        notes.append(f"{file.name}: not used: {listed(unused)}")
     if matched.copy is not None:
         notes.append(f"{file.name}: of two copies, {matched.copy!r} is passed over; --checkpoint-prefix chooses it")
     return [*notes, *file.notes]

@@ -118,6 +118,10 @@ class Input(_Record):
             raise ValueError("resize_shorter_side and resize_longest_side need resize, in pixels")
         if self.squash and self.resize is not None:
             raise ValueError("squash scales to size itself: leave resize out")
+        if self.pad and not self.resize_longest_side:
+            raise ValueError(
+                "pad is the grey around a picture whose longest side is scaled: it needs resize_longest_side"
+            )
         return self
 
 
@@ -135,6 +139,13 @@ class Normalize(_Record):
     def _divides(self) -> "Normalize":
         if self.std is not None and not all(0 < value < math.inf for value in self.std):
             raise ValueError("std must be above zero")
+        values = (*(self.mean or ()), *(self.std or ()))
+        if not all(math.isfinite(value) for value in values):
+            raise ValueError("mean and std must be finite")
+        if "scale" not in self.model_fields_set and max(values, default=0) > 1:
+            raise ValueError(
+                f"{max(values):g} is above 1, and pixels are in [0, 1]: scale 255 says that mean and std are of pixels of 0 to 255"
+            )
         return self
 
     def of_unit(self) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torchvision
 from networks import lightning, resnet18_of_robrank, seeded
@@ -17,6 +18,7 @@ from dmlbench.errors import DataError, UsageError
 from dmlbench.models import ModelOptions, load_model, open_model, probe_images, read_file, write_weights
 from dmlbench.models.architectures import IMAGENET_MEAN, IMAGENET_STD, build_network, c2f2, conv3, smallcnn
 from dmlbench.models.inspection import CANDIDATES, best_fit, describe, fits
+from dmlbench.models.spec import Spec
 from dmlbench.models.weights import strip
 
 
@@ -258,6 +260,7 @@ def test_candidates_have_their_telling_names() -> None:
 
 
 FACTORY = """
+import timm
 import torch
 from torch import nn
 class Net(nn.Module):
@@ -312,6 +315,67 @@ def test_a_users_own_code(tmp_path: Path) -> None:
         open_model("python:no_such_module_here:make")
     with pytest.raises(UsageError, match="needs a module or file and a name"):
         open_model("python:make")
+
+
+def test_no_option_of_ones_own_code_is_passed_over(tmp_path: Path) -> None:
+    """--head works there; what the function has decided is no option."""
+    body = dict(timm.create_model("test_resnet", num_classes=0).state_dict())
+    torch.save({**body, "emb.weight": torch.rand(7, 96), "emb.bias": torch.rand(7)}, tmp_path / "x.pth")
+    (tmp_path / "own.py").write_text(
+        "import timm\nfrom dmlbench import Embedder\n"
+        "def net():\n    net = timm.create_model('test_resnet', num_classes=0)\n    net.input_shape = (3, 64, 64)\n"
+        "    return net\n"
+        "def whole():\n    return Embedder(net(), (3, 64, 64))\n"
+    )
+    for name in ("net", "whole"):
+        own, weights = f"python:{tmp_path / 'own.py'}:{name}", str(tmp_path / "x.pth")
+        with pytest.raises(UsageError, match=r"would leave out: emb.weight"):
+            open_model(own, ModelOptions(weights=weights))
+        embedder = open_model(own, ModelOptions(weights=weights, head="emb"))
+        assert embedder(probe_images((3, 64, 64), 2)).shape == (2, 7)
+        with pytest.raises(UsageError, match=r"'conv1.0': .* already|no linear layer"):
+            open_model(own, ModelOptions(weights=weights, head="conv1.0"))
+        with pytest.raises(UsageError, match="--embed-dim does not go with python:"):
+            open_model(own, ModelOptions(embed_dim=0))
+    with pytest.raises(UsageError, match=r"gives an Embedder: .* --mean does not go with it"):
+        open_model(own, ModelOptions(mean=(0.5,)))
+
+
+def test_an_option_wins_over_the_spec_or_is_refused(tmp_path: Path) -> None:
+    network = timm.create_model("test_resnet", num_classes=24)
+    torch.save(network.state_dict(), tmp_path / "x.pth")
+    spec = {"arch": {"builder": "timm:test_resnet", "embed_dim": 24}, "input": {"size": 64, "channels": 3}}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    options = ModelOptions(spec=tmp_path / "spec.json", embed_dim=0)
+    assert open_model(str(tmp_path / "x.pth"), options)(probe_images((3, 64, 64), 2)).shape == (2, 96)
+    torch.save(build_network("mobilefacenet").network.state_dict(), tmp_path / "face.pth")
+    with pytest.raises(UsageError, match=r"--embed-dim 64: mobilefacenet .* are 128 values"):
+        open_model(str(tmp_path / "face.pth"), ModelOptions(embed_dim=64))
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"normalize": {"mean": [104, 117, 128]}}, "128 is above 1, .* scale 255"),
+        ({"normalize": {"mean": [0, 0, 0], "std": [255, 255, 255]}}, "255 is above 1, .* scale 255"),
+        ({"normalize": {"mean": [float("nan")]}}, "must be finite"),
+        ({"input": {"size": 64, "channels": 3, "pad": 255}}, "needs resize_longest_side"),
+    ],
+)
+def test_a_spec_is_refused_where_the_options_are(part: dict, said: str, tmp_path: Path) -> None:
+    spec = {"arch": {"builder": "timm:test_resnet", "embed_dim": 24}, "input": {"size": 64, "channels": 3}, **part}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    with pytest.raises(DataError, match=said):
+        Spec.read(tmp_path / "spec.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"std": (255.0,)}, "--std 255 is above 1"), ({"mean": (float("nan"),)}, "finite"), ({"pad": 9}, "longest:N")],
+)
+def test_options_that_would_feed_nonsense_or_nothing(options: dict, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        open_model("timm:test_resnet", ModelOptions(**options))
 
 
 def test_an_ensemble_averages_squared_distances(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from dmlbench.errors import UsageError
 from dmlbench.models.architectures import Built, build_network
 from dmlbench.models.files import WeightsFile, listed
 from dmlbench.models.heads import HEADS, head_of, head_width, last_widths, layer_of, with_head, with_layer
-from dmlbench.models.layouts import Match, adapted, match, renamed
+from dmlbench.models.layouts import Match, adapted, among, match, renamed
 from dmlbench.models.published import PUBLISHED
 from dmlbench.models.weights import fill, fill_from
 
@@ -45,12 +45,14 @@ class Assembled:
         built: the network, and how it is fed.
         matched: the tensors.
         features: how many values a layer that ``--head`` names is given; None where that is not known.
+        after: whether such a layer comes after the network as it is, and not in place of its last one.
         notes: sentences for the user.
     """
 
     built: Built
     matched: Match
     features: int | None = None
+    after: bool = True
     notes: tuple[str, ...] = ()
 
 
@@ -94,7 +96,8 @@ def assemble(
             width, features = (width, width) if after else (0, features)
         if width is not None or (matched.tensors and features is not None):
             built = replace(built, network=with_head(built.network, width or 0, matched.tensors))
-    return Assembled(built, matched, features, tuple(notes))
+    after = ":" not in builder or last_widths(built.network) is not None
+    return Assembled(built, matched, features, after, tuple(notes))
 
 
 def load(
@@ -108,25 +111,25 @@ def load(
     """
     network, matched = assembled.built.network, assembled.matched
     head: tuple[nn.Module, str, dict[str, Tensor]] | None = None
-    after = False
     without = chosen.without
     if chosen.head is not None:
         head = _head(file, matched, chosen.head)
-        after = ":" not in architecture or last_widths(network) is not None
-        replaced = () if after else _built_head(network, matched, head[1])
+        replaced = () if assembled.after else _built_head(network, matched, head[1])
         without = None if without is None else (*without, head[1], *replaced)
+        if assembled.after and any(among(matched.prefix + k, (head[1],), "") for k in network.state_dict()):
+            raise UsageError(f"--head {chosen.head!r}: the network has that layer already")
         if (taken := head[2]["weight"].shape[-1]) != (given := assembled.features or taken):
             raise UsageError(
                 f"--head {chosen.head!r} takes {taken} values, and the features have {given}: it belongs after another "
                 "layer, and a network that ends in more is built by --model python:FILE.py:FUNCTION"
             )
-    if ":" in architecture:
+    if assembled.features is not None:
         _refuse_other_head(network, matched, file)
     notes = fill_from(network, file, matched, architecture, without, used=head and head[1])
     if head is not None:
         layer, name, tensors = head
         fill(layer, tensors, f"weights file {file.path}, layer {name},")
-        notes.append(f"{file.name}: layer {name!r} is put {'after' if after else 'in place of'} the last one")
+        notes.append(f"{file.name}: layer {name!r} is put {'after' if assembled.after else 'in place of'} the last one")
         network = with_layer(network, layer)
     return replace(assembled.built, network=network), [*notes, *assembled.notes]
 

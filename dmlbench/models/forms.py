@@ -34,17 +34,16 @@ from dmlbench.models.architectures import (
     known_as,
     sized,
 )
-from dmlbench.models.assembly import Chosen, assemble, load
+from dmlbench.models.assembly import Assembled, Chosen, assemble, load
 from dmlbench.models.behaviour import probe_images, settle
 from dmlbench.models.defended import FORM, defended, split
 from dmlbench.models.files import WeightsFile, is_weights, read_file
-from dmlbench.models.heads import head_of
+from dmlbench.models.heads import head_of, last_widths
 from dmlbench.models.inspection import best_fit, clip_names, width_of
 from dmlbench.models.layouts import match
 from dmlbench.models.recognised import fed_by_record, feeding, on_record
-from dmlbench.models.records import build, check_probe, registered, space_of, trained
+from dmlbench.models.records import build, check_probe, only_the_record, registered, space_of, trained
 from dmlbench.models.spec import ModelOptions, Spec
-from dmlbench.models.weights import fill_from
 from dmlbench.preprocess import Preprocess
 from dmlbench.registry import Registry, suggest
 from dmlbench.user_code import PREFIX, RUN, load_user_code
@@ -92,13 +91,26 @@ def _filled(builder: str, kwargs: Mapping[str, Any], file: WeightsFile, options:
     built, notes = load(assemble(builder, kwargs, file, chosen), file, builder, chosen)
     built = fed_by_record(file, replace(built, interpolation="bilinear" if built.fed is None else built.interpolation))
     embedder = _embedder(built, options, name)
-    last = head_of(built.network)
+    _require_width(options, builder, width_of(built.network, embedder.input_shape))
+    last = head_of(built.network) if last_widths(built.network) else None
     if options.embed_dim is None and options.head is None and ":" in builder and last is not None:
         width = width_of(built.network, embedder.input_shape)
         notes.append(f"the last layer ({last}, {width} values) is the embedding; --embed-dim 0 leaves it out")
     embedder.weights_sha256, embedder.arch = file.sha256, builder
     embedder.notes = (*notes, feeding(embedder), *on_record(embedder, file))
     return embedder
+
+
+def _require_width(options: ModelOptions, builder: str, width: int | None) -> None:
+    """Refuse ``--embed-dim`` for a network of ours, which is as wide as its file, unless it is that width.
+
+    Raises:
+        UsageError: it is another.
+    """
+    if ":" not in builder and options.embed_dim not in (None, width):
+        raise UsageError(
+            f"--embed-dim {options.embed_dim}: {builder} has no such last layer, its embeddings are {width} values"
+        )
 
 
 def _require_the_same(name: str, file: WeightsFile, options: ModelOptions) -> None:
@@ -140,7 +152,11 @@ def _unweighted(name: str, options: ModelOptions) -> Embedder:
         notes = (f"{name} is untrained: name its weights with --weights FILE, or --weights pretrained",)
     elif options.embed_dim:
         notes = (f"{name}: the last layer of width {options.embed_dim} is new and untrained",)
-    elif options.embed_dim is None and head_of(built.network) is not None:
+    elif (
+        options.embed_dim is None
+        and (last := head_of(built.network))
+        and any(getattr(built.network, last).parameters())
+    ):
         notes = (f"{name}: the class scores of its last layer are the embedding; --embed-dim 0 leaves that layer out",)
     embedder = _embedder(built, options, name)
     embedder.notes, embedder.arch = (*notes, feeding(embedder)), name
@@ -202,6 +218,7 @@ def _specified(path: Path, spec: Spec, options: ModelOptions) -> Embedder:
     """A weights file with its spec; options on the command line win over the spec."""
     file = read_file(path, options.checkpoint_key or spec.checkpoint_key)
     width = None if ":" not in spec.arch.builder else spec.arch.embed_dim if spec.arch.head else 0
+    width = width if options.embed_dim is None else options.embed_dim
     chosen = replace(_chosen(options), size=options.input_size or spec.preprocess().size)
     if chosen.head is None:
         chosen = replace(chosen, embed_dim=width, without=None if width == 0 else chosen.without)
@@ -226,7 +243,8 @@ def _specified(path: Path, spec: Spec, options: ModelOptions) -> Embedder:
     settle(embedder, options.output_key or spec.output_key)
     with torch.no_grad():
         given = embedder(probe_images(embedder.input_shape, 1)).shape[1]
-    if given != spec.arch.embed_dim:
+    _require_width(options, spec.arch.builder, given)
+    if options.embed_dim is None and given != spec.arch.embed_dim:
         raise DataError(f"spec {options.spec} says embed_dim {spec.arch.embed_dim}, the network gives {given}")
     embedder.notes = (*embedder.notes, *notes, feeding(embedder))
     embedder.weights_sha256, embedder.arch = file.sha256, spec.arch.builder
@@ -260,7 +278,10 @@ def _python(rest: str, options: ModelOptions) -> Embedder:
         code.require_takes(0, "no arguments")
         made = code.call()
     code.require(isinstance(made, nn.Module), f"gave a {type(made).__name__}, not a torch.nn.Module")
+    if options.embed_dim is not None:
+        raise UsageError("--embed-dim does not go with python:, whose function makes the network as wide as it likes")
     if isinstance(made, Embedder):
+        only_the_record(f"python:{rest} gives an Embedder", replace(options, name=None, output_key=None, head=None))
         embedder = made
         embedder.name = options.name or made.name
     else:
@@ -275,7 +296,10 @@ def _python(rest: str, options: ModelOptions) -> Embedder:
     if options.weights is not None:
         file, chosen = _weights_file(options), _chosen(options)
         matched = match(file.tensors, embedder.network.state_dict(), chosen.prefix)
-        notes += fill_from(embedder.network, file, matched, f"python:{rest}", chosen.without)
+        made_of = Assembled(Built(embedder.network), matched)
+        built, done = load(made_of, file, f"python:{rest}", chosen)
+        embedder.network = built.network
+        notes += done
         embedder.weights_sha256 = file.sha256
     embedder.notes = (*embedder.notes, *notes)
     embedder.arch = f"python:{rest}"

@@ -79,7 +79,7 @@ _OF_THE_RECORD = (
 def registered(name: str, options: ModelOptions) -> Embedder:
     """A model of checkpoints.json; ``--weights`` gives the file of one that is downloaded by hand."""
     entry = checkpoint(name)
-    _only_the_record(f"model {name!r} is registered", options)
+    only_the_record(f"model {name!r} is registered", options)
     embedder = build(entry, name)
     if options.weights is not None:
         path = Path(options.weights).expanduser()
@@ -139,7 +139,7 @@ def _require_registered_file(path: Path, entry: Checkpoint, name: str) -> tuple[
     )
 
 
-def _only_the_record(what: str, options: ModelOptions) -> None:
+def only_the_record(what: str, options: ModelOptions) -> None:
     """Refuse options that a model with a record does not take."""
     if given := [key for key in _OF_THE_RECORD if getattr(options, key) is not None]:
         raise UsageError(
@@ -152,7 +152,7 @@ def trained(run: Path, options: ModelOptions) -> Embedder:
     """The last weights of a finished run of ``dmlbench train``."""
     if options.weights is not None or options.spec is not None:
         raise UsageError(f"--model {run} is a training run with its own weights: leave --weights and --spec out")
-    _only_the_record(f"--model {run} is a training run", options)
+    only_the_record(f"--model {run} is a training run", options)
     name, entry = read_entry(run)
     path = verified(run / "last.safetensors", entry.files[0])
     embedder = build(entry, name)

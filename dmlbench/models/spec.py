@@ -183,11 +183,14 @@ class ModelOptions:
             raise UsageError("--std must be above zero")
         if self.scale is not None and not 0 < self.scale < math.inf:
             raise UsageError("--scale must be above zero")
-        if self.scale is None and max(self.mean or (0.0,)) > 1:
-            raise UsageError(
-                f"--mean {max(self.mean or ()):g} is above 1, and pixels are in [0, 1]: --scale 255 says that "
-                "mean and std are of pixels of 0 to 255"
-            )
+        if not all(map(math.isfinite, (*(self.mean or ()), *(self.std or ())))):
+            raise UsageError("--mean and --std must be finite")
+        for what, values in (("mean", self.mean or (0.0,)), ("std", self.std or (1.0,))):
+            if self.scale is None and max(values) > 1:
+                raise UsageError(
+                    f"--{what} {max(values):g} is above 1, and pixels are in [0, 1]: --scale 255 says that "
+                    "mean and std are of pixels of 0 to 255"
+                )
 
     @property
     def keeps_claims(self) -> bool:
@@ -208,6 +211,8 @@ class ModelOptions:
             new = Preprocess(size)
         elif self.resize is not None:
             new = resized(new, *_resize(self.resize))
+        if self.pad is not None and new.longest is None:
+            raise UsageError("--pad is the grey around a picture whose longest side is scaled: --resize longest:N")
         return replace(
             new,
             size=size,

@@ -149,7 +149,6 @@ def test_prefixes(prefix: str, stays: str) -> None:
 
 
 def test_a_users_pth_on_a_timm_network(tmp_path: Path) -> None:
-    import timm
 
     network = seeded(timm.create_model("test_resnet", num_classes=64))
     torch.save({"model": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "mine.pth")

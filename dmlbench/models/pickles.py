@@ -261,6 +261,8 @@ def _what_it_is(path: Path, text: str) -> str:
         if not any(name.endswith("data.pkl") for name in names):
             return f"it is a zip archive that torch.save did not write ({', '.join(names[:3]) or 'empty'})"
         return _first(text)
+    if head[:1] == b"\x80" and (head[1:2] > b"\x02" or "magic number" in text):
+        return "it is a file of pickle, not of torch.save; where you trust it, torch.save(pickle.load(...), ...) writes one"
     if head.startswith(b"\x80") and ("EOF" in text or "ran out" in text.lower() or "unexpected" in text.lower()):
         return "truncated: it ends within a value"
     if head.startswith(b"\x80"):
@@ -270,5 +272,5 @@ def _what_it_is(path: Path, text: str) -> str:
 
 def _first(text: str) -> str:
     """What torch says is wrong, without its advice, which does not fit here."""
-    match = re.search(r"WeightsUnpickler error: ([^\n]*)", text)
+    match = re.search(r"WeightsUnpickler error:\s*([^\n]*)", text)
     return match[1].strip() if match else first_line(text)

@@ -216,6 +216,22 @@ def test_a_folder_of_the_hub_says_how_it_is_fed(tiny: nn.Module, tmp_path: Path)
         open_model(str(hub))
 
 
+@pytest.mark.parametrize("door", ["", "model.safetensors"])
+@pytest.mark.parametrize("first_form", [False, True])
+def test_the_hubs_file_is_fed_as_its_folder_says(door: str, first_form: bool, tiny: nn.Module, tmp_path: Path) -> None:
+    """The folder or the file in it, and timm's first form of the configuration, which has everything in one."""
+    fed = {"input_size": [3, *SIZE], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bicubic"}
+    config = {"architecture": "test_resnet", "num_classes": 24, **(fed if first_form else {"pretrained_cfg": fed})}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tiny.state_dict(), tmp_path / "model.safetensors")
+    for embedder in (
+        open_model(str(tmp_path / door)),
+        open_model(TINY, ModelOptions(weights=str(tmp_path / door))),
+    ):
+        assert embedder.input_shape == SHAPE and embedder.preprocess.interpolation == "bicubic"
+        torch.testing.assert_close(embedder.mean.flatten(), torch.tensor(fed["mean"]))
+
+
 def test_shards_are_read_with_their_index(tiny: nn.Module, tmp_path: Path) -> None:
     state = tiny.state_dict()
     placed = {k: f"model-{i % 2}.safetensors" for i, k in enumerate(state)}
@@ -231,6 +247,15 @@ def test_shards_are_read_with_their_index(tiny: nn.Module, tmp_path: Path) -> No
     index.write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
     with pytest.raises(DataError, match="lie beside it"):
         read_file(index)
+
+
+def test_a_folder_that_is_neither_weights_nor_a_run_is_told_so(tiny: nn.Module, tmp_path: Path) -> None:
+    for n in (1, 2):
+        save_file(tiny.state_dict(), tmp_path / f"model-0000{n}-of-00002.safetensors")
+    with pytest.raises(
+        DataError, match=r"no checkpoint.json, .* folder with several files of weights: name one of mod"
+    ):
+        open_model(str(tmp_path))
 
 
 def test_folders_that_are_something_else_are_named(tmp_path: Path) -> None:
@@ -596,6 +621,15 @@ def test_position_embeddings_of_another_size(tmp_path: Path) -> None:
     torch.testing.assert_close(small(images), unit(big, images), rtol=1e-4, atol=1e-5)
     with pytest.raises(UsageError, match="patches of 16x16"):
         open_model("timm:vit_tiny_patch16_224", ModelOptions(weights=path, input_size=(50, 50)))
+
+
+def test_a_candidate_that_asks_for_an_option_does_not_end_the_search(tmp_path: Path) -> None:
+    """A distilled DeiT has one token more than the plain ViT that it is compared with first."""
+    name = "deit_small_distilled_patch16_224"
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "x.pth")
+    file = read_file(tmp_path / "x.pth")
+    fit = best_fit(file)
+    assert fit is not None and fit.builder == f"timm:{name}" and fits(file)[0].complete
 
 
 def test_clip_under_its_own_names(tmp_path: Path) -> None:

@@ -129,6 +129,12 @@ def read_file(path: Path, key: str | None = None) -> WeightsFile:
         return replace(read_file(inside, key), path=path, config=_config(path))
     if not path.is_file():
         raise DataError(f"weights file {path} does not exist")
+    config = _config(path.parent) if path.name.removesuffix(_INDEX) in _UNSHARDED else {}
+    return replace(_read_one(path, key), config=config if "architecture" in config else {})
+
+
+def _read_one(path: Path, key: str | None) -> WeightsFile:
+    """:func:`read_file` of a file that exists."""
     if path.name.endswith(_INDEX):
         return _sharded(path, key)
     with path.open("rb") as stream:
@@ -160,6 +166,18 @@ def _in_folder(folder: Path) -> Path | None:
             return folder / name
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name.lower().endswith(SUFFIXES[:-1])]
     return files[0] if len(files) == 1 and not (folder / "checkpoint.json").exists() else None
+
+
+def require_run(folder: Path) -> None:
+    """Refuse a folder that neither holds weights nor is a finished run of ``dmlbench train``, and say what it is.
+
+    Raises:
+        DataError: it has no ``checkpoint.json``.
+    """
+    if not (folder / "checkpoint.json").is_file():
+        raise DataError(
+            f"{folder} has no checkpoint.json, so it is not a finished training run; it {_what_folder(folder)}"
+        )
 
 
 def _what_folder(folder: Path) -> str:

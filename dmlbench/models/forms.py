@@ -37,7 +37,7 @@ from dmlbench.models.architectures import (
 from dmlbench.models.assembly import Assembled, Chosen, assemble, load
 from dmlbench.models.behaviour import probe_images, settle
 from dmlbench.models.defended import FORM, defended, split
-from dmlbench.models.files import WeightsFile, is_weights, read_file
+from dmlbench.models.files import WeightsFile, is_weights, read_file, require_run
 from dmlbench.models.heads import head_of, last_widths
 from dmlbench.models.inspection import best_fit, clip_names, width_of
 from dmlbench.models.layouts import match
@@ -121,7 +121,10 @@ def _require_the_same(name: str, file: WeightsFile, options: ModelOptions) -> No
     """
     if (options.mean is not None and options.std is not None) or file.config:
         return
-    fit = best_fit(file)
+    try:
+        fit = best_fit(file)
+    except UsageError:  # it is no file of those that are recognised
+        return
     if fit is None or fit.builder == name:
         return
     with torch.device("meta"):
@@ -373,6 +376,7 @@ def open_model(name: str, options: ModelOptions | None = None) -> Embedder:
     elif is_weights(path):
         embedder = _file(path, options)
     elif path.is_dir():
+        require_run(path)
         embedder = trained(path, options)
     elif name in ARCHITECTURES and options.weights is not None:
         embedder = _library(name, options)

@@ -7,12 +7,13 @@ trained or downloaded, and the tensors of the larger ones are never allocated.
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dmlbench.errors import UsageError
 from dmlbench.models.architectures import build_network
 from dmlbench.models.assembly import AS_IT_IS, Chosen, assemble
 from dmlbench.models.files import WeightsFile
@@ -158,18 +159,20 @@ def _compare(file: WeightsFile, builder: str, kwargs: Mapping[str, Any], chosen:
 
 def fits(file: WeightsFile, builders: Iterable[str] | None = None, chosen: Chosen = AS_IT_IS) -> list[Fit]:
     """How every candidate fits, the best first; those with nothing in common are left out."""
+    compared = _each(file, promising(file) if builders is None else builders, chosen)
     return sorted(
-        (f for f in _each(file, promising(file) if builders is None else builders, chosen) if f.matched),
+        (f for f in compared if isinstance(f, Fit) and f.matched),
         key=lambda f: (-f.complete, -f.share),
     )
 
 
-def _each(file: WeightsFile, builders: Iterable[str], chosen: Chosen) -> Iterator[Fit]:
-    """Every candidate that may fit, compared lazily."""
-    for builder, kwargs in _small_networks(file.tensors):
-        yield _compare(file, builder, kwargs, chosen)
-    for builder in builders:
-        yield _compare(file, builder, {}, chosen)
+def _each(file: WeightsFile, builders: Iterable[str], chosen: Chosen) -> Iterator[Fit | UsageError]:
+    """Every candidate that may fit, compared lazily; or the question that has to be answered before it can be."""
+    for builder, kwargs in (*_small_networks(file.tensors), *((name, {}) for name in builders)):
+        try:
+            yield _compare(file, builder, kwargs, chosen)
+        except UsageError as question:
+            yield question
 
 
 def promising(file: WeightsFile) -> list[str]:
@@ -179,9 +182,20 @@ def promising(file: WeightsFile) -> list[str]:
 
 
 def best_fit(file: WeightsFile, chosen: Chosen = AS_IT_IS) -> Fit | None:
-    """The first architecture that the file fits wholly, if there is one."""
-    near = (builder for builder in promising(file) if _may_fit(file, builder))
-    return next((fit for fit in _each(file, near, chosen) if fit.complete), None)
+    """The first architecture that the file fits wholly, if there is one.
+
+    Raises:
+        UsageError: there is none, and with one of them that is so for the want of an option; it is named.
+    """
+    question: UsageError | None = None
+    for fit in _each(file, filter(partial(_may_fit, file), promising(file)), chosen):
+        if isinstance(fit, UsageError):
+            question = question or fit
+        elif fit.complete:
+            return fit
+    if question:
+        raise question
+    return None
 
 
 @lru_cache(maxsize=128)

@@ -72,8 +72,8 @@ def feeding(embedder: Embedder) -> str:
 
 def fed_by_record(file: WeightsFile, built: Built) -> Built:
     """The architecture with the preprocessing that the hub's configuration next to the file states, if there is one."""
-    config = file.config.get("pretrained_cfg")
-    if not isinstance(config, Mapping):
+    config = file.config.get("pretrained_cfg", file.config)  # timm's first form has it all in one
+    if not isinstance(config, Mapping) or "architecture" not in file.config:
         return built
     try:
         channels, height, width = (int(v) for v in config.get("input_size") or built.input_shape or (3, 224, 224))

@@ -213,8 +213,8 @@ class Embedder(nn.Module):
             raise DataError(f"model {self.name!r} fails on a batch of {shape}: {described(error)}") from error
 
     def normalise(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """What the network is fed: images less mean, over std."""
-        return images if self.identity else (images - self.mean) / self.std
+        """What the network is fed, to which it may do what it likes: images less mean, over std; a tensor of its own."""
+        return images.clone() if self.identity else (images - self.mean) / self.std
 
     @property
     def preprocess(self) -> Preprocess:

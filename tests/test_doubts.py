@@ -222,3 +222,13 @@ def test_every_flag_has_one_meaning() -> None:
     }
     assert raised <= set(FLAGS)
     assert {f"audit-{name}" for name in CHECKS} <= set(FLAGS)
+
+
+def test_a_network_may_change_its_images_in_place() -> None:
+    """In place or not, the numbers are the same: what it is fed is its own."""
+
+    def results(function):
+        found = evaluate(spoilt(function), "digits", short("strict-fast"), limit=16, device="cpu")
+        return found.benign, [m.value for m in found.measurements], flags(found)
+
+    assert results(lambda x, net: net(x.sub_(0.1).div_(0.9))) == results(lambda x, net: net((x - 0.1) / 0.9))

@@ -254,6 +254,12 @@ class Embedder(nn.Module):
         twin.front, twin.eot, twin.name = None, None, f"{self.name} without its defence"
         return twin
 
+    def unrounded(self) -> "Embedder":
+        """Another Embedder around the same network, whose gradient steps are no more rounded than its results."""
+        twin = self._sharing(None)
+        twin.precision = "float32"
+        return twin
+
     def _sharing(self, device: torch.device | str | None) -> "Embedder":
         """Another Embedder around the same network, in eval mode."""
         twin = copy.copy(self)

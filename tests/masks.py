@@ -345,6 +345,29 @@ def _constant_gradient(x: Tensor) -> Tensor:
     return _Spoilt.apply(x, torch.ones_like)  # type: ignore[no-any-return]
 
 
+def _in_part(turned: float) -> Callable[[Tensor], Tensor]:
+    """The gradients of a third of the pixels times ``turned``."""
+    return lambda x: _Spoilt.apply(x, lambda g: torch.where(_fixed_noise(x) < -0.35, turned * g, g))  # type: ignore[no-any-return]
+
+
+def _sound_at_the_data(elsewhere: float) -> Callable[[Tensor], Tensor]:
+    """The gradient times ``elsewhere`` for images whose pixels those of digits cannot have."""
+    return lambda x: _Spoilt.apply(x, lambda g: torch.where(_off(x)[..., None, None], elsewhere * g, g))  # type: ignore[no-any-return]
+
+
+def _rounded_for_gradients(x: Tensor) -> Tensor:
+    return x + ((x * 16).round() / 16 - x).detach() if x.requires_grad else x
+
+
+def _over_the_batch(x: Tensor, e: Tensor) -> Tensor:
+    return (e - e.mean(0)) / e.std(0) if len(e) > 8 else e
+
+
+def _by_size(x: Tensor) -> Tensor:
+    """Images in batches as large as those that the gallery is embedded in are seen darker."""
+    return 0.8 * x if len(x) == 256 else x
+
+
 def _not_a_number(x: Tensor) -> Tensor:
     return x + (x - x.detach()).abs().sqrt()
 
@@ -390,6 +413,11 @@ CHEATS: Registry[tuple[Callable[[Embedder], Embedder], str]] = Registry(
         "decoy": (after(_decoy), "misleading-gradients"),
         "trap": (after(_trap), "misleading-gradients"),
         "keyed noise": (after(_keyed), "misleading-gradients"),
+        "partly turned gradient": (before(_in_part(-1.0)), "misleading-gradients"),
+        "turned off the data": (before(_sound_at_the_data(-1.0)), "misleading-gradients"),
+        "other values for gradients": (before(_rounded_for_gradients), "remembers"),
+        "normalised over the batch": (after(_over_the_batch), "remembers"),
+        "batches of the gallery's size": (before(_by_size), "remembers"),
         "large bias": (large_bias, "small-spread"),
         "offset": (unnormalised(lambda x, e: e + 8.0), "small-spread"),
         "one long entry": (unnormalised(_one_long), "small-spread"),
@@ -413,6 +441,7 @@ APART: Registry[tuple[Callable[[Embedder], Embedder], str]] = Registry(
         "sawtooth": (before(_sawtooth), "misleading-gradients"),
         "dithered": (before(_dithered), "zero-gradients"),
         "constant gradient": (before(_constant_gradient), "misleading-gradients"),
+        "no gradient off the data": (before(_sound_at_the_data(0.0)), "misleading-gradients"),
         "not a number": (before(_not_a_number), "zero-gradients"),
         "rounded embedding": (after(lambda x, e: (e * 20).round() / 20), "zero-gradients"),
         "embedding noise": (after(lambda x, e: e + 0.05 * torch.randn_like(e)), "random"),

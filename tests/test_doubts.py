@@ -154,8 +154,8 @@ def test_a_glance_does_not_depend_on_the_batch_size_and_takes_no_more_than_it_sa
     small = list(glance(subject, recall, {"pgd"}, 60))
     few = (len(subject.rows) + 3) // 4
     passes = (
-        2 * (PASSES - 2) + 3 + 2 + 3 * (1 + STEPS + 1)
-    )  # of history; of nearness and least bits; of each start of the searches
+        2 * (PASSES - 2) + 3 + 2 + 3 + 3 * (1 + STEPS + 1)
+    )  # of history; of altered; of nearness and least bits; of each start of the searches
     assert max(seen) == 60 and sum(seen) == 3 * 256 + min(SURVEYED, few) * passes
     assert small == list(glance(subject, recall, {"pgd"}, 1000)) and [f.flag for f in small] == ["zero-gradients"]
     assert list(glance(subject, np.zeros_like(recall), {"pgd"}, 7)) == []

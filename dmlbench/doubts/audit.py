@@ -21,7 +21,7 @@ from dmlbench.doubts.questions import (
     inside_the_ball,
     judged_direction,
     judged_entries,
-    judged_memory,
+    judged_function,
     judged_random,
     judged_survey,
     judged_zero,
@@ -37,7 +37,7 @@ from dmlbench.doubts.questions import (
     useful_gradient,
     zero_gradients,
 )
-from dmlbench.doubts.unseen import history, joined, survey
+from dmlbench.doubts.unseen import altered, history, joined, survey
 from dmlbench.kinds.strict.search import CLEAN_WRONG
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Protocol
@@ -89,7 +89,8 @@ CHECKS: Registry[Check] = Registry(
         ),
         "F5": Check(
             forgets,
-            "Embeddings depend on which images were embedded before: the model remembers, and attacks prove nothing.",
+            "An image's embedding depends on which images were embedded before or with it, or on whether a gradient is asked for: "
+            "attacks prove nothing.",
             "remembers",
         ),
         "A1": Check(
@@ -173,7 +174,8 @@ def glance(
         random = findings[0].verdict == "fail"
     few = _batches(_evenly(right, min(SURVEYED, -(-len(right) // 4))), batch_size)
     if not random:
-        findings.append(judged_memory(max(history(subject, part) for part in few)))
+        gaps = (max(measured(subject, part) for part in few) for measured in (history, altered))
+        findings.append(judged_function(*gaps))
     blind = False
     if followed:
         missing = [no_gradient(source, *shown(source, part)) for part in batches]
@@ -181,7 +183,7 @@ def glance(
         findings.append(judged_zero(share, sum(wrong for _, wrong in missing)))
         blind = findings[-1].verdict == "fail"
     if followed and not random and not blind:
-        findings.append(judged_direction(np.concatenate([downhill_of(source, part) for part in few])))
+        findings.append(judged_direction([downhill_of(source, part) for part in few]))
     if not random:
         surveyed = joined([survey(subject, part) for part in few])
         findings += [judged_survey(surveyed), judged_entries(surveyed)]

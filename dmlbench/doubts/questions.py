@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dmlbench.attacks import AttackLoss
 from dmlbench.doubts.checks import COLLAPSE, spread
 from dmlbench.doubts.evidence import Evidence, Finding, last_resorts, white_steps
-from dmlbench.doubts.unseen import Survey, history
+from dmlbench.doubts.unseen import Survey, altered, history, near_by
 from dmlbench.embedding import STEADY, disagreement, passes
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import margin
@@ -34,11 +35,15 @@ BEYOND, TRIED = 1.5, 64
 """F4 asks whether gradients break the same queries, so many at the most, in a ball this much larger."""
 DOWNHILL = 75.0
 """Percent of the queries on which the gradient's sign beats all random directions, under which A1 warns."""
+AGREED = 0.7
+"""Correlation of measured and predicted changes of the loss, median over the queries, under which A1 warns."""
 LOST, CHANCE = 20.0, 120.0
 """Points that may be lost elsewhere than at the test images: so many, and ``CHANCE / sqrt(n)`` that n queries may lose
 by accident."""
 KNOWN = 40.0
 """Percent of the queries that are right when clean and have to be right near the test images too."""
+ALTERED = 1e-3
+"""F5: how far the embedding of an image may be from what it was in another batch: float rounding is much less."""
 PASSES = 5
 """How often F1 looks: a model that draws once a batch from few choices gives the same twice by accident."""
 LANDED = 0.3
@@ -150,33 +155,60 @@ def _broken_beyond(evidence: Evidence, eps: str, queries: np.ndarray) -> float:
 
 
 def useful_gradient(evidence: Evidence) -> Finding:
-    """A1: does a small step along the gradient's sign beat 20 random sign directions on fewer than 75 % of queries?
+    """A1: does a small step along the gradient's sign beat 20 random sign directions on fewer than 75 % of queries, or do the
+    changes of the loss along these correlate with those that the gradient predicts by less than 0.7 (median)?
 
-    The step is 4/255; 0.5/255 for images of less than 28 pixels a side, where few pixels let random
+    Asked at the clean images and, of a gradient that may be sound there alone, at images drawn from the balls around them
+    (A3's). The step is 4/255; 0.5/255 for images of less than 28 pixels a side, where few pixels let random
     directions come near the best one before the loss bends.
     """
-    return judged_direction(downhill_of(evidence.subject, evidence.positions))
+    return judged_direction([downhill_of(evidence.subject, evidence.positions)])
 
 
-def downhill_of(subject: Subject, positions: np.ndarray) -> np.ndarray:
-    """(n,) bool: is the gradient's sign a better direction than every random one?"""
+def downhill_of(subject: Subject, positions: np.ndarray) -> dict[str, np.ndarray]:
+    """By place, (2, n) of each query: is the gradient's sign a better direction than every random one (1 or 0), and how well do
+    the changes along the random ones correlate with those predicted (-1 to 1; 0 where either are all the same)?"""
     images, scene = shown(subject, positions)
     rng = subject.rng("A1")[torch.from_numpy(positions).to(subject.device)]
     loss = AttackLoss(subject.embedder, margin, scene)
-    step = (4 if max(images.shape[2:]) >= 28 else 0.5) / 255
-    _, gradient = autograd(loss, images, rng)
-    with torch.no_grad():
-        along = loss((images - step * gradient.sign()).clamp(0, 1))
-        beaten = torch.ones_like(along, dtype=torch.bool)
-        for _ in range(20):
-            beaten &= along < loss((images + step * rng.signs(*images.shape[1:])).clamp(0, 1))
-    return beaten.cpu().numpy()
+    side = max(images.shape[2:])
+    step, radius = (4 if side >= 28 else 0.5) / 255, Threat(norm="linf", eps=near_by(side), steps=1).radius
+    drawn = (images + radius * (2 * rng.uniform(*images.shape[1:]) - 1)).clamp(0, 1)
+    found = {}
+    for place, start in {"the test images": images, "images drawn around them": drawn}.items():
+        _, gradient = autograd(loss, start, rng)
+        unit = gradient / gradient.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+        with torch.no_grad():
+            along = loss((start - step * gradient.sign()).clamp(0, 1))
+            tried = [(start + step * rng.signs(*start.shape[1:])).clamp(0, 1) for _ in range(20)]
+            there = torch.stack([loss(x) for x in tried])  # (20, n)
+            predicted = torch.stack([(unit * (x - start)).sum((1, 2, 3)) for x in tried])
+        beaten = (along < there).all(0).to(there.dtype)
+        found[place] = torch.stack([beaten, _correlation(predicted, there)]).cpu().numpy()
+    return found
 
 
-def judged_direction(downhill: np.ndarray) -> Finding:
-    share = 100.0 * float(downhill.mean())
-    message = f"a small step along the gradient beats 20 random directions on {share:.1f} % of the queries"
-    return Finding("A1", "warn" if share < DOWNHILL else "pass", share, DOWNHILL, message)
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    """(n,) of the columns of a and b (k, n); 0 where those of either are all the same."""
+    a, b = (F.normalize((v - v.mean(0)).double(), dim=0, eps=1e-100) for v in (a, b))
+    return (a * b).sum(0)
+
+
+def judged_direction(directions: list[dict[str, np.ndarray]]) -> Finding:
+    at = {place: np.concatenate([d[place] for d in directions], axis=1) for place in directions[0]}
+    place, share = min(((p, 100.0 * float(v[0].mean())) for p, v in at.items()), key=lambda found: found[1])
+    message = f"a small step along the gradient beats 20 random directions on {share:.1f} % of the queries, at {place}"
+    count = at[place].shape[1]
+    if share < DOWNHILL and count * (1 - share / 100) >= FEW - 0.5:
+        return Finding("A1", "warn", share, DOWNHILL, message)
+    place, agreed = min(((p, float(np.median(v[1]))) for p, v in at.items()), key=lambda found: found[1])
+    if agreed < AGREED and count >= FEW:
+        message = (
+            f"changes of the loss along random directions correlate by {agreed:.2f} with those that the gradient predicts, "
+            f"at {place}: part of it is wrong or missing"
+        )
+        return Finding("A1", "warn", agreed, AGREED, message)
+    return Finding("A1", "pass", share, DOWNHILL, message)
 
 
 def noise_is_no_rival(evidence: Evidence) -> Finding:
@@ -202,13 +234,22 @@ def noise_is_no_rival(evidence: Evidence) -> Finding:
 
 
 def forgets(evidence: Evidence) -> Finding:
-    """F5: does a copy that has just seen images 1/255 away embed new images as the model does, to 1e-5?"""
+    """F5: does a copy that has just seen images 1/255 away embed new images as the model does, to 1e-5? And does the
+    model embed an image, to 1e-3, as at the start of the run, as in another batch, and as where a gradient is asked for?"""
     if randomness(evidence).verdict == "fail":
         return Finding("F5", "skip", None, STEADY, "two passes differ anyway, since the model is random")
-    return judged_memory(history(evidence.subject, evidence.positions))
+    at = evidence.subject, evidence.positions
+    return judged_function(history(*at), altered(*at))
 
 
-def judged_memory(gap: float) -> Finding:
+def judged_function(gap: float, change: float) -> Finding:
+    """Of :func:`~dmlbench.doubts.unseen.history` and of :func:`~dmlbench.doubts.unseen.altered`."""
+    if not change <= ALTERED:
+        message = (
+            f"embeddings of the same images differ by {change:.1e} from those at the start of the run, in another batch or "
+            "where a gradient is asked for: the model is not one function of the image, and attacks on it prove nothing"
+        )
+        return Finding("F5", "fail", change, ALTERED, message)
     if math.isnan(gap):
         return Finding("F5", "skip", None, STEADY, "the model cannot be copied")
     if gap > STEADY:

@@ -116,6 +116,22 @@ def history(subject: Subject, positions: np.ndarray) -> float:
         return disagreement([twin(fresh), subject.embedder(fresh)], subject.scene.gallery.scale)
 
 
+def altered(subject: Subject, positions: np.ndarray) -> float:
+    """How far embeddings are from those of the same images at the start of the run, in another batch, or without a gradient asked
+    for, at most: the queries' own, and those of midpoints with and without one.
+
+    In the embeddings' root mean square length.
+    """
+    embedder, scale = subject.embedder.unrounded(), subject.scene.gallery.scale
+    first = subject.scene.clean[torch.from_numpy(positions).to(subject.device)]
+    fresh = midpoints(subject, positions, "altered")
+    with torch.no_grad():
+        again, plain = embedder(clean_images(subject, positions)), embedder(fresh)
+    with torch.enable_grad():
+        followed = embedder(fresh.requires_grad_()).detach()
+    return max(disagreement([first, again], scale), disagreement([plain, followed], scale))
+
+
 def copied(embedder: Embedder) -> Embedder:
     """A copy whose later passes leave the model alone; gradient steps stay those of the model."""
     return copy.deepcopy(embedder, {id(embedder.steps): embedder.steps})

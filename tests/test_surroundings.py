@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from trees import cub_tree
 
-from dmlbench.cli import legible
+from dmlbench.cli import legible, main
 from dmlbench.datasets.base import data_roots
 from dmlbench.datasets.cache import cache_folder
 from dmlbench.datasets.prepare import prepare
@@ -30,6 +30,18 @@ def test_an_evaluation_written_in_another_encoding(run) -> None:  # type: ignore
     command = ("evaluate", "--model", "digits-smallcnn-triplet-hm-lga-ics", "--limit", "4", "--attacks", "CA+")
     done = run(*command, env={"PYTHONIOENCODING": "ascii"})
     assert "CA+" in done.out and done.out.isascii()
+
+
+@pytest.mark.parametrize("closed", [("stdout",), ("stdout", "stderr")])
+def test_closed_outputs_change_no_exit_code(closed: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in closed:
+        monkeypatch.setattr(sys, name, None)  # what Python makes of a closed one
+    for words, code in ((["protocols", "list"], 0), (["protocols", "show", "nothing"], 2)):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == code
+    for name in closed:
+        getattr(sys, name).close()
 
 
 def test_a_data_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import signal
 import sys
 import unicodedata
 import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -128,6 +129,9 @@ def legible() -> None:
         text = unicodedata.normalize("NFKD", error.object[error.start : error.end].translate(_PLAIN))
         return text.encode("ascii", "replace").decode("ascii"), error.end
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     codecs.register_error("dmlbench", nearest)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape", "backslashreplace"):

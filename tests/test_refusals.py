@@ -138,6 +138,15 @@ def test_a_run_that_is_refused_at_once_leaves_its_folder_free(typed, own, tmp_pa
     assert load(tmp_path / "run").partial == ("--limit 4", "--attacks ES:D")
 
 
+def test_somebody_elses_file_among_the_units_stays_and_loses_no_result(typed, tmp_path) -> None:
+    (tmp_path / "run" / "units").mkdir(parents=True)
+    (tmp_path / "run" / "units" / ".DS_Store").touch()
+    done = typed(*SHORT, "--out", "run", "--csv", "b.csv")
+    assert "CA+" in done.out and len(from_csv(tmp_path / "b.csv")) == 1
+    assert [path.name for path in (tmp_path / "run" / "units").iterdir()] == [".DS_Store"]
+    assert "finished result" in typed(*SHORT, "--out", "run", "--resume").err
+
+
 def test_a_refusal_of_another_configuration_says_what_can_be_done(typed, tmp_path) -> None:
     head = tmp_path / "run" / "units" / "configuration.json"
     head.parent.mkdir(parents=True)

@@ -133,10 +133,11 @@ class Units:
                         yield float(np.lib.format.read_array(stream, allow_pickle=False).sum())
 
     def remove(self) -> None:
-        """Delete the units and the folder, once the result is written."""
+        """Delete the units, once the result is written, and the folder, unless somebody else's files are in it."""
         for path in sorted(self.folder.glob("*.npz")) + sorted(self.folder.glob(".*.part")) + [self.head]:
             path.unlink(missing_ok=True)
-        self.folder.rmdir()
+        with suppress(OSError):
+            self.folder.rmdir()
 
 
 def remembered(name: str, count: int, compute: Callable[[], Arrays]) -> Arrays:

@@ -141,7 +141,7 @@ def read_toml(path: Path, raised: type[DmlbenchError] = DataError) -> dict[str, 
         raised: the kind of error, for a file that cannot be read, is not UTF-8, not TOML, or nested too deeply.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         text = error.strerror or str(error)
     except ValueError as error:

@@ -148,8 +148,9 @@ def test_toml_that_cannot_be_read_is_one_line(content, kind, tmp_path):
 
 
 def test_toml_is_read_as_utf_8(tmp_path):
-    (tmp_path / "x.toml").write_bytes('[a]\nb = "ŝ"\n'.encode())
-    assert read_toml(tmp_path / "x.toml") == {"a": {"b": "ŝ"}}
+    for mark in (b"", b"\xef\xbb\xbf"):  # the second as editors of Windows begin a file
+        (tmp_path / "x.toml").write_bytes(mark + '[a]\nb = "ŝ"\n'.encode())
+        assert read_toml(tmp_path / "x.toml") == {"a": {"b": "ŝ"}}
 
 
 @pytest.mark.parametrize(

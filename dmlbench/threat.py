@@ -35,7 +35,7 @@ def length(text: Any, name: str = "eps") -> float:
             top, slash, bottom = text.partition("/")
             if "/" in bottom:
                 raise ValueError(text)
-            value = float(Fraction(top) / Fraction(bottom)) if slash else float(Fraction(top))
+            value = float(_exact(top) / _exact(bottom)) if slash else float(_exact(top))
         else:
             value = float(text)
     except (ValueError, TypeError, OverflowError, ZeroDivisionError):
@@ -43,6 +43,12 @@ def length(text: Any, name: str = "eps") -> float:
     if not math.isfinite(value) or value < 0:
         raise UsageError(f"{name} {text!r} must be zero or more")
     return value
+
+
+def _exact(text: str) -> Fraction:
+    """A decimal number without rounding; what no float can hold is 0 or an error, as its digits could fill the memory."""
+    near = float(text)
+    return Fraction(text) if near and math.isfinite(near) else Fraction(near)
 
 
 def written(value: float, norm: str) -> str:

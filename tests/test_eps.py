@@ -38,6 +38,8 @@ def test_a_grid_has_all_of_them_for_every_picture() -> None:
         ("ers-digits", ["0"], "above 0"),
         ("ers-digits", ["-1/255"], "zero or more"),
         ("ers-digits", ["wide"], "not a number"),
+        ("ers-digits", ["1e999999999/255"], "not a number"),
+        ("ers-digits", ["1e-999999999"], "above 0"),
     ],
 )
 def test_what_is_no_size_is_refused(protocol, eps, words) -> None:

@@ -21,6 +21,7 @@ from dmlbench.errors import UsageError
 from dmlbench.intervals import ANY, LEVEL, PERCENT, Intervals, Range, class_intervals
 from dmlbench.metrics import READOUTS
 from dmlbench.registry import suggest
+from dmlbench.rng import SEEDS
 from dmlbench.threat import Threat, length
 
 COLOUR = "colour"
@@ -179,7 +180,7 @@ class Protocol(_Record):
     version: str
     kind: str = "ers"
     title: str
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=SEEDS.stop)] = 0
     threat: dict[str, Any]
     components: tuple[Component, ...] = ()
     steps: tuple[Step, ...] = ()
@@ -193,7 +194,13 @@ class Protocol(_Record):
     """how many queries are measured, the first of ``query_order``; None: all"""
     audit: int = 0
     """queries on which the audit looks at the model as well; 0: no audit"""
-    clustering_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    clustering_seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(min_length=1)] = (
+        0,
+        1,
+        2,
+        3,
+        4,
+    )
     attacks: tuple[str, ...] = FIRST_ATTACKS
     """names of CLUSTER_ATTACKS, in the order in which they are run"""
     joint: Joint | None = None

@@ -28,6 +28,10 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
 
+SEEDS = range(1 << 63)
+"""The seeds that a run may have."""
+
+
 def seed_of(*parts: object) -> int:
     """A 63-bit seed from any printable parts, e.g. ``seed_of(protocol.seed, attack.name)``."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()

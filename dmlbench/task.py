@@ -25,7 +25,7 @@ from dmlbench.models.defended import averaged, known_to_attacks
 from dmlbench.protocol import Chosen, Protocol
 from dmlbench.protocols import load_protocol
 from dmlbench.results import Conditions, Evaluation
-from dmlbench.rng import Rng
+from dmlbench.rng import SEEDS, Rng
 from dmlbench.run.fingerprint import fingerprint
 from dmlbench.run.looks import require_stoppable
 from dmlbench.run.search import Search, auto_batch, searches
@@ -92,6 +92,8 @@ class Options:
         for name in ("batch_size", "limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value} must be 1 or more")
+        if self.seed is not None and self.seed not in SEEDS:
+            raise UsageError(f"--seed {self.seed} must be from 0 to {SEEDS.stop - 1}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -270,6 +270,8 @@ BAD = [
     (["evaluate", "--model", DEFAULT, "--device", "tpu"], 2, "device 'tpu'"),
     (["evaluate", "--model", DEFAULT, "--batch-size", "0"], 2, "auto"),
     (["evaluate", "--model", DEFAULT, "--limit", "-3"], 2, "limit"),
+    (["evaluate", "--model", DEFAULT, "--seed", "-1"], 2, "--seed -1 must be from 0 to"),
+    (["evaluate", "--model", DEFAULT, "--seed", f"{1 << 63}"], 2, "must be from 0 to"),
     (["evaluate", "--model", DEFAULT, "--out", "/proc/nowhere"], 4, "/proc/nowhere cannot be written"),
     (["evaluate", "--model", DEFAULT, "--protocol", "gone.toml"], 4, "gone.toml"),
     (["evaluate"], 2, "--model"),

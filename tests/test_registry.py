@@ -292,6 +292,15 @@ COMPONENT, STEP = ERS[ERS.index("[[components]]") :], STRICT[STRICT.index("[[ste
         (CLUSTERING.replace("steps = 2", 'steps = 2\nstart = "random"'), "[threat] start does nothing"),
         (CLUSTERING.replace("steps = 2", "steps = 2\nrestarts = 3"), "[threat] restarts does nothing"),
         (CLUSTERING.replace("steps = 2", "steps = 2\nstep = 0.1"), "[threat] step does nothing in kind 'clustering'"),
+        *(
+            (ERS.replace('name = "x"', f'name = "{n}"', 1), "must begin with a letter")
+            for n in ("../x", "/x", "", "a,b", "=x")
+        ),
+        *((ERS.replace('name = "A"', f'name = "{n}"'), "must begin with a letter") for n in ("=x", "", "a<b>")),
+        (f"seed = -1\n{ERS}", "seed: Input should be greater than or equal to 0"),
+        (f"seed = {1 << 63}\n{ERS}", "seed: Input should be less than"),
+        (f"clustering_seeds = []\n{CLUSTERING}", "clustering_seeds: Tuple should have at least 1 item"),
+        (f"clustering_seeds = [{1 << 31}]\n{CLUSTERING}", "clustering_seeds.0: Input should be less than"),
     ],
 )
 def test_what_would_do_nothing_or_something_else_is_refused(tmp_path: Path, text: str, words: str) -> None:

@@ -1,5 +1,6 @@
 """A protocol's TOML file: read, with every name and number in it checked."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def read_protocol(path: Path) -> Protocol:
     """
     try:
         protocol = Protocol.model_validate(read_toml(path))
+        _check_names(protocol)
         _check_kind(protocol)
         for c in protocol.components:
             _check_component(c, protocol)
@@ -50,6 +52,17 @@ def read_protocol(path: Path) -> Protocol:
         raise DataError(f"protocol {path}: {first_problem(error)}") from None
     except (ValueError, TypeError, UsageError) as error:
         raise DataError(f"protocol {path}: {error}") from None
+
+
+def _check_names(protocol: Protocol) -> None:
+    """That the protocol's name can be a folder's and stand in a board, and a component's stand in a board and after ``--attacks``."""
+    if not re.fullmatch(r"\w([^\x00-\x1f\x7f,<>/\\@]*\S)?", protocol.name):
+        raise UsageError(
+            f"name {protocol.name!r} must begin with a letter or digit, without comma or any of < > / \\ @"
+        )
+    for c in protocol.components:
+        if not re.fullmatch(r"\w([^\x00-\x1f\x7f,<>]*\S)?", c.name):
+            raise UsageError(f"component {c.name!r}: a name must begin with a letter or digit, without comma, < and >")
 
 
 def _check_kind(protocol: Protocol) -> None:

@@ -151,6 +151,12 @@ def read_toml(path: Path, raised: type[DmlbenchError] = DataError) -> dict[str, 
     raise raised(f"{path} cannot be read: {text}")
 
 
+def printable(text: str) -> str:
+    """The text with a space in place of every character that is not to be seen: XML has none for control characters,
+    terminals obey them, and marks of direction turn what follows."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def first_line(text: object, otherwise: str = "") -> str:
     """The first line of what an error, or a text, says; where that is nothing ``otherwise``, else the name of its type."""
     return next(iter(str(text).strip().splitlines()), "") or otherwise or type(text).__name__

@@ -536,6 +536,18 @@ def test_text_markdown_and_junit_say_the_same():
     assert {t.get("name") for t in root.iter("testcase")} >= {"ers", "recall_at_1", "nmi", *ENDS}
 
 
+def test_control_characters_of_a_name_or_a_flag_reach_no_output():
+    base = evaluation(seed=3)
+    odd = base.model.model_copy(update={"id": "a\x01\x1b[31m\u202eb\nc"})
+    flags = (Flag(flag="new", message="red \x1b[31m\n| text"),)
+    other = base.model_copy(update={"model": odd, "warnings": flags}).with_arrays(base.arrays)
+    c = compare(base, other, labels=("runs/a", "runs/b\x1b[2J"))
+    root = ET.fromstring(as_junit(c))
+    assert next(root.iter("testcase")).get("classname") == "dmlbench.a  [31m b c"
+    for text in (as_text(c), as_markdown(c)):
+        assert all(line.isprintable() for line in text.split("\n")) and "| text" not in text.splitlines()
+
+
 # --- rows of a board -------------------------------------------------------------------------------
 
 

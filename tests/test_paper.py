@@ -121,7 +121,9 @@ def test_latex_prints_the_text(text: str) -> None:
 
 
 def test_hostile_names(runs: list[tuple[str, Evaluation]]) -> None:
-    found = table([("a", renamed(runs[0][1], HOSTILE)), ("b", renamed(runs[1][1], "=cmd()")), runs[2]])
+    found = table([("a", renamed(runs[0][1], HOSTILE)), ("b", renamed(runs[1][1], "=cmd()\x01\x1b[31m")), runs[2]])
+    for text in (as_latex(found), as_markdown(found), as_csv(found)):
+        assert all(line.isprintable() for line in text.split("\n"))
     latex = as_latex(found).splitlines()
     rows = latex[latex.index(r"\midrule") + 1 : latex.index(r"\bottomrule")]
     assert len(rows) == 6  # each with its intervals below

@@ -1,5 +1,6 @@
 """Figures for a paper: the numbers that each kind draws, and that every kind becomes a file, always the same one."""
 
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +161,7 @@ def test_tsne_needs_the_sample_and_the_same_model(runs: list[tuple[str, Evaluati
 def test_every_kind_becomes_a_file(
     kind: str, runs: list[tuple[str, Evaluation]], pairs_run: tuple[str, Evaluation], data: Path
 ) -> None:
-    hostile = "_$\\frac{x}$ <script>&\n中"
+    hostile = "_$\\frac{x}$ <script>&\n中\x01\x1b[31m"
     given = [(runs[0][0], named(runs[0][1], hostile)), runs[1]]
     if kind == "eps":
         given = [bundled(name, "strict") for name in MODELS]
@@ -174,6 +175,7 @@ def test_every_kind_becomes_a_file(
         assert content.startswith(begins)
         if suffix == "svg":
             assert b"<script" not in content and draw(figure, suffix) == content
+            ET.fromstring(content)
     with pytest.raises(UsageError, match="pdf, svg, png"):
         draw(figure, "gif")
 

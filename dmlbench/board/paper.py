@@ -19,6 +19,7 @@ from dmlbench.board.compare.render import escape_markdown
 from dmlbench.board.compare.verdict import components_of
 from dmlbench.board.row import EXECUTED, shown, superseded
 from dmlbench.errors import NotComparable, UsageError
+from dmlbench.files import printable
 from dmlbench.intervals import Ends
 from dmlbench.kinds.table import KINDS, numbers_of
 from dmlbench.metrics import CLEAN_METRICS
@@ -279,7 +280,7 @@ def as_csv(table: Table) -> str:
 
 
 def _cell(text: str) -> str:
-    plain = " ".join(text.split())
+    plain = " ".join(printable(text).split())
     return f"'{plain}" if plain.startswith(EXECUTED) else plain
 
 

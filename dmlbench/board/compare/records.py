@@ -1,12 +1,16 @@
 """What a comparison says, as records."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from dmlbench.files import printable
 
 PASSED, FAILED, INCONCLUSIVE = 0, 1, 5
 """Exit codes of a comparison that could be made."""
 Verdict = Literal["better", "same", "worse", "inconclusive"]
+Line = Annotated[str, AfterValidator(printable)]
+"""Text of a run or a row, which may be anybody's."""
 
 
 class _Record(BaseModel):
@@ -16,8 +20,8 @@ class _Record(BaseModel):
 class Side(_Record):
     """One of the two, as the report names it."""
 
-    label: str
-    model: str
+    label: Line
+    model: Line
     weights_sha256: str | None = None
     date: str | None = None
     seed: int | None = None
@@ -26,7 +30,7 @@ class Side(_Record):
 class Difference(_Record):
     """One metric of both; ``difference`` is candidate minus base, above zero is more robust."""
 
-    metric: str
+    metric: Line
     base: float | None
     candidate: float | None
     difference: float | None
@@ -41,8 +45,8 @@ class Failure(_Record):
     """One reason why the gate does not open."""
 
     kind: Literal["regression", "new-flag", "missing", "fewer-queries", "inconclusive"]
-    subject: str
-    message: str
+    subject: Line
+    message: Line
 
 
 class Comparison(_Record):
@@ -51,15 +55,15 @@ class Comparison(_Record):
     schema_version: Literal[1] = 1
     base: Side
     candidate: Side
-    protocol: str
-    dataset: str
+    protocol: Line
+    dataset: Line
     paired: bool
     """False where only CSV rows were at hand: then intervals are those of two independent results"""
     n_queries: int
     n_classes: int | None = None
     metrics: tuple[Difference, ...]
     failures: tuple[Failure, ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[Line, ...] = ()
     fail_on_inconclusive: bool = False
 
     def __str__(self) -> str:

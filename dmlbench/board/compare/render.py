@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ET
 
 from dmlbench.board.compare.records import Comparison, Difference
 from dmlbench.board.row import LENGTHS
+from dmlbench.files import printable
 
 MARK = {"better": "▲", "same": "=", "worse": "▼", "inconclusive": "?"}
 
@@ -49,7 +50,7 @@ def as_text(c: Comparison) -> str:
 
 def escape_markdown(text: str) -> str:
     """Text that Markdown shows as it is."""
-    escaped = html.escape(" ".join(text.split()), quote=False)
+    escaped = html.escape(" ".join(printable(text).split()), quote=False)
     for character in "\\`*_{}[]()#|~@!":
         escaped = escaped.replace(character, "\\" + character)
     return escaped

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dmlbench.errors import UsageError
-from dmlbench.files import prepare_folder, write_atomic
+from dmlbench.files import prepare_folder, printable, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,8 +120,8 @@ SUFFIXES = ("pdf", "svg", "png")
 
 
 def _text(text: str) -> str:
-    """Text that matplotlib shows as it is: no mathematics, no line breaks, not hidden from a legend."""
-    plain = " ".join(text.split()).replace("$", r"\$")
+    """Text that matplotlib shows as it is: no mathematics, no line breaks or other control characters, not hidden from a legend."""
+    plain = " ".join(printable(text).split()).replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") else plain
 
 

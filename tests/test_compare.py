@@ -566,6 +566,15 @@ def test_rows_are_compared_unpaired_and_less_surely():
     assert high == pytest.approx(-3 + math.hypot(10, row.ers - row.ers_lo), abs=1e-6)
 
 
+def test_rows_say_how_they_were_made():
+    row = from_evaluation(evaluation())
+    other = row.model_copy(update={"partial": "limit 32; attacks CA+", "seed": 7})
+    notes = compare_rows(other, row).notes
+    assert "the base is a partial run: limit 32, attacks CA+" in notes
+    assert f"the runs drew their targets with other seeds (7 and {row.seed})" in notes
+    assert len(compare_rows(row, row).notes) == 1
+
+
 def test_a_claimed_row_is_not_comparable():
     row = from_evaluation(evaluation())
     claimed = row.model_copy(update={"status": "claimed", "protocol_sha256": None})

@@ -11,7 +11,7 @@ inconclusive     it holds zero, but the difference or the interval is larger: to
 A *regression*, which fails the gate, is a drop beyond what is allowed whose interval excludes zero.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,14 +195,7 @@ def compare(
 
 
 def _notes(base: Evaluation, candidate: Evaluation, left_out: Sequence[str]) -> tuple[str, ...]:
-    notes = []
-    if base.protocol.seed != candidate.protocol.seed:
-        notes.append(
-            f"the runs drew their targets with other seeds ({base.protocol.seed} and {candidate.protocol.seed})"
-        )
-    for name, e in (("base", base), ("candidate", candidate)):
-        if e.partial:
-            notes.append(f"the {name} is a partial run: {', '.join(e.partial)}")
+    notes = [*_made([(e.protocol.seed, ", ".join(e.partial)) for e in (base, candidate)])]
     if left_out:
         notes.append(f"not compared, since they are of the queries as a set, which differs: {', '.join(left_out)}")
     if some := unshared(base, candidate):
@@ -210,6 +203,16 @@ def _notes(base: Evaluation, candidate: Evaluation, left_out: Sequence[str]) -> 
     if len(np.unique(base.arrays["label"][common(base, candidate)[0]])) < 2:
         notes.append("with one test class there are no intervals")
     return tuple(notes)
+
+
+def _made(sides: Sequence[tuple[int | None, str]]) -> Iterator[str]:
+    """Notes on how base and candidate were made: by the seed, and the reasons why each is partial."""
+    (first, _), (second, _) = sides
+    if first != second:
+        yield f"the runs drew their targets with other seeds ({first} and {second})"
+    for name, (_, partial) in zip(("base", "candidate"), sides, strict=True):
+        if partial:
+            yield f"the {name} is a partial run: {partial}"
 
 
 def _side(e: Evaluation, label: str) -> Side:
@@ -251,6 +254,7 @@ def compare_rows(
         Side(label=label, model=row.model, weights_sha256=row.weights_sha256, date=row.date, seed=row.seed)
         for label, row in zip(labels, (base, candidate), strict=True)
     ]
+    made = _made([(row.seed, (row.partial or "").replace("; ", ", ")) for row in (base, candidate)])
     new = sorted(set((candidate.flags or "").split()) - set((base.flags or "").split()))
     return Comparison(
         base=sides[0],
@@ -261,7 +265,11 @@ def compare_rows(
         n_queries=min(queries),
         metrics=tuple(metrics),
         failures=_failures(metrics, [(f, "a doubt that the base does not have") for f in new], queries, gate),
-        notes=(*stale, "from CSV rows: unpaired, with an interval for ERS alone; compare run folders to see more"),
+        notes=(
+            *stale,
+            *made,
+            "from CSV rows: unpaired, with an interval for ERS alone; compare run folders to see more",
+        ),
         fail_on_inconclusive=gate.fail_on_inconclusive,
     )
 

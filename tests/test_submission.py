@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import stat
 import zipfile
@@ -198,6 +199,9 @@ def test_links_in_a_folder(files, tmp_path):
     (tmp_path / "b" / "weights.safetensors").unlink()
     (tmp_path / "b" / "weights.safetensors").symlink_to("/etc/passwd")
     refused(validate(tmp_path / "b", 0), 0, "weights.safetensors", "is a link")
+    (tmp_path / "b" / "weights.safetensors").unlink()
+    os.mkfifo(tmp_path / "b" / "weights.safetensors")  # reading it would wait for a writer
+    refused(validate(tmp_path / "b", 0), 0, "weights.safetensors", "special file")
     (tmp_path / "link").symlink_to(tmp_path / "b")
     refused(validate(tmp_path / "link", 0), 0, "link", "is a link")
 

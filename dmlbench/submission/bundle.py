@@ -217,7 +217,7 @@ def _from_folder(folder: Path) -> dict[str, bytes]:
     problems = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_symlink():
+        if path.is_symlink() or not (path.is_dir() or path.is_file()):
             problems.append(Problem(0, name, "is a link or another special file"))
         elif path.is_dir():
             if name != "run":

@@ -593,7 +593,7 @@ def test_weights_of_another_architecture(files, check):
         (put(["checkpoint", "input", "size"], 16), "checkpoint.input", "says 1x16x16, the run's images are 1x8x8"),
         (put(["checkpoint", "input", "channels"], 3), "checkpoint.input", "says 3x8x8, the run's images are 1x8x8"),
         (put(["checkpoint", "input", "crop"], 3), "checkpoint.input", "says 1x3x3, the run's images are 1x8x8"),
-        (put(["checkpoint", "normalize"], {"mean": [1.0, 2.0, 3.0]}), "normalize.mean", "3 values for images of 1"),
+        (put(["checkpoint", "normalize"], {"mean": [0.1, 0.2, 0.3]}), "normalize.mean", "3 values for images of 1"),
         (put(["checkpoint", "normalize"], {"mean": [0.5], "std": [0.1]}), "checkpoint.probe", "another embedding"),
     ],
 )

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -125,6 +126,28 @@ class Input(_Record):
         return self
 
 
+def normalisation_problem(
+    mean: Sequence[float] | None, std: Sequence[float] | None, scale: float | None, dash: str = ""
+) -> str | None:
+    """Why no network is fed by mean and std, or None.
+
+    Args:
+        scale: what white is in their units; None where nobody says it, which is 1.
+        dash: what stands before the names of options.
+    """
+    if std is not None and not all(value > 0 for value in std if not math.isnan(value)):
+        return f"{dash}std must be above zero"
+    for what, values in (("mean", mean or ()), ("std", std or ())):
+        if not all(map(math.isfinite, values)):
+            return f"{dash}{what} must be finite"
+        if scale is None and max(values, default=0) > 1:
+            return (
+                f"{dash}{what} {max(values):g} is above 1, and pixels are in [0, 1]: {dash}scale 255 says that mean and std "
+                "are of pixels of 0 to 255"
+            )
+    return None
+
+
 class Normalize(_Record):
     """Mean and std per channel, applied inside the model after the perturbation.
 
@@ -137,15 +160,9 @@ class Normalize(_Record):
 
     @model_validator(mode="after")
     def _divides(self) -> "Normalize":
-        if self.std is not None and not all(0 < value < math.inf for value in self.std):
-            raise ValueError("std must be above zero")
-        values = (*(self.mean or ()), *(self.std or ()))
-        if not all(math.isfinite(value) for value in values):
-            raise ValueError("mean and std must be finite")
-        if "scale" not in self.model_fields_set and max(values, default=0) > 1:
-            raise ValueError(
-                f"{max(values):g} is above 1, and pixels are in [0, 1]: scale 255 says that mean and std are of pixels of 0 to 255"
-            )
+        scale = self.scale if "scale" in self.model_fields_set else None
+        if problem := normalisation_problem(self.mean, self.std, scale):
+            raise ValueError(problem)
         return self
 
     def of_unit(self) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from dmlbench.errors import UsageError
 from dmlbench.registry import Registry
@@ -80,6 +81,10 @@ class Preprocess:
         large = min(height, width) >= _NO_CROP_BELOW
         resize = (round(height * 8 / 7), round(width * 8 / 7)) if large else None
         return cls(size=(height, width), resize=resize, interpolation=interpolation, channels=channels)
+
+    def red_first(self, images: Tensor) -> Tensor:
+        """(b, C, H, W) images as a network is fed them, in the order of colours that a picture has; and back again."""
+        return images.flip(1) if self.order == "bgr" else images
 
     @property
     def shape(self) -> tuple[int, int, int]:

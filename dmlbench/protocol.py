@@ -170,6 +170,10 @@ class Joint(_Record):
     look: Annotated[int, Field(ge=1)]
 
 
+FaissSeed = Annotated[int, Field(ge=0, lt=1 << 31)]
+"""What faiss's k-means takes."""
+
+
 class Protocol(_Record):
     """A named, versioned set of attacks and the threat they share.
 
@@ -194,13 +198,7 @@ class Protocol(_Record):
     """how many queries are measured, the first of ``query_order``; None: all"""
     audit: int = 0
     """queries on which the audit looks at the model as well; 0: no audit"""
-    clustering_seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(min_length=1)] = (
-        0,
-        1,
-        2,
-        3,
-        4,
-    )
+    clustering_seeds: Annotated[tuple[FaissSeed, ...], Field(min_length=1)] = (0, 1, 2, 3, 4)
     attacks: tuple[str, ...] = FIRST_ATTACKS
     """names of CLUSTER_ATTACKS, in the order in which they are run"""
     joint: Joint | None = None

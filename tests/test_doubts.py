@@ -13,7 +13,7 @@ from dmlbench.board.build import load_boards
 from dmlbench.checkpoints import packaged
 from dmlbench.doubts.audit import CHECKS, FLAGS, SURVEYED, glance
 from dmlbench.doubts.checks import doubts_about
-from dmlbench.doubts.questions import PASSES
+from dmlbench.doubts.questions import PASSES, direction
 from dmlbench.doubts.unseen import STEPS
 from dmlbench.errors import DataError
 from dmlbench.evaluate import evaluate
@@ -159,6 +159,16 @@ def test_a_glance_does_not_depend_on_the_batch_size_and_takes_no_more_than_it_sa
     assert max(seen) == 60 and sum(seen) == 3 * 256 + min(SURVEYED, few) * passes
     assert small == list(glance(subject, recall, {"pgd"}, 1000)) and [f.flag for f in small] == ["zero-gradients"]
     assert list(glance(subject, np.zeros_like(recall), {"pgd"}, 7)) == []
+
+
+def test_the_gradients_check_does_not_depend_on_the_batches() -> None:
+    """Which step its changes agree at is a question of all queries."""
+    cheat, _ = CHEATS["partly turned gradient"]
+    subject = prepare(cheat(dmlbench.load_model(PLAIN)), dmlbench.load_dataset("digits"), device="cpu")
+    positions = np.arange(0, len(subject.rows), 14)
+    whole, parts = (direction(subject, batches) for batches in ([positions], np.array_split(positions, 8)))
+    assert whole.verdict == parts.verdict == "warn" and "correlate" in whole.message
+    assert parts.value == pytest.approx(whole.value, abs=1e-5)
 
 
 def doubted(subject: Subject) -> set[str]:

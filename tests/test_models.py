@@ -149,7 +149,6 @@ def test_prefixes(prefix: str, stays: str) -> None:
 
 
 def test_a_users_pth_on_a_timm_network(tmp_path: Path) -> None:
-
     network = seeded(timm.create_model("test_resnet", num_classes=64))
     torch.save({"model": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "mine.pth")
     embedder = open_model("timm:test_resnet", ModelOptions(weights=str(tmp_path / "mine.pth"), input_size=(64, 64)))
@@ -566,6 +565,16 @@ def test_weights_that_cannot_be_fetched(name: str, maker: str, monkeypatch: pyte
     monkeypatch.setattr("torchvision.models.get_model", offline)
     with pytest.raises(DataError, match=f"^{maker} cannot fetch .*: ConnectionError: no route to host$"):
         open_model(name, ModelOptions(weights="pretrained"))
+
+
+@pytest.mark.parametrize(("name", "said"), [("timm:test_resnet", True), ("torchvision:squeezenet1_1", False)])
+def test_class_scores_of_published_weights_are_told(name: str, said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the last layer is one that --embed-dim 0 leaves out."""
+    of_timm, of_torchvision = timm.create_model, torchvision.models.get_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **k: of_timm(name, **k))
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights=None, **k: of_torchvision(name, **k))
+    embedder = open_model(name, ModelOptions(weights="pretrained"))
+    assert any("--embed-dim 0 leaves that layer out" in note for note in embedder.notes) == said
 
 
 def test_images_that_are_not_pictures() -> None:

@@ -296,7 +296,10 @@ COMPONENT, STEP = ERS[ERS.index("[[components]]") :], STRICT[STRICT.index("[[ste
             (ERS.replace('name = "x"', f'name = "{n}"', 1), "must begin with a letter")
             for n in ("../x", "/x", "", "a,b", "=x")
         ),
-        *((ERS.replace('name = "A"', f'name = "{n}"'), "must begin with a letter") for n in ("=x", "", "a<b>")),
+        *(
+            (ERS.replace('name = "A"', f'name = "{n}"'), "must begin with a letter")
+            for n in ("=x", "", "a<b>", "a\u202eb")
+        ),
         (f"seed = -1\n{ERS}", "seed: Input should be greater than or equal to 0"),
         (f"seed = {1 << 63}\n{ERS}", "seed: Input should be less than"),
         (f"clustering_seeds = []\n{CLUSTERING}", "clustering_seeds: Tuple should have at least 1 item"),

@@ -4,7 +4,8 @@ Where PATH holds folders named ``train`` and ``test`` (or ``training``, ``testin
 ``gallery``), in any case, the classes lie below those, and ``query`` with ``gallery`` make a test split with separate
 galleries, also within ``test``. Longer names with such a word (``train_set``, ``Test images``) are parts where all folders
 have one. Otherwise every class folder belongs to the test split. A sole folder around all that is stepped through.
-A class folder ``-1`` is junk, which counts for no query. Files that are no pictures are skipped. The notes of the data set name them, and every decision that was not obvious.
+A class folder ``-1`` is junk, which counts for no query. Files that are no pictures are skipped. The notes of the data set
+name them, and every decision that was not obvious.
 """
 
 import os
@@ -110,8 +111,8 @@ def class_folder(path: str, split: str, preprocess: Preprocess) -> RetrievalData
         )
     same = one_name([(part, name) for part, name, _ in listing.pictures], listing.notes)
     called = np.array([shown(same[part, name]) for part, name, _ in listing.pictures])
-    labels = np.full(len(called), JUNK, dtype=np.int64)
-    labels[called != str(JUNK)], names = numbered(called[called != str(JUNK)].tolist())
+    labels, known = np.full(len(called), JUNK, dtype=np.int64), called != str(JUNK)
+    labels[known], names = numbered(called[known].tolist())
     part_of = np.array([part for part, _, _ in listing.pictures])
     return RetrievalDataset(
         name=f"folder:{shown(named)}",
@@ -231,10 +232,10 @@ def _gather(root: Path, part: str, top: Path, listing: Listing) -> None:
     if loose:
         listing.notes.append(f"{loose:,} pictures right in {shown(top)} are in no class folder and passed over")
     right_in = deeper = 0
-    above = [str(folder) for folder in (top.resolve(), *top.resolve().parents)]
+    above = tuple(map(str, (top.resolve(), *top.resolve().parents)))
     for folder in _folders(top):
         before, passed = len(listing.pictures), Counter[str]()
-        for file in _files(folder, tuple(above), listing):
+        for file in _files(folder, above, listing):
             if not _is_picture(file):
                 passed[file.suffix.lower() or "without a suffix"] += 1
                 continue

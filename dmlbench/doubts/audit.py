@@ -15,11 +15,10 @@ from dmlbench.doubts.checks import FLAGS as OTHER_FLAGS
 from dmlbench.doubts.evidence import PAGE, Evidence, Finding
 from dmlbench.doubts.questions import (
     black_beats_white,
-    downhill_of,
+    direction,
     forgets,
     generalises,
     inside_the_ball,
-    judged_direction,
     judged_entries,
     judged_function,
     judged_random,
@@ -174,8 +173,8 @@ def glance(
         random = findings[0].verdict == "fail"
     few = _batches(_evenly(right, min(SURVEYED, -(-len(right) // 4))), batch_size)
     if not random:
-        gaps = (max(measured(subject, part) for part in few) for measured in (history, altered))
-        findings.append(judged_function(*gaps))
+        gap, change = (max(measured(subject, part) for part in few) for measured in (history, altered))
+        findings.append(judged_function(gap, change))
     blind = False
     if followed:
         missing = [no_gradient(source, *shown(source, part)) for part in batches]
@@ -183,7 +182,7 @@ def glance(
         findings.append(judged_zero(share, sum(wrong for _, wrong in missing)))
         blind = findings[-1].verdict == "fail"
     if followed and not random and not blind:
-        findings.append(judged_direction([downhill_of(source, part) for part in few]))
+        findings.append(direction(source, few))
     if not random:
         surveyed = joined([survey(subject, part) for part in few])
         findings += [judged_survey(surveyed), judged_entries(surveyed)]

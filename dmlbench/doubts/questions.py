@@ -38,7 +38,7 @@ DOWNHILL = 75.0
 AGREED = 0.7
 """Correlation of measured and predicted changes of the loss, median over the queries, under which A1 warns."""
 NEARER = (1.0, 1 / 8, 1 / 64)
-"""Parts of A1's step at which changes are compared, until they agree: a step that breaks an undefended model outright is far
+"""Parts of A1's step at which changes are compared, until they agree at both places: a step that breaks an undefended model outright is far
 beyond where its gradient predicts anything, and a wrong gradient predicts nothing at any of them."""
 LOST, CHANCE = 20.0, 120.0
 """Points that may be lost elsewhere than at the test images: so many, and ``CHANCE / sqrt(n)`` that n queries may lose
@@ -166,36 +166,59 @@ def useful_gradient(evidence: Evidence) -> Finding:
     (A3's). The step is 4/255; 0.5/255 for images of less than 28 pixels a side, where few pixels let random
     directions come near the best one before the loss bends.
     """
-    return judged_direction([downhill_of(evidence.subject, evidence.positions)])
+    return direction(evidence.subject, [evidence.positions])
 
 
-def downhill_of(subject: Subject, positions: np.ndarray) -> dict[str, np.ndarray]:
+def direction(subject: Subject, batches: list[np.ndarray]) -> Finding:
+    """A1 of the queries at some positions, in batches."""
+    agreed: dict[str, float] = {}
+    for nearer in NEARER:
+        parts = [downhill_of(subject, positions, nearer) for positions in batches]
+        at = {place: np.concatenate([part[place] for part in parts], axis=1) for place in parts[0]}
+        if not agreed:
+            count = sum(map(len, batches))
+            place, share = min(((p, 100.0 * float(v[0].mean())) for p, v in at.items()), key=lambda found: found[1])
+            message = f"a small step along the gradient beats 20 random directions on {share:.1f} % of the queries, at {place}"
+            passed = Finding("A1", "pass", share, DOWNHILL, message)
+            if share < DOWNHILL and count * (1 - share / 100) >= FEW - 0.5:
+                return replace(passed, verdict="warn")
+        agreed = {place: max(agreed.get(place, -1.0), float(np.median(v[1]))) for place, v in at.items()}
+        if min(agreed.values()) >= AGREED or count < FEW:
+            return passed
+    place = min(agreed, key=lambda p: agreed[p])
+    message = (
+        f"changes of the loss along random directions correlate by {agreed[place]:.2f} with those that the gradient predicts, "
+        f"at {place}: part of it is wrong or missing"
+    )
+    return Finding("A1", "warn", agreed[place], AGREED, message)
+
+
+def downhill_of(subject: Subject, positions: np.ndarray, nearer: float) -> dict[str, np.ndarray]:
     """By place, (2, n) of each query: is the gradient's sign a better direction than every random one (1 or 0), and how well do
-    the changes along the random ones correlate with those predicted (-1 to 1; 0 where either are all the same)?"""
+    the changes along the random ones correlate with those predicted (-1 to 1; 0 where either are all the same)?
+
+    ``nearer`` is the part of A1's step that is made.
+    """
     images, scene = shown(subject, positions)
     rng = subject.rng("A1")[torch.from_numpy(positions).to(subject.device)]
     loss = AttackLoss(subject.embedder, margin, scene)
     side = max(images.shape[2:])
-    step, radius = (4 if side >= 28 else 0.5) / 255, Threat(norm="linf", eps=near_by(side), steps=1).radius
+    step, radius = nearer * (4 if side >= 28 else 0.5) / 255, Threat(norm="linf", eps=near_by(side), steps=1).radius
     drawn = (images + radius * (2 * rng.uniform(*images.shape[1:]) - 1)).clamp(0, 1)
     found = {}
     for place, start in {"the test images": images, "images drawn around them": drawn}.items():
         _, gradient = autograd(loss, start, rng)
         unit = gradient / gradient.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
-        signs = [rng.signs(*start.shape[1:]) for _ in range(20)]
+        there, predicted = [], []  # 20 of (n,)
         with torch.no_grad():
             along = loss((start - step * gradient.sign()).clamp(0, 1))
-            beaten, agreed = torch.ones_like(along, dtype=torch.bool), torch.full_like(along, -1)
-            for nearer in NEARER:
-                tried = [(start + nearer * step * sign).clamp(0, 1) for sign in signs]
-                there = torch.stack([loss(x) for x in tried])  # (20, n)
-                if nearer == NEARER[0]:
-                    beaten = (along < there).all(0)
-                predicted = torch.stack([(unit * (x - start)).sum((1, 2, 3)) for x in tried])
-                agreed = max(agreed, _correlation(predicted, there), key=lambda c: float(c.median()))
-                if agreed.median() >= AGREED:
-                    break
-        found[place] = torch.stack([beaten.to(agreed.dtype), agreed]).cpu().numpy()
+            for _ in range(20):
+                x = (start + step * rng.signs(*start.shape[1:])).clamp(0, 1)
+                there.append(loss(x))
+                predicted.append((unit * (x - start)).sum((1, 2, 3)))
+        beaten = (along < torch.stack(there)).all(0).to(along.dtype)
+        correlation = _correlation(torch.stack(predicted), torch.stack(there))
+        found[place] = torch.stack([beaten, correlation]).cpu().numpy()
     return found
 
 
@@ -203,23 +226,6 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
     """(n,) of the columns of a and b (k, n); 0 where those of either are all the same."""
     a, b = (F.normalize((v - v.mean(0)).double(), dim=0, eps=1e-100) for v in (a, b))
     return (a * b).sum(0)
-
-
-def judged_direction(directions: list[dict[str, np.ndarray]]) -> Finding:
-    at = {place: np.concatenate([d[place] for d in directions], axis=1) for place in directions[0]}
-    place, share = min(((p, 100.0 * float(v[0].mean())) for p, v in at.items()), key=lambda found: found[1])
-    message = f"a small step along the gradient beats 20 random directions on {share:.1f} % of the queries, at {place}"
-    count = at[place].shape[1]
-    if share < DOWNHILL and count * (1 - share / 100) >= FEW - 0.5:
-        return Finding("A1", "warn", share, DOWNHILL, message)
-    place, agreed = min(((p, float(np.median(v[1]))) for p, v in at.items()), key=lambda found: found[1])
-    if agreed < AGREED and count >= FEW:
-        message = (
-            f"changes of the loss along random directions correlate by {agreed:.2f} with those that the gradient predicts, "
-            f"at {place}: part of it is wrong or missing"
-        )
-        return Finding("A1", "warn", agreed, AGREED, message)
-    return Finding("A1", "pass", share, DOWNHILL, message)
 
 
 def noise_is_no_rival(evidence: Evidence) -> Finding:

@@ -21,6 +21,7 @@ from dmlbench.errors import DataError, DmlbenchError, UsageError
 from dmlbench.files import described
 from dmlbench.models.behaviour import probe_images
 from dmlbench.models.wrappers import STAGES, WRAPPERS, Backward, Given, Values, Wrapper, nothing
+from dmlbench.preprocess import Preprocess
 from dmlbench.rng import Rng, streams_of_pixels
 
 FORM = "defended:"
@@ -120,12 +121,12 @@ class Front:
     """Wrappers one after another, the outer one first: an :class:`~dmlbench.embedding.Embedder`'s ``front``.
 
     Attributes:
-        bgr: whether the model's images are blue first, where wrappers are to see red first.
+        preprocess: of the model, whose images may be blue first, where wrappers see red first.
         pool: (n, C, H, W) pictures, red first too.
     """
 
     wrappers: tuple[Applied, ...]
-    bgr: bool
+    preprocess: Preprocess
     pool: Tensor = field(repr=False)
 
     def __call__(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "n c h w"]:
@@ -135,17 +136,17 @@ class Front:
             else Rng(0, images.new_zeros(len(images)).long())
         )
         pool = self.pool.to(images.device)
-        images = images.flip(1) if self.bgr else images
+        images = self.preprocess.red_first(images)
         for w in self.wrappers:
             images = w(images, Given(rng.fold(w.name), pool))
-        return images.flip(1) if self.bgr else images
+        return self.preprocess.red_first(images)
 
     def seeing(self, images: Images, gallery: np.ndarray) -> "Front":
         """With up to :data:`POOL` pictures, evenly spread over the gallery (rows of ``images``), as pool."""
         if not any(w.wrapper.stage == STAGES[-1] for w in self.wrappers):
             return self
         rows = gallery[np.unique(np.linspace(0, len(gallery) - 1, min(POOL, len(gallery))).astype(int))]
-        return replace(self, pool=images[rows].flip(1) if self.bgr else images[rows])
+        return replace(self, pool=self.preprocess.red_first(images[rows]))
 
 
 _FORM = re.compile(r"([^():]+)(?:\(([^()]*)\))?:(.+)")
@@ -209,10 +210,8 @@ def defended(embedder: Embedder, outer: Applied) -> Embedder:
     for later in inner:
         if STAGES[0] not in (outer.wrapper.stage, later.wrapper.stage):
             _require_order(outer, later)
-    bgr = embedder.preprocess.order == "bgr"
-    embedder.front = Front(
-        (outer, *inner), bgr, front.pool if isinstance(front, Front) else probe_images(embedder.input_shape, 8)
-    )
+    pool = front.pool if isinstance(front, Front) else probe_images(embedder.input_shape, 8)
+    embedder.front = Front((outer, *inner), embedder.preprocess, pool)
     embedder.lipschitz = None  # claimed of the network alone
     averaged = [w.wrapper.eot for w in embedder.front.wrappers if not w.naive and w.wrapper.eot > 1]
     embedder.eot = max(averaged, default=None)

@@ -37,7 +37,7 @@ from dmlbench.models.architectures import (
 from dmlbench.models.assembly import Assembled, Chosen, assemble, load
 from dmlbench.models.behaviour import probe_images, settle
 from dmlbench.models.defended import FORM, defended, split
-from dmlbench.models.files import WeightsFile, is_weights, read_file, require_run
+from dmlbench.models.files import WeightsFile, is_weights, read_file
 from dmlbench.models.heads import head_of, last_widths
 from dmlbench.models.inspection import best_fit, clip_names, width_of
 from dmlbench.models.layouts import match
@@ -155,11 +155,7 @@ def _unweighted(name: str, options: ModelOptions) -> Embedder:
         notes = (f"{name} is untrained: name its weights with --weights FILE, or --weights pretrained",)
     elif options.embed_dim:
         notes = (f"{name}: the last layer of width {options.embed_dim} is new and untrained",)
-    elif (
-        options.embed_dim is None
-        and (last := head_of(built.network))
-        and any(getattr(built.network, last).parameters())
-    ):
+    elif options.embed_dim is None and last_widths(built.network):
         notes = (f"{name}: the class scores of its last layer are the embedding; --embed-dim 0 leaves that layer out",)
     embedder = _embedder(built, options, name)
     embedder.notes, embedder.arch = (*notes, feeding(embedder)), name
@@ -376,7 +372,6 @@ def open_model(name: str, options: ModelOptions | None = None) -> Embedder:
     elif is_weights(path):
         embedder = _file(path, options)
     elif path.is_dir():
-        require_run(path)
         embedder = trained(path, options)
     elif name in ARCHITECTURES and options.weights is not None:
         embedder = _library(name, options)

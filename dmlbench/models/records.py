@@ -150,10 +150,10 @@ def only_the_record(what: str, options: ModelOptions) -> None:
 
 def trained(run: Path, options: ModelOptions) -> Embedder:
     """The last weights of a finished run of ``dmlbench train``."""
+    name, entry = read_entry(run)
     if options.weights is not None or options.spec is not None:
         raise UsageError(f"--model {run} is a training run with its own weights: leave --weights and --spec out")
     only_the_record(f"--model {run} is a training run", options)
-    name, entry = read_entry(run)
     path = verified(run / "last.safetensors", entry.files[0])
     embedder = build(entry, name)
     fill(embedder.network, read_weights(path), f"weights file {path}")

@@ -10,11 +10,13 @@ from pydantic import ValidationError
 from dmlbench.checkpoints import ID, SCHEMA_VERSION, Checkpoint, CheckpointFile, first_problem, verified
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import write_atomic
+from dmlbench.models.files import require_run
 from dmlbench.results import json_bytes
 
 
 def read_entry(run: Path) -> tuple[str, Checkpoint]:
     """The id and the record that a finished training run wrote."""
+    require_run(run)
     path = run / "checkpoint.json"
     try:
         ((name, raw),) = json.loads(path.read_text(encoding="utf-8")).items()

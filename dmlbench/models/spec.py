@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dmlbench.checkpoints import Arch, Checkpoint, Embedding, Input, Normalize, first_problem
+from dmlbench.checkpoints import Arch, Checkpoint, Embedding, Input, Normalize, first_problem, normalisation_problem
 from dmlbench.embedding import DISTANCES, Distance
 from dmlbench.errors import DataError, UsageError
 from dmlbench.models.heads import MOST_WIDTH
@@ -179,18 +179,10 @@ class ModelOptions:
             raise UsageError(f"--embed-dim {self.embed_dim} must be 0 (no last layer) or more, at most {MOST_WIDTH}")
         if self.input_size is not None and max(self.input_size) > LARGEST_SIDE:
             raise UsageError(f"--input-size {self.input_size[0]}x{self.input_size[1]}: at most {LARGEST_SIDE} a side")
-        if self.std is not None and min(self.std) <= 0:
-            raise UsageError("--std must be above zero")
         if self.scale is not None and not 0 < self.scale < math.inf:
             raise UsageError("--scale must be above zero")
-        if not all(map(math.isfinite, (*(self.mean or ()), *(self.std or ())))):
-            raise UsageError("--mean and --std must be finite")
-        for what, values in (("mean", self.mean or (0.0,)), ("std", self.std or (1.0,))):
-            if self.scale is None and max(values) > 1:
-                raise UsageError(
-                    f"--{what} {max(values):g} is above 1, and pixels are in [0, 1]: --scale 255 says that "
-                    "mean and std are of pixels of 0 to 255"
-                )
+        if problem := normalisation_problem(self.mean, self.std, self.scale, "--"):
+            raise UsageError(problem)
 
     @property
     def keeps_claims(self) -> bool:

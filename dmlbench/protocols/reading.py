@@ -56,13 +56,14 @@ def read_protocol(path: Path) -> Protocol:
 
 def _check_names(protocol: Protocol) -> None:
     """That the protocol's name can be a folder's and stand in a board, and a component's stand in a board and after ``--attacks``."""
-    if not re.fullmatch(r"\w([^\x00-\x1f\x7f,<>/\\@]*\S)?", protocol.name):
-        raise UsageError(
-            f"name {protocol.name!r} must begin with a letter or digit, without comma or any of < > / \\ @"
-        )
-    for c in protocol.components:
-        if not re.fullmatch(r"\w([^\x00-\x1f\x7f,<>]*\S)?", c.name):
-            raise UsageError(f"component {c.name!r}: a name must begin with a letter or digit, without comma, < and >")
+    for what, name, signs in (
+        ("name", protocol.name, ",<>/\\@"),
+        *(("component", c.name, ",<>") for c in protocol.components),
+    ):
+        if not (re.fullmatch(r"\w(.*\S)?", name) and name.isprintable()) or set(signs) & set(name):
+            raise UsageError(
+                f"{what} {name!r} must begin with a letter or digit and be plain text without any of {' '.join(signs)}"
+            )
 
 
 def _check_kind(protocol: Protocol) -> None:

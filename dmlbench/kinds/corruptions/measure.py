@@ -78,14 +78,12 @@ def embedded(subject: Subject, rows: np.ndarray, name: str, severity: int, seed:
         DataError: one is NaN or infinite.
     """
     blocks = []
-    blue_first = subject.embedder.preprocess.order == "bgr"
+    red_first = subject.embedder.preprocess.red_first
     with torch.no_grad():
         for a in range(0, len(rows), BLOCK):
-            images = subject.dataset.images[rows[a : a + BLOCK]]
-            eight = pictures(images.flip(1) if blue_first else images)
+            eight = pictures(red_first(subject.dataset.images[rows[a : a + BLOCK]]))
             changed = np.stack([corrupted(one, name, severity, seed) for one in eight])
-            images = torch.from_numpy(changed).permute(0, 3, 1, 2).float() / 255
-            images = images.flip(1) if blue_first else images
+            images = red_first(torch.from_numpy(changed).permute(0, 3, 1, 2).float() / 255)
             blocks.append(subject.embedder(images.contiguous().to(subject.device)))
     e = torch.cat(blocks)
     require_finite(e, subject.embedder.name, "corrupted pictures")

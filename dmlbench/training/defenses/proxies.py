@@ -32,8 +32,7 @@ def _members(learner: Learner) -> nn.ModuleList:
 def _member(learner: Learner, m: int, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
     """Embeddings by one member of the ensemble alone."""
     embedder = learner.embedder
-    normalised = images if embedder.identity else (images - embedder.mean) / embedder.std
-    return embedder.distance.finish(_members(learner)[m](normalised).float())
+    return embedder.distance.finish(_members(learner)[m](embedder.normalise(images)).float())
 
 
 def at(learner: Learner, batch: Batch, inner: Inner) -> Tensor:

@@ -129,7 +129,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, name: str) -> No
         if row.iteration == 6:
             raise Stop
 
-    long = recipe(name, iterations=9)
+    long = recipe(name, iterations=9, ramp=8)
     whole = train(long, tmp_path / "whole")
     with pytest.raises(Stop):
         train(long, tmp_path / "cut", report=stop)
@@ -463,6 +463,17 @@ def test_schedules() -> None:
     stairs = make_recipe({**table, "schedule": "step", "step_every": 40, "step_factor": 0.5}, "x")
     assert [learning_rate(stairs, i) for i in (0, 39, 40, 80)] == [1.0, 1.0, 0.5, 0.25]
     assert learning_rate(make_recipe(table, "x"), 99) == 1.0
+
+
+def test_the_adversary_of_training_grows(tmp_path: Path) -> None:
+    table = {"id": "x", "dataset": "digits", "arch": "smallcnn", "eps": "8/255", "step": "2/255", "ramp": 4}
+    grown = [make_recipe(table, "x").threat_at(i) for i in (0, 1, 3, 9)]
+    assert [255 * t.radius for t in grown] == pytest.approx([2, 4, 8, 8])
+    assert [255 * t.stride for t in grown] == pytest.approx([0.5, 1, 2, 2])
+    assert make_recipe({**table, "ramp": 0}, "x").threat_at(0).eps == "8/255"
+    train(recipe(HM), tmp_path / "full")
+    train(recipe(HM, ramp=6), tmp_path / "grown")
+    assert not same_weights(tmp_path / "full", tmp_path / "grown")
 
 
 def test_margins_by_hand() -> None:

@@ -265,7 +265,6 @@ def train(
     decode(dataset, decoded)
     sample = np.random.default_rng(seed_of("quick")).permutation(len(learnt))[:QUICK_QUERIES]
     seen, seen_labels = dataset.images[learnt[sample]].to(device), torch.from_numpy(labels[sample]).to(device)
-    inner = Inner(recipe.threat)
     mixed = recipe.precision == "mixed" and device.type == "cuda"
     start = rows[-1].iteration if rows else 0
     total = torch.zeros((), device=device)
@@ -288,7 +287,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         with fitting(recipe), training_randomness(batch.seed, device):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
-                loss = defense.step(learner, batch, inner, **params)
+                loss = defense.step(learner, batch, Inner(recipe.threat_at(batch.iteration)), **params)
             loss.backward()
         world.average(learner)
         optimizer.step()

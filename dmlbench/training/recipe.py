@@ -64,6 +64,7 @@ class Recipe(BaseModel):
     eps: str | float = "8/255"
     step: str | float = "2/255"
     steps: int = Field(default=8, ge=0)
+    ramp: int = Field(default=0, ge=0)
     norm: str = "linf"
     start: Literal["clean", "random"] = "clean"
     groups: int = Field(default=56, ge=2)
@@ -98,6 +99,12 @@ class Recipe(BaseModel):
     def threat(self) -> Threat:
         """The adversary of training."""
         return Threat(norm=self.norm, eps=self.eps, step=self.step, steps=self.steps, start=self.start)
+
+    def threat_at(self, iteration: int) -> Threat:
+        """The adversary at a step of training: over the first ``ramp`` of them its eps and step grow evenly up to the full ones."""
+        full = self.threat
+        share = min(1.0, (iteration + 1) / self.ramp) if self.ramp else 1.0
+        return full.but(eps=share * full.radius, step=share * full.stride) if share < 1 else full
 
     def check(self) -> "Recipe":
         """The recipe itself, once every name in it is known and they fit together.

@@ -471,8 +471,8 @@ def test_the_adversary_of_training_grows(tmp_path: Path) -> None:
     assert [255 * t.radius for t in grown] == pytest.approx([2, 4, 8, 8])
     assert [255 * t.stride for t in grown] == pytest.approx([0.5, 1, 2, 2])
     assert make_recipe({**table, "ramp": 0}, "x").threat_at(0).eps == "8/255"
-    train(recipe(HM), tmp_path / "full")
-    train(recipe(HM, ramp=6), tmp_path / "grown")
+    train(recipe("digits-smallcnn-triplet-act"), tmp_path / "full")
+    train(recipe("digits-smallcnn-triplet-act", ramp=6), tmp_path / "grown")
     assert not same_weights(tmp_path / "full", tmp_path / "grown")
 
 

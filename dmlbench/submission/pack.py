@@ -170,7 +170,7 @@ def pack(
 def _least(e: Evaluation) -> int:
     """Of how many queries a bundle of the run holds images at the least."""
     shape = next((v.shape[1:] for n, v in e.sample.items() if v.ndim == 4 and not n.startswith("closeup/")), (1,))
-    return least_sample(e.dataset.name, shape)
+    return least_sample(e, shape)
 
 
 def _sealed(files: dict[str, bytes], e: Evaluation, sample: int) -> dict[str, bytes]:
@@ -204,7 +204,7 @@ def repacked(folder: Path) -> dict[str, bytes] | None:
     stale = superseded(e.protocol.name, e.protocol.sha256, e.model.id)
     current = {name: _read(folder / name) for name in LIMITS if (folder / name).exists()}
     files = {n: raw for n, raw in current.items() if n in ("submission.yaml", WEIGHTS)}
-    files = _sealed(files, e, min(STALE_SAMPLE, _least(e)) if stale else len(e.sample["rows"]))
+    files = _sealed(files, e, min(STALE_SAMPLE if stale else len(e.sample["rows"]), _least(e)))
     if files == current:
         return None
     if verification_of(folder).exists():

@@ -50,7 +50,7 @@ def replay(checked: Checked, embedder: Embedder, device: str = "auto") -> None:
     if not np.array_equal(subject.rows, e.arrays["query"]):
         raise refuse(2, f"{QUERIES} query", "are not the queries of the data set, in its order")
     problems = list(_clean_problems(e, subject, rules.clustering_seeds))
-    least = least_sample(e.dataset.name, dataset.images.shape)
+    least = least_sample(e, dataset.images.shape)
     keep = sample_positions(subject, max(least, len(e.sample["rows"])))
     if not np.array_equal(e.sample["rows"], subject.rows[keep]):
         raise refuse(2, f"{SAMPLE} rows", f"are not the fixed sample of queries, or its first {least} or more")

@@ -326,5 +326,5 @@ def _shape_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) 
             if values is None or values.shape != query.shape or values.dtype.kind != "f":
                 yield Problem(0, f"{QUERIES} {c.name}/{kind}", "is not one number for each query")
     rows = e.sample.get("rows")
-    if rows is None or rows.ndim != 1 or not np.isin(rows, query).all() or (not len(rows) and least_sample(d.name, ())):
+    if rows is None or rows.ndim != 1 or not np.isin(rows, query).all() or (not len(rows) and least_sample(e, ())):
         yield Problem(0, f"{SAMPLE} rows", "are not rows of queries")

@@ -10,6 +10,7 @@ from conftest import shared
 
 from dmlbench.datasets import DATASETS
 from dmlbench.errors import UsageError
+from dmlbench.results import load
 from dmlbench.submission import kept
 from dmlbench.submission.bundle import read_bundle
 from dmlbench.submission.kept import least_sample
@@ -21,20 +22,27 @@ FACES = Path(__file__).resolve().parent.parent / "leaderboard" / "submissions" /
 
 
 @pytest.mark.parametrize(
-    ("dataset", "shape", "count"),
+    ("dataset", "shape", "parts", "count"),
     [
-        ("digits", (1, 8, 8), 32),
-        ("omniglot-small", (1, 28, 28), 32),
-        ("cifar10", (3, 32, 32), 32),
-        ("grocery", (3, 128, 128), 2),
-        ("folder:/mine", (3, 224, 224), 1),
-        ("lfw", (3, 112, 96), 0),
-        ("market1501", (3, 256, 128), 0),
-        ("cub", (3, 224, 224), 0),
+        ("digits", (1, 8, 8), 10, 32),
+        ("omniglot-small", (1, 28, 28), 4, 32),
+        ("omniglot-small", (1, 28, 28), 10, 16),
+        ("cifar10", (3, 32, 32), 10, 4),
+        ("grocery", (3, 128, 128), 0, 2),
+        ("folder:/mine", (3, 224, 224), 10, 1),
+        ("lfw", (3, 112, 96), 10, 0),
+        ("market1501", (3, 256, 128), 10, 0),
+        ("cub", (3, 224, 224), 10, 0),
     ],
 )
-def test_how_many(dataset: str, shape: tuple[int, ...], count: int) -> None:
-    assert least_sample(dataset, shape) == count
+def test_how_many(dataset: str, shape: tuple[int, ...], parts: int, count: int) -> None:
+    """By the bytes of all parts whose images a search moved; where none were moved, a query has one image."""
+    e = load(FACES / "run")
+    measured = [e.measurements[0].model_copy(update={"component": f"part {i}"}) for i in range(parts)]
+    norms = {f"part {i}/norm": np.zeros(0) for i in range(parts)}
+    named = e.dataset.model_copy(update={"name": dataset})
+    run = e.model_copy(update={"dataset": named, "measurements": measured, "arrays": norms})
+    assert least_sample(run, shape) == count
 
 
 @pytest.fixture

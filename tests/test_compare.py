@@ -17,8 +17,9 @@ from synthetic import ENDS, evaluation, outcomes, rescale
 from dmlbench.board import add_row, from_evaluation
 from dmlbench.board.compare import Gate, as_junit, as_markdown, as_text, compare, compare_rows, sources
 from dmlbench.board.compare.gate import metric_name, named_gate, parse_drop, project_gate
-from dmlbench.board.compare.paired import pair
+from dmlbench.board.compare.paired import Paired, pair
 from dmlbench.board.compare.sources import find
+from dmlbench.board.compare.verdict import judge
 from dmlbench.board.row import partial_text
 from dmlbench.errors import DataError, NotComparable, UsageError
 from dmlbench.intervals import PERCENT, nmi_by_weight, nmi_interval, paired_intervals
@@ -110,6 +111,32 @@ def test_equal_outcomes_at_an_end_are_the_same_though_they_prove_little():
     first[0] = 100
     other = evaluation({**e.arrays, "LTM/value": first})
     assert metric(compare(e, other, Gate(max_drop={"LTM": 0.1})), "LTM").verdict == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("candidate", "interval", "verdict"),
+    [
+        (0.0392, (-0.0299, 0.003), "inconclusive"),  # a third less, as it may be by chance
+        (0.0392, None, "inconclusive"),
+        (0.0602, (-0.0021, 0.0018), "same"),
+        (0.0605, (0.0, 0.0), "same"),
+        (0.0392, (-0.0299, -0.003), "worse"),
+    ],
+)
+def test_lengths_are_the_same_where_they_are_near_by_their_own_size(candidate, interval, verdict):
+    for metric_of_length in ("smallest_eps", "dodging_smallest_eps", "certified_radius"):
+        assert judge(Paired(metric_of_length, False, 0.0605, candidate, interval), Gate()).verdict == verdict
+        strict = Gate(max_drop={metric_of_length: 0.0001})
+        assert judge(Paired(metric_of_length, False, 0.0605, 0.0605, (-0.02, 0.02)), strict).verdict == "inconclusive"
+
+
+def test_a_length_that_fell_is_written_with_its_digits():
+    ics, none = (
+        load(SUBMISSIONS / f"digits-smallcnn-triplet-{name}-strict" / "run") for name in ("hm-lga-ics", "none")
+    )
+    failures = compare(ics, none, Gate(max_drop={"smallest_eps": 0.001})).failures
+    told = next(f.message for f in failures if f.subject == "smallest_eps")
+    assert told == "smallest_eps fell by 0.0526 (95 % interval 0.0413 to 0.0735), 0.001 are allowed"
 
 
 def test_a_large_drop_is_a_regression_and_a_large_gain_is_not():

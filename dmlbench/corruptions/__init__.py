@@ -7,7 +7,7 @@ parameters, :class:`Size`, :class:`Draws`) to picture, where a picture is (H, W,
 
 Parameters are the published ones of ImageNet-C for 224 pixels and of CIFAR-10-C for 32; :class:`Size` says which hold for
 a picture and how lengths grow or shrink with it. The operations are our own: what differs from the published code is said
-at each (``frost``, ``glass_blur``, ``spatter`` and the rounding), so results are near the published sets and not the same.
+at each (``frost``, ``glass_blur``, ``spatter``, ``zoom_blur`` and the rounding), so results are near the published sets and not the same.
 """
 
 import hashlib

@@ -138,7 +138,10 @@ def _zoomed(x: Picture, factor: float) -> Picture:
 
 
 def zoom_blur(x: Picture, c: Parameters, size: Size, draws: Draws) -> Picture:
-    """The mean of the picture and of its enlargements by 1, 1 + step, ... up to the largest."""
+    """The mean of the picture and of its enlargements by 1, 1 + step, ... up to the largest.
+
+    At severity 1 the published code has one enlargement more, which its range of floats reaches by rounding.
+    """
     step, times = c[0], int(c[1])
     return (x + sum(_zoomed(x, 1.0 + step * k) for k in range(times))) / (times + 1)
 

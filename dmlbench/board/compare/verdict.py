@@ -8,7 +8,8 @@ inconclusive     it holds zero, but the difference or the interval is larger: to
                  classes) to tell; or there is no interval, and the metric fell further than allowed
 ===============  ===========================================================================
 
-A *regression*, which fails the gate, is a drop beyond what is allowed whose interval excludes zero.
+A *regression*, which fails the gate, is a drop beyond what is allowed whose interval excludes zero. A point of a length
+(a smallest eps, a radius) is a hundredth of the base's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 from dmlbench.board.compare.gate import DEFAULT_DROPS, Gate, metric_name
 from dmlbench.board.compare.paired import Paired, common, pair, unshared
 from dmlbench.board.compare.records import Comparison, Difference, Failure, Side, Verdict
-from dmlbench.board.row import CLEAN_COLUMNS, PARTS, Row, from_evaluation, superseded
+from dmlbench.board.row import CLEAN_COLUMNS, LENGTHS, PARTS, Row, from_evaluation, superseded
 from dmlbench.errors import NotComparable
 from dmlbench.intervals import DRAWS
 from dmlbench.kinds.table import numbers
@@ -36,7 +37,8 @@ REACH = 5.0
 def judge(paired: Paired, gate: Gate) -> Difference:
     """The verdict on one metric."""
     allowed = gate.allowed(paired.metric, paired.is_part)
-    margin = DEFAULT_DROPS["any" if paired.is_part else "ers"] if allowed is None else allowed
+    point = (paired.base or 0.0) / 100.0 if paired.metric in LENGTHS else 1.0
+    margin = point * DEFAULT_DROPS["any" if paired.is_part else "ers"] if allowed is None else allowed
     difference = None if paired.base is None or paired.candidate is None else paired.candidate - paired.base
     verdict: Verdict
     if difference is None:
@@ -48,7 +50,8 @@ def judge(paired: Paired, gate: Gate) -> Difference:
     elif paired.interval[1] < 0:
         verdict = "worse"
     else:
-        near = abs(difference) <= margin and max(-paired.interval[0], paired.interval[1]) <= REACH * max(margin, 0.2)
+        most = REACH * max(margin, 0.2 * point)
+        near = abs(difference) <= margin and max(-paired.interval[0], paired.interval[1]) <= most
         verdict = "same" if near or paired.unchanged else "inconclusive"
     return Difference(
         metric=paired.metric,
@@ -297,14 +300,10 @@ def _failures(
         if m.base is not None and m.candidate is None:
             out.append(Failure(kind="missing", subject=m.metric, message=f"{m.metric} has no value in the candidate"))
         elif m.regression and m.difference is not None and m.interval is not None:
-            out.append(
-                Failure(
-                    kind="regression",
-                    subject=m.metric,
-                    message=f"{m.metric} fell by {-m.difference:.2f} points "
-                    f"(95 % interval {-m.interval[1]:.2f} to {-m.interval[0]:.2f}), {m.allowed:g} are allowed",
-                )
-            )
+            unit, form = ("", ".3g") if m.metric in LENGTHS else (" points", ".2f")
+            fell, least, most = (format(-end, form) for end in (m.difference, m.interval[1], m.interval[0]))
+            text = f"{m.metric} fell by {fell}{unit} (95 % interval {least} to {most}), {m.allowed:g} are allowed"
+            out.append(Failure(kind="regression", subject=m.metric, message=text))
     if queries[1] < queries[0]:
         out.append(
             Failure(

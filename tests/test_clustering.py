@@ -313,6 +313,15 @@ def test_a_single_class_is_refused(model, short) -> None:
         evaluate(model, lonely, short)
 
 
+def test_queries_that_are_each_a_class_are_refused_before_anything_is_embedded(model, short, monkeypatch) -> None:
+    """Any clusters of them are right: NMI would be 100 whatever the attack does."""
+    images = TensorImages(Rng(0, torch.arange(10)).uniform(1, 8, 8))
+    people = RetrievalDataset("people", "test", images, np.arange(10, dtype=np.int64) % 5, query=np.arange(5))
+    monkeypatch.setattr(type(model), "forward", lambda *_: pytest.fail("embedded"))
+    with pytest.raises(UsageError, match="'people': each of the 5 queries .* a class of its own"):
+        evaluate(model, people, short)
+
+
 def test_from_the_command_line(typed, tmp_path) -> None:
     text = (FOLDER / "clustering.toml").read_text()
     for long, few in (("steps = 50", "steps = 5"), ("restarts = 8", "restarts = 2"), ("look = 10", "look = 5")):

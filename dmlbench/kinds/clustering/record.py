@@ -14,10 +14,11 @@ from dmlbench.intervals import Ends, nmi_interval
 from dmlbench.kinds import page as md
 from dmlbench.kinds.base import CLOSE, Curve, Form, Job, Kind, Line, Number, Percent, Point, Points, Sheet, text_of
 from dmlbench.kinds.clustering import checks
-from dmlbench.kinds.clustering.search import run
+from dmlbench.kinds.clustering.search import numbered, run
 from dmlbench.kinds.clustering.summary import components, restarts
 from dmlbench.protocol import Protocol, repeated
 from dmlbench.results import Evaluation
+from dmlbench.run.subject import measured_queries
 
 
 class NumbersForm(Form):
@@ -149,6 +150,16 @@ def check(p: Protocol) -> None:
         raise UsageError("[joint], and attacks that need all images at once, do nothing without each other")
 
 
+def require(rules: Protocol, dataset: RetrievalDataset, seed: int) -> None:
+    """That the queries are of two classes or more, and not each of its own.
+
+    Raises:
+        UsageError: they are not.
+    """
+    measured = measured_queries(len(dataset.query), rules.queries)
+    numbered(dataset.name, dataset.labels[dataset.query[measured]])
+
+
 def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
     """Every attack at every eps but unions, which are k-means alone."""
     for part in components(p, dataset.images.shape):
@@ -222,6 +233,7 @@ CLUSTERING = Kind(
     components=components,
     within=True,
     whole_set=True,
+    require=require,
     averages=False,
     optimizers=lambda p: {"pgd"},
     jobs=jobs,

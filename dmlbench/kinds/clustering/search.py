@@ -256,7 +256,7 @@ def run(
     others' images comes after all of them, and is done once.
 
     Raises:
-        UsageError: fewer than two classes are measured.
+        UsageError: the classes cannot be found by clustering.
     """
     work = work or Work()
     labels, shape = subject.scene.labels.cpu().numpy(), subject.dataset.images.shape
@@ -301,18 +301,34 @@ def run(
     return Outcome(parts, seconds, arrays, sample, extras, nonfinite=nonfinite)
 
 
+def numbered(dataset: str, labels: np.ndarray) -> np.ndarray:
+    """(N,) the classes of the measured images, from 0.
+
+    Raises:
+        UsageError: they are all alike, or all different, so that any clusters would be right.
+    """
+    names, true = np.unique(labels, return_inverse=True)
+    if len(names) == 1:
+        raise UsageError(f"data set {dataset!r} has a single class: there is nothing to cluster")
+    if len(names) == len(labels):
+        raise UsageError(
+            f"data set {dataset!r}: each of the {len(labels)} queries that would be clustered is a class of its own, so there is "
+            "nothing to cluster"
+        )
+    return true
+
+
 def groups(subject: Subject, protocol: Protocol, work: Work | None = None) -> dict[bool, np.ndarray]:
     """(N,) the group of each image, from 0: True by class, False by cluster of the clean embeddings.
 
     Raises:
-        UsageError: fewer than two classes are measured.
+        UsageError: the classes cannot be found by clustering.
     """
-    names, true = np.unique(subject.scene.labels.cpu().numpy(), return_inverse=True)
-    if len(names) < 2:
-        raise UsageError(f"data set {subject.dataset.name!r} has a single class: there is nothing to cluster")
+    true = numbered(subject.dataset.name, subject.scene.labels.cpu().numpy())
 
     def clean_clusters() -> Arrays:
-        return {"clusters": kmeans(subject.scene.clean.cpu().numpy(), len(names), protocol.clustering_seeds[0])}
+        count = int(true.max()) + 1
+        return {"clusters": kmeans(subject.scene.clean.cpu().numpy(), count, protocol.clustering_seeds[0])}
 
     clean = (work or Work()).once("clean clusters", len(true), clean_clusters)
     return {True: true, False: np.unique(clean["clusters"], return_inverse=True)[1]}

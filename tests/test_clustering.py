@@ -318,7 +318,7 @@ def test_queries_that_are_each_a_class_are_refused_before_anything_is_embedded(m
     images = TensorImages(Rng(0, torch.arange(10)).uniform(1, 8, 8))
     people = RetrievalDataset("people", "test", images, np.arange(10, dtype=np.int64) % 5, query=np.arange(5))
     monkeypatch.setattr(type(model), "forward", lambda *_: pytest.fail("embedded"))
-    with pytest.raises(UsageError, match="'people': each of the 5 queries .* a class of its own"):
+    with pytest.raises(UsageError, match=r"'people': each of the 5 queries .* a class of its own"):
         evaluate(model, people, short)
 
 

@@ -329,7 +329,8 @@ def test_spread_is_a_length_in_every_space(tmp_path: Path) -> None:
 @pytest.mark.parametrize("held", training.RUN_FILES)
 def test_what_a_run_left_is_not_written_over(held: str, tmp_path: Path) -> None:
     (tmp_path / held).write_text("mine")
-    with pytest.raises(UsageError, match="already holds a run"):
+    how = "resume it with --resume" if held == "state.pt" else "no state.pt to resume from"
+    with pytest.raises(UsageError, match=f"already holds a run .*{how}"):
         train(recipe(), tmp_path)
     assert (tmp_path / held).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
@@ -569,6 +570,8 @@ def test_two_processes_learn_one_model(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(training.__file__).parent.parent)},
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"{HM} 3/3") == 1, "the log is told twice"
+    assert read_entry(tmp_path / "two")[1].train.command.startswith("torchrun --nproc-per-node 2 -m dmlbench train ")
     found = load_file(tmp_path / "two" / "last.safetensors")
 
     r = recipe(iterations=3)

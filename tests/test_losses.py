@@ -44,6 +44,18 @@ def test_packaged_triplet_is_ours(space: str) -> None:
     torch.testing.assert_close(theirs, triplet(hardness(DISTANCES[space], e[rows]), 0.3).mean(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("space", list(DISTANCES))
+def test_margins_of_the_packaged_contrastive_loss_are_distances(space: str) -> None:
+    """Of the cosine space too, where the package takes similarities."""
+    e, labels = embedded(space)
+    d = DISTANCES[space].pairwise(e, e)
+    same = (labels[:, None] == labels[None, :]) & ~torch.eye(len(e), dtype=torch.bool)
+    other = labels[:, None] != labels[None, :]
+    expected = (d[same] - 0.1).relu().mean() + (0.9 - d[other]).relu().mean()
+    found = build_loss("contrastive", 3, 4, DISTANCES[space], {"pos_margin": 0.1, "neg_margin": 0.9})(e, labels)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_proxy_anchor_of_one_image_is_the_packaged_loss_of_that_batch() -> None:
     e, labels = embedded(classes=4)
     loss = build_loss("proxy-anchor", 4, 4, DISTANCES["N"], {})

@@ -329,7 +329,8 @@ def test_spread_is_a_length_in_every_space(tmp_path: Path) -> None:
 @pytest.mark.parametrize("held", training.RUN_FILES)
 def test_what_a_run_left_is_not_written_over(held: str, tmp_path: Path) -> None:
     (tmp_path / held).write_text("mine")
-    with pytest.raises(UsageError, match="already holds a run"):
+    how = "resume it with --resume" if held == "state.pt" else "no state.pt to resume from"
+    with pytest.raises(UsageError, match=f"already holds a run .*{how}"):
         train(recipe(), tmp_path)
     assert (tmp_path / held).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
@@ -384,6 +385,37 @@ def test_a_resume_mends_lost_weights_and_refuses_another_state(tmp_path: Path) -
         ([HM, "--set", "defense_params.ics=Infinity"], 2, "defense_params.ics must be a finite number"),
         ([HM, "--threads", "100000"], 2, "threads"),
         (["digits-smallcnn-proxyanchor-at", "--set", "loss_params.alpha=abc"], 2, "alpha = 'abc' must be a number"),
+        (
+            ["digits-smallcnn-proxyanchor-at", "--set", "loss_params.num_classes=9"],
+            2,
+            "unknown parameter 'num_classes'",
+        ),
+        (
+            ["digits-smallcnn-triplet-none", "--set", "loss_params.reducer=mean"],
+            2,
+            "unknown parameter 'reducer' of the loss",
+        ),
+        (
+            ["digits-smallcnn-triplet-none", "--set", "loss_params.triplets_per_anchor=3"],
+            2,
+            "unknown parameter 'triplets_per_anchor'",
+        ),
+        (["digits-smallcnn-triplet-none", "--set", "loss_params.margin=0.5"], 2, "the key margin"),
+        (
+            ["digits-smallcnn-triplet-none", "--set", "loss=margin", "--set", "loss_params.num_classes=3"],
+            2,
+            "num_classes = 3 must be 5",
+        ),
+        (
+            ["digits-smallcnn-proxyanchor-noise", "--set", "defense_params.sampling=M"],
+            2,
+            "chooses its own pairs: defense_params.sampling would do nothing",
+        ),
+        (
+            ["digits-smallcnn-proxyanchor-noise", "--set", "defense_params.sampling=M", "--set", "margin=0.1"],
+            2,
+            "margin is the triplet loss's",
+        ),
         (["digits-smallcnn-proxyanchor-trades", "--set", "defense_params.beta=-6.0"], 2, "beta -6.0 must be 0"),
         ([HM, "--set", "arch_kwargs.width=-1"], 2, "negative dimension"),
         ([HM, "--set", "groups=1000000"], 2, "2000000 images a step, at most 1000000"),
@@ -549,6 +581,8 @@ def test_two_processes_learn_one_model(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(training.__file__).parent.parent)},
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"{HM} 3/3") == 1, "the log is told twice"
+    assert read_entry(tmp_path / "two")[1].train.command.startswith("torchrun --nproc-per-node 2 -m dmlbench train ")
     found = load_file(tmp_path / "two" / "last.safetensors")
 
     r = recipe(iterations=3)

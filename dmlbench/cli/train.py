@@ -176,7 +176,7 @@ def train(
                     f"  spread {row.spread:.2f}"
                 )
                 bars.update(task, completed=row.iteration, note=note)
-                if not stderr.is_terminal:
+                if world.leads and not stderr.is_terminal:
                     click.echo(f"{chosen.id} {row.iteration}/{chosen.iterations} {note}", err=True)
 
             done = run_training(

@@ -251,7 +251,8 @@ def train(
         if world.leads and not (folder / "last.safetensors").exists():
             store("last")
     elif held := [name for name in RUN_FILES if (folder / name).exists()]:
-        raise UsageError(f"{folder} already holds a run ({held[0]}): resume it with --resume, or name another folder")
+        how = "resume it with --resume" if held[0] == "state.pt" else "it has no state.pt to resume from, so remove it"
+        raise UsageError(f"{folder} already holds a run ({held[0]}): {how}, or name another folder")
     if world.leads:
         prepare_folder(folder)
     world.share(learner)
@@ -319,5 +320,5 @@ def train(
             write_atomic(folder / "log.csv", log_bytes(rows))
             save_state(folder, recipe, learner, optimizer, rows, best, world.size, origin, dataset.sha256)
         judge()
-    entry = finish(folder, recipe, preprocess, learner.embedder, origin) if world.leads else {}
+    entry = finish(folder, recipe, preprocess, learner.embedder, origin, world.size) if world.leads else {}
     return Trained(folder, tuple(rows), entry)

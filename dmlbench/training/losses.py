@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dmlbench.embedding import Distance
 from dmlbench.errors import UsageError
-from dmlbench.registry import Registry
+from dmlbench.registry import Registry, suggest
 
 MARGIN = 0.2
 """The field's triplet margin γ on the unit sphere."""
@@ -84,12 +84,29 @@ def _space(distance: Distance) -> Any:
     return distances.LpDistance(normalize_embeddings=distance.normalized, p=2)
 
 
-def _pml(name: str, *, space: bool = False, **fixed: Any) -> Callable[[int, int, Distance, dict[str, Any]], nn.Module]:
-    """A builder of pytorch-metric-learning's loss ``name``; ``space`` where any distance will do."""
+def _pml(
+    name: str, *, space: bool = False, ours: tuple[str, ...] = (), **fixed: Any
+) -> Callable[[int, int, Distance, dict[str, Any]], nn.Module]:
+    """A builder of pytorch-metric-learning's loss ``name``; ``space`` where any distance will do, ``ours`` are parameters
+    that would do nothing here."""
 
     def build(classes: int, dim: int, distance: Distance, params: dict[str, Any]) -> nn.Module:
         from pytorch_metric_learning import losses, reducers
 
+        kind = getattr(losses, name)
+        base = losses.BaseMetricLossFunction  # whose own parameters are objects, and weights of these
+        own = [c for c in kind.__mro__ if issubclass(c, base) and c is not base]
+        signatures = [p for c in own for p in inspect.signature(c).parameters.values()]
+        takes = {p.name for p in signatures if p.default is not p.empty} - {*ours}
+        for key, value in params.items():
+            if key not in takes:
+                raise UsageError(f"unknown parameter {key!r} of the loss{suggest(key, sorted(takes))}")
+            if not isinstance(value, (int, float)):
+                raise UsageError(f"loss parameter {key} = {value!r} must be a number")
+        if params.get("num_classes", classes) != classes:
+            raise UsageError(
+                f"loss parameter num_classes = {params['num_classes']} must be {classes}, as many as are learnt"
+            )
         given: dict[str, Any] = {**fixed, **params}
         if space:
             given["distance"] = _space(distance)
@@ -98,16 +115,9 @@ def _pml(name: str, *, space: bool = False, **fixed: Any) -> Callable[[int, int,
         if name in ("ProxyAnchorLoss", "ProxyNCALoss", "NormalizedSoftmaxLoss"):
             given |= {"num_classes": classes, "embedding_size": dim}
         if name == "ContrastiveLoss" and distance.metric == "cosine":
-            # The package's cosine is a similarity: a positive margin of 1, a negative one of 1 - margin.
-            given |= {"pos_margin": 1.0, "neg_margin": 1.0 - given.get("neg_margin", 1.0)}
-        for key, parameter in inspect.signature(getattr(losses, name)).parameters.items():
-            default = parameter.default
-            if key in params and isinstance(default, (int, float)) and not isinstance(params[key], (int, float)):
-                raise UsageError(f"loss parameter {key} = {params[key]!r} must be a number")
-        try:
-            loss: nn.Module = getattr(losses, name)(**given)
-        except TypeError as error:
-            raise UsageError(f"loss parameters {params}: {error}") from None
+            # The package's cosine is a similarity: each margin is 1 - that of the distance.
+            given |= {key: 1.0 - given.get(key, of) for key, of in (("pos_margin", 0.0), ("neg_margin", 1.0))}
+        loss: nn.Module = kind(**given)
         return loss
 
     return build
@@ -126,7 +136,8 @@ LOSSES: Registry[LossEntry] = Registry(
     "loss",
     {
         "triplet": LossEntry(
-            _pml("TripletMarginLoss", space=True, margin=MARGIN), "triplet margin loss (Schroff et al., CVPR 2015)"
+            _pml("TripletMarginLoss", space=True, ours=("triplets_per_anchor",), margin=MARGIN),
+            "triplet margin loss (Schroff et al., CVPR 2015)",
         ),
         "contrastive": LossEntry(
             _pml("ContrastiveLoss", space=True), "pairs pulled to 0, pushed to the margin (Hadsell et al., CVPR 2006)"

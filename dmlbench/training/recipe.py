@@ -150,7 +150,8 @@ class Recipe(BaseModel):
 
     def idle(self) -> list[str]:
         """One sentence for each key that was set and would do nothing."""
-        given, params = self.defense_params, DEFENSES[self.defense].parameters(self.defense_params)
+        entry, given = DEFENSES[self.defense], self.defense_params
+        params = entry.parameters(given)
         out = []
         if self.init is None and self.init_without:
             out.append("init_without is of the weights that init names: without init it would do nothing")
@@ -161,13 +162,15 @@ class Recipe(BaseModel):
         if self.init == PUBLISHER and not self.of_a_library:
             out.append(f"init 'pretrained' is of timm's and torchvision's networks, not of {self.arch!r}")
         if self.loss != "triplet":
-            mines = params.get("sampling") == "M" and self.defense not in ("none", "est")
+            mines = params.get("sampling") == "M" and not entry.outer
             if self.margin != Recipe.model_fields["margin"].default and not mines:
                 out.append(
                     f"margin is the triplet loss's: with loss {self.loss!r} it would do nothing; see loss_params"
                 )
-            if "sampling" in given and self.defense in ("none", "est"):
+            if "sampling" in given and entry.outer:
                 out.append(f"loss {self.loss!r} chooses its own pairs: defense_params.sampling would do nothing")
+        elif "margin" in self.loss_params:
+            out.append("the triplet loss's margin is the key margin: loss_params.margin would leave mining another")
         elif self.defense == "robust" and "negative_margin" in given:
             out.append("negative_margin is the contrastive loss's: with loss 'triplet' it would do nothing")
         if self.defense == "hm" and "constant" in given and params["destination"] != "constant":

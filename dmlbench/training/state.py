@@ -118,12 +118,14 @@ def read_state(folder: Path, recipe: Recipe, processes: int, data: str) -> dict[
 
 
 def finish(
-    folder: Path, recipe: Recipe, preprocess: Preprocess, embedder: Embedder, begun: str | None
+    folder: Path, recipe: Recipe, preprocess: Preprocess, embedder: Embedder, begun: str | None, processes: int
 ) -> dict[str, Any]:
-    """Write ``checkpoint.json``, the registry entry of the last weights as they are stored, and return it."""
+    """Write ``checkpoint.json``, the registry entry of the last weights as they are stored, and return it; its command
+    trains by as many processes."""
     path = folder / "last.safetensors"
     entry = checkpoint_entry(recipe, preprocess, begun)
     threads = torch.get_num_threads() if embedder.device.type == "cpu" else None
+    command = entry.train.command if threads is None else f"{entry.train.command} --threads {threads}"
     embedder = embedder.cpu().eval()
     fill(embedder.network, read_weights(path), str(path))
     probe = probe_images(embedder.input_shape)
@@ -133,7 +135,7 @@ def finish(
         update={
             "train": entry.train.model_copy(
                 update={
-                    "command": entry.train.command if threads is None else f"{entry.train.command} --threads {threads}",
+                    "command": command if processes == 1 else f"torchrun --nproc-per-node {processes} -m {command}",
                     "torch": torch.__version__,
                     "threads": threads,
                 }

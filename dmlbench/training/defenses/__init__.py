@@ -45,6 +45,7 @@ class DefenseEntry:
         losses: the losses it is defined on; empty for any.
         ensemble: True where the network must be an ensemble.
         norms: further sets of batch norms that it trains with; where there are any, the network must have batch norms.
+        outer: True where its loss is :meth:`Learner.outer`'s, which mines triplets for the triplet loss alone.
     """
 
     step: Step
@@ -53,6 +54,7 @@ class DefenseEntry:
     losses: tuple[str, ...] = ("triplet",)
     ensemble: bool = False
     norms: int = 0
+    outer: bool = False
     defaults: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,9 +127,9 @@ _TRADES = Paper(
 DEFENSES: Registry[DefenseEntry] = Registry(
     "defence",
     {
-        "none": DefenseEntry(none, "no defence: the loss on clean images", losses=()),
-        "noise": DefenseEntry(noise, "the loss on images with Gaussian noise", _SMOOTHING, losses=()),
-        "est": DefenseEntry(est, "EST: the loss on images moved by embedding shift", _RANK, losses=()),
+        "none": DefenseEntry(none, "no defence: the loss on clean images", losses=(), outer=True),
+        "noise": DefenseEntry(noise, "the loss on images with Gaussian noise", _SMOOTHING, losses=(), outer=True),
+        "est": DefenseEntry(est, "EST: the loss on images moved by embedding shift", _RANK, losses=(), outer=True),
         "act": DefenseEntry(act, "ACT: positive and negative drawn together", _RANK),
         "min-max": DefenseEntry(min_max, "Madry's min-max on the triplet loss (collapses)", _PGD),
         "hm": DefenseEntry(hm, "HM[S,D]: hardness raised to a destination; with ICS where ics > 0", _HM),
@@ -141,6 +143,7 @@ DEFENSES: Registry[DefenseEntry] = Registry(
             _MDPROP,
             losses=(),
             norms=2,
+            outer=True,
         ),
         "at": DefenseEntry(at, "AT: proxy-anchor on images that maximise it", _PGD, losses=("proxy-anchor",)),
         "trades": DefenseEntry(

@@ -214,9 +214,11 @@ def test_no_name_of_a_part_is_cut(env, whole, typed) -> None:
 
 OTHER_TYPES = """
 import numpy as np
+import torch
 from torch import nn
-from dmlbench import load_model
-from dmlbench.errors import UsageError
+from dmlbench import RetrievalDataset, TensorImages, evaluate, load_model
+from dmlbench.datasets import ArrayImages
+from dmlbench.errors import DataError, UsageError
 from dmlbench.task import Options
 
 cases = [
@@ -243,6 +245,39 @@ for call, given, said in cases:
         assert str(error) == said, error
     else:
         raise AssertionError(given)
+def images(given):
+    class Given:
+        shape = (1, 8, 8)
+        __len__ = lambda self: 120
+        __getitem__ = lambda self, rows: given[rows]
+        content = lambda self: b""
+    return Given()
+
+def measured(images):
+    labels = np.arange(120) % 4
+    return evaluate("digits-smallcnn-triplet-none", RetrievalDataset("mine", "test", images, labels), "ers-digits", limit=4)
+
+x = np.random.default_rng(0).random((120, 1, 8, 8)).astype(np.float32)
+t = torch.from_numpy(x)
+for make, given, said in (
+    (TensorImages, x, "images must be a float tensor (N, C, H, W), not float32 ndarray (120, 1, 8, 8)"),
+    (TensorImages, t[:0], "images must be a float tensor (N, C, H, W), not torch.float32 Tensor (0, 1, 8, 8)"),
+    (ArrayImages, x, "images must be an array of integers (N, C, H, W), not float32 ndarray (120, 1, 8, 8)"),
+    (ArrayImages, t.byte(), "images must be an array of integers (N, C, H, W), not torch.uint8 Tensor"),
+    (lambda x: x, t, "data set 'mine': images are torch.float32 Tensor (120, 1, 8, 8): give TensorImages(tensor)"),
+    (images, t * 2 - 0.5, "the data set's images must lie in [0, 1], and are from -0.4"),
+    (images, t.double(), "the data set's images must be float32 (120, 1, 8, 8), and it gave torch.float64"),
+    (images, x, "the data set's images must be float32 (120, 1, 8, 8), and it gave a ndarray"),
+    (images, t.repeat(1, 1, 2, 1), "and it gave torch.float32 (120, 1, 16, 8)"),
+    (lambda x: ArrayImages(x, top=16), (255 * x).astype(np.uint8), "the data set's images must lie in [0, 1]"),
+):
+    try:
+        measured(make(given))
+    except DataError as error:
+        assert said in str(error), error
+    else:
+        raise AssertionError(said)
+assert TensorImages(t.clone().requires_grad_()).content() == TensorImages(t).content()
 assert Options(seed=np.int64(2**62), limit=np.int32(8)) == Options(seed=2**62, limit=8)
 assert load_model(nn.Flatten(), input_shape=np.array([1, 8, 8])).input_shape == (1, 8, 8)
 """

@@ -7,17 +7,20 @@ Euclidean; the default), ``C`` (L2-normalised, 1 - cosine), ``E`` (not normalise
 
 import copy
 import hashlib
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dmlbench.checkpoints import Checkpoint
-from dmlbench.errors import DataError, DmlbenchError
+from dmlbench.checkpoints import Checkpoint, normalisation_problem
+from dmlbench.errors import DataError, DmlbenchError, UsageError
 from dmlbench.files import described
 from dmlbench.preprocess import Preprocess
 from dmlbench.registry import Registry
@@ -138,6 +141,9 @@ class Embedder(nn.Module):
         eot: passes that an attack averages by default, if ``front`` is random; else None.
         lipschitz: L of which its author claims ``|f(x) - f(x')|₂ ≤ L |x - x'|₂``, f being the embeddings as they are compared and x pixels
             in [0, 1]; None where nothing is claimed.
+
+    Raises:
+        UsageError: a shape, mean, std or distance that is none.
     """
 
     mean: Tensor
@@ -148,18 +154,19 @@ class Embedder(nn.Module):
         network: nn.Module,
         input_shape: tuple[int, int, int],
         *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Sequence[float] | np.ndarray | Tensor | None = None,
+        std: Sequence[float] | np.ndarray | Tensor | None = None,
         distance: Distance = DISTANCES["N"],
         name: str = "custom",
         preprocess: Preprocess | None = None,
     ) -> None:
         super().__init__()
-        channels = input_shape[0]
+        if not isinstance(distance, Distance):
+            raise UsageError(f"distance must be one of DISTANCES, e.g. DISTANCES['N'], not {distance!r}")
         self.network = network
-        self.input_shape = input_shape
+        self.input_shape = _image_shape(input_shape)
         self.distance = distance
-        self.name = name
+        self.name = str(name)
         self._preprocess = preprocess
         self.card: Checkpoint | None = None
         self.weights_sha256: str | None = None
@@ -173,14 +180,24 @@ class Embedder(nn.Module):
         self.lipschitz: float | None = None
         self.eot: int | None = None
         self.identity = mean is None and std is None
-        self.register_buffer("mean", torch.tensor(mean or [0.0] * channels).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std or [1.0] * channels).view(1, -1, 1, 1))
+        self.register_buffer("mean", _per_channel("mean", mean, 0.0, self.input_shape[0]))
+        self.register_buffer("std", _per_channel("std", std, 1.0, self.input_shape[0]))
+        if problem := normalisation_problem(self.mean.flatten().tolist(), self.std.flatten().tolist(), 1.0):
+            raise UsageError(problem)
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.input_shape))
         count = sum(p.numel() for p in self.parameters())
         of = f", {self.arch}" if self.arch else ""
         return f"<Embedder {self.name}{of}, images {size}, space {self.distance.space}, {count:,} parameters>"
+
+    def train(self, mode: bool = True) -> "Embedder":
+        """As of any module; but no part stays in training mode after :meth:`eval`, whatever its own ``train`` does."""
+        super().train(mode)
+        for part in self.modules():
+            if part.training and not mode:
+                part.training = False
+        return self
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         stepping = torch.is_grad_enabled() and images.requires_grad
@@ -267,6 +284,47 @@ class Embedder(nn.Module):
         twin.steps = None
         twin.eval()
         return twin if device is None else twin.to(device)
+
+
+@contextmanager
+def modes_kept(*modules: object) -> Iterator[None]:
+    """Within it modules may be put into eval mode; after it each of their parts is in the mode that it had."""
+    before = [(part, part.training) for module in modules if isinstance(module, nn.Module) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, mode in before:
+            part.training = mode
+
+
+def _image_shape(given: Iterable[int]) -> tuple[int, int, int]:
+    """(C, H, W).
+
+    Raises:
+        UsageError: these are not three whole numbers above 0.
+    """
+    try:
+        channels, height, width = map(operator.index, given)
+    except (TypeError, ValueError):
+        channels = height = width = 0
+    if min(channels, height, width) < 1:
+        raise UsageError(f"input_shape must be (channels, height, width), whole numbers above 0, not {given!r}")
+    return channels, height, width
+
+
+def _per_channel(what: str, given: object, default: float, channels: int) -> Float[Tensor, "1 c 1 1"]:
+    """Numbers per channel, or one for all, as images are moved by.
+
+    Raises:
+        UsageError: another count than ``channels``, or no numbers.
+    """
+    try:
+        values = torch.as_tensor([default] * channels if given is None else given, dtype=torch.float32).flatten()
+    except (TypeError, ValueError, RuntimeError):
+        raise UsageError(f"{what} must be a number for each channel, not {given!r}") from None
+    if len(values) not in (1, channels):
+        raise UsageError(f"{what} has {len(values)} values for {channels} channels")
+    return values.detach().clone().view(1, -1, 1, 1)
 
 
 def _folded(network: nn.Module, shape: tuple[int, int, int], device: torch.device) -> nn.Module:

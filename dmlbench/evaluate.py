@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from dmlbench.datasets import RetrievalDataset
 from dmlbench.doubts.audit import examine, glance
 from dmlbench.doubts.checks import doubts_about
 from dmlbench.doubts.evidence import Finding
-from dmlbench.embedding import Embedder
+from dmlbench.embedding import Embedder, modes_kept
 from dmlbench.errors import ShardDone, UsageError
 from dmlbench.fast.compiled import Steps
 from dmlbench.fast.exact import true_float32
@@ -57,11 +58,10 @@ def benign_arrays(subject: Subject, seeds: Sequence[int]) -> dict[str, np.ndarra
     return out
 
 
-@true_float32()
 def evaluate(
     model: Embedder | torch.nn.Module | str,
     dataset: RetrievalDataset | str | None = None,
-    protocol: Protocol | str | None = None,
+    protocol: Protocol | Path | str | None = None,
     options: Options | None = None,
     **changes: Any,
 ) -> Evaluation:
@@ -83,7 +83,19 @@ def evaluate(
         NotComparable: what ``work`` keeps is of another configuration (3).
         ShardDone: ``work`` is a shard, which is finished; the rest is for the others.
     """
-    clock, o = Clock(), replace(options or Options(), **changes)
+    o = replace(options or Options(), **changes)
+    with modes_kept(model, o.surrogate), torch.inference_mode(False), true_float32():
+        return measured(model, dataset, protocol, o)
+
+
+def measured(
+    model: Embedder | torch.nn.Module | str,
+    dataset: RetrievalDataset | str | None,
+    protocol: Protocol | Path | str | None,
+    o: Options,
+) -> Evaluation:
+    """:func:`evaluate`, within the surroundings that it makes."""
+    clock = Clock()
     progress, work = o.progress or Silent(), o.work or Work()
     task = Task.of(model, dataset, protocol, o)
     size, earlier = task.agree(work), work.units.spent() if work.units else 0.0
@@ -108,13 +120,13 @@ def evaluate(
         finished = f"shard {work.shard.index}/{work.shard.count} is finished"
         raise ShardDone("; ".join([*notes_of(subject, task), finished]))
     clock.done("attacks")
-    measured = Measured(task, subject, clean, attacked_parts, outcome, looked)
-    doubts, audit = measured.doubts(size) if work.world.leads else ((), [])
-    evaluation = measured.evaluation(doubts, audit)
+    found = Measured(task, subject, clean, attacked_parts, outcome, looked)
+    doubts, audit = found.doubts(size) if work.world.leads else ((), [])
+    evaluation = found.evaluation(doubts, audit)
     clock.done("checks")
     stages = {**({"before": earlier} if earlier else {}), **clock.seconds}
     return evaluation.model_copy(update={"seconds": sum(stages.values()), "stages": stages}).with_arrays(
-        measured.arrays, measured.sample
+        found.arrays, found.sample
     )
 
 

@@ -4,6 +4,7 @@ A :class:`Task` is made before anything is embedded, so that what cannot be meas
 for each field of the identity how to read it from a task and from a finished result: a resumed run compares the two.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -89,8 +90,20 @@ class Options:
     shared: dict[str, Arrays] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "limit"):
-            if (value := getattr(self, name)) is not None and value < 1:
+        for name, such in (("attacks", ["CA+"]), ("eps", ["8/255"])):
+            value = getattr(self, name)
+            listed = isinstance(value, Sequence) and not isinstance(value, str)
+            if value is not None and not (listed and all(isinstance(one, str) for one in value)):
+                raise UsageError(f"{name} must be a list of strings such as {such}, not {value!r}")
+        for name in ("batch_size", "limit", "seed", "eot"):
+            if (value := getattr(self, name)) is None:
+                continue
+            try:
+                value = operator.index(value)
+            except TypeError:
+                raise UsageError(f"{name} must be a whole number, not {value!r}") from None
+            object.__setattr__(self, name, value)
+            if name in ("batch_size", "limit") and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value} must be 1 or more")
         if self.seed is not None and self.seed not in SEEDS:
             raise UsageError(f"--seed {self.seed} must be from 0 to {SEEDS.stop - 1}")
@@ -119,7 +132,7 @@ class Task:
     def of(
         model: Embedder | torch.nn.Module | str,
         dataset: RetrievalDataset | str | None,
-        protocol: Protocol | str | None,
+        protocol: Protocol | Path | str | None,
         options: Options,
     ) -> "Task":
         """The task, with everything loaded and checked, but nothing embedded.

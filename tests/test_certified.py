@@ -35,7 +35,7 @@ from dmlbench.kinds.certified.measure import (
     within,
 )
 from dmlbench.kinds.table import numbers_of
-from dmlbench.protocols import FOLDER, PROTOCOLS, load_protocol
+from dmlbench.protocols import FOLDER, PROTOCOLS, _packaged, load_protocol
 from dmlbench.protocols.reading import read_protocol
 from dmlbench.results import save
 from dmlbench.run.subject import prepare
@@ -338,7 +338,7 @@ def test_a_bundle_passes_up_to_the_rerun(model, digits, tmp_path, monkeypatch) -
     path = tmp_path / "certified.toml"
     path.write_text(text.replace("alpha = 0.001", "alpha = 0.9").replace("queries = 500", "queries = 40"))
     monkeypatch.setitem(PROTOCOLS._entries, "certified", path)
-    load_protocol.cache_clear()
+    _packaged.cache_clear()
     try:
         save(evaluate(model, digits, "certified", device="cpu"), tmp_path / "run")
         said = draft(tmp_path / "run", checkpoints()[MODEL]).replace("license: FILL-IN", "license: MIT")
@@ -347,7 +347,7 @@ def test_a_bundle_passes_up_to_the_rerun(model, digits, tmp_path, monkeypatch) -
         write_folder(files, tmp_path / "bundle")
         report = validate(tmp_path / "bundle", 3, device="cpu", seed=0, share=0.0, least=8)
     finally:
-        load_protocol.cache_clear()
+        _packaged.cache_clear()
     assert report.status == "accepted" and report.passed == (0, 1, 2, 3), report.problems
 
 

@@ -18,7 +18,7 @@ from dmlbench.kinds.halves import halves
 from dmlbench.kinds.poison import search as poison
 from dmlbench.kinds.sides import search as sides
 from dmlbench.kinds.table import KINDS, numbers_of
-from dmlbench.protocols import PROTOCOLS, load_protocol
+from dmlbench.protocols import PROTOCOLS, _packaged, load_protocol
 from dmlbench.protocols.reading import read_protocol
 from dmlbench.results import load, save
 from dmlbench.run.subject import prepare
@@ -84,10 +84,10 @@ def short(tmp_path, monkeypatch):
         settings = settings_text(rule.settings)
         path.write_text(PROTOCOLS_TEXT.format(name=name, steps=rule.threat["steps"], settings=settings))
         monkeypatch.setitem(PROTOCOLS._entries, name, path)
-        load_protocol.cache_clear()
+        _packaged.cache_clear()
 
     yield stand_in
-    load_protocol.cache_clear()
+    _packaged.cache_clear()
 
 
 # --- every kind ----------------------------------------------------------------------------------------

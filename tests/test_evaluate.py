@@ -62,6 +62,30 @@ def test_the_same_run_gives_the_same_bits(model, short, whole) -> None:
     assert again.ers == whole.ers and again.ers_interval == whole.ers_interval
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_gradients_are_made_whatever_the_caller_has_turned_off(mode) -> None:
+    def value(network: torch.nn.Module) -> float | None:
+        model = dmlbench.load_model(network, input_shape=(1, 8, 8))
+        return evaluate(model, "digits", "ers-digits", attacks=["CA+"], limit=4).measurements[0].value
+
+    with mode():
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8))
+        within = value(network)
+    assert within == value(network)
+
+
+def test_a_protocol_file_that_was_changed_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    for eps in ("8/255", "16/255"):
+        path.write_text(
+            f'''name = "mine"\nversion = "1"\nkind = "parts"\ntitle = "t"\nthreat = {{ norm = "linf", eps = "{eps}" }}
+[[components]]\nname = "A"\nattack = "CA+"\nreadout = "candidate_rank"\nworst = 0\nbest = 50\n'''
+        )
+        for named in (str(path), path):
+            assert load_protocol(named).threat["eps"] == eps
+
+
 def test_order_and_choice_of_attacks_change_nothing(model, short, whole) -> None:
     few = evaluate(model, "digits", short, attacks=["QA-", "ES:R", "CA+"], batch_size=128)
     assert [m.component for m in few.measurements] == ["QA-", "ES:R", "CA+"]

@@ -6,6 +6,7 @@ import pickle
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, UsageError
+from dmlbench.evaluate import evaluate
 from dmlbench.models import ModelOptions, load_model, open_model, probe_images, read_file, write_weights
 from dmlbench.models.architectures import IMAGENET_MEAN, IMAGENET_STD, build_network, c2f2, conv3, smallcnn
 from dmlbench.models.inspection import CANDIDATES, best_fit, describe, fits
@@ -459,6 +461,44 @@ def test_modes_randomness_and_batches() -> None:
     assert [flag for flag, _ in together.doubts] == ["batch-dependent"]
     plain = loaded(lambda e: e)
     assert not plain.doubts and not plain.notes
+
+
+def test_a_users_module_stays_in_its_mode() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+    network[2].eval()
+    before = [part.training for part in network.modules()]
+    model = load_model(network, input_shape=(1, 8, 8))
+    assert [part.training for part in network.modules()] == before
+    evaluate(model, "digits", "ers-digits", attacks=["CA+"], limit=4)
+    assert [part.training for part in network.modules()] == before
+    with pytest.raises(UsageError):
+        evaluate(model, "digits", "no-such-protocol")
+    assert [part.training for part in network.modules()] == before
+    stubborn = load_model(Stubborn(), input_shape=(1, 8, 8))
+    assert not any(part.training for part in stubborn.frozen().modules())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"mean": [0.5, 0.5, 0.5]}, "mean has 3 values for 1 channels"),
+        ({"std": [0.0]}, "std must be above zero"),
+        ({"mean": [float("nan")]}, "mean must be finite"),
+        ({"mean": [127.0], "std": [58.0]}, "above 1, and pixels are in"),
+        ({"input_shape": (0, 8, 8)}, r"input_shape must be \(channels, height, width\)"),
+    ],
+)
+def test_a_module_that_would_be_fed_nonsense(given: dict, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        load_model(nn.Flatten(), **{"input_shape": (1, 8, 8), **given})
+
+
+def test_mean_and_std_as_arrays() -> None:
+    listed = load_model(nn.Flatten(), input_shape=(1, 8, 8), mean=[0.25], std=[0.5])
+    images = probe_images((1, 8, 8), 2)
+    for given in (np.array([0.25]), torch.tensor([0.25], dtype=torch.float64)):
+        other = load_model(nn.Flatten(), input_shape=(1, 8, 8), mean=given, std=given * 2)
+        assert torch.equal(other(images), listed(images))
 
 
 def test_another_size_than_the_network_takes(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is refused is refused before the run, and neither loses a result nor leaves a folder that is in the way."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -209,3 +210,80 @@ def test_no_name_of_a_part_is_cut(env, whole, typed) -> None:
     name = "ES@pgd:embedding_shift"
     assert any(line.startswith(f"{name} ") for line in table) == whole
     assert name in "".join(line.split()[0] for line in table if line[:1].strip())  # folded where it must be
+
+
+OTHER_TYPES = """
+import numpy as np
+import torch
+from torch import nn
+from dmlbench import RetrievalDataset, TensorImages, evaluate, load_model
+from dmlbench.datasets import ArrayImages
+from dmlbench.errors import DataError, UsageError
+from dmlbench.task import Options
+
+cases = [
+    (Options, dict(seed=1.5), "seed must be a whole number, not 1.5"),
+    (Options, dict(limit=8.0), "limit must be a whole number, not 8.0"),
+    (Options, dict(batch_size="auto"), "batch_size must be a whole number, not 'auto'"),
+    (Options, dict(eot=2.5), "eot must be a whole number, not 2.5"),
+    (Options, dict(attacks="CA+"), "attacks must be a list of strings such as ['CA+'], not 'CA+'"),
+    (Options, dict(attacks=[3]), "attacks must be a list of strings such as ['CA+'], not [3]"),
+    (Options, dict(eps="8/255"), "eps must be a list of strings such as ['8/255'], not '8/255'"),
+    (Options, dict(eps=[0.03]), "eps must be a list of strings such as ['8/255'], not [0.03]"),
+    (Options, dict(eps=0.03), "eps must be a list of strings such as ['8/255'], not 0.03"),
+]
+for shape in ((8, 8), (1, 8, 8, 1), (1.0, 8, 8), "1x8x8", 8):
+    said = f"input_shape must be (channels, height, width), whole numbers above 0, not {shape!r}"
+    cases.append((load_model, dict(input_shape=shape), said))
+for given, said in ((dict(mean=["a"]), "mean must be a number for each channel, not ['a']"),
+                    (dict(distance=3), "distance must be one of DISTANCES, e.g. DISTANCES['N'], not 3")):
+    cases.append((load_model, {"input_shape": (1, 8, 8), **given}, said))
+for call, given, said in cases:
+    try:
+        call(*([nn.Flatten()] if call is load_model else []), **given)
+    except UsageError as error:
+        assert str(error) == said, error
+    else:
+        raise AssertionError(given)
+def images(given):
+    class Given:
+        shape = (1, 8, 8)
+        __len__ = lambda self: 120
+        __getitem__ = lambda self, rows: given[rows]
+        content = lambda self: b""
+    return Given()
+
+def measured(images):
+    labels = np.arange(120) % 4
+    return evaluate("digits-smallcnn-triplet-none", RetrievalDataset("mine", "test", images, labels), "ers-digits", limit=4)
+
+x = np.random.default_rng(0).random((120, 1, 8, 8)).astype(np.float32)
+t = torch.from_numpy(x)
+for make, given, said in (
+    (TensorImages, x, "images must be a float tensor (N, C, H, W), not float32 ndarray (120, 1, 8, 8)"),
+    (TensorImages, t[:0], "images must be a float tensor (N, C, H, W), not torch.float32 Tensor (0, 1, 8, 8)"),
+    (ArrayImages, x, "images must be an array of integers (N, C, H, W), not float32 ndarray (120, 1, 8, 8)"),
+    (ArrayImages, t.byte(), "images must be an array of integers (N, C, H, W), not torch.uint8 Tensor"),
+    (lambda x: x, t, "data set 'mine': images are torch.float32 Tensor (120, 1, 8, 8): give TensorImages(tensor)"),
+    (images, t * 2 - 0.5, "the data set's images must lie in [0, 1], and are from -0.4"),
+    (images, t.double(), "the data set's images must be float32 (120, 1, 8, 8), and it gave torch.float64"),
+    (images, x, "the data set's images must be float32 (120, 1, 8, 8), and it gave a ndarray"),
+    (images, t.repeat(1, 1, 2, 1), "and it gave torch.float32 (120, 1, 16, 8)"),
+    (lambda x: ArrayImages(x, top=16), (255 * x).astype(np.uint8), "the data set's images must lie in [0, 1]"),
+):
+    try:
+        measured(make(given))
+    except DataError as error:
+        assert said in str(error), error
+    else:
+        raise AssertionError(said)
+assert TensorImages(t.clone().requires_grad_()).content() == TensorImages(t).content()
+assert Options(seed=np.int64(2**62), limit=np.int32(8)) == Options(seed=2**62, limit=8)
+assert load_model(nn.Flatten(), input_shape=np.array([1, 8, 8])).input_shape == (1, 8, 8)
+"""
+
+
+def test_arguments_of_another_type_are_told_in_one_line() -> None:
+    """In a process of its own: the types that pytest checks are checked for no user. A seed of 1.5 never ended."""
+    done = subprocess.run([sys.executable, "-c", OTHER_TYPES], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

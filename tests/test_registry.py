@@ -130,7 +130,7 @@ def test_a_version_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.Monk
     old = text.replace("seed = 0", 'seed = 0\nsuperseded_by = "strict-fast@99"')
     (tmp_path / f"strict-fast@{version}.toml").write_text(old, encoding="utf-8")
     monkeypatch.setattr(protocols, "PROTOCOLS", Registry("protocol", protocols.protocol_files(tmp_path)))
-    load_protocol.cache_clear()
+    protocols._packaged.cache_clear()
     try:
         assert protocol_names() == ["strict-fast"]
         assert load_protocol("strict-fast").version == load_protocol("strict-fast@99").version == "99"
@@ -138,7 +138,7 @@ def test_a_version_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(UsageError, match=r"no version '7'; the current one is '99'"):
             load_protocol("strict-fast@7")
     finally:
-        load_protocol.cache_clear()
+        protocols._packaged.cache_clear()
 
 
 @pytest.mark.parametrize("name", [n for n in protocol_names() if n.startswith("ers-")])

@@ -20,7 +20,7 @@ from dmlbench.kinds.strict.search import attempt
 from dmlbench.kinds.strict.transfer import NAME, Transfer, behind
 from dmlbench.kinds.table import KINDS
 from dmlbench.protocol import Step
-from dmlbench.protocols import PROTOCOLS, load_protocol
+from dmlbench.protocols import PROTOCOLS, _packaged, load_protocol
 from dmlbench.protocols.reading import read_protocol
 from dmlbench.run.subject import prepare
 from dmlbench.run.units import Units, Work
@@ -231,7 +231,7 @@ def test_the_audit_knows_it(whole, file) -> None:
 def bundle(whole, file, tmp_path, monkeypatch, typed):
     """The files of a bundle, made as a user makes it, and what validates some."""
     monkeypatch.setitem(PROTOCOLS._entries, "tiny", file)
-    load_protocol.cache_clear()
+    _packaged.cache_clear()
     said = ["--model", DEFENDED, "--dataset", "digits", "--protocol", "tiny", "--device", "cpu"]
     assert NAME in typed("evaluate", *said, "--out", str(tmp_path / "run")).out
     typed("submit", "init", str(tmp_path / "run"), "--author", "A. Tester")
@@ -243,7 +243,7 @@ def bundle(whole, file, tmp_path, monkeypatch, typed):
         return validate(zipped(files, tmp_path / "bundle.zip"), level, device="cpu", seed=0)
 
     yield files, check
-    load_protocol.cache_clear()
+    _packaged.cache_clear()
 
 
 def test_such_a_run_is_submitted(bundle, tmp_path) -> None:

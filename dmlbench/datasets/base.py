@@ -52,6 +52,10 @@ class ArrayImages:
     top: float = 255.0
     invert: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.array, np.ndarray) or self.array.dtype.kind not in "ui" or self.array.ndim != 4:
+            raise DataError(f"images must be an array of integers (N, C, H, W), not {_form(self.array)}")
+
     @property
     def shape(self) -> tuple[int, int, int]:
         _, c, h, w = self.array.shape
@@ -80,8 +84,11 @@ class TensorImages:
 
     def __post_init__(self) -> None:
         t = self.tensor
-        if t.dim() != 4 or not t.is_floating_point():
-            raise DataError(f"images must be a float tensor (N, C, H, W), not {t.dtype} {tuple(t.shape)}")
+        if not isinstance(t, Tensor) or t.dim() != 4 or not t.is_floating_point() or not t.numel():
+            hint = "; torch.from_numpy makes one of an array" if isinstance(t, np.ndarray) else ""
+            raise DataError(f"images must be a float tensor (N, C, H, W), not {_form(t)}{hint}")
+        t = t.detach().cpu()
+        object.__setattr__(self, "tensor", t)
         if not bool(torch.isfinite(t).all()) or float(t.min()) < 0 or float(t.max()) > 1:
             raise DataError("images must lie in [0, 1]; mean and std belong to the model, not the data")
 
@@ -102,6 +109,12 @@ class TensorImages:
     def digests(self) -> np.ndarray:
         """(N, 32) uint8, the sha256 of each image."""
         return _each_digest(self.tensor.float().numpy())
+
+
+def _form(images: object) -> str:
+    """What images are, for an error: type and shape of arrays."""
+    shape = tuple(getattr(images, "shape", ()))
+    return f"{getattr(images, 'dtype', '')} {type(images).__name__} {shape or ''}".strip()
 
 
 def _each_digest(images: np.ndarray) -> np.ndarray:
@@ -184,11 +197,16 @@ class RetrievalDataset:
     pairs: Pairs | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", str(self.name))
         labels, names = _labels(self.labels, f"data set {self.name!r}: labels")
         if names and len(self.class_names) and list(self.class_names) != names:
             raise DataError(f"data set {self.name!r}: labels that are strings are the class names: leave those out")
         object.__setattr__(self, "labels", labels)
         object.__setattr__(self, "class_names", names or self.class_names)
+        if not isinstance(self.images, Images):
+            raise DataError(
+                f"data set {self.name!r}: images are {_form(self.images)}: give TensorImages(tensor) or ArrayImages(array)"
+            )
         n = len(self.images)
         if n == 0:
             raise DataError(f"data set {self.name!r} has no images")

@@ -7,9 +7,11 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
-from dmlbench.embedding import Distance, Embedder
+from dmlbench.embedding import Distance, Embedder, modes_kept
 from dmlbench.errors import UsageError
 from dmlbench.models.architectures import ARCHITECTURES, build_network, parameter_count
 from dmlbench.models.behaviour import probe_images, settle
@@ -62,8 +64,8 @@ def load_model(
     order: str | None = None,
     scale: float | None = None,
     channels: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | np.ndarray | Tensor | None = None,
+    std: Sequence[float] | np.ndarray | Tensor | None = None,
     distance: str | Distance | None = None,
     normalize: bool | None = None,
     name: str | None = None,
@@ -75,7 +77,8 @@ def load_model(
     Args:
         model: what ``--model`` takes (see :mod:`dmlbench.models.forms`), with the fields of
             :class:`ModelOptions` as further arguments; or an ``nn.Module`` from images in [0, 1] to (b, d),
-            which needs ``input_shape=(C, H, W)`` and takes the other arguments of :class:`Embedder`.
+            which needs ``input_shape=(C, H, W)`` and takes the other arguments of :class:`Embedder`. The module is
+            used, not copied, and stays in the mode that it is in; what is measured is its eval mode.
 
     Raises:
         UsageError: unknown name, or options that do not go together (exit code 2).
@@ -83,7 +86,9 @@ def load_model(
     """
     given = {key: value for key, value in locals().items() if key != "model"}
     usual = {"precision": "auto", "compiled": False}
-    options = {key: value for key, value in given.items() if value is not None and value != usual.get(key)}
+    options = {
+        key: value for key, value in given.items() if value is not None and not (key in usual and value == usual[key])
+    }
     if isinstance(model, Embedder):
         return model
     if isinstance(model, nn.Module):
@@ -92,8 +97,13 @@ def load_model(
         _only(options, ("input_shape", "mean", "std", "distance", "name", "preprocess"), "a plain nn.Module")
         if isinstance(distance, str):
             raise UsageError(f"a plain nn.Module takes a Distance, e.g. DISTANCES['N'], not distance={distance!r}")
-        embedder = Embedder(model, **options)
-        settle(embedder)
+        with modes_kept(model):
+            embedder = Embedder(model, **options)
+            if (largest := float(torch.stack([embedder.mean.max(), embedder.std.max()]).max())) > 1:
+                raise UsageError(
+                    f"mean or std {largest:g} is above 1, and pixels are in [0, 1]: divide by 255 those of pixels of 0 to 255"
+                )
+            settle(embedder)
         return embedder
     _only(options, [field.name for field in fields(ModelOptions)], "a model by name")
     options |= {key: tuple(options[key]) for key in ("mean", "std") if key in options}

@@ -58,7 +58,10 @@ def _parts(output: Any) -> dict[str | int, Any]:
 
 
 def _shape(value: Any) -> str:
-    return f"{tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    numbers = "" if value.is_floating_point() else f" of {str(value.dtype).removeprefix('torch.')}"
+    return f"{tuple(value.shape)}{numbers}"
 
 
 def _is_embedding(value: Any, batch: int) -> bool:
@@ -121,10 +124,10 @@ def settle(embedder: Embedder, output_key: str | None = None) -> None:
     """
     notes = list(embedder.notes)
     doubts = list(embedder.doubts)
-    stuck = [name or type(module).__name__ for name, module in embedder.eval().named_modules() if module.training]
+    modules = embedder.network.eval().named_modules()
+    stuck = [name or type(module).__name__ for name, module in modules if module.training]
+    embedder.eval()
     if stuck:
-        for module in embedder.modules():
-            module.training = False
         notes.append(f"kept training after eval(), put right: {', '.join(stuck[:3])}{' ...' if len(stuck) > 3 else ''}")
     others = {p.dtype for p in embedder.network.parameters() if p.is_floating_point() and p.dtype != torch.float32}
     if others and not isinstance(embedder.network, torch.jit.ScriptModule):

@@ -43,15 +43,18 @@ def packaged_protocol(name: str, sha256: str) -> Protocol | None:
     return next((p for p in protocol_versions(name) if p.sha256 == sha256), None)
 
 
-@lru_cache
-def load_protocol(name: str) -> Protocol:
+def load_protocol(name: str | Path) -> Protocol:
     """A packaged protocol by name, one version of it by ``NAME@VERSION``, or any by the path of its TOML file.
 
     Raises:
         UsageError: unknown name or version. DataError: the file is missing or not a protocol.
     """
-    if name.endswith(".toml"):
-        return read_protocol(Path(name))
+    text = str(name)
+    return read_protocol(Path(text)) if text.endswith(".toml") else _packaged(text)
+
+
+@lru_cache
+def _packaged(name: str) -> Protocol:
     base, _, version = name.partition("@")
     if base not in protocol_names():
         raise UsageError(f"unknown protocol {name!r}{suggest(name, protocol_names())}")

@@ -11,9 +11,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dmlbench.datasets import Images
+from dmlbench.errors import DataError
 
 Bounds = tuple[int, int]
 """First and last + 1 of a batch."""
+
+
+def checked(images: Tensor, count: int, shape: tuple[int, int, int]) -> Float[Tensor, "b c h w"]:
+    """The images themselves, if they are what a model of pictures can be fed and an attack can move.
+
+    Raises:
+        DataError: they are another number, of another shape or type, or not in [0, 1].
+    """
+    is_tensor = isinstance(images, Tensor)
+    if not is_tensor or images.dtype != torch.float32 or images.shape != (count, *shape):
+        what = f"{images.dtype} {tuple(images.shape)}" if is_tensor else f"a {type(images).__name__}"
+        raise DataError(f"the data set's images must be float32 {(count, *shape)}, and it gave {what}")
+    low, high = map(float, images.aminmax())
+    if not (low >= 0 and high <= 1):
+        raise DataError(f"the data set's images must lie in [0, 1], and are from {low:g} to {high:g}")
+    return images
 
 
 class Loader:
@@ -56,7 +73,7 @@ class Loader:
         return batch
 
     def _read(self, bounds: Bounds) -> Tensor:
-        images = self.images[self.rows[slice(*bounds)]]
+        images = checked(self.images[self.rows[slice(*bounds)]], bounds[1] - bounds[0], self.images.shape)
         if self.stream is None:
             return images
         with torch.cuda.stream(self.stream):

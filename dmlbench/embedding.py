@@ -323,7 +323,7 @@ def _per_channel(what: str, given: object, default: float, channels: int) -> Flo
     except (TypeError, ValueError, RuntimeError):
         raise UsageError(f"{what} must be a number for each channel, not {given!r}") from None
     if len(values) not in (1, channels):
-        raise UsageError(f"{what} has {len(values)} values for {channels} channels")
+        raise UsageError(f"{what} has {len(values)} values for images of {channels} channel{'s' * (channels != 1)}")
     return values.detach().clone().view(1, -1, 1, 1)
 
 

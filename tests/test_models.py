@@ -481,7 +481,7 @@ def test_a_users_module_stays_in_its_mode() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"mean": [0.5, 0.5, 0.5]}, "mean has 3 values for 1 channels"),
+        ({"mean": [0.5, 0.5, 0.5]}, "mean has 3 values for images of 1 channel"),
         ({"std": [0.0]}, "std must be above zero"),
         ({"mean": [float("nan")]}, "mean must be finite"),
         ({"mean": [127.0], "std": [58.0]}, "above 1, and pixels are in"),

@@ -75,9 +75,6 @@ def make_learner(
         except TypeError as error:
             raise UsageError(f"arch_kwargs of {recipe.arch!r}: {error}") from None
         c, h, w = preprocess.shape
-        for what, values in (("mean", recipe.mean), ("std", recipe.std)):
-            if values is not None and len(values) not in (1, c):
-                raise UsageError(f"{what} has {len(values)} values for images of {c} channel{'s' * (c != 1)}")
         members = getattr(embedder.network, "members", None)
         parts: list[nn.Module] = list(members) if members is not None else [embedder.network]
         probe = probe_images((c, h, w), 2)

@@ -296,10 +296,15 @@ def _read(path: Path, stamp: float) -> CheckpointFile:
         raise DataError(f"{path} cannot be read: {error}") from None
 
 
-def checkpoints() -> dict[str, Checkpoint]:
-    """Every registered model by id (``DMLBENCH_CHECKPOINTS`` names another file than the packaged one)."""
+def own_registry() -> Path | None:
+    """The file that ``DMLBENCH_CHECKPOINTS`` names instead of the packaged registry; None where it names none."""
     named = os.environ.get("DMLBENCH_CHECKPOINTS")
-    path = Path(named).expanduser() if named else packaged("checkpoints.json")
+    return Path(named).expanduser() if named else None
+
+
+def checkpoints() -> dict[str, Checkpoint]:
+    """Every registered model by id, of the packaged registry or :func:`own_registry`."""
+    path = own_registry() or packaged("checkpoints.json")
     return _read(path, path.stat().st_mtime if path.exists() else 0.0).checkpoints
 
 

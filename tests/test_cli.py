@@ -239,8 +239,9 @@ def test_what_register_report_and_the_page_say_to_programs(typed, tmp_path: Path
     shutil.copy(PACKAGE / "weights" / entry.files[0].path, done / "last.safetensors")
     (done / "checkpoint.json").write_text(json.dumps({"mine": entry.model_dump(mode="json")}))
     (tmp_path / "reg.json").write_text('{"schema_version": 1, "checkpoints": {}}')
-    put = typed("register", "run", "--registry", "reg.json", "--weights", "w", "--json").json
-    assert put == {
+    said = typed("register", "run", "--registry", "reg.json", "--weights", "w", "--json")
+    assert f"--url '{tmp_path}/w/{{name}}'" in said.err.replace("\n", " "), "how the weights in this folder are found"
+    assert said.json == {
         "registry": "reg.json",
         "registered": [{"id": "mine", "run": "run", "weights": "w/mine.safetensors"}],
     }

@@ -127,11 +127,24 @@ def test_mirrors_in_order_and_every_trouble_told(served) -> None:
         assert said in str(failed.value)
 
 
+def test_weights_of_an_own_registry_are_not_said_to_be_in_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DMLBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DMLBENCH_CHECKPOINTS", str(tmp_path / "own.json"))
+    monkeypatch.delenv("DMLBENCH_CHECKPOINT_BASE", raising=False)
+    monkeypatch.setattr("dmlbench.models.fetching._checkpoints", lambda: None)
+    for url in ("{base}/mine.safetensors", ""):
+        with pytest.raises(DataError, match="cannot be had: no address of them is known; add --weights FILE"):
+            fetch("mine", File(url=url, sha256="0" * 64))
+
+
 def test_base_may_be_a_folder_or_an_address(served, monkeypatch: pytest.MonkeyPatch) -> None:
     address, folder = served
     file = File(url="{base}/m.safetensors", **weights(folder))
-    monkeypatch.setenv("DMLBENCH_CHECKPOINT_BASE", str(folder))
-    assert fetch("m", file) == (folder / "m.safetensors", ())
+    for named in (str(folder), folder.as_uri()):
+        monkeypatch.setenv("DMLBENCH_CHECKPOINT_BASE", named)
+        assert fetch("m", file) == (folder / "m.safetensors", ())
     monkeypatch.setenv("DMLBENCH_CHECKPOINT_BASE", address + "/")
     assert fetch("m", file)[0].read_bytes() == (folder / "m.safetensors").read_bytes()
 

@@ -1,10 +1,12 @@
 """``dmlbench register``: put finished training runs into a registry."""
 
+import shlex
 from pathlib import Path
 
 import click
 
-from dmlbench.cli.output import json_option, print_json
+from dmlbench.checkpoints import PACKAGE
+from dmlbench.cli.output import json_option, print_json, tell
 from dmlbench.models.registration import register as add
 
 
@@ -29,6 +31,12 @@ def register(
     runs: tuple[Path, ...], registry: Path, weights: Path, url: str | None, replace: bool, as_json: bool
 ) -> None:
     """Copy the weights of finished training RUNS and add their entries to the registry file."""
+    packaged = PACKAGE / "weights"
+    if url is None and weights.resolve() != packaged.resolve():
+        tell(
+            f"without --url the weights are looked for in the package alone, {packaged}; "
+            f"--url {shlex.quote(f'{weights.resolve()}/{{name}}')} has them found in {weights}"
+        )
     made = []
     for run in runs:
         name = add(run, registry, weights, url=url, replace=replace)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
-from dmlbench.checkpoints import PACKAGE, Checkpoint, File, sha256_of, verified
+from dmlbench.checkpoints import PACKAGE, Checkpoint, File, own_registry, sha256_of, verified
 from dmlbench.datasets.cache import cache_folder
 from dmlbench.datasets.downloads import Download
 from dmlbench.datasets.downloads import fetch as download
@@ -80,7 +80,7 @@ def fetch(name: str, file: File) -> tuple[Path, tuple[str, ...]]:
     for address in addresses(file):
         try:
             if not address.startswith(("https://", "http://")):
-                return verified(Path(address), known), ()
+                return verified(Path(address.removeprefix("file://")), known), ()
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as scratch:
                 request = Download(target.name, [address], known.bytes, known.sha256)
@@ -93,11 +93,11 @@ def fetch(name: str, file: File) -> tuple[Path, tuple[str, ...]]:
             raise DataError(f"{folder} cannot be written: {error.strerror} (DMLBENCH_CACHE names another)") from None
     if file.manual:
         troubles.append(file.manual)
-    elif file.url is not None and file.url.startswith(PLACEHOLDER) and not file.mirrors:
+    elif file.url is not None and file.url.startswith(PLACEHOLDER) and not file.mirrors and not own_registry():
         inside = f"checkpoints/{file.url.removeprefix(PLACEHOLDER)}"
         troubles.append(f"this package is without them, the repository of dmlbench has them as {inside}")
     raise DataError(
-        f"the weights of {name!r} cannot be had: {'; '.join(troubles)}; add --weights FILE with a copy of your own, or set "
+        f"the weights of {name!r} cannot be had: {'; '.join(troubles) or 'no address of them is known'}; add --weights FILE with a copy of your own, or set "
         f"{BASE} to a folder or an address that has them"
     )
 

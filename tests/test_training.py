@@ -329,8 +329,8 @@ def test_spread_is_a_length_in_every_space(tmp_path: Path) -> None:
 @pytest.mark.parametrize("held", training.RUN_FILES)
 def test_what_a_run_left_is_not_written_over(held: str, tmp_path: Path) -> None:
     (tmp_path / held).write_text("mine")
-    how = "resume it with --resume" if held == "state.pt" else "no state.pt to resume from"
-    with pytest.raises(UsageError, match=f"already holds a run .*{how}"):
+    how = "resume it with --resume, or" if held == "state.pt" else "no state.pt to resume from, so"
+    with pytest.raises(UsageError, match=f"already holds a run .*{how} name another folder"):
         train(recipe(), tmp_path)
     assert (tmp_path / held).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 

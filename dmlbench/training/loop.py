@@ -248,8 +248,8 @@ def train(
         if world.leads and not (folder / "last.safetensors").exists():
             store("last")
     elif held := [name for name in RUN_FILES if (folder / name).exists()]:
-        how = "resume it with --resume" if held[0] == "state.pt" else "it has no state.pt to resume from, so remove it"
-        raise UsageError(f"{folder} already holds a run ({held[0]}): {how}, or name another folder")
+        how = "resume it with --resume, or" if held[0] == "state.pt" else "it has no state.pt to resume from, so"
+        raise UsageError(f"{folder} already holds a run ({held[0]}): {how} name another folder")
     if world.leads:
         prepare_folder(folder)
     world.share(learner)

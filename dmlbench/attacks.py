@@ -9,6 +9,7 @@ of the user's is named as it is (:func:`user_attacks`).
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dmlbench.embedding import Embedder, passes, require_finite
-from dmlbench.errors import UsageError
+from dmlbench.errors import DataError, UsageError
 from dmlbench.fast.exact import true_float32
 from dmlbench.metrics import READOUTS
 from dmlbench.objectives import OBJECTIVES, Objective
@@ -211,18 +212,10 @@ def _objective(code: UserCode) -> str:
         return code.label
     code.require_takes(2, "(embeddings, scene), nor an Attack")
 
-    def guarded(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
-        loss = code.call(e, scene)
-        given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        right = isinstance(loss, Tensor) and loss.shape == (len(e),) and loss.is_floating_point()
-        code.require(right, f"gave {given}, not one float loss for each of {len(e)} images")
-        sloped = loss.requires_grad or not e.requires_grad
-        code.require(
-            sloped, "gave a loss without a gradient: of the optimizers only square, noise, nes and spsa do without"
-        )
-        return loss  # type: ignore[no-any-return]
+    def guarded(e: Float[Tensor, "B D"], scene: Scene) -> Any:
+        return code.call(e, scene)
 
-    guarded.__doc__ = code.value.__doc__
+    guarded.__name__, guarded.__doc__ = code.text, code.value.__doc__
     OBJECTIVES.add(code.label, guarded)
     return code.label
 
@@ -250,9 +243,24 @@ class AttackLoss:
 
     def __call__(self, images: Tensor) -> Float[Tensor, " B"]:
         drawn = passes(self.embedder, images, self.eot, "search", self.scene.query, self.calls)
-        values = reduce(torch.add, (self.objective(e, self.scene) for e in drawn))
+        values = reduce(torch.add, map(self._of, drawn))
         self.calls += 1
         return values / self.eot
+
+    def _of(self, e: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
+        """The objective of embeddings, whoever wrote it.
+
+        Raises:
+            DataError: it is not one float loss for each, or has no gradient where one is asked for.
+        """
+        loss, name = self.objective(e, self.scene), getattr(self.objective, "__name__", "the objective")
+        if not isinstance(loss, Tensor) or loss.shape != (len(e),) or not loss.is_floating_point():
+            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise DataError(f"{name} gave {given}, not one float loss for each of {len(e)} images")
+        if e.requires_grad and not loss.requires_grad:
+            how = "of the optimizers only square, noise, nes and spsa do without"
+            raise DataError(f"{name} gave a loss without a gradient: {how}")
+        return loss
 
     def __getitem__(self, index: slice | Tensor) -> "AttackLoss":
         return AttackLoss(self.embedder, self.objective, self.scene[index], self.eot, self.calls[index])

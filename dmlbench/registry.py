@@ -33,6 +33,8 @@ class Plugins:
     def forget(self) -> None:
         """Look for plugins again at the next look-up."""
         self.begun, self.problem = False, ""
+        self.named: dict[str, str] = {}
+        """By top package of what was imported: the plugin's name."""
 
     def load(self, now: bool = False) -> None:
         """Import them, once; not while a file of dmlbench is itself being imported, which a plugin would find half made.
@@ -47,6 +49,7 @@ class Plugins:
             if not self.begun and (now or not _importing()):
                 self.begun = True  # a plugin may itself look something up
                 for point in entry_points(group=self.group):
+                    self.named[point.module.partition(".")[0]] = point.name
                     try:
                         point.load()
                     except (Exception, SystemExit) as error:  # another package's code, which can fail in any way
@@ -55,6 +58,11 @@ class Plugins:
                         break
             if self.problem:
                 raise DataError(self.problem)
+
+    def files(self) -> dict[str, str]:
+        """By file that was imported of a plugin's package: the plugin's name."""
+        modules = [(self.named.get(name.partition(".")[0]), module) for name, module in list(sys.modules.items())]
+        return {str(module.__file__): name for name, module in modules if name and getattr(module, "__file__", None)}
 
 
 PLUGINS = Plugins("dmlbench.plugins")

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from dmlbench import files
 from dmlbench.errors import DataError, DmlbenchError, UsageError
-from dmlbench.registry import suggest
+from dmlbench.registry import PLUGINS, suggest
 
 PREFIX = "python:"
 """What stands before own code where other names are taken too: ``--model`` and ``--dataset``."""
@@ -201,7 +201,13 @@ def require_named(what: str, name: str | None, where: object, how: str) -> None:
 
 
 def blame(error: BaseException) -> str | None:
-    """What to say of an error that nobody foresaw, where own code was run before it; None where none was."""
+    """What to say of an error that nobody foresaw, where own code was run before it, or which came through a plugin; None
+    where neither is so."""
+    plugins = PLUGINS.files()
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename in plugins:
+            where = f"plugin {plugins[frame.filename]!r} failed{place_of(error, plugins)}"
+            return f"{where}: {first_line(error)}; --debug shows the traceback"
     if not RUN:
         return None
     place = place_of(error, _FILES)

@@ -292,6 +292,61 @@ def forget(table: str) -> None:
         del entries[label]
 
 
+PLUGIN = """
+from dmlbench.attacks import ATTACKS, Attack
+from dmlbench.datasets import DATASETS, DatasetEntry
+from dmlbench.datasets.digits import digits
+from dmlbench.objectives import OBJECTIVES
+
+for name, objective in {
+    "fails": lambda e, scene: 1 / 0,
+    "wide": lambda e, scene: e.sum(),
+    "flat": lambda e, scene: e.detach().sum(1),
+}.items():
+    OBJECTIVES.add(name, objective)
+    ATTACKS.add(name, Attack("a test", name, "", ("recall_at_1",), "a test"))
+DATASETS.add("number", DatasetEntry(lambda split, preprocess: 3, "a number", "ers-digits", shape=(1, 8, 8)))
+DATASETS.add("test", DatasetEntry(lambda split, preprocess: digits("test"), "digits again", "ers-digits", shape=(1, 8, 8)))
+"""
+
+
+def test_what_is_wrong_with_a_plugin_is_one_line_that_blames_it(tmp_path: Path) -> None:
+    (tmp_path / "theirs.py").write_text(PLUGIN)
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[dmlbench.plugins]\nmine = theirs\n")
+    attacks, data = [[*SHORT, "--attacks", name] for name in ("fails", "wide", "flat")], [*SHORT, "--attacks", "CA+"]
+    train = [
+        "train",
+        "--dataset",
+        "test",
+        "--arch",
+        "smallcnn",
+        "--iterations",
+        "1",
+        "--defense",
+        "none",
+        "--out",
+        "run",
+    ]
+    commands = [*attacks, [*data, "--dataset", "number"], train, [*data, "--dataset", "test", "--json"]]
+    done = list(in_one_process(tmp_path, commands).values())
+    for (code, _, err), said in zip(
+        done,
+        (
+            "plugin 'mine' failed (theirs.py, line 8): ZeroDivisionError: division by zero",
+            "<lambda> gave shape (), not one float loss for each of 16 images",
+            "<lambda> gave a loss without a gradient",
+            "a number: its function gave a int, where a RetrievalDataset, the test split, is expected",
+            "digits again: its function gave the test split, where a RetrievalDataset, the train split, is expected",
+        ),
+        strict=False,
+    ):
+        assert code == 4 and said in err and err.count("\n") == 1, err
+    assert json.loads(done[-1][1])["dataset"]["name"] == "test"
+
+
 def test_a_data_set_of_ones_own_is_never_one_of_ours(typed, own: Path) -> None:
     command = (*SHORT, "--dataset", "python:mine.py:some_digits", "--attacks", "CA+", "--out", "run")
     first = typed(*command, "--json").json

@@ -31,7 +31,7 @@ from dmlbench.datasets.base import (
 from dmlbench.datasets.cache import CachedImages, Progress, fitted
 from dmlbench.datasets.folder import class_folder
 from dmlbench.datasets.pictures import Files
-from dmlbench.errors import UsageError
+from dmlbench.errors import DataError, UsageError
 from dmlbench.preprocess import Preprocess
 from dmlbench.registry import Registry
 from dmlbench.user_code import PREFIX, load_user_code
@@ -94,8 +94,19 @@ class DatasetEntry:
         return "research" not in self.licence
 
     def read(self, split: str, preprocess: Preprocess) -> RetrievalDataset:
-        """The data set, its counts and files not yet looked at."""
+        """The data set, its counts and files not yet looked at.
+
+        Raises:
+            DataError: what ``load`` gave is none, or the other split.
+        """
         dataset = self.load(split, preprocess)
+        if not isinstance(dataset, RetrievalDataset) or dataset.split != split:
+            gave = (
+                f"the {dataset.split} split" if isinstance(dataset, RetrievalDataset) else f"a {type(dataset).__name__}"
+            )
+            raise DataError(
+                f"{self.title}: its function gave {gave}, where a RetrievalDataset, the {split} split, is expected"
+            )
         return dataset if self.copies_count is None else replace(dataset, copies_count=self.copies_count)
 
 
@@ -136,6 +147,8 @@ def load_dataset(name: str, split: str = "test", preprocess: Preprocess | None =
     entry = dataset_entry(name)
     preprocess = preprocess or Preprocess.standard(entry.shape)
     dataset = entry.read(split, preprocess)
+    if ":" not in name and dataset.name != name:  # of a plugin that wraps another data set
+        dataset = replace(dataset, name=name)
     if split in entry.counts:
         require_counts(dataset, entry.counts[split])
     if isinstance(dataset.images, CachedImages) and isinstance(dataset.images.source, Files):

@@ -226,9 +226,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         raw = path.read_bytes()
         with np.load(io.BytesIO(raw), allow_pickle=False) as data:
-            if len(data.files) != int.from_bytes(
-                raw[-12:-10], "little"
-            ):  # of the zip's end record; zipfile does not look at it
+            if len(data.files) != int.from_bytes(raw[-12:-10], "little"):  # what the zip's end says, unread by zipfile
                 raise ValueError("its list of arrays is damaged")
             return {name.replace("|", "/"): data[name] for name in data.files}
     except Exception as error:  # zipfile, zlib, numpy and OS errors alike mean: not readable

@@ -224,7 +224,10 @@ def npz_bytes(arrays: Mapping[str, np.ndarray], compression: int = zipfile.ZIP_D
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """Arrays of an npz file; nothing is unpickled."""
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as data:
+        raw = path.read_bytes()
+        with np.load(io.BytesIO(raw), allow_pickle=False) as data:
+            if len(data.files) != int.from_bytes(raw[-12:-10], "little"):  # what the zip's end says, unread by zipfile
+                raise ValueError("its list of arrays is damaged")
             return {name.replace("|", "/"): data[name] for name in data.files}
     except Exception as error:  # zipfile, zlib, numpy and OS errors alike mean: not readable
         raise DataError(f"{path} cannot be read: {error}") from None

@@ -105,14 +105,16 @@ def test_a_stopped_run_resumes_to_the_same_bytes_without_doing_work_twice(model,
     assert before.items() <= {path: path.stat().st_mtime_ns for path in units.folder.glob("*.npz")}.items()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "empty", "flip"])
+@pytest.mark.parametrize("damage", ["truncate", "empty", "flip", "list"])
 def test_a_damaged_unit_is_done_again(damage, model, short, whole, tmp_path):
     units = stopped(model, short, tmp_path)
     path = next(p for p in sorted(units.folder.glob("*.npz")) if p.name.startswith("CA"))
     content = bytearray(path.read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 0xFF
-    path.write_bytes({"truncate": content[: len(content) // 2], "empty": b"", "flip": content}[damage])
+    if damage == "list":  # the first entry's comment becomes so long that the next ones are part of it
+        content[content.index(b"PK\x01\x02") + 33] ^= 1
+    path.write_bytes({"truncate": content[: len(content) // 2], "empty": b""}.get(damage, content))
     same(measured(model, short, work=Work(units), resume=True), whole)
 
 
@@ -178,9 +180,18 @@ def test_only_goes_with_no_other_choice_of_queries(model):
 
 def test_an_unreadable_configuration_is_an_error(model, short, tmp_path):
     units = stopped(model, short, tmp_path, batches=1)
-    units.head.write_text("{")
-    with pytest.raises(DataError, match=r"configuration\.json cannot be read"):
-        measured(model, short, work=Work(units), resume=True)
+    for text in ("{", "[" * 100_000):
+        units.head.write_text(text)
+        with pytest.raises(DataError, match=r"configuration\.json cannot be read"):
+            measured(model, short, work=Work(units), resume=True)
+
+
+def test_units_without_a_configuration_are_of_no_run(model, short, whole, tmp_path):
+    units = Units(tmp_path / "units")
+    with pytest.raises(Stop):
+        measured(model, short, work=Work(units), progress=StopAfter(7), seed=5)
+    units.head.unlink()
+    same(measured(model, short, work=Work(units)), whole)
 
 
 def test_a_resumed_run_took_what_was_finished_before_too(model, short, whole, tmp_path):

@@ -221,6 +221,17 @@ def test_a_run_whose_disk_is_full_from_any_moment_on_says_so_and_is_resumed(eval
     assert n > 20
 
 
+def test_ctrl_c_while_the_result_is_written_says_how_to_go_on(evaluate, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(import_module("dmlbench.cli.evaluate"), "save", interrupt)
+        assert "interrupted; go on with: dmlbench" in evaluate("attacks", tmp_path, code=130).err
+    evaluate("attacks", tmp_path, "--resume")
+    assert (tmp_path / "run" / "evaluation.json").exists() and not (tmp_path / "run" / "units").exists()
+
+
 def test_a_merge_killed_before_any_change_of_the_disk_is_done_again(evaluate, typed, tmp_path, dead):
     shards, place = [tmp_path / name / "run" for name in ("a", "b")], tmp_path / "merged"
     for i, shard in enumerate(shards, start=1):

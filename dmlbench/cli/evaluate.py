@@ -234,6 +234,8 @@ def _measured(
         with progress() if world.leads else nullcontext() as bars:
             options = replace(task.options, progress=bars, work=Work(units, world, part))
             evaluation = dmlbench.evaluate(task.embedder, task.dataset, task.official, options)
+        if world.leads:
+            keep(evaluation, out, units)
     except KeyboardInterrupt:
         raise Interrupted(_how_to_resume(out is not None)) from None
     except ShardDone as finished:
@@ -244,10 +246,7 @@ def _measured(
             with suppress(OSError):
                 units.remove()
         raise
-    if not world.leads:
-        return None
-    keep(evaluation, out, units)
-    return evaluation
+    return evaluation if world.leads else None
 
 
 def _write_report(out: Path, folders: list[Path]) -> None:

@@ -81,12 +81,14 @@ class Units:
             return dict(json.loads(self.head.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{self.head} cannot be read: {error}; remove {self.folder} to begin anew") from None
 
     def begin(self, configuration: Mapping[str, Any]) -> None:
-        """Make the folder and write the run's configuration."""
+        """Make the folder and write the run's configuration; units that lie there without one may be of any run, and go."""
         prepare_folder(self.folder)
+        for path in self.folder.glob("*.npz"):
+            path.unlink()
         write_atomic(self.head, json_bytes(dict(configuration)))
 
     def path(self, unit: Unit) -> Path:

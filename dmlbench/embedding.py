@@ -319,7 +319,10 @@ def _per_channel(what: str, given: object, default: float, channels: int) -> Flo
         UsageError: another count than ``channels``, or no numbers.
     """
     try:
-        values = torch.as_tensor([default] * channels if given is None else given, dtype=torch.float32).flatten()
+        numbers = [default] * channels if given is None else given
+        values = torch.as_tensor(
+            numbers, dtype=torch.float32, device="cpu"
+        ).flatten()  # with values, also within a meta device
     except (TypeError, ValueError, RuntimeError):
         raise UsageError(f"{what} must be a number for each channel, not {given!r}") from None
     if len(values) not in (1, channels):

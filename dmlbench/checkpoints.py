@@ -127,13 +127,18 @@ class Input(_Record):
 
 
 def normalisation_problem(
-    mean: Sequence[float] | None, std: Sequence[float] | None, scale: float | None, dash: str = ""
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    scale: float | None,
+    dash: str = "",
+    way: str = "scale 255 says that mean and std are of pixels of 0 to 255",
 ) -> str | None:
     """Why no network is fed by mean and std, or None.
 
     Args:
         scale: what white is in their units; None where nobody says it, which is 1.
         dash: what stands before the names of options.
+        way: how such values of pixels of 0 to 255 are given.
     """
     if std is not None and not all(value > 0 for value in std if not math.isnan(value)):
         return f"{dash}std must be above zero"
@@ -141,10 +146,7 @@ def normalisation_problem(
         if not all(map(math.isfinite, values)):
             return f"{dash}{what} must be finite"
         if scale is None and max(values, default=0) > 1:
-            return (
-                f"{dash}{what} {max(values):g} is above 1, and pixels are in [0, 1]: {dash}scale 255 says that mean and std "
-                "are of pixels of 0 to 255"
-            )
+            return f"{dash}{what} {max(values):g} is above 1, and pixels are in [0, 1]: {dash}{way}"
     return None
 
 

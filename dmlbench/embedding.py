@@ -194,8 +194,8 @@ class Embedder(nn.Module):
     def train(self, mode: bool = True) -> "Embedder":
         """As of any module; but no part stays in training mode after :meth:`eval`, whatever its own ``train`` does."""
         super().train(mode)
-        for part in self.modules():
-            if part.training and not mode:
+        for part in () if mode else self.modules():
+            if part.training:
                 part.training = False
         return self
 
@@ -320,9 +320,7 @@ def _per_channel(what: str, given: object, default: float, channels: int) -> Flo
     """
     try:
         numbers = [default] * channels if given is None else given
-        values = torch.as_tensor(
-            numbers, dtype=torch.float32, device="cpu"
-        ).flatten()  # with values, also within a meta device
+        values = torch.as_tensor(numbers, dtype=torch.float32, device="cpu").flatten()  # also within a meta device
     except (TypeError, ValueError, RuntimeError):
         raise UsageError(f"{what} must be a number for each channel, not {given!r}") from None
     if len(values) not in (1, channels):

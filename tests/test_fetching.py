@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -142,6 +143,11 @@ def test_weights_of_an_own_registry_are_not_said_to_be_in_the_repository(
 def test_base_may_be_a_folder_or_an_address(served, monkeypatch: pytest.MonkeyPatch) -> None:
     address, folder = served
     file = File(url="{base}/m.safetensors", **weights(folder))
+    blank = folder / "a folder"
+    blank.mkdir()
+    shutil.copy(folder / "m.safetensors", blank)
+    monkeypatch.setenv("DMLBENCH_CHECKPOINT_BASE", blank.as_uri())
+    assert fetch("m", file) == (blank / "m.safetensors", ())
     for named in (str(folder), folder.as_uri()):
         monkeypatch.setenv("DMLBENCH_CHECKPOINT_BASE", named)
         assert fetch("m", file) == (folder / "m.safetensors", ())

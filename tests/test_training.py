@@ -384,6 +384,7 @@ def test_a_resume_mends_lost_weights_and_refuses_another_state(tmp_path: Path) -
         ([HM, "--set", "embed_dim=true"], 2, "embed_dim is true"),
         ([HM, "--set", "defense_params.ics=Infinity"], 2, "defense_params.ics must be a finite number"),
         ([HM, "--threads", "100000"], 2, "threads"),
+        ([HM, "--set", "ramp=10", "--iterations", "9"], 2, "ramp 10 is more than the 9 iterations"),
         (["digits-smallcnn-proxyanchor-at", "--set", "loss_params.alpha=abc"], 2, "alpha = 'abc' must be a number"),
         (
             ["digits-smallcnn-proxyanchor-at", "--set", "loss_params.num_classes=9"],

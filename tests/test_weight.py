@@ -206,6 +206,22 @@ def test_a_bundle_of_the_old_way_is_repacked_to_the_same_numbers(
     assert np.isin(after.sample["rows"], before.sample["rows"]).all() and repacked(folder) is None
 
 
+def test_a_bundle_of_more_images_than_are_kept_today_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of an 8×8 query are 256 bytes a part."""
+    name = "digits-smallcnn-triplet-none-strict"
+    folder = tmp_path / "submissions" / name
+    shutil.copytree(ROOT / "leaderboard" / "submissions" / name, folder)
+    before = load(folder / "run")
+    monkeypatch.setattr("dmlbench.submission.kept.LEAST_BYTES", 5 * 256 * len(before.measurements))
+    files = repacked(folder)
+    assert files is not None
+    write_folder(files, folder)
+    after = check_static(folder, aged=True).evaluation
+    assert after == before and len(after.sample["rows"]) == 5 < len(before.sample["rows"])
+    stay = np.isin(before.sample["rows"], after.sample["rows"])
+    assert all((before.sample[k][stay] == values).all() for k, values in after.sample.items())
+
+
 def test_a_board_is_repacked_and_read_back(tmp_path: Path, monkeypatch, capsys) -> None:
     """With images that belong to a whole run, which are not one for each query."""
     name = "digits-smallcnn-triplet-none-poison"

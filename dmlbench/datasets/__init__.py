@@ -100,10 +100,9 @@ class DatasetEntry:
             DataError: what ``load`` gave is none, or the other split.
         """
         dataset = self.load(split, preprocess)
-        if not isinstance(dataset, RetrievalDataset) or dataset.split != split:
-            gave = (
-                f"the {dataset.split} split" if isinstance(dataset, RetrievalDataset) else f"a {type(dataset).__name__}"
-            )
+        is_one = isinstance(dataset, RetrievalDataset)
+        if not is_one or dataset.split != split:
+            gave = f"the {dataset.split} split" if is_one else f"a {type(dataset).__name__}"
             raise DataError(
                 f"{self.title}: its function gave {gave}, where a RetrievalDataset, the {split} split, is expected"
             )

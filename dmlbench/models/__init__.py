@@ -8,9 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from dmlbench.checkpoints import normalisation_problem
 from dmlbench.embedding import Distance, Embedder, modes_kept
 from dmlbench.errors import UsageError
 from dmlbench.models.architectures import ARCHITECTURES, build_network, parameter_count
@@ -99,10 +99,9 @@ def load_model(
             raise UsageError(f"a plain nn.Module takes a Distance, e.g. DISTANCES['N'], not distance={distance!r}")
         with modes_kept(model):
             embedder = Embedder(model, **options)
-            if (largest := float(torch.stack([embedder.mean.max(), embedder.std.max()]).max())) > 1:
-                raise UsageError(
-                    f"mean or std {largest:g} is above 1, and pixels are in [0, 1]: divide by 255 those of pixels of 0 to 255"
-                )
+            fed = embedder.mean.flatten().tolist(), embedder.std.flatten().tolist()
+            if problem := normalisation_problem(*fed, None, way="divide by 255 those of pixels of 0 to 255"):
+                raise UsageError(problem)
             settle(embedder)
         return embedder
     _only(options, [field.name for field in fields(ModelOptions)], "a model by name")

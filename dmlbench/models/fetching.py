@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from dmlbench.checkpoints import PACKAGE, Checkpoint, File, own_registry, sha256_of, verified
 from dmlbench.datasets.cache import cache_folder
@@ -80,7 +82,8 @@ def fetch(name: str, file: File) -> tuple[Path, tuple[str, ...]]:
     for address in addresses(file):
         try:
             if not address.startswith(("https://", "http://")):
-                return verified(Path(address.removeprefix("file://")), known), ()
+                local = url2pathname(urlsplit(address).path) if address.startswith("file:") else address
+                return verified(Path(local), known), ()
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as scratch:
                 request = Download(target.name, [address], known.bytes, known.sha256)

@@ -195,7 +195,8 @@ STALE_SAMPLE = 1
 def repacked(folder: Path) -> dict[str, bytes] | None:
     """The files of a bundle on the board as they are kept today (docs/leaderboard.md); None where they are so already.
 
-    What was measured is the same, number for number. Of a stale run the images of :data:`STALE_SAMPLE` queries stay.
+    What was measured is the same, number for number. The images of :func:`~dmlbench.submission.kept.least_sample` queries stay, of
+    a stale run of :data:`STALE_SAMPLE`.
 
     Raises:
         DataError: the bundle cannot be read, or a record of a full rerun speaks of its manifest.

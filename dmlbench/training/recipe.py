@@ -138,6 +138,10 @@ class Recipe(BaseModel):
                 if entry.ensemble
                 else f"arch 'ensemble' is trained by the defence {names}, not {self.defense!r}"
             )
+        if self.ramp > self.iterations:
+            raise UsageError(
+                f"ramp {self.ramp} is more than the {self.iterations} iterations: eps would never be reached"
+            )
         if idle := self.idle():
             raise UsageError(idle[0])
         self.threat  # noqa: B018

@@ -14,7 +14,7 @@ from dmlbench.intervals import Ends, nmi_interval
 from dmlbench.kinds import page as md
 from dmlbench.kinds.base import CLOSE, Curve, Form, Job, Kind, Line, Number, Percent, Point, Points, Sheet, text_of
 from dmlbench.kinds.clustering import checks
-from dmlbench.kinds.clustering.search import numbered, run
+from dmlbench.kinds.clustering.search import class_numbers, run
 from dmlbench.kinds.clustering.summary import components, restarts
 from dmlbench.protocol import Protocol, repeated
 from dmlbench.results import Evaluation
@@ -157,7 +157,7 @@ def require(rules: Protocol, dataset: RetrievalDataset, seed: int) -> None:
         UsageError: they are not.
     """
     measured = measured_queries(len(dataset.query), rules.queries)
-    numbered(dataset.name, dataset.labels[dataset.query[measured]])
+    class_numbers(dataset.name, dataset.labels[dataset.query[measured]])
 
 
 def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:

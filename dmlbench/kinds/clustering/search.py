@@ -301,7 +301,7 @@ def run(
     return Outcome(parts, seconds, arrays, sample, extras, nonfinite=nonfinite)
 
 
-def numbered(dataset: str, labels: np.ndarray) -> np.ndarray:
+def class_numbers(dataset: str, labels: np.ndarray) -> np.ndarray:
     """(N,) the classes of the measured images, from 0.
 
     Raises:
@@ -324,7 +324,7 @@ def groups(subject: Subject, protocol: Protocol, work: Work | None = None) -> di
     Raises:
         UsageError: the classes cannot be found by clustering.
     """
-    true = numbered(subject.dataset.name, subject.scene.labels.cpu().numpy())
+    true = class_numbers(subject.dataset.name, subject.scene.labels.cpu().numpy())
 
     def clean_clusters() -> Arrays:
         count = int(true.max()) + 1

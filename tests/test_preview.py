@@ -5,7 +5,7 @@ import pytest
 import torch
 from trees import class_tree
 
-from dmlbench.cli.output import EVERY, Lines
+from dmlbench.cli.output import EVERY, Bar, Lines
 from dmlbench.datasets import RetrievalDataset, TensorImages, load_dataset
 from dmlbench.datasets.preview import preview
 from dmlbench.errors import UsageError
@@ -88,6 +88,15 @@ def test_lines_say_how_far_a_long_task_is(capsys: pytest.CaptureFixture[str]) ->
     now += 1000
     lines.advance("embed", 500)
     assert not capsys.readouterr().err, "what is done needs no line"
+
+
+def test_a_bar_that_is_not_drawn_lets_lines_through(capsys: pytest.CaptureFixture[str]) -> None:
+    with Bar("training") as bar:
+        bar.say("before [the] first step")
+        bar.at(1, 3)
+        bar.say("between " + 30 * "words ")
+        bar.at(3, 3)
+    assert capsys.readouterr().err.splitlines() == ["before [the] first step", "between " + 30 * "words "]
 
 
 def test_what_cannot_be_aimed_is_said_before_anything_is_embedded() -> None:

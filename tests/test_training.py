@@ -133,7 +133,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, name: str) -> No
     whole = train(long, tmp_path / "whole")
     with pytest.raises(Stop):
         train(long, tmp_path / "cut", report=stop)
-    resumed = train(long, tmp_path / "cut", resume=True)
+    steps: list[tuple[int, int]] = []
+    resumed = train(long, tmp_path / "cut", resume=True, stepped=lambda *now: steps.append(now))
+    assert steps == [(n, 6) for n in range(1, 7)], "the state is that of the check before"
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
     assert [(r.iteration, r.loss) for r in whole.progress] == [(r.iteration, r.loss) for r in resumed.progress]
     assert whole.entry == resumed.entry

@@ -197,3 +197,10 @@ class Bar:
             self._done = 0
         self._shown.advance(self._title, done - self._done)
         self._done = done
+
+    def say(self, line: str) -> None:
+        """A line on stderr, above the bar where one is drawn."""
+        if self._bars is None:
+            click.echo(line, err=True)
+        else:
+            self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -8,8 +8,6 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dmlbench.cli.model_options import Size
 from dmlbench.cli.output import Bar, hint, json_option, print_json, print_list, tell
@@ -153,31 +151,15 @@ def train(
         torch.set_num_threads(threads)
     where = device_of_process(device)
     world = World.join(where)
-    stderr = Console(stderr=True)
     try:
-        with (
-            Bar("decoding images") as decoding,
-            Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=stderr,
-                disable=not (world.leads and stderr.is_terminal),
-            ) as bars,
-        ):
-            task = bars.add_task(chosen.id, total=chosen.iterations, note="")
+        with Bar("decoding images") as decoding, Bar(chosen.id) as steps:
 
             def report(row: Row) -> None:
-                note = (
-                    f"loss {row.loss:.4f}  R@1 {row.recall_at_1:.1f}  attacked {row.attacked_recall_at_1:.1f}"
-                    f"  spread {row.spread:.2f}"
-                )
-                bars.update(task, completed=row.iteration, note=note)
-                if world.leads and not stderr.is_terminal:
-                    click.echo(f"{chosen.id} {row.iteration}/{chosen.iterations} {note}", err=True)
+                if world.leads:
+                    steps.say(
+                        f"{chosen.id} {row.iteration}/{chosen.iterations} loss {row.loss:.4f}  R@1 {row.recall_at_1:.1f}  "
+                        f"attacked {row.attacked_recall_at_1:.1f}  spread {row.spread:.2f}"
+                    )
 
             done = run_training(
                 chosen,
@@ -188,6 +170,7 @@ def train(
                 report=report,
                 tell=lambda note: tell(note) if world.leads else None,
                 decoded=decoding.at if world.leads else lambda done, total: None,
+                stepped=steps.at if world.leads else lambda done, total: None,
                 world=world,
             )
     except KeyboardInterrupt:

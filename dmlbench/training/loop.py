@@ -189,6 +189,7 @@ def train(
     report: Callable[[Progress], None] = lambda row: None,
     tell: Callable[[str], None] = lambda note: None,
     decoded: Callable[[int, int], None] = lambda done, total: None,
+    stepped: Callable[[int, int], None] = lambda done, total: None,
     world: World | None = None,
 ) -> Trained:
     """Train by a recipe into a run folder.
@@ -198,6 +199,7 @@ def train(
         report: called with each row of the log.
         tell: called with each sentence about the images and the weights that it begins with.
         decoded: called with (images done, images in all) while pictures are decoded.
+        stepped: called after each step with (steps done, steps in all) of this call, which after a resume are those that were left.
         world: the processes that train together; one by default.
 
     Raises:
@@ -293,6 +295,7 @@ def train(
         since += 1
 
         done = batch.iteration + 1
+        stepped(done - start, recipe.iterations - start)
         if done % recipe.check_every and done != recipe.iterations:
             continue
         mean = world.mean(total) / since

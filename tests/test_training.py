@@ -71,6 +71,7 @@ def test_every_packaged_checkpoint_says_how_it_was_made() -> None:
         assert entry.defense.name == made.defense
         if made.defense != "none":
             assert entry.defense.params == DEFENSES[made.defense].parameters(made.defense_params)
+        if DEFENSES[made.defense].searches:
             assert (str(made.eps), made.steps) == (entry.train.eps, entry.train.steps)
 
 
@@ -87,7 +88,9 @@ def test_command_trains_every_defence(capsys, tmp_path: Path, name: str) -> None
     assert "6/6 loss" in err
     log = log_of(tmp_path / "r")
     assert [int(row["iteration"]) for row in log] == [3, 6] and set(log[0]) >= {"loss", "attacked_recall_at_1"}
+    searches = entry.searches
     _, entry = read_entry(tmp_path / "r")
+    assert (entry.train.eps is not None, entry.train.steps is not None) == (searches, searches)
     embedder = build(entry, "again")
     fill(embedder.network, read_weights(tmp_path / "r" / "last.safetensors"), "weights")
     check_probe(embedder, entry, "again")
@@ -387,6 +390,16 @@ def test_a_resume_mends_lost_weights_and_refuses_another_state(tmp_path: Path) -
         ([HM, "--set", "defense_params.ics=Infinity"], 2, "defense_params.ics must be a finite number"),
         ([HM, "--threads", "100000"], 2, "threads"),
         ([HM, "--set", "ramp=10", "--iterations", "9"], 2, "ramp 10 is more than the 9 iterations"),
+        (["digits-smallcnn-proxyanchor-noise", "--set", "ramp=10"], 2, "ramp is of the adversary of training"),
+        (["digits-smallcnn-triplet-none", "--set", "start=random"], 2, "defence 'none' has none"),
+        (["digits-smallcnnx3-proxyanchor-adp", "--set", "arch_kwargs.members=1"], 2, "two members or more"),
+        (
+            [MDPROP, "--init", "digits-smallcnnbn-triplet-mdprop", "--set", "batch_norm=frozen"],
+            2,
+            "statistics of its own",
+        ),
+        ([HM, "--set", "defense_params.source=D", "--set", "space=C"], 2, "it needs space 'N', not 'C'"),
+        ([HM, "--set", "defense_params.destination=B(D)", "--set", "space=E"], 2, "it needs space 'N', not 'E'"),
         (["digits-smallcnn-proxyanchor-at", "--set", "loss_params.alpha=abc"], 2, "alpha = 'abc' must be a number"),
         (
             ["digits-smallcnn-proxyanchor-at", "--set", "loss_params.num_classes=9"],

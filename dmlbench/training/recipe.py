@@ -123,7 +123,11 @@ class Recipe(BaseModel):
                 f"embed_dim 0 leaves out the last layer of timm's and torchvision's networks, {self.arch!r} has none to spare"
             )
         entry = DEFENSES[self.defense]
-        entry.parameters(self.defense_params)
+        params = entry.parameters(self.defense_params)
+        if self.space != "N" and {"D", "B(D)"} & {params.get(key) for key in ("sampling", "source", "destination")}:
+            raise UsageError(
+                f"sampling D weighs Euclidean distances of unit-length embeddings: it needs space 'N', not {self.space!r}"
+            )
         if self.loss_params and "triplet" in entry.losses:
             raise UsageError(
                 f"defence {self.defense!r} makes its own loss: loss_params would do nothing; its parameters are "
@@ -137,6 +141,13 @@ class Recipe(BaseModel):
                 f"defence {self.defense!r} needs arch = 'ensemble'"
                 if entry.ensemble
                 else f"arch 'ensemble' is trained by the defence {names}, not {self.defense!r}"
+            )
+        if entry.ensemble and self.arch_kwargs.get("members") == 1:
+            raise UsageError(f"defence {self.defense!r} needs two members or more: one has no other to differ from")
+        if entry.norms and self.batch_norm == "frozen":
+            raise UsageError(
+                f"defence {self.defense!r} keeps statistics of its own for each kind of image: batch_norm 'frozen' would "
+                "leave all of them those of init"
             )
         if self.ramp > self.iterations:
             raise UsageError(
@@ -181,6 +192,10 @@ class Recipe(BaseModel):
             out.append(f"constant would do nothing with destination {params['destination']!r}")
         if self.defense == "hm" and "ics_margin" in given and not params["ics"]:
             out.append("ics_margin would do nothing without ics above 0")
+        if not entry.searches:
+            for key in ("ramp", "start"):
+                if getattr(self, key) != Recipe.model_fields[key].default:
+                    out.append(f"{key} is of the adversary of training: defence {self.defense!r} has none")
         if self.schedule != "step":
             for key in ("step_every", "step_factor"):
                 if getattr(self, key) != Recipe.model_fields[key].default:

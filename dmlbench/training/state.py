@@ -37,8 +37,8 @@ def checkpoint_entry(recipe: Recipe, preprocess: Preprocess, begun: str | None =
         ),
         train=registry.Train(
             loss=recipe.loss,
-            eps=None if clean else str(recipe.eps),
-            steps=None if clean else recipe.steps,
+            eps=str(recipe.eps) if defense.searches else None,
+            steps=recipe.steps if defense.searches else None,
             iterations=recipe.iterations,
             seed=recipe.seed,
             command=command_of(recipe),

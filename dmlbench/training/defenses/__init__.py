@@ -46,6 +46,7 @@ class DefenseEntry:
         ensemble: True where the network must be an ensemble.
         norms: further sets of batch norms that it trains with; where there are any, the network must have batch norms.
         outer: True where its loss is :meth:`Learner.outer`'s, which mines triplets for the triplet loss alone.
+        searches: False where it searches for no images: then there is no adversary of training.
     """
 
     step: Step
@@ -55,6 +56,7 @@ class DefenseEntry:
     ensemble: bool = False
     norms: int = 0
     outer: bool = False
+    searches: bool = True
     defaults: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -127,8 +129,10 @@ _TRADES = Paper(
 DEFENSES: Registry[DefenseEntry] = Registry(
     "defence",
     {
-        "none": DefenseEntry(none, "no defence: the loss on clean images", losses=(), outer=True),
-        "noise": DefenseEntry(noise, "the loss on images with Gaussian noise", _SMOOTHING, losses=(), outer=True),
+        "none": DefenseEntry(none, "no defence: the loss on clean images", losses=(), outer=True, searches=False),
+        "noise": DefenseEntry(
+            noise, "the loss on images with Gaussian noise", _SMOOTHING, losses=(), outer=True, searches=False
+        ),
         "est": DefenseEntry(est, "EST: the loss on images moved by embedding shift", _RANK, losses=(), outer=True),
         "act": DefenseEntry(act, "ACT: positive and negative drawn together", _RANK),
         "min-max": DefenseEntry(min_max, "Madry's min-max on the triplet loss (collapses)", _PGD),
@@ -162,6 +166,7 @@ DEFENSES: Registry[DefenseEntry] = Registry(
             _ADP,
             losses=("proxy-anchor",),
             ensemble=True,
+            searches=False,
         ),
     },
 )

@@ -448,6 +448,21 @@ def test_a_trained_layer_beside_the_named_weights_is_not_left_out(content, key, 
     loads_as(whole, tmp_path / "x.pth", checkpoint_key=key, head=f"{place}.0")
 
 
+@pytest.mark.parametrize("door", [TINY, "timm:test_convnext"])
+def test_a_last_layer_without_bias(door: str, tmp_path: Path) -> None:
+    """A linear layer without bias is a usual embedding layer."""
+    network = seeded(timm.create_model(door.partition(":")[2], num_classes=24))
+    layer = network.get_classifier()
+    state = {k: v for k, v in network.state_dict().items() if v is not layer.bias and not v.equal(layer.bias)}
+    assert len(state) == len(network.state_dict()) - 1
+    torch.save(state, tmp_path / "x.pth")
+    nn.init.zeros_(layer.bias)
+    embedder = open_model(door, ModelOptions(weights=str(tmp_path / "x.pth"), input_size=SIZE, mean=(0.5,), std=(0.5,)))
+    images = probe_images(SHAPE, 2)
+    torch.testing.assert_close(embedder(images), unit(network, images))
+    assert any("no bias" in note for note in embedder.notes)
+
+
 def test_a_layer_of_another_shape_is_no_copy_of_the_network(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Linear(4, 3))
     content = {"model": network.state_dict(), "embedder": nn.Linear(3, 2).state_dict()}

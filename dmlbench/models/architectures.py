@@ -237,13 +237,14 @@ def _torchvision(
         with_head(network, embed_dim)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if hasattr(network, "transform_input"):
-        network.aux_logits = False
-        for part in {"aux1", "aux2", "AuxLogits"} & dict(
+        side_exits = {"aux1", "aux2", "AuxLogits"} & dict(
             network.named_children()
-        ).keys():  # a file may have them or not
-            setattr(network, part, None)
+        ).keys()  # a file may have them or not
+        plain: dict[str, bool | None] = {**dict.fromkeys(side_exits), "aux_logits": False}
         if "transform_input" not in kwargs:
-            network.transform_input, mean, std = False, _HALF, _HALF
+            plain, mean, std = {**plain, "transform_input": False}, _HALF, _HALF
+        for part, value in plain.items():
+            setattr(network, part, value)
     size = kwargs.get("image_size", 299 if name == "inception_v3" else 224)
     return Built(network, (3, size, size), mean, std)
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import sys
 import types
 from pathlib import Path
@@ -26,8 +27,9 @@ from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, UsageError
 from dmlbench.models import ModelOptions, load_model, open_model, probe_images, read_file
 from dmlbench.models.architectures import build_network
+from dmlbench.models.files import WeightsFile
 from dmlbench.models.inspection import best_fit, describe, fits
-from dmlbench.models.published import PUBLISHED, published
+from dmlbench.models.published import IMAGENET_MEAN, IMAGENET_STD, PUBLISHED, published
 from dmlbench.models.spec import preprocess_of
 
 TINY = "timm:test_resnet"
@@ -51,7 +53,7 @@ def tiny() -> nn.Module:
     return seeded(timm.create_model("test_resnet", num_classes=24))
 
 
-def unit(network: nn.Module, images: Tensor, mean: float = 0.5, std: float = 0.5) -> Tensor:
+def unit(network: nn.Module, images: Tensor, mean: float | Tensor = 0.5, std: float | Tensor = 0.5) -> Tensor:
     with torch.no_grad():
         return nn.functional.normalize(network((images - mean) / std), dim=1)
 
@@ -446,6 +448,21 @@ def test_a_trained_layer_beside_the_named_weights_is_not_left_out(content, key, 
     loads_as(whole, tmp_path / "x.pth", checkpoint_key=key, head=f"{place}.0")
 
 
+@pytest.mark.parametrize("door", [TINY, "timm:test_convnext"])
+def test_a_last_layer_without_bias(door: str, tmp_path: Path) -> None:
+    """A linear layer without bias is a usual embedding layer."""
+    network = seeded(timm.create_model(door.partition(":")[2], num_classes=24))
+    layer = network.get_classifier()
+    state = {k: v for k, v in network.state_dict().items() if v is not layer.bias and not v.equal(layer.bias)}
+    assert len(state) == len(network.state_dict()) - 1
+    torch.save(state, tmp_path / "x.pth")
+    nn.init.zeros_(layer.bias)
+    embedder = open_model(door, ModelOptions(weights=str(tmp_path / "x.pth"), input_size=SIZE, mean=(0.5,), std=(0.5,)))
+    images = probe_images(SHAPE, 2)
+    torch.testing.assert_close(embedder(images), unit(network, images))
+    assert any("no bias" in note for note in embedder.notes)
+
+
 def test_a_layer_of_another_shape_is_no_copy_of_the_network(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Linear(4, 3))
     content = {"model": network.state_dict(), "embedder": nn.Linear(3, 2).state_dict()}
@@ -698,6 +715,48 @@ def test_the_first_mobilenet_v2_under_its_old_names(tmp_path: Path) -> None:
         expected = network.features(images).mean((2, 3))
     torch.testing.assert_close(embedder(images), nn.functional.normalize(expected, dim=1))
     assert any("embeddings of 1280 values" in note for note in embedder.notes)
+
+
+OLDER = {
+    "torchvision:densenet121": ((r"(norm|conv)([12])\.", r"\1.\2."),),
+    "torchvision:vit_b_32": ((r"mlp\.0\.", "mlp.linear_1."), (r"mlp\.3\.", "mlp.linear_2.")),
+}
+
+
+@pytest.mark.parametrize("name", list(OLDER))
+def test_the_published_names_that_torchvision_changes_when_it_reads_them(name: str, tmp_path: Path) -> None:
+    network = torchvision.models.get_model(name.partition(":")[2], weights=None)
+    state = seeded(network).state_dict()
+    for new, old in OLDER[name]:
+        state = {re.sub(new, old, k): v for k, v in state.items()}
+    assert not set(state) <= set(network.state_dict())
+    if "vit" in name:  # too large to be filled here
+        fit = best_fit(WeightsFile(Path("x"), "torch", state, "", {f"module.{k}": v for k, v in state.items()}))
+        assert fit is not None and (fit.builder, fit.prefix) == (name, "module.")
+        return
+    torch.save(state, tmp_path / "x.pth")
+    for door in ({"model": str(tmp_path / "x.pth")}, {"model": name, "weights": str(tmp_path / "x.pth")}):
+        embedder = load_model(**door, input_size=(32, 32), mean=(0.5,), std=(0.5,))
+        images = probe_images((3, 32, 32), 1)
+        torch.testing.assert_close(embedder(images), unit(network, images))
+
+
+@pytest.mark.parametrize("side_exits", [True, False])
+def test_googlenet_is_fed_as_its_weights_are_by_every_door(side_exits: bool, tmp_path: Path) -> None:
+    """torchvision's weights of it undo ImageNet's mean and std in the network, which a file does not tell."""
+    make = torchvision.models.googlenet
+    network = seeded(make(num_classes=8, aux_logits=side_exits, transform_input=True, init_weights=False))
+    torch.save(network.state_dict(), tmp_path / "x.pth")
+    images, (mean, std) = (
+        probe_images((3, 64, 64), 1),
+        (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)),
+    )
+    expected = unit(network, images, mean, std)
+    for door in (
+        {"model": str(tmp_path / "x.pth")},
+        {"model": "torchvision:googlenet", "weights": str(tmp_path / "x.pth")},
+    ):
+        torch.testing.assert_close(load_model(**door, input_size=(64, 64))(images), expected, atol=1e-5, rtol=1e-5)
 
 
 class Locked(nn.Module):

@@ -72,7 +72,7 @@ class Files:
     Attributes:
         root: the folder.
         paths: (N,) each image's path below it.
-        boxes: (N, 4) left, top, right, bottom in pixels of the stored picture, or None; a row of NaN is the whole picture.
+        boxes: (N, 4) left, top, right, bottom in pixels of the picture, after it is turned, or None; a row of NaN is all of it.
         upright: turn pictures as their EXIF orientation says. The field's public code does not, so its data sets do not.
     """
 

@@ -35,6 +35,8 @@ _MOST_NUMBER = 1_000_000
 """In an argument of timm's and torchvision's networks: widths, depths, sides."""
 _C2F2_SIZE = 28
 """The images of networks that do not take a size."""
+_HALF = (0.5, 0.5, 0.5)
+"""Mean and std of GoogLeNet and Inception v3: torchvision's weights of these two undo ImageNet's within (``transform_input``)."""
 _NOT_OF_THE_NETWORK = (
     "checkpoint", "pretrained", "weights", "cache_dir", "scriptable", "exportable", "no_jit",
     "device", "dtype", "features_only", "feature_cfg", "model_cfg", "kwargs_filter", "progress",
@@ -233,8 +235,18 @@ def _torchvision(
         raise DataError(f"torchvision cannot fetch {name}: {described(error)}") from None
     if embed_dim is not None:
         with_head(network, embed_dim)
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if hasattr(network, "transform_input"):
+        side_exits = {"aux1", "aux2", "AuxLogits"} & dict(
+            network.named_children()
+        ).keys()  # a file may have them or not
+        plain: dict[str, bool | None] = {**dict.fromkeys(side_exits), "aux_logits": False}
+        if "transform_input" not in kwargs:
+            plain, mean, std = {**plain, "transform_input": False}, _HALF, _HALF
+        for part, value in plain.items():
+            setattr(network, part, value)
     size = kwargs.get("image_size", 299 if name == "inception_v3" else 224)
-    return Built(network, (3, size, size), IMAGENET_MEAN, IMAGENET_STD)
+    return Built(network, (3, size, size), mean, std)
 
 
 def build_network(

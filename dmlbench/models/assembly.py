@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dmlbench.errors import UsageError
@@ -96,8 +97,20 @@ def assemble(
             width, features = (width, width) if after else (0, features)
         if width is not None or (matched.tensors and features is not None):
             built = replace(built, network=with_head(built.network, width or 0, matched.tensors))
+        if bias := _no_bias(built.network, matched):
+            matched = replace(matched, tensors={**matched.tensors, **bias})
+            notes.append("the last layer has no bias in the file")
     after = ":" not in builder or last_widths(built.network) is not None
     return Assembled(built, matched, features, after, tuple(notes))
+
+
+def _no_bias(network: nn.Module, matched: Match) -> dict[str, Tensor]:
+    """The bias of a network's last layer, zero, where the file has that layer without one; empty where it is otherwise."""
+    state = network.state_dict()
+    weight = next((k for k, v in reversed(state.items()) if k.startswith(f"{head_of(network)}.") and v.dim() == 2), "")
+    bias = weight.removesuffix("weight") + "bias"
+    lacks = bias in state and weight in matched.tensors and bias not in matched.tensors
+    return {bias: torch.zeros_like(state[bias])} if lacks else {}
 
 
 def load(

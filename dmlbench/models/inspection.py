@@ -29,7 +29,7 @@ CANDIDATES = {
     "torchvision:mobilenet_v3_large": "features.1.block.0.0.weight",
     "torchvision:googlenet": "inception3a.branch1.conv.weight",
     "torchvision:inception_v3": "Mixed_5b.branch1x1.conv.weight",
-    "torchvision:densenet121": "features.denseblock1.denselayer1.norm1.weight",
+    "torchvision:densenet121": "features.transition1.conv.weight",
     **{f"torchvision:{name}": "features.0.weight" for name in ("alexnet", "vgg16", "vgg16_bn")},
     "torchvision:efficientnet_b0": "features.1.0.block.0.0.weight",
     "torchvision:convnext_tiny": "features.1.0.block.0.weight",

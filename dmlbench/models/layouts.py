@@ -25,7 +25,8 @@ _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", 
 _FOLLOWER = re.compile(r"(^|[._])(encoder_k|target|momentum|key)([._]|$)|momentum_|target_|_momentum")
 _OF_TRAINING = re.compile(
     r"(^|[._])(criterion|criteria|loss(es)?|losses?_fn|loss_func|prox(y|ies)|cent(er|re)s?|prototypes?|queue|arcface|"
-    r"cosface|margin|mask_token|logit_scale|logit_bias|optimizer|ema_updates|n_averaged|total_(ops|params))([._]|\d|$)",
+    r"cosface|margin|mask_token|logit_scale|logit_bias|optimizer|ema_updates|n_averaged|total_(ops|params)|"
+    r"aux[12]|auxlogits)([._]|\d|$)",
     re.IGNORECASE,
 )
 """What a training needs and a test does not."""
@@ -125,7 +126,7 @@ def _same(plain: Mapping[str, str], tensors: Mapping[str, Tensor], one: str, two
 
 def renamed(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A file's tensors with the names of known layouts turned into those of a network's ``state`` dictionary; prefixes stay."""
-    for layout in (_clip_tower, _clip_trunk, _mobilenet_v2):
+    for layout in (_clip_tower, _clip_trunk, _mobilenet_v2, _first_torchvision):
         tensors = layout(tensors, state)
     return dict(tensors)
 
@@ -205,6 +206,22 @@ def _mobilenet_v2(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) ->
             name = f"{prefix}features.{block}.conv.{there.get(layer, layer)}.{rest}"
         out[name] = tensor
     return out
+
+
+_FIRST_NAMES = (
+    ("denselayer1.norm1.weight", r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),
+    ("encoder_layer_0.mlp.0.weight", r"(encoder_layer_\d+\.mlp)\.linear_1\.", r"\1.0."),
+    ("encoder_layer_0.mlp.3.weight", r"(encoder_layer_\d+\.mlp)\.linear_2\.", r"\1.3."),
+)
+"""How a network is known whose published weights torchvision itself renames when it reads them, and the old and the new names."""
+
+
+def _first_torchvision(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The first names of DenseNet's and the vision transformer's layers, which their published files still have."""
+    for telling, old, new in _FIRST_NAMES:
+        if any(name.endswith(telling) for name in state):
+            tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def adapted(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from dmlbench.kinds.corruptions.measure import CLEAN, components, embedded, pars
 from dmlbench.kinds.table import numbers_of
 from dmlbench.protocols import load_protocol
 from dmlbench.protocols.reading import read_protocol
+from dmlbench.results import load, save
 from dmlbench.run.subject import prepare
 
 MODEL = "digits-smallcnn-triplet-none"
@@ -101,6 +102,13 @@ def test_the_headline_is_the_mean_over_the_fifteen(done) -> None:
     assert said["worst"]["recall_at_1"] == pytest.approx(min(everyone.values()))
     assert np.mean(record.by_query(done)["corruption_recall_at_1"]) == pytest.approx(by_hand)
     assert numbers_of(done)["corruption_recall_at_1"] == pytest.approx(by_hand)
+
+
+def test_where_nothing_can_be_found_the_stored_result_is_printed_all_the_same(model, tmp_path) -> None:
+    alone = RetrievalDataset("alone", "test", TensorImages(torch.rand(4, 1, 8, 8)), np.arange(4))
+    save(evaluate(model, alone, rules(severities=[1]), device="cpu"), tmp_path / "run")
+    sheet, line = record.tables(load(tmp_path / "run").extras["corruptions"])
+    assert {cell for row in sheet.rows for cell in row[1:]} == {"–"} and "–" in line.head
 
 
 def test_grey_pictures_have_no_colours_to_saturate() -> None:

@@ -14,9 +14,14 @@ from rich.console import Console
 from scipy import integrate, stats
 
 import dmlbench
+from dmlbench.board import paper
 from dmlbench.board.compare.paired import pair
+from dmlbench.board.compare.verdict import compare, compare_rows
+from dmlbench.board.report.page import _headline
 from dmlbench.board.row import from_evaluation
-from dmlbench.board.table import rank
+from dmlbench.board.show import as_latex, as_markdown, as_table
+from dmlbench.board.site.overview import cell
+from dmlbench.board.table import from_csv, rank, to_csv
 from dmlbench.cli.results import print_kind
 from dmlbench.datasets import RetrievalDataset, TensorImages
 from dmlbench.embedding import Embedder
@@ -31,7 +36,7 @@ from dmlbench.kinds.strict.search import CARRIED, CLEAN_WRONG, SMALLEST, attempt
 from dmlbench.objectives import margin_to_entry
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Component, Step, Threshold
-from dmlbench.protocols import FOLDER
+from dmlbench.protocols import FOLDER, load_protocol
 from dmlbench.results import load
 from dmlbench.rng import Rng
 from dmlbench.run.subject import measured_queries, prepare, query_order
@@ -364,7 +369,32 @@ def test_without_a_right_query_there_is_no_headline(whole, clean) -> None:
     assert "median –" in out.file.getvalue()
 
 
-def test_the_row_of_a_board_has_the_headline(whole) -> None:
+def say_more(words: str, row, e, other, folder: Path) -> None:
+    """Whatever shows the median of ``e``, of which this is the row, shows that it is beyond the grid; ``other``'s is not."""
+    columns = ["smallest_eps"]
+    for form in (as_table, as_markdown):
+        assert words in form([row], columns) and "> " not in form([from_evaluation(other)], columns)
+    assert "\\textgreater{} 0.157" in as_latex([row], columns)
+    assert cell(row, "smallest_eps").text == "> 40/255"
+    packaged = {"protocol": e.protocol.model_copy(update={"sha256": load_protocol("strict").sha256})}
+    e, other = (one.model_copy(update=packaged).with_arrays(other.arrays, other.sample) for one in (e, other))
+    runs = [("far", e), ("near", other)]
+    both = paper.table(runs, columns)
+    assert [c.text("smallest_eps").startswith("> ") for _, (c,) in both.rows] == [True, False]
+    assert "\\textgreater{} 0.157" in paper.as_latex(both) and words in paper.as_markdown(both)
+    assert paper.as_csv(both).splitlines()[1].split(",")[1] == repr(40 / 255)
+    assert _headline(e)[0] == "> 40/255" and not _headline(other)[0].startswith(">")
+    for compared in (compare(e, other), compare_rows(from_evaluation(e), from_evaluation(other))):
+        assert [n for n in compared.notes if "beyond" in n] == [
+            "smallest_eps of the base is beyond the largest eps of the grid, and counts as that"
+        ]
+    file = folder / "board.csv"
+    file.write_bytes(to_csv([row, from_evaluation(other).model_copy(update={"model": "another"})]))
+    assert [r.smallest_eps_beyond for r in from_csv(file)] == [1, None]
+    assert b"smallest_eps_beyond" not in to_csv([from_evaluation(other)])
+
+
+def test_the_row_of_a_board_has_the_headline(whole, tmp_path) -> None:
     row, found = from_evaluation(whole), whole.extras["strict"]["smallest_eps"]
     assert row.headline == row.smallest_eps == pytest.approx(found["median"], abs=1e-6)
     assert row.worst_case_area is None and row.worst_case_missed_at_most is not None
@@ -373,9 +403,17 @@ def test_the_row_of_a_board_has_the_headline(whole) -> None:
     extras = {**whole.extras, "strict": {**whole.extras["strict"], "smallest_eps": beyond}}
     far = from_evaluation(whole.model_copy(update={"extras": extras}).with_arrays(whole.arrays, whole.sample))
     assert far.smallest_eps == far.smallest_eps_lo == pytest.approx(40 / 255, abs=1e-6) and far.smallest_eps_hi is None
+    assert row.smallest_eps_beyond is None and far.smallest_eps_beyond == 1
     full = [r.model_copy(update={"partial": None}) for r in (row, far)]
     full[1] = full[1].model_copy(update={"model": "another"})
     assert [r.model for r in rank(full)] == ["another", row.model]
+    say_more(
+        "> 0.157",
+        far,
+        whole.model_copy(update={"extras": extras}).with_arrays(whole.arrays, whole.sample),
+        whole,
+        tmp_path,
+    )
     components = [
         Component(name=m.component, attack=m.attack, readout=m.readout, worst=0, best=100) for m in whole.measurements
     ]

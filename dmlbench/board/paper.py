@@ -17,11 +17,11 @@ import numpy as np
 from dmlbench.board.compare import compare
 from dmlbench.board.compare.render import escape_markdown
 from dmlbench.board.compare.verdict import components_of
-from dmlbench.board.row import EXECUTED, shown, superseded
+from dmlbench.board.row import EXECUTED, beyond, shown, superseded
 from dmlbench.errors import NotComparable, UsageError
 from dmlbench.files import printable
 from dmlbench.intervals import Ends
-from dmlbench.kinds.table import KINDS, numbers_of
+from dmlbench.kinds.table import KINDS, kind_of, numbers_of
 from dmlbench.metrics import CLEAN_METRICS
 from dmlbench.protocol import score_intervals
 from dmlbench.registry import suggest
@@ -34,11 +34,19 @@ HEADERS = {**{name: metric.title for name, metric in CLEAN_METRICS.items()}, "er
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a run, its 95 % interval, and whether it is the best of its column or not surely behind that."""
+    """One number of a run, its 95 % interval, whether it is the best of its column or not surely behind that, and whether it is
+    a length beyond the grid, of which the value is the largest eps."""
 
     value: float | None
     interval: Ends = None
     bold: bool = False
+    beyond: bool = False
+
+    def text(self, column: str) -> str:
+        """The value as a person reads it."""
+        if self.value is None:
+            return "–"
+        return f"> {shown(column, self.value)}" if self.beyond else shown(column, self.value)
 
 
 @dataclass(frozen=True)
@@ -123,10 +131,11 @@ def table(runs: Sequence[tuple[str, Evaluation]], columns: Sequence[str] = ()) -
     clean = [name for name in first.benign if name != "recall_at_1"]
     chosen = tuple(columns or (name for name in known if name not in clean))
     bold = _bold([e for _, e in runs], names_of(runs), given, chosen)
+    lengths = [kind_of(e).read(e) for _, e in runs]
     return Table(
         columns=chosen,
         rows=tuple(
-            (name, tuple(Cell(given[r].get(c), ends[r].get(c), bold=r in bold[c]) for c in chosen))
+            (name, tuple(Cell(given[r].get(c), ends[r].get(c), r in bold[c], beyond(lengths[r], c)) for c in chosen))
             for r, name in enumerate(names_of(runs))
         ),
         caption=_caption(runs),
@@ -218,12 +227,10 @@ def escape_latex(text: str) -> str:
 
 def _reach(cell: Cell, column: str) -> tuple[str, str, str]:
     """Value, and how far the interval reaches above and below it, each as text; empty where there is none."""
-    if cell.value is None:
-        return "–", "", ""
-    if cell.interval is None:
-        return shown(column, cell.value), "", ""
+    if cell.value is None or cell.interval is None:
+        return cell.text(column), "", ""
     low, high = cell.interval
-    return shown(column, cell.value), shown(column, high - cell.value), shown(column, cell.value - low)
+    return cell.text(column), shown(column, high - cell.value), shown(column, cell.value - low)
 
 
 def as_latex(table: Table) -> str:
@@ -243,7 +250,7 @@ def as_latex(table: Table) -> str:
         values, spreads = [], []
         for column, cell in zip(table.columns, cells, strict=True):
             value, above, below = _reach(cell, column)
-            text = escape_latex(value) if cell.value is None else value.replace("-", "$-$")
+            text = escape_latex(value).replace("-", "$-$")
             values.append(rf"\textbf{{{text}}}" if cell.bold else text)
             reach = rf"\pm{above}" if above == below else rf"{{}}^{{+{above}}}_{{-{below}}}"
             spreads.append(rf"{{\scriptsize ${reach}$}}" if above else "")

@@ -6,7 +6,7 @@ browser would read as HTML is refused, so a cell can be shown anywhere.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -204,6 +204,11 @@ class Row(_Columns):
         """What rows are ranked by: ERS, or under a protocol without one the number that its kind ranks by."""
         return next((getattr(self, n) for n in HEADLINES if getattr(self, n) is not None), None)
 
+    def cell(self, column: str) -> str:
+        """A cell as a person reads it: a length beyond the grid as more than its largest eps."""
+        text = shown(column, getattr(self, column))
+        return f"> {text}" if beyond(vars(self), column) else text
+
     @property
     def interval(self) -> tuple[float, float] | None:
         """The interval of :attr:`headline`; a length may have no upper end."""
@@ -212,6 +217,11 @@ class Row(_Columns):
         if name in LENGTHS and low is not None and high is None:
             high = np.inf
         return None if low is None or high is None else (low, high)
+
+
+def beyond(columns: Mapping[str, Any], name: str) -> bool:
+    """Is the length in a column beyond the largest eps that was tried, which stands in its place?"""
+    return columns.get(f"{name}_beyond") is not None
 
 
 HEADLINES = ("ers", *(number.name for number in numbers().values() if number.ranks))

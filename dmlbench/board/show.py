@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from dmlbench.board.row import COLUMNS, NUMBERS, Row, shown
+from dmlbench.board.row import COLUMNS, NUMBERS, Row
 from dmlbench.errors import UsageError
 from dmlbench.kinds.table import KINDS
 from dmlbench.registry import Registry, suggest
@@ -94,7 +94,7 @@ def select(rows: Iterable[Row], filters: Sequence[str] = (), sort: str | None = 
 
 def as_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """Aligned text, numbers to the right."""
-    cells = [list(columns)] + [[shown(c, getattr(r, c)) for c in columns] for r in rows]
+    cells = [list(columns)] + [[r.cell(c) for c in columns] for r in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     right = [any(isinstance(getattr(r, c), int | float) for r in rows) for c in columns]
     lines = [
@@ -112,7 +112,7 @@ def as_markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
         return "| " + " | ".join(re.sub(r"([\\|*_`\[\]])", r"\\\1", c) for c in cells) + " |"
 
     marks = ["---:" if any(isinstance(getattr(r, c), int | float) for r in rows) else "---" for c in columns]
-    body = [line(shown(c, getattr(r, c)) for c in columns) for r in rows]
+    body = [line(r.cell(c) for c in columns) for r in rows]
     return "\n".join([line(columns), "| " + " | ".join(marks) + " |", *body]) + "\n"
 
 
@@ -135,6 +135,8 @@ _TEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
     **{c: "\\" + c for c in "&%$#_{}"},
 }
 
@@ -146,7 +148,7 @@ def as_latex(rows: Sequence[Row], columns: Sequence[str]) -> str:
         return " & ".join("".join(_TEX.get(ch, ch) for ch in c) for c in cells) + r" \\"
 
     kind = "".join("r" if any(isinstance(getattr(r, c), int | float) for r in rows) else "l" for c in columns)
-    body = [line(shown(c, getattr(r, c)) for c in columns) for r in rows]
+    body = [line(r.cell(c) for c in columns) for r in rows]
     return "\n".join([rf"\begin{{tabular}}{{{kind}}}", r"\toprule", line(columns), r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]) + "\n"  # fmt: skip
 
 

@@ -6,10 +6,11 @@ All queries share one list of eps, which contains the grid, so that queries at t
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from pydantic import Field as Bounds
 
 from dmlbench.errors import Problem
 from dmlbench.intervals import cluster_median
@@ -19,6 +20,9 @@ from dmlbench.protocol import Protocol, Threshold
 from dmlbench.run.search import joined
 from dmlbench.run.units import Arrays
 from dmlbench.threat import written
+
+Beyond = Annotated[int, Bounds(ge=1, le=1)] | None
+"""1 in a row where a median is beyond the largest eps of the grid, which then stands in its place; else empty."""
 
 Ladder = tuple[Float[np.ndarray, " n"], Int[np.ndarray, " E"]]
 
@@ -141,6 +145,14 @@ def halfway(
 def within(value: float | None, smallest: dict[str, Any]) -> float:
     """A length that a run says of it, or the largest eps of the grid where it is beyond that."""
     return float(smallest["largest"] if value is None else value)
+
+
+def columns_of(name: str, smallest: dict[str, Any]) -> dict[str, float | None]:
+    """The median and its interval as the columns ``name`` of a row: beyond the grid the median is the largest eps, and
+    ``<name>_beyond`` says so."""
+    median, ends = smallest["median"], smallest["interval"]
+    columns = {name: within(median, smallest), f"{name}_beyond": 1.0 if median is None else None}
+    return columns | ({f"{name}_lo": within(ends[0], smallest), f"{name}_hi": ends[1]} if ends else {})
 
 
 def shown(value: float | None, numbers: dict[str, Any]) -> str:

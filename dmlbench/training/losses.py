@@ -140,7 +140,8 @@ LOSSES: Registry[LossEntry] = Registry(
             "triplet margin loss (Schroff et al., CVPR 2015)",
         ),
         "contrastive": LossEntry(
-            _pml("ContrastiveLoss", space=True), "pairs pulled to 0, pushed to the margin (Hadsell et al., CVPR 2006)"
+            _pml("ContrastiveLoss", space=True),
+            "pairs pulled to 0, pushed to the margin (Hadsell et al., CVPR 2006), linear",
         ),
         "margin": LossEntry(_pml("MarginLoss", space=True), "pairs against a boundary β (Wu et al., ICCV 2017)"),
         "multi-similarity": LossEntry(_pml("MultiSimilarityLoss"), "weighted pairs (Wang et al., CVPR 2019)"),

@@ -21,10 +21,10 @@ import numpy as np
 from dmlbench.board.compare.gate import DEFAULT_DROPS, Gate, metric_name
 from dmlbench.board.compare.paired import Paired, common, pair, unshared
 from dmlbench.board.compare.records import Comparison, Difference, Failure, Side, Verdict
-from dmlbench.board.row import CLEAN_COLUMNS, LENGTHS, PARTS, Row, from_evaluation, superseded
+from dmlbench.board.row import CLEAN_COLUMNS, LENGTHS, PARTS, Row, beyond, from_evaluation, superseded
 from dmlbench.errors import NotComparable
 from dmlbench.intervals import DRAWS
-from dmlbench.kinds.table import numbers
+from dmlbench.kinds.table import kind_of, numbers
 from dmlbench.results import Conditions, Evaluation
 
 if TYPE_CHECKING:
@@ -199,6 +199,7 @@ def compare(
 
 def _notes(base: Evaluation, candidate: Evaluation, left_out: Sequence[str]) -> tuple[str, ...]:
     notes = [*_made([(e.protocol.seed, ", ".join(e.partial)) for e in (base, candidate)])]
+    notes += _beyond([kind_of(e).read(e) for e in (base, candidate)])
     if left_out:
         notes.append(f"not compared, since they are of the queries as a set, which differs: {', '.join(left_out)}")
     if some := unshared(base, candidate):
@@ -216,6 +217,14 @@ def _made(sides: Sequence[tuple[int | None, str]]) -> Iterator[str]:
     for name, (_, partial) in zip(("base", "candidate"), sides, strict=True):
         if partial:
             yield f"the {name} is a partial run: {partial}"
+
+
+def _beyond(sides: Sequence[Mapping[str, object]]) -> Iterator[str]:
+    """A note for each length of base and candidate that is beyond the grid, by their columns."""
+    for name, columns in zip(("base", "candidate"), sides, strict=True):
+        for number in numbers():
+            if beyond(columns, number):
+                yield f"{number} of the {name} is beyond the largest eps of the grid, and counts as that"
 
 
 def _side(e: Evaluation, label: str) -> Side:
@@ -271,6 +280,7 @@ def compare_rows(
         notes=(
             *stale,
             *made,
+            *_beyond([vars(base), vars(candidate)]),
             "from CSV rows: unpaired, with an interval for ERS alone; compare run folders to see more",
         ),
         fail_on_inconclusive=gate.fail_on_inconclusive,

@@ -119,7 +119,7 @@ def plot(protocol: str, dataset: str, rows: Sequence[Row]) -> Markup | None:
                     None if claimed else scale * np.array([low for low, _ in ends]),
                     None if claimed else scale * np.array([high for _, high in ends]),
                     tooltips=tuple(
-                        f"{r.model} ({r.status}): {text(r, y, getattr(r, y))}, {TITLES[x]} {text(r, x, getattr(r, x))}"
+                        f"{r.model} ({r.status}): {cell(r, y).text or text(r, y, getattr(r, y))}, {TITLES[x]} {text(r, x, getattr(r, x))}"
                         for _, r in there
                     ),
                     links=tuple(f"#{row_id(protocol, n, r)}" for n, r in there),

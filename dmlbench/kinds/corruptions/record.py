@@ -157,7 +157,7 @@ def tables(extras: dict[str, Any]) -> Iterator[Sheet | Line]:
         rows_of_name = [row for row in extras["table"] if row["corruption"] == name]
         title = f"{name} (extra)" if rows_of_name[0]["extra"] else name
         values = [row["recall_at_1"] for row in rows_of_name]
-        rows.append((title, *map(text_of, values), text_of(float(np.mean(values)))))
+        rows.append((title, *map(text_of, values), text_of(None if None in values else float(np.mean(values)))))
     columns = (*(f"severity {s}" for s in severities), "mean")
     yield Sheet("R@1 under corruptions, %", ("corruption",), columns, tuple(rows))
     yield Line(

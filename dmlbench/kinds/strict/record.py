@@ -26,7 +26,7 @@ from dmlbench.kinds.base import (
     Sheet,
     text_of,
 )
-from dmlbench.kinds.smallest import SmallestForm, halvings, shown, within
+from dmlbench.kinds.smallest import Beyond, SmallestForm, columns_of, halvings, shown
 from dmlbench.kinds.strict import checks
 from dmlbench.kinds.strict.search import run
 from dmlbench.kinds.strict.summary import SMALLEST, components
@@ -86,10 +86,11 @@ class Columns(BaseModel):
     worst_case_recall_at_1_hi: float | None = None
     smallest_eps: Annotated[float, Field(gt=0)] | None = None
     """median over the queries that are right when clean of the smallest eps found that breaks it, [0, 1] scale; the
-    largest eps of the grid where it is beyond that: then smallest_eps_hi is empty and smallest_eps_lo is that too"""
+    largest eps of the grid where it is beyond that: then smallest_eps_beyond is 1"""
     smallest_eps_lo: Annotated[float, Field(ge=0)] | None = None
     smallest_eps_hi: Annotated[float, Field(ge=0)] | None = None
     """empty where it is beyond the largest eps of the grid"""
+    smallest_eps_beyond: Beyond = None
     worst_case_missed_at_most: Percent | None = Field(None, title="Missed at most, points")
     """upper bound of the points that ten times the rounds would take from worst_case_recall_at_1"""
     worst_case_area: Percent | None = None
@@ -138,10 +139,7 @@ def read(e: Evaluation) -> dict[str, float | None]:
         "worst_case_area": extras.get("area"),
     }
     if smallest and (extras["clean"] or 0.0) > 0:  # of queries that are right when clean
-        columns["smallest_eps"] = within(smallest["median"], smallest)
-        if smallest["interval"]:
-            low, high = smallest["interval"]
-            columns |= {"smallest_eps_lo": within(low, smallest), "smallest_eps_hi": high}
+        columns |= columns_of("smallest_eps", smallest)
     return columns
 
 

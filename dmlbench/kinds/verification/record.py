@@ -25,7 +25,7 @@ from dmlbench.kinds.base import (
     Sheet,
     text_of,
 )
-from dmlbench.kinds.smallest import SmallestForm, halvings, shown, within
+from dmlbench.kinds.smallest import Beyond, SmallestForm, columns_of, halvings, shown
 from dmlbench.kinds.verification import checks
 from dmlbench.kinds.verification.pairs import SIDES, Settings, drawn
 from dmlbench.kinds.verification.search import run
@@ -93,17 +93,20 @@ class Columns(BaseModel):
 
     verification_smallest_eps: Annotated[float, Field(gt=0)] | None = None
     """median over the queries of the smallest eps found that flips one of its pairs, of those right when clean, [0, 1] scale; the largest
-    eps of the grid where it is beyond that: then verification_smallest_eps_hi is empty and verification_smallest_eps_lo is that too"""
+    eps of the grid where it is beyond that: then verification_smallest_eps_beyond is 1"""
     verification_smallest_eps_lo: Annotated[float, Field(ge=0)] | None = None
     verification_smallest_eps_hi: Annotated[float, Field(ge=0)] | None = None
+    verification_smallest_eps_beyond: Beyond = None
     dodging_smallest_eps: Annotated[float, Field(gt=0)] | None = None
     """the same of genuine pairs, which are pushed apart"""
     dodging_smallest_eps_lo: Annotated[float, Field(ge=0)] | None = None
     dodging_smallest_eps_hi: Annotated[float, Field(ge=0)] | None = None
+    dodging_smallest_eps_beyond: Beyond = None
     impersonation_smallest_eps: Annotated[float, Field(gt=0)] | None = None
     """the same of impostor pairs, which are pulled together"""
     impersonation_smallest_eps_lo: Annotated[float, Field(ge=0)] | None = None
     impersonation_smallest_eps_hi: Annotated[float, Field(ge=0)] | None = None
+    impersonation_smallest_eps_beyond: Beyond = None
     verification_accuracy: Percent | None = None
     """share of pairs that are decided rightly when clean, each query's own first averaged"""
     verification_accuracy_lo: float | None = None
@@ -170,10 +173,7 @@ def read(e: Evaluation) -> dict[str, float | None]:
         part = (extras.get("smallest_eps") or {}).get(name)
         side = extras["clean"]["accuracy" if name == "any" else name]
         if part and (side or 0.0) > 0:  # of pairs that are right when clean
-            columns[column] = within(part["median"], part)
-            if part["interval"]:
-                low, high = part["interval"]
-                columns |= {f"{column}_lo": within(low, part), f"{column}_hi": high}
+            columns |= columns_of(column, part)
     return columns
 
 

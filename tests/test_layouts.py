@@ -234,6 +234,27 @@ def test_the_hubs_file_is_fed_as_its_folder_says(door: str, first_form: bool, ti
         torch.testing.assert_close(embedder.mean.flatten(), torch.tensor(fed["mean"]))
 
 
+@pytest.mark.parametrize("door", ["", "open_clip_model.safetensors"])
+@pytest.mark.parametrize("mode", [None, "squash", "longest"])
+def test_open_clips_file_is_fed_as_its_configuration_says(
+    mode: str | None, door: str, tiny: nn.Module, tmp_path: Path
+) -> None:
+    fed = {"mean": [0.5] * 3, "std": [0.25] * 3, **({"resize_mode": mode} if mode else {})}
+    config = {"model_cfg": {"embed_dim": 24, "vision_cfg": {"image_size": SIZE[0]}}, "preprocess_cfg": fed}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    save_file(tiny.state_dict(), tmp_path / "open_clip_model.safetensors")
+    options = ModelOptions(weights=str(tmp_path / door))
+    if mode == "longest":
+        with pytest.raises(DataError, match="how it is fed is not understood"):
+            open_model(TINY, options)
+        return
+    embedder, images = open_model(TINY, options), probe_images(SHAPE, 2)
+    way = {"size": SIZE, "resize": None, "shorter": None if mode else SIZE[0], "interpolation": "bicubic"}
+    assert embedder.preprocess.describe() | way == embedder.preprocess.describe()
+    torch.testing.assert_close(embedder(images), unit(tiny, (images - 0.25) * 2, mean=0.25))
+
+
 def test_shards_are_read_with_their_index(tiny: nn.Module, tmp_path: Path) -> None:
     state = tiny.state_dict()
     placed = {k: f"model-{i % 2}.safetensors" for i, k in enumerate(state)}

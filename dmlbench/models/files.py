@@ -47,7 +47,7 @@ class WeightsFile:
         parts: the files that were read.
         further: further state dictionaries in it, which are neither a copy of this one nor a loss's: names with their key.
         notes: sentences about what was chosen or passed over.
-        config: the hub's ``config.json`` in the same folder.
+        config: the hub's ``config.json`` in the same folder; beside open_clip's weights its ``open_clip_config.json``.
     """
 
     path: Path
@@ -126,11 +126,11 @@ def read_file(path: Path, key: str | None = None) -> WeightsFile:
         inside = _in_folder(path)
         if inside is None:
             raise DataError(f"weights file {path} {_what_folder(path)}")
-        return replace(read_file(inside, key), path=path, config=_config(path))
+        return replace(read_file(inside, key), path=path, config=_config(inside))
     if not path.is_file():
         raise DataError(f"weights file {path} does not exist")
-    config = _config(path.parent) if path.name.removesuffix(_INDEX) in _UNSHARDED else {}
-    return replace(_read_one(path, key), config=config if "architecture" in config else {})
+    config = _config(path) if path.name.removesuffix(_INDEX) in _UNSHARDED else {}
+    return replace(_read_one(path, key), config=config if {"architecture", "preprocess_cfg"} & config.keys() else {})
 
 
 def _read_one(path: Path, key: str | None) -> WeightsFile:
@@ -198,8 +198,9 @@ def _what_folder(folder: Path) -> str:
     return "is a folder without weights"
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def _config(weights: Path) -> dict[str, Any]:
+    """What lies beside weights of the hub, which may be there in the form of several programs."""
+    path = weights.with_name("open_clip_config.json" if weights.name.startswith("open_clip") else "config.json")
     if not path.is_file():
         return {}
     try:

@@ -1,20 +1,23 @@
 """What is known of a weights file that somebody brings: what the registry says of it, and how its network is fed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dmlbench.checkpoints import File, checkpoints, verified
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.errors import DataError, UsageError
+from dmlbench.files import described
 from dmlbench.models.architectures import (
     Built,
 )
 from dmlbench.models.behaviour import probe_images
 from dmlbench.models.files import WeightsFile
 from dmlbench.models.inspection import width_of
+from dmlbench.models.published import CLIP_MEAN, CLIP_STD
 from dmlbench.models.records import space_of
 from dmlbench.models.spec import preprocess_of
 from dmlbench.preprocess import Preprocess
@@ -73,9 +76,12 @@ def feeding(embedder: Embedder) -> str:
 def fed_by_record(file: WeightsFile, built: Built) -> Built:
     """The architecture with the preprocessing that the hub's configuration next to the file states, if there is one."""
     config = file.config.get("pretrained_cfg", file.config)  # timm's first form has it all in one
-    if not isinstance(config, Mapping) or "architecture" not in file.config:
+    open_clip = file.config.get("preprocess_cfg")
+    if not isinstance(config, Mapping) or ("architecture" not in file.config and open_clip is None):
         return built
     try:
+        if open_clip is not None:
+            config = _of_open_clip(file.config["model_cfg"], open_clip)
         channels, height, width = (int(v) for v in config.get("input_size") or built.input_shape or (3, 224, 224))
         mean, std = (
             tuple(float(v) for v in config.get(k) or default or ())
@@ -83,11 +89,33 @@ def fed_by_record(file: WeightsFile, built: Built) -> Built:
         )
         interpolation = str(config.get("interpolation") or built.interpolation)
         plain = Preprocess.standard((channels, height, width), interpolation)
-        if config.get("crop_mode") == "squash":
+        if (mode := config.get("crop_mode") or "center") not in ("center", "squash"):
+            raise ValueError(f"crop_mode {mode!r}")
+        if mode == "squash":
             plain = Preprocess((height, width), interpolation=interpolation, channels=channels)
         elif config.get("crop_pct"):
             short = int(min(height, width) / float(config["crop_pct"]))
             plain = Preprocess((height, width), shorter=short, interpolation=interpolation, channels=channels)
-    except (TypeError, ValueError, ZeroDivisionError, UsageError) as error:
-        raise DataError(f"{file.path / 'config.json'}: pretrained_cfg is not understood: {error}") from None
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, UsageError) as error:
+        raise DataError(
+            f"{file.path}: what its configuration says of how it is fed is not understood: {described(error)}"
+        ) from None
     return replace(built, input_shape=plain.shape, mean=mean, std=std, interpolation=interpolation, stated=plain)
+
+
+def _of_open_clip(model: Mapping[str, Any], fed: Mapping[str, Any]) -> dict[str, Any]:
+    """What open_clip's configuration says, in timm's words; what it leaves out is as open_clip has it.
+
+    Source: open_clip's ``PreprocessCfg``: bicubic, the shorter side to the size, then its centre.
+    """
+    size = fed.get("size") or model["vision_cfg"].get("image_size", 224)
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    mode = fed.get("resize_mode") or "shortest"
+    return {
+        "input_size": (3, height, width),
+        "mean": fed.get("mean") or CLIP_MEAN,
+        "std": fed.get("std") or CLIP_STD,
+        "interpolation": fed.get("interpolation") or "bicubic",
+        "crop_mode": {"shortest": "center"}.get(mode, mode),
+        "crop_pct": 1.0,
+    }

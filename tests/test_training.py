@@ -514,7 +514,15 @@ def test_schedules() -> None:
 
 
 def test_the_adversary_of_training_grows(tmp_path: Path) -> None:
-    table = {"id": "x", "dataset": "digits", "arch": "smallcnn", "eps": "8/255", "step": "2/255", "ramp": 4}
+    table = {
+        "id": "x",
+        "dataset": "digits",
+        "arch": "smallcnn",
+        "defense": "act",
+        "eps": "8/255",
+        "step": "2/255",
+        "ramp": 4,
+    }
     grown = [make_recipe(table, "x").threat_at(i) for i in (0, 1, 3, 9)]
     assert [255 * t.radius for t in grown] == pytest.approx([2, 4, 8, 8])
     assert [255 * t.stride for t in grown] == pytest.approx([0.5, 1, 2, 2])

@@ -39,7 +39,7 @@ from dmlbench.models.behaviour import probe_images, settle
 from dmlbench.models.defended import FORM, defended, split
 from dmlbench.models.files import WeightsFile, is_weights, read_file
 from dmlbench.models.heads import head_of, last_widths
-from dmlbench.models.inspection import best_fit, clip_names, width_of
+from dmlbench.models.inspection import TWINS, best_fit, clip_names, width_of
 from dmlbench.models.layouts import match
 from dmlbench.models.recognised import fed_by_record, feeding, on_record
 from dmlbench.models.records import build, check_probe, only_the_record, registered, space_of, trained
@@ -125,7 +125,7 @@ def _require_the_same(name: str, file: WeightsFile, options: ModelOptions) -> No
         fit = best_fit(file)
     except UsageError:  # it is no file of those that are recognised
         return
-    if fit is None or fit.builder == name:
+    if fit is None or fit.builder == name or fit.builder in TWINS:  # without a name, twins are asked about
         return
     with torch.device("meta"):
         theirs, ours = (build_network(b) for b in (fit.builder, name))
@@ -193,6 +193,11 @@ def _file(path: Path, options: ModelOptions) -> Embedder:
     fit = best_fit(file, _chosen(options))
     if fit is None:
         raise UsageError(f"no known architecture fits {path}: {_advice(path, file)}")
+    if twin := TWINS.get(fit.builder):
+        raise UsageError(
+            f"{path} fits {fit.builder} and {twin}, which compute otherwise with the same tensors: name the one that it was "
+            f"trained with, --model {fit.builder} --weights {path}"
+        )
     embedder = _filled(fit.builder, fit.kwargs, file, options, name)
     note = (
         f"{path.name} fits {fit.builder} with embeddings of {width_of(embedder.network, embedder.input_shape)} values"

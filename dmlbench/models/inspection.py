@@ -48,6 +48,12 @@ CANDIDATES = {
 }
 """Which networks of other packages a file is compared with, and one name by which each is known."""
 
+TWINS = {
+    "timm:efficientnet_b0": "timm:tf_efficientnet_b0",
+    "timm:mobilenetv3_large_100": "timm:tf_mobilenetv3_large_100",
+}
+"""Networks that compute otherwise with tensors of the same names and shapes: those from TensorFlow pad otherwise and have
+another epsilon in their batch norms."""
 
 _CLIP = {
     (768, 32): "timm:vit_base_patch32_clip",

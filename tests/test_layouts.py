@@ -830,11 +830,13 @@ def test_dinov2_as_its_authors_save_it(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(embedder(images), unit(network, images), rtol=1e-4, atol=1e-5)
 
 
-def test_a_file_that_two_networks_read_otherwise_is_asked_about(tmp_path: Path) -> None:
+def test_a_file_that_two_networks_read_otherwise_is_asked_about(typed, tmp_path: Path) -> None:
     network = build_network("timm:tf_mobilenetv3_large_100").network.eval()
     torch.save(network.state_dict(), tmp_path / "w.pth")
     with pytest.raises(UsageError, match=r"timm:mobilenetv3_large_100 and timm:tf_mobilenetv3_large_100"):
         open_model(str(tmp_path / "w.pth"))
+    said = typed("models", "inspect", "w.pth").out
+    assert "--model timm:mobilenetv3_large_100 or timm:tf_mobilenetv3_large_100 --weights" in said
     options = ModelOptions(weights=str(tmp_path / "w.pth"), input_size=SIZE)
     images = probe_images(SHAPE, 2)
     named = [open_model(f"timm:{twin}mobilenetv3_large_100", options)(images) for twin in ("tf_", "")]

@@ -120,7 +120,7 @@ def show_model(name: str, as_json: bool) -> None:
 def inspect_file(file: Path, checkpoint_key: str | None, arch: tuple[str, ...], as_json: bool) -> None:
     """What is in a weights file, which architecture fits, and what is missing. Nothing in it is run."""
     from dmlbench.models.files import listed, read_file
-    from dmlbench.models.inspection import clip_names, describe, fits
+    from dmlbench.models.inspection import TWINS, clip_names, describe, fits
 
     weights = read_file(file, checkpoint_key)
     facts = describe(weights)
@@ -164,5 +164,7 @@ def inspect_file(file: Path, checkpoint_key: str | None, arch: tuple[str, ...], 
         click.echo(f"a vision half of CLIP: --model {' or '.join(names)} --weights {file}")
     elif not best:
         click.echo("no known architecture has tensors of these names: compare with one by --arch timm:NAME")
+    elif best[0].complete and (twin := TWINS.get(best[0].builder)):
+        click.echo(f"one of two with the same tensors: --model {best[0].builder} or {twin} --weights {file}")
     elif best[0].complete:
         click.echo(f"try: dmlbench evaluate --model {file} --dataset ...")

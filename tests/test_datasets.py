@@ -586,6 +586,42 @@ def test_a_csv_with_sequences_and_cameras(tmp_path: Path, root: Path) -> None:
     assert plain.apart is None and not plain.notes
 
 
+@pytest.mark.parametrize(
+    "labels, classes",
+    [
+        (("1", "2", "1.0", "02"), [0, 1, 0, 1]),
+        (("+3", "03.", "-3", "-3.00"), [0, 0, 1, 1]),
+        (("12345678901234567890", "12345678901234567891", "12345678901234567890.0", "4"), [0, 1, 0, 2]),
+        (("01", "1", "a", "1"), [0, 1, 2, 1]),  # words, as one is no number
+        (("1", "1.5", "01.5", "1"), [1, 2, 0, 1]),
+    ],
+)
+def test_whole_numbers_in_a_csv_are_numbers_however_they_are_written(labels, classes, tmp_path: Path, root: Path):
+    for i in range(4):
+        picture(tmp_path / f"{i}.png", seed=i)
+    head = "label,path,split,is_query,is_gallery,sequence,camera"
+    lines = [f"{label},{i}.png,validation,1,1,{label},1" for i, label in enumerate(labels)]
+    got = load_dataset(f"csv:{csv(tmp_path / 'df.csv', head, *lines)}", preprocess=SMALL)
+    same = np.equal.outer(classes, classes)
+    for column in (got.labels, *got.groups.T):
+        np.testing.assert_array_equal(np.equal.outer(column, column), same)
+    merged = len(set(labels)) > len(set(classes))
+    assert any("the same number is written as" in note for note in got.notes) == merged
+
+
+@pytest.mark.parametrize("word", ["NA", "nan", "NULL", "<NA>", "None", "N/A", ""])
+def test_cells_without_a_value_in_a_csv(word: str, tmp_path: Path, root: Path) -> None:
+    """As pandas, R and databases write them: of no camera, no sequence and no box; as a label it is said."""
+    given = [",".join([word] * 6)] * 4
+    got = load_dataset(f"csv:{rows_of(tmp_path / 'a', 4, ',camera,sequence,x_1,x_2,y_1,y_2', given)}", preprocess=SMALL)
+    assert (got.groups == -1).all() and not got.notes
+    assert got.images[np.arange(4)].shape == (4, 3, 14, 14)
+    if word:
+        file = rows_of(tmp_path / "b")
+        file.write_text(file.read_text().replace("\n1,", f"\n{word},"))
+        assert any(word in note for note in load_dataset(f"csv:{file}", preprocess=SMALL).notes)
+
+
 def test_what_a_csv_is_forgiven(tmp_path: Path, root: Path) -> None:
     file = rows_of(tmp_path / "mine")
     text = file.read_text().replace("0.png", "..\\mine\\0.png").replace("\n1,3", "\n-1,3").replace("\n0,2", "\n 0 ,2")

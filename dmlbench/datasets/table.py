@@ -8,6 +8,7 @@ none. A camera may be called ``camid``, ``cam_id`` or ``camera_id`` too. The lab
 """
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,10 @@ _BOX = ("x_1", "y_1", "x_2", "y_2")
 _KNOWN = {"label", "path", "split", "is_query", "is_gallery", "camera", "sequence", *_BOX}
 _CAMERA = ("camid", "cam_id", "camera_id")
 """Other names of the column ``camera``, where it has none of that name."""
-_EMPTY = ("", "nan", "none")
+_EMPTY = ("", "nan", "none", "na", "<na>", "n/a", "null")
+"""An optional cell without a value, in lower case, as pandas, R and databases write it."""
 _JUNK = ("-1", "-1.0")
+_NUMBER = re.compile(r"([+-]?)0*([0-9]+)(?:\.0*)?")
 
 
 def table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
@@ -77,8 +80,13 @@ def table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
     for column in ("label", "path"):
         if len(empty := rows.index[rows[column] == ""]):
             raise DataError(f"{shown(file)}, line {empty[0] + 2}: {column} is empty")
-    called = one_name([("", label) for label in rows["label"]], notes)
-    labels, names = numbered([shown(called["", label]) for label in rows["label"]])
+    for word, count in rows["label"][rows["label"].str.lower().isin(_EMPTY)].value_counts(sort=False).items():
+        notes.append(
+            f"label {shown(str(word))} in {count:,} rows: taken for a class of that name, not for a missing label"
+        )
+    written = _as_numbers(rows["label"], notes)
+    called = one_name([("", label) for label in written], notes)
+    labels, names = numbered([shown(called["", label]) for label in written])
     root = file.resolve().parent
     paths = [os.path.normpath(_slashes(p, root)) for p in rows["path"]]
     query = np.empty(0, dtype=np.int64)
@@ -98,7 +106,7 @@ def table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
         gallery=gallery,
         source=shown(file.resolve()),
         class_names=names,
-        groups=_groups(rows, labels),
+        groups=_groups(rows, labels, notes),
         notes=notes,
     )
 
@@ -108,12 +116,29 @@ def _slashes(path: str, root: Path) -> str:
     return path.replace("\\", "/") if os.sep == "/" and "\\" in path and not (root / path).exists() else path
 
 
-def _groups(rows: pd.DataFrame, labels: np.ndarray) -> np.ndarray:
+def _as_numbers(cells: pd.Series, notes: list[str]) -> pd.Series:
+    """The cells of a column of whole numbers, each number spelt in one way: 1, 01 and 1.0 are the same, as open-metric-learning
+    reads them. A column with any other word stays as it is. ``notes`` gets what was done."""
+    spelt: dict[tuple[str, str], set[str]] = {}
+    for cell in cells.unique():
+        if match := _NUMBER.fullmatch(cell):
+            spelt.setdefault((match[1].strip("+"), match[2]), set()).add(cell)
+        elif cell.lower() not in _EMPTY:
+            return cells
+    if several := [sorted(forms) for forms in spelt.values() if len(forms) > 1]:
+        more = f" and {len(several) - 3} more" if len(several) > 3 else ""
+        text = "; ".join(map(", ".join, several[:3]))
+        notes.append(f"column {cells.name}: the same number is written as {text}{more}: taken for one")
+    first = {form: forms[0] for forms in several for form in forms}
+    return cells.map(lambda cell: first.get(cell, cell))
+
+
+def _groups(rows: pd.DataFrame, labels: np.ndarray, notes: list[str]) -> np.ndarray:
     """(N, G) the sequence of each row, and its camera with its label, as numbers; -1 where there is none."""
     columns = []
     for name in ("sequence", "camera"):
         if name in rows.columns:
-            values = rows[name].str.strip()
+            values = _as_numbers(rows[name].str.strip(), notes)
             number = pd.factorize(values)[0].astype(np.int64)
             number = number * (int(labels.max()) + 1) + labels if name == "camera" else number
             columns.append(np.where(values.str.lower().isin(_EMPTY), -1, number))

@@ -142,6 +142,11 @@ class Stage:
         """Where everything happens."""
         return self.images.device
 
+    def __getitem__(self, part: slice) -> "Stage":
+        """Some of the images, before the same gallery."""
+        other = self.surrogate[part] if self.surrogate else None
+        return Stage(self.embedder, self.images[part], self.scene[part], self.rng[part], other)
+
     def run(self, attack: Attack, optimizer: str, threat: Threat) -> None:
         """One whole batch of a search."""
         part, source = choose_targets(attack, self.scene, self.rng), self.surrogate or self
@@ -151,13 +156,18 @@ class Stage:
             images = OPTIMIZERS[optimizer](loss, self.images, threat, self.rng)
         measure(self.embedder, attack, threat, images, self.images, part)
 
-    def noise(self, passes: int) -> tuple[Time, float]:
-        """So many passes forward of this batch under noise, and memory in MiB at its highest."""
+    def look(self, what: Callable[[Embedder, torch.Tensor, Scene], object]) -> tuple[Time, float]:
+        """What is done to this batch, and memory in MiB at its highest."""
         forget_peak(self.device)
         with torch.no_grad():
-            draw = partial(self.rng.normal, *self.images.shape[1:])
-            time = looked(lambda: self.embedder(self.images + draw()), self.device)
-        return time * float(passes), peak_mib(self.device)
+            time = looked(lambda: what(self.embedder, self.images, self.scene), self.device)
+        return time, peak_mib(self.device)
+
+    def noise(self, passes: int) -> tuple[Time, float]:
+        """So many passes forward of this batch under noise, and memory in MiB at its highest."""
+        draw = partial(self.rng.normal, *self.images.shape[1:])
+        time, peak = self.look(lambda embedder, images, _: embedder(images + draw()))
+        return time * float(passes), peak
 
     def cost(self, attack: Attack, optimizer: str, threat: Threat) -> tuple[Time, float]:
         """A whole search on this batch, and memory in MiB at its highest."""
@@ -219,7 +229,9 @@ def plan_of(task: Task) -> list[dict[str, object]]:
     where = resolve_device(task.options.device)
     size = task.options.batch_size or auto_batch(dataset, where, embedder)
     large = int(np.prod(dataset.images.shape)) > LARGE and where.type == "cpu"
-    probe = min(PROBE if large else size, size, queries)
+    usual, jobs = min(size, queries), list(_jobs(task))
+    most = max([usual, *(job.batch(usual) for job in jobs)])
+    probe = min(PROBE, most) if large else most
     on = stage(embedder, dataset, where, probe)
     rows = [_clean(on, dataset, protocol, queries)]
     if task.surrogate is not None:
@@ -230,15 +242,23 @@ def plan_of(task: Task) -> list[dict[str, object]]:
     if plain is not None:
         rows.append(_embedded(plain, dataset, "embeddings without the defence"))
     before = peak_mib(where, "VmRSS") if where.type == "cpu" else 0.0
-    known: dict[tuple[Attack | None, str, Threat, bool], tuple[Time, float]] = {}
-    for job in _jobs(task):
-        same_search = (job.attack, job.optimizer, job.threat.but(eps=1.0, step=1.0), job.undefended)  # of any size
+    known: dict[tuple[Attack | None, str, Threat, bool, int], tuple[Time, float]] = {}
+    for job in jobs:
+        batch = job.batch(usual)
+        timed_at = min(batch, len(on.images))
+        same_search = (
+            job.attack,
+            job.optimizer,
+            job.threat.but(eps=1.0, step=1.0),
+            job.undefended,
+            timed_at,
+        )  # of any size
         if same_search not in known:
-            known[same_search] = _measured(job, on, plain if job.undefended else None)
+            known[same_search] = _measured(job, on[:timed_at], plain[:timed_at] if plain and job.undefended else None)
         time, peak = known[same_search]
-        peak = before + max(peak - before, 0.0) * min(size, queries) / probe if where.type == "cpu" else peak
+        peak = before + max(peak - before, 0.0) * batch / timed_at if where.type == "cpu" else peak
         row = _row(job.name, job.called, job.optimizer, job.eps, queries, dataset, job.steps, job.spent)
-        time *= job.weight * queries / probe
+        time *= job.weight * queries / timed_at
         rows.append({**row, **_cost(replace(time, low=0.0) if job.at_most else time, peak, job.at_most)})
     total = {"id": "total", **dict.fromkeys(("attack", "optimizer", "eps"), ""), "queries": queries}
     total |= {"gallery": len(dataset.gallery), "steps": 0}
@@ -252,7 +272,7 @@ def _measured(job: Job, on: Stage, plain: Stage | None) -> tuple[Time, float]:
     """What one search of a job takes on a batch, and memory in MiB at its highest; made on ``plain``, where there is one, and
     looked at on the other."""
     if job.attack is None:
-        return on.noise(job.passes[1])
+        return on.look(job.look) if job.look else on.noise(job.passes[1])
     time, peak = (plain or on).cost(job.attack, job.optimizer, job.threat)
     if plain is None:
         return time, peak

@@ -128,6 +128,89 @@ def test_a_plan_takes_every_look_and_all_images_into_account(monkeypatch: pytest
     assert (two.low, two.high) == pytest.approx((2 / plan.SPREAD, 2 * plan.SPREAD))
 
 
+@pytest.mark.parametrize("protocol", ["universal", "poison"])
+def test_a_plan_times_as_many_images_at_a_time_as_the_run(
+    monkeypatch: pytest.MonkeyPatch, brief_plan, protocol: str
+) -> None:
+    """A pass of few images costs more for each of them than one of many."""
+    import torch
+
+    from dmlbench import evaluate, plan
+    from dmlbench.datasets import load_dataset
+    from dmlbench.models import load_model
+    from dmlbench.protocols import load_protocol
+    from dmlbench.task import Options, Task
+
+    searched: list[int] = []
+
+    class Watched(torch.nn.Module):
+        def __init__(self, network: torch.nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.requires_grad:
+                searched.append(len(x))
+            return self.network(x)
+
+    model, data, rules = load_model(DEFAULT), load_dataset("digits"), load_protocol(protocol)
+    model.network, options = Watched(model.network), Options(limit=256, device="cpu")
+    rules = rules.model_copy(update={"threat": {**rules.threat, "steps": 5}})
+    plan.plan_of(Task.of(model, data, rules, options))
+    planned = set(searched)
+    searched.clear()
+    evaluate(model, data, rules, options)
+    assert planned and planned <= set(searched)
+
+
+def test_a_plan_times_what_every_protocol_runs() -> None:
+    from dmlbench.datasets import load_dataset
+    from dmlbench.models import load_model
+    from dmlbench.plan import _jobs
+    from dmlbench.protocols import PROTOCOLS
+    from dmlbench.task import Options, Task
+
+    model, data = load_model(DEFAULT), load_dataset("digits")
+    for name in PROTOCOLS:
+        jobs = list(_jobs(Task.of(model, data, name, Options(device="cpu"))))
+        assert sum(sum(job.passes) for job in jobs) > 0, name
+
+
+def test_the_least_that_a_plan_expects_at_one_eps_is_what_halving_asks_about() -> None:
+    """Every eps of the ladder is the smallest of some query, so that all are asked about, each with the fewest queries."""
+    import numpy as np
+
+    from dmlbench.kinds.hunting import Field
+    from dmlbench.kinds.smallest import between, ladder, together
+    from dmlbench.protocols import load_protocol
+
+    class Everyone(Field):
+        def over(self, name, unit, selected, search):
+            at = np.flatnonzero(selected)
+            return [(at, search(at))]
+
+    rule = load_protocol("strict").threshold
+    assert rule is not None
+    radii = [5 / 255, 10 / 255, 20 / 255, 40 / 255]
+    steps, places = ladder(radii, rule)
+    true = np.repeat(steps, 4)
+    sizes: list[int] = []
+
+    def search(eps, at):
+        sizes.append(len(at))
+        return {
+            "broken": true[at] <= eps * (1 + 1e-9),
+            **{key: np.zeros(1) for key in ("gradients", "values", "nonfinite", "seconds")},
+        }
+
+    found, _ = between(
+        object.__new__(Everyone), "smallest", (steps, places), true <= np.array(radii)[:, None] * (1 + 1e-9), search
+    )
+    assert np.allclose(found, true)
+    least = together(rule, len(radii), len(true))
+    assert least / 1.5 <= np.mean(sizes) <= least * 1.5
+
+
 def test_a_plan_counts_averaged_passes_and_times_the_surrogate(typed, brief_plan) -> None:
     asked = [
         "evaluate",

@@ -232,6 +232,18 @@ def test_ctrl_c_while_the_result_is_written_says_how_to_go_on(evaluate, tmp_path
     assert (tmp_path / "run" / "evaluation.json").exists() and not (tmp_path / "run" / "units").exists()
 
 
+def test_ctrl_c_while_data_are_loaded_says_how_to_go_on(evaluate, tmp_path, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(import_module("dmlbench.cli.evaluate"), "load_subject", interrupt)
+        said = evaluate("attacks", tmp_path, code=130).err
+    assert "interrupted; go on with: dmlbench" in said and said.count("--resume") == 1
+    evaluate("attacks", tmp_path, "--resume")
+    assert (tmp_path / "run" / "evaluation.json").exists()
+
+
 def test_a_merge_killed_before_any_change_of_the_disk_is_done_again(evaluate, typed, tmp_path, dead):
     shards, place = [tmp_path / name / "run" for name in ("a", "b")], tmp_path / "merged"
     for i, shard in enumerate(shards, start=1):

@@ -141,38 +141,38 @@ def evaluate(
         raise UsageError(f"{'--resume' if resume else '--shard'} needs --out, the run folder")
     part = Shard.parse(shard) if shard else None
     world, device = _join(device)
-    embedder, images = load_subject(model, options, dataset, split, ready=not plan, small=preview)
-    several = [
-        dmlbench.load_protocol(name.strip())
-        for name in (protocol or default_protocol(images)).split(",")
-        if name.strip()
-    ]
-    if not several or len({rules.name for rules in several}) < len(several):
-        raise UsageError(f"--protocol {protocol!r} names {'a protocol twice' if several else 'no protocol'}")
-    how = Options(
-        attacks=named(attacks), limit=limit, until=until, seed=seed, eot=eot, surrogate=surrogate, pairs=pairs, device=device,
-        batch_size=batch_size, cache=cache, resume=resume, shared={}, argv=["dmlbench", *sys.argv[1:]],
-    )  # fmt: skip
-    tasks = {
-        name: Task.of(embedder, images, rules, replace(how, eps=sizes))
-        for rules in several
-        for name, sizes in _sizes(rules, eps).items()
-    }
-    many = len(tasks) > 1
-    if many and csv:
-        raise UsageError("--csv is a board of one protocol: name one with --protocol and --eps, or leave --csv out")
-    if plan and until is not None:
-        raise UsageError("--plan cannot tell when --until stops: leave --until out for what all queries cost")
-    if plan:
-        plans = {name: plan_of(task) for name, task in tasks.items()}
-        if as_json:
-            print_json(plans if many else next(iter(plans.values())))
-            return
-        for name, work in plans.items():
-            print_plan(work, f"{name}, " if many else "")
-        return
-    done: list[tuple[Path | None, Evaluation]] = []
     try:
+        embedder, images = load_subject(model, options, dataset, split, ready=not plan, small=preview)
+        several = [
+            dmlbench.load_protocol(name.strip())
+            for name in (protocol or default_protocol(images)).split(",")
+            if name.strip()
+        ]
+        if not several or len({rules.name for rules in several}) < len(several):
+            raise UsageError(f"--protocol {protocol!r} names {'a protocol twice' if several else 'no protocol'}")
+        how = Options(
+            attacks=named(attacks), limit=limit, until=until, seed=seed, eot=eot, surrogate=surrogate, pairs=pairs, device=device,
+            batch_size=batch_size, cache=cache, resume=resume, shared={}, argv=["dmlbench", *sys.argv[1:]],
+        )  # fmt: skip
+        tasks = {
+            name: Task.of(embedder, images, rules, replace(how, eps=sizes))
+            for rules in several
+            for name, sizes in _sizes(rules, eps).items()
+        }
+        many = len(tasks) > 1
+        if many and csv:
+            raise UsageError("--csv is a board of one protocol: name one with --protocol and --eps, or leave --csv out")
+        if plan and until is not None:
+            raise UsageError("--plan cannot tell when --until stops: leave --until out for what all queries cost")
+        if plan:
+            plans = {name: plan_of(task) for name, task in tasks.items()}
+            if as_json:
+                print_json(plans if many else next(iter(plans.values())))
+                return
+            for name, work in plans.items():
+                print_plan(work, f"{name}, " if many else "")
+            return
+        done: list[tuple[Path | None, Evaluation]] = []
         for name, task in tasks.items():
             folder = out / name if out and many else out
             evaluation = _measured(task, folder, csv, part, world)
@@ -180,13 +180,17 @@ def evaluate(
                 done.append((folder, evaluation))
                 if not (many and as_json):
                     present(evaluation, folder, csv, as_json)
+        if many and world.leads:
+            if as_json:
+                print_json([evaluation.model_dump(mode="json") for _, evaluation in done])
+            if out and len(done) == len(tasks):
+                _write_report(out, [folder for folder, _ in done if folder])
+    except KeyboardInterrupt:
+        if plan:
+            raise
+        raise Interrupted(_how_to_resume(out is not None)) from None
     finally:
         world.leave()
-    if many and world.leads:
-        if as_json:
-            print_json([evaluation.model_dump(mode="json") for _, evaluation in done])
-        if out and len(done) == len(tasks):
-            _write_report(out, [folder for folder, _ in done if folder])
 
 
 def _sizes(rules: "Protocol", eps: str | None) -> dict[str, list[str] | None]:
@@ -236,8 +240,6 @@ def _measured(
             evaluation = dmlbench.evaluate(task.embedder, task.dataset, task.official, options)
         if world.leads:
             keep(evaluation, out, units)
-    except KeyboardInterrupt:
-        raise Interrupted(_how_to_resume(out is not None)) from None
     except ShardDone as finished:
         click.echo(f"{finished}; when all are: dmlbench merge {out} … --out RUN", err=True)
         return None

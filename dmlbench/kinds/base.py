@@ -18,12 +18,14 @@ from torch import Tensor
 from dmlbench.attacks import Attack
 from dmlbench.checkpoints import first_problem
 from dmlbench.datasets import RetrievalDataset
+from dmlbench.embedding import Embedder
 from dmlbench.errors import Problem, UsageError
 from dmlbench.intervals import Ends
 from dmlbench.protocol import Component, Protocol
 from dmlbench.results import Evaluation
 from dmlbench.run.subject import Progress, Subject
 from dmlbench.run.units import Work
+from dmlbench.scene import Scene
 from dmlbench.threat import Threat
 
 RUN = "run/evaluation.json"
@@ -179,7 +181,7 @@ class Line:
 @dataclass(frozen=True)
 class Job:
     """A search that ``--plan`` times: what it is called, the most passes a query (gradients, values) costs, and what is timed
-    for it, ``weight`` times; without an attack its values alone, of noisy images."""
+    for it, ``weight`` times; without an attack or a ``look`` its values alone, of noisy images."""
 
     name: str
     passes: tuple[int, int]
@@ -191,6 +193,10 @@ class Job:
     called: str = ""
     """the attack's name in the plan"""
     weight: float = 1.0
+    batch: Callable[[int], int] = lambda size: size
+    """how many images are looked at at a time, for the run's batch size"""
+    look: Callable[[Embedder, Tensor, Scene], object] | None = None
+    """what is timed in place of an attack: all that is done to a batch of images, whose scene this is"""
     at_most: bool = False
     """queries that an earlier search breaks leave this one"""
     undefended: bool = False

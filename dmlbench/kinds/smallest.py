@@ -44,6 +44,13 @@ def halvings(rule: Threshold) -> int:
     return (rule.octaves * rule.parts).bit_length()
 
 
+def together(rule: Threshold, grid: int, size: int) -> int:
+    """How many queries of a batch of ``size`` are searched at one eps at the least, in the mean: as if every eps of the ladder but the
+    ``grid``'s own were asked about, each once."""
+    places = rule.parts * (rule.octaves + grid - 1) + 1 - grid
+    return max(1, size * halvings(rule) // max(1, places))
+
+
 def bracket(
     broken: Bool[np.ndarray, "E Q"], places: Int[np.ndarray, " E"], steps: int
 ) -> tuple[Int[np.ndarray, " Q"], Int[np.ndarray, " Q"]]:

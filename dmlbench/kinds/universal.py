@@ -243,7 +243,7 @@ def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
         threat = threat_at(p, eps)
         yield Job(
             name=f"universal@{eps}", eps=eps, optimizer="universal", threat=threat, attack=attack_of(p),
-            passes=OPTIMIZERS["universal"].passes(threat), steps=threat.steps,
+            passes=OPTIMIZERS["universal"].passes(threat), steps=threat.steps, batch=lambda size: min(BLOCK, -(-queries // 2)),
         )  # fmt: skip
 
 

@@ -71,6 +71,12 @@ def pictures(images: Float[Tensor, "b C H W"]) -> UInt8[np.ndarray, "b H W C"]:
     return np.asarray(eight.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
 
+def changed(images: Float[Tensor, "b C H W"], name: str, severity: int, seed: int) -> Float[Tensor, "b C H W"]:
+    """The images (RGB or grey) under one corruption."""
+    eight = np.stack([corrupted(one, name, severity, seed) for one in pictures(images)])
+    return torch.from_numpy(eight).permute(0, 3, 1, 2).float() / 255
+
+
 def embedded(subject: Subject, rows: np.ndarray, name: str, severity: int, seed: int) -> Float[Tensor, "n D"]:
     """Embeddings of the data set's pictures at ``rows`` under one corruption, which sees red first whatever the model is fed.
 
@@ -81,9 +87,7 @@ def embedded(subject: Subject, rows: np.ndarray, name: str, severity: int, seed:
     red_first = subject.embedder.preprocess.red_first
     with torch.no_grad():
         for a in range(0, len(rows), BLOCK):
-            eight = pictures(red_first(subject.dataset.images[rows[a : a + BLOCK]]))
-            changed = np.stack([corrupted(one, name, severity, seed) for one in eight])
-            images = red_first(torch.from_numpy(changed).permute(0, 3, 1, 2).float() / 255)
+            images = red_first(changed(red_first(subject.dataset.images[rows[a : a + BLOCK]]), name, severity, seed))
             blocks.append(subject.embedder(images.contiguous().to(subject.device)))
     e = torch.cat(blocks)
     require_finite(e, subject.embedder.name, "corrupted pictures")

@@ -1,12 +1,16 @@
 """The record of kind corruptions: every query under each common corruption, at each severity."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, Field
+from torch import Tensor
 
 from dmlbench.corruptions import CORRUPTIONS
+from dmlbench.datasets import RetrievalDataset
+from dmlbench.embedding import Embedder
 from dmlbench.errors import Problem
 from dmlbench.kinds import page as md
 from dmlbench.kinds.base import (
@@ -16,6 +20,7 @@ from dmlbench.kinds.base import (
     SAMPLE,
     Count,
     Form,
+    Job,
     Kind,
     Line,
     Number,
@@ -32,14 +37,21 @@ from dmlbench.kinds.corruptions.measure import (
     ALSO,
     CLEAN,
     CorruptionSettings,
+    changed,
     components,
+    corruptions_and_severities,
     parsed,
     readings,
     run,
     summary,
 )
+from dmlbench.metrics import retrieval
 from dmlbench.protocol import Component, Protocol
 from dmlbench.results import Evaluation
+from dmlbench.scene import Scene
+
+PLANNED = 32
+"""Pictures that a plan is made on: under every corruption they are many."""
 
 
 class Metrics(Form):
@@ -201,6 +213,20 @@ def outcome_problems(stated: Stated) -> Iterator[Problem]:
             yield from count_problems((values < 0) | (values > 100), f"{c.name}/{key}", "outcomes are outside 0 to 100")
 
 
+def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
+    """Every picture that is corrupted, under every corruption at every severity."""
+    every = corruptions_and_severities(p, dataset.images.shape)
+    share = 1.0 + (len(dataset.gallery) / max(1, queries) if CorruptionSettings.of(p).gallery else 0)
+
+    def look(embedder: Embedder, images: Tensor, scene: Scene) -> None:
+        for name, severity in every:
+            e = embedder(changed(images, name, severity, p.seed).to(images.device))
+            retrieval(replace(scene, clean=e), (1,))
+
+    passes = (0, round(len(every) * share))
+    yield Job(name="corruptions", passes=passes, look=look, weight=share, batch=lambda size: min(PLANNED, size))
+
+
 def number_problems(stated: Stated) -> Iterator[Problem]:
     """Does every number come out of the arrays again?"""
     e = stated.evaluation
@@ -250,4 +276,5 @@ CORRUPTED = Kind(
     outcome_problems=outcome_problems,
     number_problems=number_problems,
     replay=replay,
+    jobs=jobs,
 )

@@ -158,12 +158,14 @@ def require(rules: Protocol, dataset: RetrievalDataset, seed: int) -> None:
 
 def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
     """At every eps two halves' pictures, each moved with as many gradients as there are steps."""
+    seeds = PoisonSettings.of(p).seeds
+    share = 2 * seeds / max(1, queries)
     for eps in p.eps_for(dataset.images.shape):
-        threat, share = p.threat_at(eps), 2 * PoisonSettings.of(p).seeds / max(1, queries)
+        threat = p.threat_at(eps)
         gradients, values = OPTIMIZERS[OPTIMIZER].passes(threat)
         yield Job(
             name=f"poison@{eps}", eps=eps, optimizer=OPTIMIZER, threat=threat, attack=ATTACKS["WM"],
-            passes=(round(gradients * share), round(values * share)), steps=threat.steps, weight=share,
+            passes=(round(gradients * share), round(values * share)), steps=threat.steps, weight=share, batch=lambda size: seeds,
         )  # fmt: skip
 
 

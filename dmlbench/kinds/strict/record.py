@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -26,7 +27,7 @@ from dmlbench.kinds.base import (
     Sheet,
     text_of,
 )
-from dmlbench.kinds.smallest import Beyond, SmallestForm, columns_of, halvings, shown
+from dmlbench.kinds.smallest import Beyond, SmallestForm, columns_of, halvings, shown, together
 from dmlbench.kinds.strict import checks
 from dmlbench.kinds.strict.search import run
 from dmlbench.kinds.strict.summary import SMALLEST, components
@@ -213,6 +214,7 @@ def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
         job = Job(
             name="smallest eps", called=rule.attack, optimizer=rule.optimizer, threat=threat, attack=ATTACKS[rule.attack],
             passes=(gradients, values), steps=threat.steps, weight=float(most), at_most=True,
+            batch=partial(together, rule, len(grid)),
         )  # fmt: skip
         yield job
         for step in transfers(p):

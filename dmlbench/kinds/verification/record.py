@@ -1,6 +1,7 @@
 """The record of kind verification: ``steps`` run one after another on the pairs that are left, at every eps of the ``grid``."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -25,7 +26,7 @@ from dmlbench.kinds.base import (
     Sheet,
     text_of,
 )
-from dmlbench.kinds.smallest import Beyond, SmallestForm, columns_of, halvings, shown
+from dmlbench.kinds.smallest import Beyond, SmallestForm, columns_of, halvings, shown, together
 from dmlbench.kinds.verification import checks
 from dmlbench.kinds.verification.pairs import SIDES, Settings, drawn
 from dmlbench.kinds.verification.search import run
@@ -266,6 +267,7 @@ def jobs(p: Protocol, dataset: RetrievalDataset, queries: int) -> Iterator[Job]:
         yield Job(
             name="smallest eps", called=rule.attack, optimizer=rule.optimizer, threat=threat, attack=ATTACKS[rule.attack],
             passes=_passes(rule.optimizer, threat, times), steps=threat.steps, weight=float(times), at_most=True,
+            batch=partial(together, rule, len(grid)),
         )  # fmt: skip
 
 

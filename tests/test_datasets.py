@@ -624,7 +624,9 @@ def test_cells_without_a_value_in_a_csv(word: str, tmp_path: Path, root: Path) -
 
 def test_what_a_csv_is_forgiven(tmp_path: Path, root: Path) -> None:
     file = rows_of(tmp_path / "mine")
-    text = file.read_text().replace("0.png", "..\\mine\\0.png").replace("\n1,3", "\n-1,3").replace("\n0,2", "\n 0 ,2")
+    text = (
+        file.read_text().replace("0.png", "..\\mine\\0.png").replace("\n1,3", "\n-1.00,3").replace("\n0,2", "\n 0 ,2")
+    )
     text = (text + "\n,,,,\n\n").replace("\n", "\r\n")
     file.write_bytes(b"\xef\xbb\xbf" + text.encode())
     got = load_dataset(f"csv:{file}", preprocess=SMALL)

@@ -29,7 +29,7 @@ _CAMERA = ("camid", "cam_id", "camera_id")
 """Other names of the column ``camera``, where it has none of that name."""
 _EMPTY = ("", "nan", "none", "na", "<na>", "n/a", "null")
 """An optional cell without a value, in lower case, as pandas, R and databases write it."""
-_JUNK = ("-1", "-1.0")
+_JUNK = r"-0*1(?:\.0*)?"
 _NUMBER = re.compile(r"([+-]?)0*([0-9]+)(?:\.0*)?")
 
 
@@ -71,7 +71,7 @@ def table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
     if strange := [str(column) for column in rows.columns if column not in _KNOWN]:
         notes.append(f"columns that are not used: {', '.join(map(shown, strange))}")
     rows = rows.assign(label=rows["label"].str.strip())
-    junk = rows["label"].isin(_JUNK)
+    junk = rows["label"].str.fullmatch(_JUNK)
     if junk.any():
         notes.append(f"{int(junk.sum()):,} rows with the label -1 are junk and left out: they count for no query")
         rows = rows[~junk]

@@ -223,6 +223,28 @@ def other_weights(repository: Path, files: Files) -> None:
     put(repository, sealed({**changed, "weights.safetensors": raw}))
 
 
+def registered(repository: Path, files: Files) -> None:
+    """The registered model under its own id, with a defence that it never had."""
+    run(at("model", "id", to=MODEL))(repository, files)
+    folder = repository / "leaderboard" / "submissions" / ID
+    files = {n: (folder / n).read_bytes() for n in files}
+    card(at("checkpoint", "defense", to={"name": "unbreakable"}))(repository, files)
+
+
+def better(repository: Path, files: Files) -> None:
+    """Clean outcomes of as many queries as rounding may change, all of them raised, with the means made anew."""
+    from dmlbench.compact import npz_bytes, untabulated
+    from dmlbench.submission.bundle import read_arrays
+
+    arrays = {k: v.copy() for k, v in untabulated(read_arrays(files["run/per_query.npz"], "")).items()}
+    content = json.loads(files[E_])
+    for name in ("map", "map_at_r"):
+        values = arrays[f"benign/{name}"]
+        values[np.argsort(values)[:17]] = 100.0
+        content["benign"][name] = float(np.nanmean(values.astype(np.float64)))
+    put(repository, sealed({**files, E_: json.dumps(content).encode(), "run/per_query.npz": npz_bytes(arrays)}))
+
+
 def bomb(size: int) -> bytes:
     """An npz whose one array is small bytes of ``size`` zeros."""
     stream = io.BytesIO()
@@ -339,6 +361,13 @@ ATTACKS = (
     Attack("an address of the runner's own network", card(at("checkpoint", "files", 0, "url", to="http://169.254.169.254/"))),
     Attack("a flag with HTML", run(lambda c: c["warnings"].append({"flag": "<b>", "message": "m"}))),
     Attack("another's labels", arrays("run/per_query.npz", lambda a: a["label"].__setitem__(slice(None), 1))),
+    Attack("a flag that praises", run(lambda c: c["warnings"].append({"flag": "verified", "message": "m"}))),
+    Attack("a smaller eps than the protocol's", run(at("protocol", "eps", to=["8/255"]))),
+    Attack("a registered model with another defence", registered),
+    Attack("another space of embeddings", run(at("model", "space", to="E")), 1),
+    Attack("another loss in the run", run(at("model", "loss", to="magic")), 1),
+    Attack("500 queries without a positive", run(at("dataset", "n_without_positive", to=500)), 2),
+    Attack("17 clean outcomes better than they are", better, 2),
     Attack("queries in another order", arrays("run/per_query.npz", lambda a: a.update(query=a["query"][::-1].copy()))),
     Attack("outcomes of 101 %", arrays("run/per_query.npz", lambda a: a.update({"CA+/value": np.full(896, 101.0, np.float32)}))),
     Attack("perturbations outside the ball", arrays("run/per_query.npz", lambda a: a.update({"CA+/norm": np.full(896, 1.0, np.float32)}))),

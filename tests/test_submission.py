@@ -1,5 +1,6 @@
 """Submissions: a valid bundle passes every level; one that lies is refused with the level, the field and the reason."""
 
+import dataclasses
 import io
 import json
 import os
@@ -34,13 +35,14 @@ from dmlbench import protocols
 from dmlbench.checkpoints import checkpoints
 from dmlbench.cli.schema import schemas
 from dmlbench.compact import npz_bytes
+from dmlbench.datasets import DATASETS
 from dmlbench.errors import UsageError
 from dmlbench.intervals import VERSION
 from dmlbench.protocol import score_intervals
 from dmlbench.protocols import load_protocol
-from dmlbench.results import Evaluation, load, save
+from dmlbench.results import Evaluation, Flag, load, save
 from dmlbench.run.subject import query_order
-from dmlbench.submission import rerun
+from dmlbench.submission import replay, rerun
 from dmlbench.submission.bundle import LIMITS, Refused, read_arrays
 from dmlbench.submission.pack import draft, pack, write_folder
 from dmlbench.submission.static import check_static
@@ -460,6 +462,56 @@ def test_invented_clean_outcomes_fall_at_the_replay(files, check, tmp_path):
 
     report = check(consistent(files, tmp_path, change), 2)
     refused(report, 2, "benign/recall_at_1", "another clean outcome")
+
+
+def test_a_few_clean_outcomes_that_are_all_too_good_fall_at_the_replay(files, check, tmp_path):
+    def change(a):
+        value = a["benign/map"]
+        value[np.argsort(value)[:17]] = 100.0
+
+    refused(check(consistent(files, tmp_path, change), 2), 2, "benign/map", "from what is measured here")
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "field"),
+    [
+        (put(["model", "space"], "E"), 1, "model.space"),
+        (put(["model", "loss"], "another"), 1, "model.loss"),
+        (put(["dataset", "n_without_positive"], 500), 2, "dataset.n_without_positive"),
+        (put(["protocol", "eps"], ["8/255"]), 0, "protocol.eps"),
+        (lambda e: e["warnings"].append({"flag": "verified", "message": "by us"}), 0, "warnings.verified"),
+    ],
+)
+def test_words_and_counts_of_another_run(files, check, change, level, field):
+    refused(check(edit_json(files, RUN, change), 2), level, field, "")
+
+
+def test_classes_of_other_pictures_fall_where_they_are_at_hand(files, check, tmp_path, monkeypatch):
+    """Of a data set that is not in the package nobody knows the classes before level 2; every interval is made of them."""
+    digits = DATASETS["digits"]
+    monkeypatch.setitem(DATASETS._entries, "digits", dataclasses.replace(digits, packaged=False))
+
+    def change(a):
+        a["label"] = np.arange(len(a["label"]), dtype=a["label"].dtype)
+
+    report = check(consistent(files, tmp_path, change), 2)
+    assert report.passed == (0, 1)
+    refused(report, 2, "label", "classes")
+
+
+def test_a_doubt_of_the_clean_embeddings_is_not_left_out(files, check, monkeypatch):
+    doubt = Flag(flag="small-spread", message="near one another")
+    monkeypatch.setattr(replay, "doubts_about", lambda *_: iter([doubt]))
+    refused(check(files, 2), 2, "warnings.small-spread", "near one another")
+
+
+def test_a_registered_model_is_what_the_registry_says(files, check):
+    entry = checkpoints()[NONE]
+    files = edit_json(files, RUN, put(["model", "id"], NONE))
+    own = {"title": entry.title, "license": entry.license}
+    assert check(edit_yaml(files, lambda y: y["checkpoint"].update(own)), 0).status == "accepted"
+    lie = edit_yaml(files, lambda y: y["checkpoint"].update(own, defense={"name": "unbreakable"}))
+    refused(check(lie, 0), 0, "checkpoint.defense", "registry")
 
 
 def test_an_invented_nmi_falls_at_the_replay(files, check):

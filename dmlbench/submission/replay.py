@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from dmlbench.datasets import RetrievalDataset, load_dataset
+from dmlbench.doubts.checks import doubts_about
 from dmlbench.embedding import Embedder
 from dmlbench.errors import Problem
 from dmlbench.kinds.base import AGREE, CLUSTERS_AGREE, DIFFER, QUERIES, RUN, SAMPLE, StoredSample
 from dmlbench.kinds.table import KINDS
 from dmlbench.metrics import OF_THE_GALLERY, RECALL_AT, agreement, assignments, retrieval
 from dmlbench.results import Evaluation
+from dmlbench.run.record import dataset_info
 from dmlbench.run.subject import Subject, prepare, sample_positions
 from dmlbench.submission.bundle import Refused, refuse
 from dmlbench.submission.kept import least_sample
@@ -49,7 +51,9 @@ def replay(checked: Checked, embedder: Embedder, device: str = "auto") -> None:
     subject = prepare(embedder, dataset, limit=rules.measured(len(dataset.query)), device=device)
     if not np.array_equal(subject.rows, e.arrays["query"]):
         raise refuse(2, f"{QUERIES} query", "are not the queries of the data set, in its order")
-    problems = list(_clean_problems(e, subject, rules.clustering_seeds))
+    if not np.array_equal(dataset.labels[subject.rows], e.arrays["label"]):
+        raise refuse(2, f"{QUERIES} label", "are not the classes of the data set")
+    problems = [*_record_problems(e, subject), *_clean_problems(e, subject, rules.clustering_seeds)]
     least = least_sample(e, dataset.images.shape)
     keep = sample_positions(subject, max(least, len(e.sample["rows"])))
     if not np.array_equal(e.sample["rows"], subject.rows[keep]):
@@ -66,6 +70,18 @@ def replay(checked: Checked, embedder: Embedder, device: str = "auto") -> None:
         problems += KINDS[rules.kind].replay(checked.stated, StoredSample(subject, keep, clean))
     if problems:
         raise Refused(problems)
+
+
+def _record_problems(e: Evaluation, subject: Subject) -> Iterator[Problem]:
+    """Counts that are not those of the data set, and doubts that the clean embeddings raise and the run does not have."""
+    here = dataset_info(subject).model_dump()
+    for name, value in e.dataset.model_dump().items():
+        if value != here[name]:
+            yield Problem(2, f"{RUN} dataset.{name}", f"says {value}, it is {here[name]}")
+    stated = {f.flag for f in e.warnings}
+    for f in doubts_about(subject, e.measurements):
+        if f.flag not in stated:
+            yield Problem(2, f"{RUN} warnings.{f.flag}", f"is missing; looked at again: {f.message}")
 
 
 def _image_problems(checked: Checked, clean: torch.Tensor, keep: np.ndarray) -> Iterator[Problem]:
@@ -112,6 +128,8 @@ def _clean_problems(e: Evaluation, subject: Subject, seeds: tuple[int, ...]) -> 
         if differing.mean() > DIFFER:
             text = f"{int(differing.sum())} of {len(stated)} queries have another clean outcome than stated"
             yield Problem(2, f"{QUERIES} benign/{name}", text)
+        elif abs(off := float(np.nanmean(stated) - np.nanmean(values))) > AGREE:
+            yield Problem(2, f"{QUERIES} benign/{name}", f"have a mean {off:+.2f} points from what is measured here")
     gallery = subject.scene.gallery
     labels = gallery.labels[gallery.classed].cpu().numpy()
     with warnings.catch_warnings():

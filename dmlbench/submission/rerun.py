@@ -18,13 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from dmlbench.board.row import headline
 from dmlbench.checkpoints import PACKAGE, checkpoints, sha256_of
 from dmlbench.datasets import RetrievalDataset
-from dmlbench.doubts.audit import GLANCES
 from dmlbench.embedding import Embedder
 from dmlbench.errors import DataError, DmlbenchError, Problem
 from dmlbench.evaluate import evaluate
 from dmlbench.files import first_line
 from dmlbench.intervals import ANY, PERCENT, Ends, paired_intervals
-from dmlbench.kinds.base import AGREE, RUN, Stated
+from dmlbench.kinds.base import AGREE, LENGTHS_CLOSE, QUERIES, RUN, Stated
 from dmlbench.kinds.table import KINDS
 from dmlbench.models import ModelOptions, build, check_probe, fill, open_model, parameter_count
 from dmlbench.models.defended import defended
@@ -32,8 +31,9 @@ from dmlbench.models.fetching import fetch as fetched
 from dmlbench.models.spec import preprocess_of
 from dmlbench.protocol import Protocol, scored
 from dmlbench.results import Evaluation
+from dmlbench.run.record import model_info
 from dmlbench.run.subject import Progress, Silent, measured_queries, prepare
-from dmlbench.submission.bundle import LIMITS, refuse
+from dmlbench.submission.bundle import LIMITS, Refused, refuse
 from dmlbench.submission.replay import dataset_of
 from dmlbench.submission.static import WEIGHTS, Checked
 
@@ -90,13 +90,17 @@ def _behind(checked: Checked, embedder: Embedder) -> Embedder:
     """The network behind the run's defences.
 
     Raises:
-        Refused: one that does not take its images, or an order of them that makes no sense.
+        Refused: one that does not take its images, an order of them that makes no sense, or another model than the run's.
     """
     try:
         for wrapper in reversed(checked.wrappers):
             embedder = defended(embedder, wrapper)
     except DmlbenchError as error:
         raise refuse(1, f"{RUN} model.id", str(error)) from None
+    here = model_info(embedder).model_dump()
+    differ = {k: v for k, v in checked.evaluation.model.model_dump().items() if v != here[k]}
+    if differ:
+        raise Refused(Problem(1, f"{RUN} model.{k}", f"says {v!r}, the model {here[k]!r}") for k, v in differ.items())
     return embedder
 
 
@@ -249,23 +253,43 @@ def _rerun(
     rerun = evaluate(embedder, dataset, rules, device=device, progress=progress, only=only)
     at = np.searchsorted(checked.evaluation.arrays["query"], rerun.arrays["query"])
     compare = KINDS[rules.kind].disagree or _disagreements
-    problems = [*compare(checked.stated, rerun, at, level), *(_new_flags(checked, rerun) if level == 4 else ())]
+    problems = [*compare(checked.stated, rerun, at, level), *(_of_all(checked, rerun) if level == 4 else ())]
     sentence = f"attacked {len(at)} queries again"
     return Rerun(sentence, seed, headline(rerun), tuple(problems))
 
 
-def _new_flags(checked: Checked, rerun: Evaluation) -> Iterator[Problem]:
-    """What the audit, or the look that every result is given, doubts now and did not doubt in the run."""
-    stated = {f.flag for f in checked.evaluation.warnings}
+def _of_all(checked: Checked, rerun: Evaluation) -> Iterator[Problem]:
+    """What all queries together say: doubts that the run does not have, and another cost of the searches than is stated."""
+    stated, kind = {f.flag for f in checked.evaluation.warnings}, KINDS[checked.protocol.kind].name
     stated |= {"random"} if "randomised" in stated else set()
     for f in rerun.warnings:
-        if (f.flag.startswith("audit-") or f.flag in GLANCES) and f.flag not in stated:
-            yield Problem(4, f"{RUN} warnings.{f.flag}", f"is missing; the audit says again: {f.message}")
+        if f.flag not in stated:
+            yield Problem(4, f"{RUN} warnings.{f.flag}", f"is missing; the run again says: {f.message}")
+    first, second = (
+        sum(n for key, n in e.extras.get(kind, {}).items() if key.startswith(("gradients_per_", "values_per_")))
+        for e in (checked.evaluation, rerun)
+    )
+    if first != second and not (first and second and abs(np.log2(second / first)) <= OCTAVES):
+        text = f"says {first:.1f} gradients and values for each that is attacked, it takes {second:.1f}"
+        yield Problem(4, f"{RUN} extras.{kind}", text)
+
+
+def _beside(checked: Stated, e: Evaluation, level: int) -> Iterator[tuple[str, np.ndarray]]:
+    """What each query gives besides the parts' outcomes, by name, percent: other metrics of the parts, and of all queries which
+    step broke them."""
+    parts = {c.name for c in checked.parts}
+    for name, (number, _) in KINDS[checked.rules.kind].arrays(checked.rules, checked.parts).items():
+        if name.rpartition("/")[0] not in parts:
+            continue
+        if number == "f":
+            yield name, e.arrays[name].astype(np.float64)
+        elif name.endswith("/broken_by") and level == 4:
+            yield from ((f"{name} {i + 2}", 100.0 * (e.arrays[name] == i + 2)) for i in range(len(checked.rules.steps)))
 
 
 def _disagreements(checked: Stated, rerun: Evaluation, at: np.ndarray, level: int) -> Iterator[Problem]:
-    """Parts, and the number that is ranked by, whose mean over the same queries differs by more than :data:`AGREE` points, the
-    number by half of that (a length by :data:`OCTAVES`), and whose paired interval excludes zero."""
+    """Parts and all else that is a mean over the same queries, where it differs by more than :data:`AGREE` points, ERS and a kind's
+    own numbers by half of that (a length by :data:`OCTAVES`), and its paired interval excludes zero."""
     stated, parts, kind = checked.evaluation, checked.parts, KINDS[checked.rules.kind]
     first, second = scored(parts, stated.arrays)[at], scored(parts, rerun.arrays)
     # single queries, not classes, are the unit: the model is the same, only rounding can differ
@@ -273,29 +297,41 @@ def _disagreements(checked: Stated, rerun: Evaluation, at: np.ndarray, level: in
     intervals = paired_intervals(first, second, single, [c.limits for c in parts], PERCENT)
     means = np.nanmean(second - first, axis=0)
     rows = [
-        (f"measurements.{c.name}", mean, ends, AGREE, "score")
+        (f"{RUN} measurements.{c.name}", mean, ends, AGREE, "score")
         for c, mean, ends in zip(parts, means, intervals.columns, strict=True)
     ]
     if kind.mean:
-        rows.append(("ers", float(means.mean()), intervals.mean, AGREE / 2, "ERS"))
+        rows.append((f"{RUN} ers", float(means.mean()), intervals.mean, AGREE / 2, "ERS"))
+
+    def row(field: str, sides: np.ndarray, allowed: float, of: str) -> None:
+        """Of percentages (2, q)."""
+        ends = paired_intervals(sides[0][:, None], sides[1][:, None], single, [PERCENT]).columns[0]
+        rows.append((field, float(np.nanmean(sides[1] - sides[0])), ends, allowed, of))
+
+    for (name, values), (_, again) in zip(_beside(checked, stated, level), _beside(checked, rerun, level), strict=True):
+        row(f"{QUERIES} {name}", np.stack([values[at], again]), AGREE, name)
     before, after = kind.by_query(stated), kind.by_query(rerun)
     for number in kind.numbers:
-        if not number.ranks or number.name not in before or number.name not in after:
+        if number.name not in before or number.name not in after:
             continue
-        sides = np.stack([before[number.name][at], after[number.name]])
+        sides, field = (
+            np.stack([before[number.name][at], after[number.name]]),
+            f"{RUN} extras.{kind.name}.{number.name}",
+        )
         if number.length:
             ends = paired_intervals(np.log2(sides[0])[:, None], np.log2(sides[1])[:, None], single, [ANY]).columns[0]
             octaves = float(np.nanmean(np.diff(np.log2(sides), axis=0)))
             if abs(octaves) > OCTAVES and _sure(ends):
                 text = f"attacking {len(at)} queries again gave {2**octaves:.2f} times the {number.name} that is stated"
-                yield Problem(level, f"{RUN} extras.{kind.name}.{number.name}", text)
-        else:
-            ends = paired_intervals(sides[0][:, None], sides[1][:, None], single, [PERCENT]).columns[0]
-            mean = float(np.nanmean(np.diff(sides, axis=0)))
-            rows.append((f"extras.{kind.name}.{number.name}", mean, ends, AGREE / 2, number.name))
+                yield Problem(level, field, text)
+        if number.median:
+            beyond = np.where(np.isnan(sides), np.nan, 100.0 * (sides > np.nanmedian(sides[0]) * (1 - LENGTHS_CLOSE)))
+            row(field, beyond, AGREE, f"queries that are not below the stated {number.name}")
+        if not (number.length or number.median):
+            row(field, sides, AGREE / 2, number.name)
     for field, mean, ends, allowed, of in rows:
         if abs(mean) > allowed and _sure(ends):
-            yield Problem(level, f"{RUN} {field}", _deviation(mean, len(at), f"points of {of}"))
+            yield Problem(level, field, _deviation(mean, len(at), f"points of {of}"))
 
 
 def _sure(ends: Ends) -> bool:

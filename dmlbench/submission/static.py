@@ -6,6 +6,7 @@ them; who edits one has to invent 896 outcomes that fit, and those are measured 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from dmlbench.board.row import Row, Status, from_evaluation
 from dmlbench.checkpoints import checkpoints, problems_of
 from dmlbench.compact import unstacked, untabulated
 from dmlbench.datasets import DATASETS, load_dataset
+from dmlbench.doubts.audit import FLAGS
 from dmlbench.errors import Problem
 from dmlbench.kinds.base import CLOSE, LENGTHS_CLOSE, QUERIES, RUN, SAMPLE, Stated
 from dmlbench.kinds.table import KINDS, numbers_of
@@ -101,7 +103,8 @@ def check_static(path: Path, board: Path | None = None, aged: bool = False) -> C
     parts = extras.parts_of(rules, evaluation)
     stated = Stated(evaluation, _as_run(rules, evaluation), tuple(parts))
     shapes = [*_shape_problems(evaluation, rules, parts), *extras.shape_problems(stated)]
-    problems = [*shapes, *_identity_problems(submission, evaluation)]
+    problems = [*shapes, *_identity_problems(submission, evaluation), *_flag_problems(evaluation)]
+    problems += [] if aged else _other_record(submission, evaluation)
     if not shapes:
         problems += sum_problems(stated)
     if path.is_dir() and path.resolve().parent.name == SUBMISSIONS and path.resolve().name != submission.id:
@@ -206,7 +209,7 @@ def _protocol(e: Evaluation, aged: bool) -> Protocol:
     if e.protocol.seed != rules.seed:
         problems.append(Problem(0, f"{RUN} protocol.seed", f"{e.protocol.seed}, the protocol's is {rules.seed}"))
     threats = {(rules.norm, sizes) for sizes in rules.grid.values() or [rules.sizes(())]}
-    if e.protocol.norm and (e.protocol.norm, e.protocol.eps) not in threats:
+    if (e.protocol.norm or e.protocol.eps) and (e.protocol.norm, e.protocol.eps) not in threats:
         text = f"{e.protocol.norm} {', '.join(e.protocol.eps)} is not an adversary of {rules.id!r}"
         problems.append(Problem(0, f"{RUN} protocol.eps", text))
     if rules.superseded_by and not aged:
@@ -255,6 +258,24 @@ def _identity_problems(s: Submission, e: Evaluation) -> Iterator[Problem]:
     known = checkpoints().get(network)
     if known is not None and known.files and card.files and known.files[0].sha256 != card.files[0].sha256:
         yield Problem(0, f"{RUN} model.id", f"{network!r} is registered with other weights; an id is never used again")
+
+
+def _other_record(s: Submission, e: Evaluation) -> Iterator[Problem]:
+    """Where what a board shows of a registered model is not what the registry says of it."""
+    network = named(e.model.id)[1]
+    if (known := checkpoints().get(network)) is None:
+        return
+    for field in ("title", "defense", "train.loss", "arch", "license", "paper", "claims"):
+        stated, registered = (attrgetter(field)(card) for card in (s.checkpoint, known))
+        if stated != registered:
+            text = f"is not what the registry says of {network!r}"
+            yield Problem(0, f"submission.yaml checkpoint.{field}", text)
+
+
+def _flag_problems(e: Evaluation) -> Iterator[Problem]:
+    for f in e.warnings:
+        if f.flag not in FLAGS:
+            yield Problem(0, f"{RUN} warnings.{f.flag}", f"is none of the flags{suggest(f.flag, FLAGS)}")
 
 
 def _repeats(s: Submission, e: Evaluation, board: Path, path: Path) -> Iterator[Problem]:

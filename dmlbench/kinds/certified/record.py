@@ -10,6 +10,7 @@ from dmlbench.datasets import RetrievalDataset
 from dmlbench.errors import Problem, UsageError
 from dmlbench.kinds import page as md
 from dmlbench.kinds.base import (
+    AGREE,
     DIFFER,
     QUERIES,
     RUN,
@@ -355,10 +356,20 @@ def replay(stated: Stated, stored: StoredSample) -> Iterator[Problem]:
             )
     few = stored.positions[:REPLAYED]
     again = readings(stored.subject[few], Settings.of(rules), rules.seed)
-    for name, recomputed in ((MARGIN, again["margin"]), (LENGTH, again["length"])):
-        differ = ~np.isclose(e.arrays[name][few], recomputed, rtol=0.0, atol=NEAR, equal_nan=True)
-        if differ.sum() > max(1, DIFFER * len(few)):
-            yield Problem(2, f"{QUERIES} {name}", f"{int(differ.sum())} of {len(few)} are others than stated")
+    yield from _readings_differ(e, few, {MARGIN: again["margin"], LENGTH: again["length"]}, 2)
+
+
+def disagree(stated: Stated, rerun: Evaluation, at: np.ndarray, level: int) -> Iterator[Problem]:
+    """Margins and lengths, from which every number follows, that are not the stated ones."""
+    yield from _readings_differ(stated.evaluation, at, {name: rerun.arrays[name] for name in (MARGIN, LENGTH)}, level)
+
+
+def _readings_differ(e: Evaluation, at: np.ndarray, again: dict[str, np.ndarray], level: int) -> Iterator[Problem]:
+    """Of more of the queries at ``at`` than could move a share by :data:`AGREE` points."""
+    for name, recomputed in again.items():
+        differ = ~np.isclose(e.arrays[name][at], recomputed, rtol=0.0, atol=NEAR, equal_nan=True)
+        if differ.sum() > max(1, AGREE / 100 * len(at)):
+            yield Problem(level, f"{QUERIES} {name}", f"{int(differ.sum())} of {len(at)} are others than stated")
 
 
 CERTIFIED = Kind(
@@ -396,4 +407,5 @@ CERTIFIED = Kind(
     outcome_problems=outcome_problems,
     number_problems=number_problems,
     replay=replay,
+    disagree=disagree,
 )

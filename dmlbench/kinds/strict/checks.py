@@ -146,7 +146,7 @@ def _proxy_problems(e: Evaluation, parts: Sequence[Component]) -> Iterator[Probl
 
 
 def number_problems(stated: Stated) -> Iterator[Problem]:
-    """Does every number come out of the arrays again? What the steps cost is taken as it is."""
+    """Does every number come out of the arrays again? What the steps cost is taken as it is; a full rerun compares it."""
     e, rules = stated.evaluation, stated.rules
     grid = [c.threat["eps"] for c in stated.parts]
     extras = e.extras["strict"]

@@ -115,7 +115,7 @@ def _broken_problems(
 
 
 def number_problems(stated: Stated) -> Iterator[Problem]:
-    """Does every number come out of the arrays again? What the steps cost is taken as it is."""
+    """Does every number come out of the arrays again? What the steps cost is taken as it is; a full rerun compares it."""
     e, rules = stated.evaluation, stated.rules
     grid = list(dict.fromkeys(c.threat["eps"] for c in stated.parts))
     extras = e.extras["verification"]

@@ -168,7 +168,7 @@ def test_the_gradients_check_does_not_depend_on_the_batches() -> None:
     positions = np.arange(0, len(subject.rows), 14)
     whole, parts = (direction(subject, batches) for batches in ([positions], np.array_split(positions, 8)))
     assert whole.verdict == parts.verdict == "warn" and "correlate" in whole.message
-    assert parts.value == pytest.approx(whole.value, abs=1e-5)
+    assert parts.value == pytest.approx(whole.value, abs=1e-4)  # changes of a loss by a step of rounding size
 
 
 def doubted(subject: Subject) -> set[str]:

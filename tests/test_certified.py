@@ -41,7 +41,6 @@ from dmlbench.results import save
 from dmlbench.run.subject import prepare
 from dmlbench.run.units import Shard, Units, Work, collect
 from dmlbench.scene import Gallery, Scene
-from dmlbench.submission import rerun
 from dmlbench.submission.pack import draft, pack, write_folder
 from dmlbench.submission.validate import validate
 
@@ -362,10 +361,10 @@ def test_a_share_measured_again_agrees_and_a_lie_does_not(done, model, digits) -
     )
     at = np.searchsorted(done.arrays["query"], found.arrays["query"])
     parts = tuple(components(rule, (1, 8, 8)))
-    assert not list(rerun._disagreements(Stated(done, rule, parts), found, at, 3))
-    lie = {"certified@0.005/value": np.zeros(24, np.float32), RADIUS: np.zeros(24)}
-    told = Stated(done.model_copy().with_arrays({**done.arrays, **lie}), rule, parts)
-    assert any("certified" in p.field for p in rerun._disagreements(told, found, at, 3))
+    assert not list(record.disagree(Stated(done, rule, parts), found, at, 3))
+    for name in (MARGIN, LENGTH):
+        told = Stated(done.model_copy().with_arrays({**done.arrays, name: done.arrays[name] + 0.01}), rule, parts)
+        assert [p.field for p in record.disagree(told, found, at, 3)] == [f"run/per_query.npz {name}"]
 
 
 def test_the_search_breaks_far_beyond_a_certificate_and_not_within(done, tmp_path, capsys) -> None:

@@ -224,11 +224,14 @@ def other_weights(repository: Path, files: Files) -> None:
 
 
 def registered(repository: Path, files: Files) -> None:
-    """The registered model under its own id, with a defence that it never had."""
-    run(at("model", "id", to=MODEL))(repository, files)
-    folder = repository / "leaderboard" / "submissions" / ID
-    files = {n: (folder / n).read_bytes() for n in files}
-    card(at("checkpoint", "defense", to={"name": "unbreakable"}))(repository, files)
+    """The registered model under its own id and record, with a defence that it never had."""
+    from dmlbench.checkpoints import checkpoints
+
+    content, about = json.loads(files[E_]), yaml.safe_load(files[S_])
+    content["model"]["id"] = MODEL
+    record = checkpoints()[MODEL].model_dump(mode="json", exclude_none=True)
+    about["checkpoint"] = {**record, "defense": {"name": "unbreakable"}}
+    put(repository, sealed({**files, E_: json.dumps(content).encode(), S_: yaml.safe_dump(about).encode()}))
 
 
 def better(repository: Path, files: Files) -> None:

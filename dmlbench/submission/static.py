@@ -210,7 +210,7 @@ def _protocol(e: Evaluation, aged: bool) -> Protocol:
         problems.append(Problem(0, f"{RUN} protocol.seed", f"{e.protocol.seed}, the protocol's is {rules.seed}"))
     threats = {(rules.norm, sizes) for sizes in rules.grid.values() or [rules.sizes(())]}
     if (e.protocol.norm or e.protocol.eps) and (e.protocol.norm, e.protocol.eps) not in threats:
-        text = f"{e.protocol.norm} {', '.join(e.protocol.eps)} is not an adversary of {rules.id!r}"
+        text = f"{e.protocol.norm or 'no norm'}, eps {', '.join(e.protocol.eps)} is not an adversary of {rules.id!r}"
         problems.append(Problem(0, f"{RUN} protocol.eps", text))
     if rules.superseded_by and not aged:
         problems.append(Problem(0, f"{RUN} protocol.name", f"{rules.id!r} is superseded by {rules.superseded_by!r}"))

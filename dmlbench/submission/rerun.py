@@ -98,7 +98,10 @@ def _behind(checked: Checked, embedder: Embedder) -> Embedder:
     except DmlbenchError as error:
         raise refuse(1, f"{RUN} model.id", str(error)) from None
     here = model_info(embedder).model_dump()
-    differ = {k: v for k, v in checked.evaluation.model.model_dump().items() if v != here[k]}
+    said = checked.evaluation.model.model_dump(
+        exclude_none=True
+    )  # a run of a weights file knows neither loss nor defence
+    differ = {k: v for k, v in said.items() if v != here[k]}
     if differ:
         raise Refused(Problem(1, f"{RUN} model.{k}", f"says {v!r}, the model {here[k]!r}") for k, v in differ.items())
     return embedder

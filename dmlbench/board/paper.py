@@ -17,7 +17,7 @@ import numpy as np
 from dmlbench.board.compare import compare
 from dmlbench.board.compare.render import escape_markdown
 from dmlbench.board.compare.verdict import components_of
-from dmlbench.board.row import EXECUTED, beyond, shown, superseded
+from dmlbench.board.row import EXECUTED, more, shown, superseded
 from dmlbench.errors import NotComparable, UsageError
 from dmlbench.files import printable
 from dmlbench.intervals import Ends
@@ -34,19 +34,17 @@ HEADERS = {**{name: metric.title for name, metric in CLEAN_METRICS.items()}, "er
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a run, its 95 % interval, whether it is the best of its column or not surely behind that, and whether it is
-    a length beyond the grid, of which the value is the largest eps."""
+    """One number of a run, its 95 % interval, whether it is the best of its column or not surely behind that, and what stands
+    before it (:func:`dmlbench.board.row.more`)."""
 
     value: float | None
     interval: Ends = None
     bold: bool = False
-    beyond: bool = False
+    more: str = ""
 
     def text(self, column: str) -> str:
         """The value as a person reads it."""
-        if self.value is None:
-            return "–"
-        return f"> {shown(column, self.value)}" if self.beyond else shown(column, self.value)
+        return "–" if self.value is None else self.more + shown(column, self.value)
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def table(runs: Sequence[tuple[str, Evaluation]], columns: Sequence[str] = ()) -
     return Table(
         columns=chosen,
         rows=tuple(
-            (name, tuple(Cell(given[r].get(c), ends[r].get(c), r in bold[c], beyond(lengths[r], c)) for c in chosen))
+            (name, tuple(Cell(given[r].get(c), ends[r].get(c), r in bold[c], more(lengths[r], c)) for c in chosen))
             for r, name in enumerate(names_of(runs))
         ),
         caption=_caption(runs),

@@ -206,8 +206,7 @@ class Row(_Columns):
 
     def cell(self, column: str) -> str:
         """A cell as a person reads it: a length beyond the grid as more than its largest eps."""
-        text = shown(column, getattr(self, column))
-        return f"> {text}" if beyond(vars(self), column) else text
+        return more(vars(self), column) + shown(column, getattr(self, column))
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -219,9 +218,9 @@ class Row(_Columns):
         return None if low is None or high is None else (low, high)
 
 
-def beyond(columns: Mapping[str, Any], name: str) -> bool:
-    """Is the length in a column beyond the largest eps that was tried, which stands in its place?"""
-    return columns.get(f"{name}_beyond") is not None
+def more(columns: Mapping[str, Any], name: str) -> str:
+    """ "> " before a length that is beyond the largest eps that was tried, which stands in its place; nothing before others."""
+    return "" if columns.get(f"{name}_beyond") is None else "> "
 
 
 HEADLINES = ("ers", *(number.name for number in numbers().values() if number.ranks))

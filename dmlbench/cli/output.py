@@ -184,6 +184,7 @@ class Bar:
     def __exit__(self, *error: object) -> None:
         if self._bars is not None:
             self._bars.stop()
+            self._bars = None
 
     def at(self, done: int, total: int) -> None:
         """``done`` of ``total`` are done."""
@@ -197,6 +198,8 @@ class Bar:
             self._done = 0
         self._shown.advance(self._title, done - self._done)
         self._done = done
+        if done >= total:  # another bar may be next, and two would draw on the same line
+            self.__exit__()
 
     def say(self, line: str) -> None:
         """A line on stderr, above the bar where one is drawn."""

@@ -237,9 +237,8 @@ def _torchvision(
         with_head(network, embed_dim)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if hasattr(network, "transform_input"):
-        side_exits = {"aux1", "aux2", "AuxLogits"} & dict(
-            network.named_children()
-        ).keys()  # a file may have them or not
+        # a file may have side exits or not
+        side_exits = {"aux1", "aux2", "AuxLogits"} & dict(network.named_children()).keys()
         plain: dict[str, bool | None] = {**dict.fromkeys(side_exits), "aux_logits": False}
         if "transform_input" not in kwargs:
             plain, mean, std = {**plain, "transform_input": False}, _HALF, _HALF

@@ -98,9 +98,8 @@ def _behind(checked: Checked, embedder: Embedder) -> Embedder:
     except DmlbenchError as error:
         raise refuse(1, f"{RUN} model.id", str(error)) from None
     here = model_info(embedder).model_dump()
-    said = checked.evaluation.model.model_dump(
-        exclude_none=True
-    )  # a run of a weights file knows neither loss nor defence
+    # a run of a weights file knows neither loss nor defence
+    said = checked.evaluation.model.model_dump(exclude_none=True)
     differ = {k: v for k, v in said.items() if v != here[k]}
     if differ:
         raise Refused(Problem(1, f"{RUN} model.{k}", f"says {v!r}, the model {here[k]!r}") for k, v in differ.items())
@@ -317,10 +316,8 @@ def _disagreements(checked: Stated, rerun: Evaluation, at: np.ndarray, level: in
     for number in kind.numbers:
         if number.name not in before or number.name not in after:
             continue
-        sides, field = (
-            np.stack([before[number.name][at], after[number.name]]),
-            f"{RUN} extras.{kind.name}.{number.name}",
-        )
+        sides = np.stack([before[number.name][at], after[number.name]])
+        field = f"{RUN} extras.{kind.name}.{number.name}"
         if number.length:
             ends = paired_intervals(np.log2(sides[0])[:, None], np.log2(sides[1])[:, None], single, [ANY]).columns[0]
             octaves = float(np.nanmean(np.diff(np.log2(sides), axis=0)))

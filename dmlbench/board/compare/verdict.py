@@ -21,7 +21,7 @@ import numpy as np
 from dmlbench.board.compare.gate import DEFAULT_DROPS, Gate, metric_name
 from dmlbench.board.compare.paired import Paired, common, pair, unshared
 from dmlbench.board.compare.records import Comparison, Difference, Failure, Side, Verdict
-from dmlbench.board.row import CLEAN_COLUMNS, LENGTHS, PARTS, Row, beyond, from_evaluation, superseded
+from dmlbench.board.row import CLEAN_COLUMNS, LENGTHS, PARTS, Row, from_evaluation, more, superseded
 from dmlbench.errors import NotComparable
 from dmlbench.intervals import DRAWS
 from dmlbench.kinds.table import kind_of, numbers
@@ -223,7 +223,7 @@ def _beyond(sides: Sequence[Mapping[str, object]]) -> Iterator[str]:
     """A note for each length of base and candidate that is beyond the grid, by their columns."""
     for name, columns in zip(("base", "candidate"), sides, strict=True):
         for number in numbers():
-            if beyond(columns, number):
+            if more(columns, number):
                 yield f"{number} of the {name} is beyond the largest eps of the grid, and counts as that"
 
 

@@ -19,7 +19,7 @@ from dmlbench.board.paper import intervals as intervals_of
 from dmlbench.board.plots import Figure, Series, eps, inline, parts, reached
 from dmlbench.board.report.fallen import FIRST, fallen
 from dmlbench.board.report.pictures import data_uri, magnified
-from dmlbench.board.row import beyond, headline, shown
+from dmlbench.board.row import headline, more, shown
 from dmlbench.errors import NotComparable
 from dmlbench.kinds.base import interval_text, text_of
 from dmlbench.kinds.table import kind_of
@@ -127,8 +127,8 @@ def _headline(e: Evaluation) -> tuple[str, str, str] | None:
             return "beyond the grid" if number.length else "–"
         return written(value, norm) if number.length else shown(number.name, value)
 
-    more = "> " if beyond(given, number.name) else ""
-    return more + text(ranked_by[1]), number.title, "" if ends[0] is None else f"{text(ends[0])} – {text(ends[1])}"
+    value = more(given, number.name) + text(ranked_by[1])
+    return value, number.title, "" if ends[0] is None else f"{text(ends[0])} – {text(ends[1])}"
 
 
 def _chart(runs: Sequence[Run]) -> Markup | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dmlbench.board.row import LENGTHS, NUMBERS, RANKED, Row, beyond, shown
+from dmlbench.board.row import LENGTHS, NUMBERS, RANKED, Row, more, shown
 from dmlbench.datasets import DATASETS
 from dmlbench.kinds.table import numbers
 from dmlbench.protocols import load_protocol, protocol_names
@@ -60,8 +60,7 @@ def cell(row: Row, column: str, note: str = "") -> Cell:
         return Cell()
     ends = interval(row, column)
     extra = f"{text(row, column, ends[0]).removesuffix('/255')} – {text(row, column, ends[1])}" if ends else ""
-    more = "> " if beyond(vars(row), column) else ""
-    return Cell(str(value), more + text(row, column, value), extra, note)
+    return Cell(str(value), more(vars(row), column) + text(row, column, value), extra, note)
 
 
 def text(row: Row, column: str, value: Any) -> str:

@@ -118,12 +118,7 @@ def clusters_differ(
         numbers(labels, arrays["clusters"], arrays["value"])
         for arrays in ({k: e.arrays[f"{name}/{k}"] for k in ("clusters", "value")}, recomputed)
     )
-    for key, allowed in (
-        ("nmi", CLUSTERS_AGREE),
-        ("ami", CLUSTERS_AGREE),
-        ("f1", CLUSTERS_AGREE),
-        ("recall_at_1", RECALL_AGREE),
-    ):
+    for key, allowed in {**dict.fromkeys(("nmi", "ami", "f1"), CLUSTERS_AGREE), "recall_at_1": RECALL_AGREE}.items():
         if not abs(again[key] - stated[key]) <= allowed:
             file = f"{QUERIES} {name}/{'value' if key == 'recall_at_1' else 'clusters'}"
             text = (

@@ -80,7 +80,9 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
     help="Only so many queries that ERS, or the protocol's own number, is sure to this many points; marks the result partial.",
 )
 @click.option(
-    "--preview", is_flag=True, help="A first look: 64 queries, 1,000 gallery images, drawn by class; no result."
+    "--preview",
+    is_flag=True,
+    help="A first look: at most 64 queries and 1,000 gallery images, drawn by class; marks the result partial.",
 )
 @click.option(
     "--eps",

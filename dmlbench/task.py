@@ -181,6 +181,8 @@ class Task:
             raise UsageError(
                 f"--pairs does nothing under protocol {rules.name!r}, which verifies none as it is asked for"
             )
+        if o.eot is not None and self.chosen.runner and "eot" in self.kind.unread:
+            raise UsageError(f"--eot does nothing under protocol {rules.name!r}: nothing there averages passes")
         if self.kind.run and self.chosen.runner:
             self.kind.require(rules, self.dataset, self.seed)
         if o.only is not None:

@@ -358,6 +358,10 @@ BAD = [
     (["evaluate", "--model", DEFAULT, "--seed", f"{1 << 63}"], 2, "must be from 0 to"),
     (["evaluate", "--model", DEFAULT, "--out", "/proc/nowhere"], 4, "/proc/nowhere cannot be written"),
     (["evaluate", "--model", DEFAULT, "--protocol", "gone.toml"], 4, "gone.toml"),
+    (["evaluate", "--model", DEFAULT, "--pairs", "gone.txt"], 4, "gone.txt"),
+    (["evaluate", "--model", DEFAULT, "--protocol", "poison", "--eot", "3"], 2, "--eot does nothing"),
+    (["evaluate", "--model", DEFAULT, "--protocol", "corruptions", "--eot", "3"], 2, "--eot does nothing"),
+    (["models", "list", "--trained-on", "digit"], 2, "did you mean 'digits'"),
     (["evaluate"], 2, "--model"),
     (["evalaute"], 2, "did you mean 'evaluate'"),
 ]

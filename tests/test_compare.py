@@ -911,7 +911,7 @@ def test_rows_of_a_csv_file(typed, runs):
         (["base", "missing.csv:m"], 4, "cannot be read"),
         (["base", "twin", "--max-drop", "erz=1"], 2, "did you mean 'ers'"),
         (["base", "twin", "--max-drop", "ers"], 2, "METRIC=POINTS"),
-        (["base", "twin", "--config", "none.toml"], 2, "does not exist"),
+        (["base", "twin", "--config", "none.toml"], 4, "does not exist"),
         (["base", "twin", "--markdown", "base/evaluation.json/x.md"], 4, "cannot be written"),
         (["base"], 2, "CANDIDATE"),
     ],

@@ -231,7 +231,7 @@ def test_shards_of_different_runs_do_not_merge(model, short, tmp_path):
     for i, seed in ((1, 0), (2, 5)):
         with pytest.raises(ShardDone):
             measured(model, short, seed=seed, work=Work(Units(tmp_path / f"{i}" / "units"), shard=Shard(i, 2)))
-    with pytest.raises(NotComparable, match=r"seed \(0 there, 5 here\)"):
+    with pytest.raises(NotComparable, match=r"2 holds a run of another configuration: seed \(5 there, 0 here\)"):
         collect([tmp_path / "1", tmp_path / "2"], Units(tmp_path / "merged"))
     with pytest.raises(DataError, match="holds no units"):
         collect([tmp_path], Units(tmp_path / "other"))

@@ -50,6 +50,21 @@ def test_numbers_are_the_runs(runs: list[tuple[str, Evaluation]]) -> None:
         assert said in found.caption
 
 
+@pytest.mark.parametrize("protocol", ["strict", "verification", "sides", "universal", "poison", "corruptions"])
+def test_a_protocols_own_numbers_have_the_intervals_of_the_board(protocol: str) -> None:
+    from dmlbench.board.row import from_evaluation
+    from dmlbench.kinds.table import KINDS, numbers_of
+
+    e = bundled("triplet-none", protocol)
+    (_, cells), columns = table([("a run", e)]).rows[0], table([("a run", e)]).columns
+    row, wanted = from_evaluation(e), [n.name for n in KINDS[protocol].numbers if n.name in numbers_of(e)]
+    for name in wanted:
+        ends = getattr(row, f"{name}_lo", None), getattr(row, f"{name}_hi", None)
+        shown = cells[columns.index(name)].interval
+        assert (shown or (None, None)) == pytest.approx(ends, abs=1e-3), name
+    assert any(cells[columns.index(name)].interval for name in wanted)
+
+
 def test_bold_is_what_compare_says(runs: list[tuple[str, Evaluation]]) -> None:
     found = table(runs)
     for c, column in enumerate(found.columns):

@@ -1,5 +1,7 @@
 """Resize, crop and channels, against torchvision's transforms and by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torchvision.transforms as T
@@ -77,6 +79,20 @@ def test_224_is_cut_from_256() -> None:
     picture = noise(300, 100)
     assert (standard(picture) == by_torchvision(picture, T.Resize((256, 256)), T.CenterCrop(224))).all()
     assert Preprocess.standard((1, 28, 28)).resize is None
+
+
+def test_the_note_tells_apart_what_is_fed_otherwise() -> None:
+    from torch import nn
+
+    from dmlbench.embedding import Embedder
+    from dmlbench.models.recognised import feeding
+
+    ways = [Preprocess((8, 8)), Preprocess((8, 8), resize=(9, 9)), Preprocess((8, 8), shorter=9)]
+    ways += [Preprocess((8, 8), longest=7, pad=pad) for pad in (0, 255)]
+    ways += [replace(way, box=(1, 2, 9, 9)) for way in ways] + [replace(way, order="bgr") for way in ways]
+    ways += [replace(way, interpolation="bicubic") for way in ways]
+    said = [feeding(Embedder(nn.Flatten(), (3, 8, 8), preprocess=way)) for way in ways]
+    assert len(set(said)) == len(ways)
 
 
 def test_channels_and_order() -> None:

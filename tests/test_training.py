@@ -360,7 +360,7 @@ def test_a_resume_mends_lost_weights_and_refuses_another_state(tmp_path: Path) -
     ("arguments", "code", "message"),
     [
         (["digits-smallcnn-triplet-hm-lgo"], 2, "did you mean 'digits-smallcnn-triplet-hm-lga'"),
-        (["missing.toml"], 2, "does not exist"),
+        (["missing.toml"], 4, "does not exist"),
         ([HM, "--defense", "hmm"], 2, "did you mean 'hm'"),
         ([HM, "--set", "defense_params.source=X"], 2, "unknown sampling 'X'"),
         ([HM, "--set", "grups=3"], 2, "did you mean 'groups'"),

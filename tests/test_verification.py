@@ -428,7 +428,7 @@ def test_pairs_do_nothing_elsewhere(typed, faces, tmp_path) -> None:
     base = ["evaluate", "--model", MODEL, "--dataset", faces, "--pairs", str(tmp_path / "pairs.txt")]
     assert "--pairs does nothing" in typed(*base, "--protocol", "strict-fast", code=2).err
     assert "--pairs does nothing" in typed(*base, "--protocol", "verification", "--attacks", "WM@pgd", code=2).err
-    assert "cannot be read" in typed(*base[:-1], "nowhere.txt", "--protocol", "verification", code=2).err
+    assert "cannot be read" in typed(*base[:-1], "nowhere.txt", "--protocol", "verification", code=4).err
 
 
 def test_too_few_classes_are_refused_before_anything_is_embedded(model) -> None:

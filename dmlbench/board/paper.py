@@ -17,7 +17,7 @@ import numpy as np
 from dmlbench.board.compare import compare
 from dmlbench.board.compare.render import escape_markdown
 from dmlbench.board.compare.verdict import components_of
-from dmlbench.board.row import EXECUTED, more, shown, superseded
+from dmlbench.board.row import EXECUTED, kind_columns, more, shown, superseded
 from dmlbench.errors import NotComparable, UsageError
 from dmlbench.files import printable
 from dmlbench.intervals import Ends
@@ -75,7 +75,7 @@ def numbers(e: Evaluation) -> dict[str, float | None]:
 
 
 def intervals(e: Evaluation) -> dict[str, Ends]:
-    """Their 95 % intervals as they are made today, from the queries' own outcomes; what is no mean over queries has none.
+    """Their 95 % intervals as they are made today, from the queries' own outcomes; what is no mean or median over queries has none.
 
     Of a protocol that is not at hand, and of a run that stopped where it was sure enough, the parts have those that the result states.
     """
@@ -99,6 +99,11 @@ def intervals(e: Evaluation) -> dict[str, Ends]:
     protocol_parts = [c for c in present if c.name not in extra]
     if e.ers is not None and protocol_parts:
         ends["ers"] = score_intervals(protocol_parts, e.arrays).mean
+    columns = kind_columns(e)
+    for name in numbers_of(e):
+        low, high = columns.get(f"{name}_lo"), columns.get(f"{name}_hi")
+        if low is not None and high is not None:
+            ends[name] = (low, high)
     return ends
 
 

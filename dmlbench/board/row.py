@@ -322,7 +322,7 @@ def from_evaluation(
         columns |= {"arch": e.model.arch, "loss": e.model.loss}
     trained = defense_text(card) if card else e.model.defense
     columns["defense"] = behind(trained, e.model.id) if trained else None
-    columns |= _kind_columns(e)
+    columns |= {name: _neat(value, 6 if name in LENGTHS else 4) for name, value in kind_columns(e).items()}
     ends = _ers_interval(e)
     return Row(
         **columns,
@@ -362,7 +362,7 @@ def headline(e: Evaluation) -> tuple[str, float] | None:
     return next(((name, values[name]) for name in HEADLINES if name in values), None)
 
 
-def _kind_columns(e: Evaluation) -> dict[str, Any]:
+def kind_columns(e: Evaluation) -> dict[str, float | None]:
     """The columns of the result's kind, and the intervals of those of its numbers that are means over queries."""
     kind = kind_of(e)
     if kind.columns is None:
@@ -373,7 +373,7 @@ def _kind_columns(e: Evaluation) -> dict[str, Any]:
         if values is not None and f"{number.name}_lo" in kind.columns.model_fields:
             ends = mean_interval(e, values)
             columns[f"{number.name}_lo"], columns[f"{number.name}_hi"] = ends or (None, None)
-    return {name: _neat(value, 6 if name in LENGTHS else 4) for name, value in columns.items()}
+    return columns
 
 
 def _ers_interval(e: Evaluation) -> Ends:

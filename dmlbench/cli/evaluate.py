@@ -80,7 +80,9 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
     help="Only so many queries that ERS, or the protocol's own number, is sure to this many points; marks the result partial.",
 )
 @click.option(
-    "--preview", is_flag=True, help="A first look: 64 queries, 1,000 gallery images, drawn by class; no result."
+    "--preview",
+    is_flag=True,
+    help="A first look: at most 64 queries and 1,000 gallery images, drawn by class; marks the result partial.",
 )
 @click.option(
     "--eps",
@@ -89,7 +91,7 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
 )
 @click.option("--seed", type=int, help="Another seed than the protocol's; marks the result partial.")
 @click.option("--eot", type=click.IntRange(min=1), help="Average this many passes, for models that are random.")
-@click.option("--surrogate", help="Make the adversarial images on this registered model instead (transfer).")
+@click.option("--surrogate", help="Make the adversarial images on this model instead (transfer).")
 @click.option(
     "--pairs",
     type=click.Path(path_type=Path, dir_okay=False),

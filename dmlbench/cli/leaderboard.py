@@ -1,13 +1,18 @@
 """``dmlbench leaderboard``: show the board, build it from its submissions, and make its site."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from dmlbench.cli.output import json_option, print_json
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
-_BOARD = click.option("--board", type=_FOLDER, help="Another folder leaderboard than the packaged one.")
+
+
+def _board(usual: str) -> Callable[[Any], Any]:
+    return click.option("--board", type=_FOLDER, help=f"Another folder leaderboard than {usual}.")
 
 
 @click.group(epilog="Example: dmlbench leaderboard show --filter dataset=digits")
@@ -26,7 +31,7 @@ def leaderboard() -> None:
 @click.option(
     "--csv", "file", type=click.Path(path_type=Path, dir_okay=False), help="A CSV file of rows instead of the board."
 )
-@_BOARD
+@_board("the packaged one")
 def show(
     filters: tuple[str, ...],
     sort: str | None,
@@ -57,7 +62,7 @@ def show(
 @leaderboard.command(epilog="Example: dmlbench leaderboard build --check")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 where a committed file differs.")
 @click.option("--site", type=_FOLDER, help="Also write the static site into this folder.")
-@_BOARD
+@_board("the one in this folder")
 @json_option
 def build(check: bool, site: Path | None, board: Path | None, as_json: bool) -> int:
     """Make the board's CSV files from its submissions.

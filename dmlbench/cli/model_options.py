@@ -76,7 +76,7 @@ _OPTIONS = (
                  help="Run gradient steps through torch.compile; as without it where that fails."),
     click.option("--input-size", type=Size(), help="Side of the images in pixels, or HxW."),
     click.option("--resize", metavar="exact:N|shorter:N|longest:N|none",
-                 help="Before the centre crop, or, for the longest side, before padding; by default exact, 8/7 of the size."),
+                 help="Before the centre crop, or, for the longest side, before padding; by default exact, 8/7 of the size, and none below 128."),
     click.option("--pad", type=click.IntRange(0, 255), help="The grey of the padding; 0 is black."),
     click.option("--box", type=_Box(), help="Cut left,top,right,bottom from each picture first, in pixels."),
     click.option("--interpolation", help="nearest, bilinear, bicubic or lanczos."),

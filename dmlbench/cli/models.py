@@ -9,6 +9,8 @@ import click
 
 from dmlbench.checkpoints import Checkpoint, checkpoint, checkpoints, packaged
 from dmlbench.cli.output import json_option, print_facts, print_list
+from dmlbench.errors import UsageError
+from dmlbench.registry import suggest
 
 
 @click.group(epilog="Example: dmlbench models list")
@@ -18,7 +20,9 @@ def models() -> None:
 
 @models.command("list", epilog="Example: dmlbench models list --trained-on cub")
 @click.option("--trained-on", metavar="DATASET", help="Only models that were trained on this.")
-@click.option("--all", "everything", is_flag=True, help="Superseded and retracted models too.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Superseded and retracted models too, which --json always lists."
+)
 @json_option
 def list_models(trained_on: str | None, everything: bool, as_json: bool) -> None:
     """Every registered model: its family and size, what it was trained on, R@1 as claimed and as measured.
@@ -43,6 +47,10 @@ def list_models(trained_on: str | None, everything: bool, as_json: bool) -> None
         for name, c in checkpoints().items()
         if (everything or as_json or c.status == "active") and trained_on in (None, c.dataset.name)
     ]
+    if trained_on is not None:
+        trained = sorted({c.dataset.name for c in checkpoints().values()})
+        if trained_on not in trained:
+            raise UsageError(f"no registered model was trained on {trained_on!r}{suggest(trained_on, trained)}")
     if as_json:
         print_list(items, (), as_json)
         return

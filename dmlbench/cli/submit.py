@@ -65,7 +65,11 @@ def _holding(mark: str, value: object, where: str = "") -> Iterator[str]:
 @click.argument("run", type=_FOLDER)
 @click.option("--submission", type=_FILE, help="By default submission.yaml beside the run folder.")
 @click.option("--weights", type=_FILE, help="The model's safetensors file; by default the registered one.")
-@click.option("--no-weights", is_flag=True, help="Leave the weights out: the package holds the same file.")
+@click.option(
+    "--no-weights",
+    is_flag=True,
+    help="Leave the weights out: the package holds the same file, or the submission says where it is fetched from.",
+)
 @click.option(
     "--sample",
     type=int,

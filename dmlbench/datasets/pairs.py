@@ -17,7 +17,7 @@ import numpy as np
 from dmlbench.datasets.base import ChosenImages, Pairs, RetrievalDataset
 from dmlbench.datasets.cache import CachedImages
 from dmlbench.datasets.pictures import Files, shown
-from dmlbench.errors import UsageError
+from dmlbench.errors import DataError, UsageError
 
 COLUMNS = ("probe", "partner", "same")
 FOLD = "fold"
@@ -41,14 +41,14 @@ def with_pairs(dataset: RetrievalDataset, path: str | Path) -> RetrievalDataset:
     Partners are added to the gallery; a probe's own picture does not count for it.
 
     Raises:
-        UsageError: the file cannot be read, or names pairs that nothing can be measured on; the line is named.
+        UsageError: it names pairs that nothing can be measured on; the line is named. DataError: the file cannot be read.
     """
     path = Path(path)
     try:
         content = path.read_bytes()
         text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
+        raise DataError(
             f"pairs file {shown(path)} cannot be read: {getattr(error, 'strerror', None) or error}"
         ) from None
     where = f"pairs file {shown(path)}"

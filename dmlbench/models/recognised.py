@@ -60,7 +60,7 @@ def feeding(embedder: Embedder) -> str:
     """One sentence on how a network is fed, and by which options otherwise."""
     p = embedder.preprocess
     way = (
-        f"the longest side to {p.longest} and padding" if p.longest else
+        f"the longest side to {p.longest} and padding with {p.pad}" if p.longest else
         f"the shorter side to {p.shorter}, then the centre {p.size[0]}x{p.size[1]}" if p.shorter else
         f"all of it to {p.resize[0]}x{p.resize[1]}, then the centre {p.size[0]}x{p.size[1]}" if p.resize else
         f"all of it to {p.size[0]}x{p.size[1]}"
@@ -70,7 +70,9 @@ def feeding(embedder: Embedder) -> str:
     else:
         mean, std = (", ".join(f"{v:.3g}" for v in t.flatten().tolist()) for t in (embedder.mean, embedder.std))
         scaled = f"mean {mean}, std {std}"
-    return f"a picture is fed so: {way} ({p.interpolation}), {scaled}; --resize, --mean and --std say otherwise"
+    cut = "" if p.box is None else f"cut to {','.join(map(str, p.box))}, "
+    order = ", blue first" if p.order == "bgr" else ""
+    return f"a picture is fed so: {cut}{way} ({p.interpolation}){order}, {scaled}; --resize, --mean and --std say otherwise"
 
 
 def fed_by_record(file: WeightsFile, built: Built) -> Built:

@@ -335,7 +335,7 @@ def shared_by(folders: Sequence[Path]) -> dict[str, Any]:
         if stored is None:
             raise DataError(f"{folder} holds no units of a shard (no {units.head.name})")
         first = stored if first is None else first
-        refuse_other(first, stored, folder)
+        refuse_other(stored, first, folder)
     assert first is not None
     return first
 

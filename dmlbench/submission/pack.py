@@ -141,7 +141,7 @@ def pack(
 
     Args:
         weights: the model's file; by default the registered one that lies in this package.
-        with_weights: False leaves them out, which the board accepts where the package holds the same file.
+        with_weights: False leaves them out, which the board accepts where the package holds the same file or the submission names its address.
         sample: of how many of the sampled queries the adversarial images are kept; by default :func:`~dmlbench.submission.kept.least_sample`.
 
     Raises:

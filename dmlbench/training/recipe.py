@@ -275,7 +275,7 @@ def load_recipe(name: str, changes: dict[str, Any] | None = None) -> Recipe:
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
         if name.endswith(".toml"):
-            raise UsageError(f"recipe file {name} does not exist")
+            raise DataError(f"recipe file {name} does not exist")
         raise UsageError(f"unknown recipe {name!r}{suggest(name, packaged_recipes())}")
     table = _table(path)
     if "dataset" not in (changes or {}):

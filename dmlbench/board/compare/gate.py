@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmlbench.board.row import PARTS
 from dmlbench.checkpoints import first_problem
-from dmlbench.errors import UsageError
+from dmlbench.errors import DataError, UsageError
 from dmlbench.files import read_toml
 from dmlbench.kinds.table import numbers
 from dmlbench.metrics import CLEAN_METRICS
@@ -95,7 +95,7 @@ def project_gate(start: Path, parts: Iterable[str] = ()) -> tuple[Gate, Path | N
 def named_gate(path: Path, parts: Iterable[str] = ()) -> Gate:
     """The gate of the file that the user named; it must have one. ``parts`` as for :func:`project_gate`."""
     if not path.is_file():
-        raise UsageError(f"--config {path} does not exist")
+        raise DataError(f"--config {path} does not exist")
     section = _section(path)
     if section is None:
         raise UsageError(f"--config {path} has no section [tool.dmlbench.gate]")

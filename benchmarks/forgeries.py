@@ -135,48 +135,51 @@ def named(name: str) -> Callable[[Path, Files], None]:
     return lambda repository, files: put(repository, files, name)
 
 
-def invented(repository: Path, files: Files) -> None:
-    """Outcomes that nobody measured for all queries whose images are not kept, with every sum made anew."""
-    from dmlbench.compact import npz_bytes, unstacked, untabulated
-    from dmlbench.protocol import ers_of, score_intervals
-    from dmlbench.protocols import load_protocol
-    from dmlbench.results import Evaluation
-    from dmlbench.submission.bundle import read_arrays
+def outcomes(change: Callable[[dict[str, np.ndarray], np.ndarray, Any], None]) -> Callable[[Path, Files], None]:
+    """An attack that edits the arrays, given which queries' images are kept and the components, with every sum made anew."""
 
-    rules = load_protocol("ers-digits")
-    stored = untabulated(read_arrays(files["run/per_query.npz"], ""))
-    kept = np.isin(stored["query"], unstacked(read_arrays(files["run/adversarial_sample.npz"], ""))["rows"])
-    found = {k: v.copy() for k, v in stored.items()}
-    e = json.loads(files["run/evaluation.json"])
-    best = {"CA+": 50.0, "CA-": 0.5, "QA+": 50.0, "QA-": 0.5, "TMA": 0.0, "ES:D": 0.0, "GTM": 100.0, "GTT": 100.0}
-    for m, c in zip(e["measurements"], rules.components, strict=True):
+    def do(repository: Path, files: Files) -> None:
+        from dmlbench.compact import npz_bytes, unstacked, untabulated
+        from dmlbench.evaluate import retention, scores
+        from dmlbench.protocols import load_protocol
+        from dmlbench.submission.bundle import read_arrays
+
+        components = load_protocol("ers-digits").components
+        stored = untabulated(read_arrays(files["run/per_query.npz"], ""))
+        kept = np.isin(stored["query"], unstacked(read_arrays(files["run/adversarial_sample.npz"], ""))["rows"])
+        found = {k: v.copy() for k, v in stored.items()}
+        change(found, kept, components)
+        e = json.loads(files["run/evaluation.json"])
+        parts, e["ers"], e["ers_interval"] = scores(components, found, {}, complete=True)
+        e["measurements"] = [part.model_dump() for part in parts]
+        e["extras"]["retention"] = retention(parts, e["benign"])
+        content = yaml.safe_load(files["submission.yaml"])
+        content["stated"]["ers"] = e["ers"]
+        put(repository, sealed({
+            **files,
+            "run/evaluation.json": json.dumps(e).encode(),
+            "run/per_query.npz": npz_bytes(found),
+            "submission.yaml": yaml.safe_dump(content).encode(),
+        }))  # fmt: skip
+
+    return do
+
+
+def invented(found: dict[str, np.ndarray], kept: np.ndarray, components: Any) -> None:
+    """Outcomes that nobody measured for all queries whose images are not kept."""
+    best = {"CA+": 50.0, "CA-": 0.5, "QA+": 50.0, "QA-": 0.5, "TMA": 0.0, "ES:D": 0.0, "GTT": 100.0}
+    for c in components:
         values = found[f"{c.name}/value"]
-        clean = found["benign/recall_at_1"]
         free = ~kept & ~np.isnan(values)
-        values[free] = best.get(c.name, clean[free])
-        if c.readout == "recall_at_1":
-            values[free] = clean[free]
-        m["value"] = float(np.nanmean(values.astype(np.float64)))
-        m["score"] = float(c.rescale(m["value"]))
-    made = score_intervals(rules.components, found)
-    for m, ends in zip(e["measurements"], made.columns, strict=True):
-        m["interval"] = ends
-    e["ers"], e["ers_interval"] = ers_of([m["score"] for m in e["measurements"]]), made.mean
-    clean_r1 = e["benign"]["recall_at_1"]
-    e["extras"].pop("retention", None)
-    from dmlbench.evaluate import retention
+        values[free] = best.get(c.name, found["benign/recall_at_1"][free])
 
-    whole = Evaluation.model_validate(e)
-    e["extras"]["retention"] = retention(whole.measurements, whole.benign)
-    assert clean_r1
-    content = yaml.safe_load(files["submission.yaml"])
-    content["stated"]["ers"] = e["ers"]
-    put(repository, sealed({
-        **files,
-        "run/evaluation.json": json.dumps(e).encode(),
-        "run/per_query.npz": npz_bytes(found),
-        "submission.yaml": yaml.safe_dump(content).encode(),
-    }))  # fmt: skip
+
+def without_the_broken(found: dict[str, np.ndarray], kept: np.ndarray, components: Any) -> None:
+    """Half of the broken queries have no outcome, as those have none that have no other image of their class."""
+    for c in components:
+        if c.readout == "recall_at_1":
+            values = found[f"{c.name}/value"]
+            values[np.flatnonzero((values == 0) & ~kept)[::2]] = np.nan
 
 
 def linked(repository: Path, files: Files) -> None:
@@ -272,7 +275,7 @@ E_, S_, W_ = "run/evaluation.json", "submission.yaml", "weights.safetensors"
 CHEAT = b'{"schema_version":1,"bundle_sha256":"%s","agreed":true}' % (b"0" * 64)
 ATTACKS = (
     # those that the first board let pass
-    Attack("outcomes invented wherever no image is kept, every sum made anew", invented, 3),
+    Attack("outcomes invented wherever no image is kept, every sum made anew", outcomes(invented), 3),
     Attack("a self-written verification in the bundle", beside(f"leaderboard/submissions/{ID}/verification.json", CHEAT)),
     Attack("a self-written verification in the board's folder", beside(f"leaderboard/verifications/{ID}.json", CHEAT)),
     Attack("a verification that disputes another's row", beside(f"leaderboard/verifications/{VICTIM}.json", CHEAT.replace(b"true", b"false"))),
@@ -373,6 +376,9 @@ ATTACKS = (
     Attack("17 clean outcomes better than they are", better, 2),
     Attack("queries in another order", arrays("run/per_query.npz", lambda a: a.update(query=a["query"][::-1].copy()))),
     Attack("outcomes of 101 %", arrays("run/per_query.npz", lambda a: a.update({"CA+/value": np.full(896, 101.0, np.float32)}))),
+    Attack("broken queries left out, as if they had no other image of their class", outcomes(without_the_broken)),
+    Attack("queries without a positive that all have one", run(at("dataset", "n_without_positive", to=17)), 2),
+    Attack("another eps, without a norm", run(lambda c: c["protocol"].update(norm=None, eps=["200/255"]))),
     Attack("perturbations outside the ball", arrays("run/per_query.npz", lambda a: a.update({"CA+/norm": np.full(896, 1.0, np.float32)}))),
     Attack("an index of names twice", arrays("run/adversarial_sample.npz", lambda a: a.update({"stack/names": np.frombuffer(b'["rows","rows"]', np.uint8)}))),
     Attack("an index without values", arrays("run/adversarial_sample.npz", lambda a: a.pop("stack/values"))),

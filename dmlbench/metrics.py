@@ -62,14 +62,24 @@ BLOCK = 256
 """Queries ranked at a time; ranks need (BLOCK, N) distances."""
 
 
+def never(right: Float[np.ndarray, " Q"]) -> Bool[np.ndarray, " Q"]:
+    """Every query has a value."""
+    return np.zeros(len(right), dtype=bool)
+
+
+def wrong_when_clean(right: Float[np.ndarray, " Q"]) -> Bool[np.ndarray, " Q"]:
+    """Those whose nearest entry is of another class, and those without another image of their class."""
+    return right != 100.0
+
+
 @dataclass(frozen=True)
 class Readout:
     """What is read off each attacked embedding (a protocol's component says which end is robust)."""
 
     read: Callable[[Tensor, Scene], Tensor]
     unit: str
-    may_be_missing: bool = False
-    """some queries have no value: those without another image of their class, or wrong when clean"""
+    missing: Callable[[Float[np.ndarray, " Q"]], Bool[np.ndarray, " Q"]] | None = never
+    """which queries have no value, by the clean R@1 of each (NaN without another image of its class); None: it hangs on something else"""
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -217,7 +227,7 @@ def rank_of_kept(e: Float[Tensor, "B D"], scene: Scene) -> Float[Tensor, " B"]:
 READOUTS: Registry[Readout] = Registry(
     "read-out",
     {
-        "recall_at_1": Readout(recall_at_1, "percent", may_be_missing=True),
+        "recall_at_1": Readout(recall_at_1, "percent", missing=np.isnan),
         "candidate_rank": Readout(candidate_rank, "percent"),
         "rank_in_query": Readout(rank_in_query, "percent"),
         "target_cosine": Readout(target_cosine, "cosine"),
@@ -225,9 +235,9 @@ READOUTS: Registry[Readout] = Registry(
         "kept_in_top_4": Readout(kept_in_top_4, "percent"),
         "target_not_first": Readout(target_not_first, "percent"),
         "map_at_r": Readout(map_at_r, "percent"),
-        "recall_of_right": Readout(recall_of_right, "percent", may_be_missing=True),
-        "map_at_r_of_right": Readout(map_at_r_of_right, "percent", may_be_missing=True),
-        "decided": Readout(decided, "percent", may_be_missing=True),
+        "recall_of_right": Readout(recall_of_right, "percent", missing=wrong_when_clean),
+        "map_at_r_of_right": Readout(map_at_r_of_right, "percent", missing=wrong_when_clean),
+        "decided": Readout(decided, "percent", missing=None),
         "kendall_tau": Readout(kendall_tau, "correlation"),
         "pair_accuracy": Readout(pair_accuracy, "percent"),
         "rank_of_wanted": Readout(rank_of_wanted, "percent"),

@@ -354,7 +354,8 @@ def load(folder: Path, arrays: bool = True, sample: bool = True) -> Evaluation:
     except ValidationError as error:
         raise DataError(f"{folder}/evaluation.json: {first_problem(error)}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder} is not a readable run folder: {error}") from None
+        inside = f"; did you mean {folder / 'run'}?" if (folder / "run" / "evaluation.json").is_file() else ""
+        raise DataError(f"{folder} is not a readable run folder: {error}{inside}") from None
     if not sample:
         files.pop(SAMPLE, None)
     for name, stated in files.items():

@@ -221,6 +221,9 @@ def test_as_typed(folders: list[Path], run, tmp_path: Path) -> None:  # type: ig
     done = run("report", folders[0], folders[1], "--out", tmp_path / "page.html")
     assert done.out.strip() == str(tmp_path / "page.html") and "hardened" in (tmp_path / "page.html").read_text()
     assert "is not a readable run folder" in run("report", tmp_path, code=4).err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "evaluation.json").write_text("{}")  # as in a bundle
+    assert f"did you mean {tmp_path / 'run'}?" in run("report", tmp_path, code=4).err.replace("\n", " ")
 
 
 def chromium() -> str:

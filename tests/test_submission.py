@@ -371,7 +371,8 @@ ARRAY_EDITS = [
     (QUERIES, lambda a: a.pop("LTM/value"), "LTM/value", "is not one number"),
     (QUERIES, lambda a: a.update({"LTM/value": a["LTM/value"][:10]}), "LTM/value", "is not one number"),
     (QUERIES, lambda a: a["LTM/value"].fill(70.0), "LTM/value", "other than 0 and 100"),
-    (QUERIES, lambda a: a["CA+/value"].fill(np.nan), "CA+/value", "are NaN"),
+    (QUERIES, lambda a: a["CA+/value"].fill(np.nan), "CA+/value", "outcomes are missing"),
+    (QUERIES, lambda a: a["ES:R/value"].put(np.flatnonzero(a["ES:R/value"] == 0)[:50], np.nan), "ES:R/value", "50 outcomes are missing"),
     (QUERIES, lambda a: a["CA-/value"].fill(-20.0), "CA-/value", "outside 0 to 100"),
     (QUERIES, lambda a: a["TMA/value"].fill(-3.0), "TMA/value", "outside -1"),
     (QUERIES, lambda a: a["TMA/norm"].fill(0.9), "TMA/norm", "outside the linf ball of 40/255"),
@@ -512,6 +513,22 @@ def test_a_registered_model_is_what_the_registry_says(files, check):
     assert check(edit_yaml(files, lambda y: y["checkpoint"].update(own)), 0).status == "accepted"
     lie = edit_yaml(files, lambda y: y["checkpoint"].update(own, defense={"name": "unbreakable"}))
     refused(check(lie, 0), 0, "checkpoint.defense", "registry")
+
+
+def test_clean_outcomes_that_are_left_out_fall_at_the_replay(files, check, tmp_path):
+    """A few queries more or less differ by rounding; whether one has a positive does not."""
+
+    def change(a):
+        clean = [name for name in a if name.startswith("benign/") and a[name].dtype.kind == "f"]
+        for name in [*clean, "ES:R/value", "LTM/value", "GTM/value"]:
+            a[name][-5:] = np.nan
+
+    def count(content):
+        for m in content["measurements"]:
+            m["n"] -= 5 * (m["component"] in ("ES:R", "LTM", "GTM"))
+
+    report = check(edit_json(consistent(files, tmp_path, change), RUN, count), 2)
+    refused(report, 2, "benign/recall_at_1", "another clean outcome")
 
 
 def test_an_invented_nmi_falls_at_the_replay(files, check):

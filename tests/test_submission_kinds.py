@@ -181,7 +181,7 @@ def back(a):
         (code(1, 1, -1), f"{AT[1]}/broken_by", "in one of this and the smaller eps alone", 4),
         (some(f"{AT[0]}/value", lambda v: v == 0, 100.0), f"{AT[0]}/value", "1 outcomes do not fit broken_by", 1),
         (some(f"{AT[0]}/value", lambda v: v == 0, 50.0), f"{AT[0]}/value", "other than 0 and 100", 1),
-        (some(f"{AT[0]}/value", lambda v: v == 0, np.nan), f"{AT[0]}/value", "1 outcomes do not fit broken_by", 1),
+        (some(f"{AT[0]}/value", lambda v: v == 0, np.nan), f"{AT[0]}/value", "1 outcomes are missing", 1),
         (some(f"{AT[3]}/norm", lambda v: v > 0, 0.2), f"{AT[3]}/norm", "outside the linf ball of 40/255", 1),
         (some(f"{AT[0]}/norm", lambda v: v == 0, 0.01), f"{AT[0]}/norm", "of queries that nothing attacked", 1),
         (some(f"{AT[3]}/norm", lambda v: v > 0, 0.0), f"{AT[3]}/norm", "differ from the smaller eps", 1),

@@ -272,13 +272,10 @@ def arrays(rules: Protocol, parts: Sequence[Component]) -> dict[str, tuple[str, 
 
 
 def outcome_problems(stated: Stated) -> Iterator[Problem]:
-    """The halves are those that are drawn, and outcomes are there for the queries that have one when clean."""
+    """The halves are those that are drawn."""
     e = stated.evaluation
     wrong = e.arrays[HALF] != halves(e.arrays["query"], stated.rules.seed)
     yield from count_problems(wrong, HALF, "are not the half that is drawn")
-    for c in stated.parts:
-        missing = np.isnan(e.arrays[f"{c.name}/value"]) != np.isnan(e.arrays["benign/recall_at_1"])
-        yield from count_problems(missing, f"{c.name}/value", "outcomes are missing in one of clean and attacked alone")
 
 
 def replay(stated: Stated, stored: StoredSample) -> Iterator[Problem]:

@@ -124,8 +124,9 @@ def _clean_problems(e: Evaluation, subject: Subject, seeds: tuple[int, ...]) -> 
         if name not in e.benign:
             continue
         stated = e.arrays[f"benign/{name}"].astype(np.float64)
-        differing = (np.isnan(stated) != np.isnan(values)) | (np.abs(stated - values) > AGREE)
-        if differing.mean() > DIFFER:
+        missing = np.isnan(stated) != np.isnan(values)
+        differing = missing | (np.abs(stated - values) > AGREE)
+        if missing.any() or differing.mean() > DIFFER:
             text = f"{int(differing.sum())} of {len(stated)} queries have another clean outcome than stated"
             yield Problem(2, f"{QUERIES} benign/{name}", text)
         elif abs(off := float(np.nanmean(stated) - np.nanmean(values))) > AGREE:

@@ -7,7 +7,7 @@ import numpy as np
 
 from dmlbench.errors import Problem
 from dmlbench.intervals import VERSION, Ends
-from dmlbench.kinds.base import CLOSE, QUERIES, RUN, Stated, differences
+from dmlbench.kinds.base import CLOSE, QUERIES, RUN, Stated, count_problems, differences
 from dmlbench.kinds.table import KINDS
 from dmlbench.metrics import CLEAN_METRICS, OF_THE_GALLERY, READOUTS, RECALL_AT, mean
 from dmlbench.protocol import Component, Protocol, ers_of, score_intervals
@@ -19,7 +19,7 @@ from dmlbench.threat import TOLERANCE
 def sum_problems(stated: Stated) -> Iterator[Problem]:
     """Does every stated number come out again, and is every one possible?"""
     e, rules, parts, kind = stated.evaluation, stated.rules, stated.parts, KINDS[stated.rules.kind]
-    outcomes = [*_benign_problems(e), *_outcome_problems(e, rules, parts)]
+    outcomes = list(_benign_problems(e)) or list(_outcome_problems(e, rules, parts))
     outcomes += kind.outcome_problems(stated) if not outcomes else []
     yield from outcomes
     if outcomes and kind.run:  # sums of what is wrong would be wrong in many more lines
@@ -58,19 +58,21 @@ def sum_problems(stated: Stated) -> Iterator[Problem]:
 
 
 def _outcome_problems(e: Evaluation, rules: Protocol, parts: Sequence[Component]) -> Iterator[Problem]:
+    kind, clean = KINDS[rules.kind], e.arrays.get("benign/recall_at_1")
     for c in parts:
-        values = e.arrays[f"{c.name}/value"]
-        where = f"{QUERIES} {c.name}/value"
-        missing = np.isnan(values)
-        if missing.any() and not READOUTS[c.readout].may_be_missing:
-            yield Problem(0, where, f"{int(missing.sum())} outcomes are NaN")
-        low, high = READOUTS[c.readout].limits
+        values, readout = e.arrays[f"{c.name}/value"], READOUTS[c.readout]
+        field = f"{c.name}/value"
+        where, missing = f"{QUERIES} {field}", np.isnan(values)
+        if readout.missing is not None and clean is not None and not kind.within:
+            text = "outcomes are missing, or there where none is"
+            yield from count_problems(missing != readout.missing(clean), field, text)
+        low, high = readout.limits
         bad = ~missing & (~np.isfinite(values) | (values < low - 1e-4) | (values > high + 1e-4))
         if bad.any():
             yield Problem(0, where, f"{int(bad.sum())} outcomes are outside {low:g} to {high:g}")
         if c.readout in ("recall_at_1", "kept_in_top_4") and not np.isin(values[~missing], (0.0, 100.0)).all():
             yield Problem(0, where, "holds outcomes other than 0 and 100")
-        if not KINDS[rules.kind].moved:
+        if not kind.moved:
             continue
         threat = rules.threat_of(c)
         norm = e.arrays[f"{c.name}/norm"]

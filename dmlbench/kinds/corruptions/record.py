@@ -204,9 +204,9 @@ def outcome_problems(stated: Stated) -> Iterator[Problem]:
     """Outcomes are there for the queries that have one when clean."""
     e = stated.evaluation
     for c in stated.parts:
-        for key, clean in (("value", "recall_at_1"), *((key, key) for key in ALSO)):
+        for key in ALSO:
             values = e.arrays[f"{c.name}/{key}"]
-            missing = np.isnan(values) != np.isnan(e.arrays[f"benign/{clean}"])
+            missing = np.isnan(values) != np.isnan(e.arrays[f"benign/{key}"])
             yield from count_problems(
                 missing, f"{c.name}/{key}", "outcomes are missing in one of clean and corrupted alone"
             )

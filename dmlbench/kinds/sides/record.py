@@ -163,11 +163,6 @@ def outcome_problems(stated: Stated) -> Iterator[Problem]:
     before: dict[str, np.ndarray] = {}
     for c in stated.parts:
         value, clean = e.arrays[f"{c.name}/value"], e.arrays["benign/recall_at_1"]
-        yield from count_problems(
-            np.isnan(value) != np.isnan(clean),
-            f"{c.name}/value",
-            "outcomes are missing in one of clean and attacked alone",
-        )
         yield from count_problems(value > clean, f"{c.name}/value", "outcomes are above the clean ones")
         weaker = [c.attack] + (["gallery", "query"] if c.attack == "both" else [])
         for other in weaker:

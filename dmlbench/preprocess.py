@@ -92,7 +92,7 @@ class Preprocess:
         return (self.channels, *self.size)
 
     def describe(self) -> dict[str, Any]:
-        """The record as plain values: what a cache is keyed by and a result records.
+        """The record as plain values: what a cache is keyed by.
 
         What is not used is left out, so that a new way to prepare pictures changes no key of the others.
         """

@@ -92,9 +92,17 @@ class Registry(Mapping[str, T], Generic[T]):
             self.add(name, entry)
 
     def add(self, name: str, entry: T) -> T:
-        """Add ``entry`` under ``name`` and return it."""
+        """Add ``entry`` under ``name`` and return it.
+
+        Raises:
+            ValueError: the name is taken. TypeError: the entry is not what the others are, functions or records of one class.
+        """
         if name in self._entries:
             raise ValueError(f"{self.kind} {name!r} is registered twice")
+        first = next(iter(self._entries.values()), entry)
+        if not (callable(entry) if callable(first) else isinstance(entry, type(first))):
+            due = "callable" if callable(first) else f"of class {type(first).__name__}"
+            raise TypeError(f"{self.kind} {name!r} is of type {type(entry).__name__}; entries are {due}")
         self._entries[name] = entry
         return entry
 

@@ -456,10 +456,16 @@ def test_from_python_too(own: Path) -> None:
 
 
 def test_entries_that_cannot_be_read_are_refused_when_they_are_made() -> None:
-    from dmlbench.attacks import Attack
-    from dmlbench.metrics import Readout
+    from dmlbench.attacks import ATTACKS, Attack
+    from dmlbench.datasets import DATASETS
+    from dmlbench.metrics import READOUTS, Readout
+    from dmlbench.objectives import OBJECTIVES
 
     with pytest.raises(UsageError, match="unknown unit 'percnt' of a read-out; did you mean 'percent'"):
         Readout(lambda e, scene: e, "percnt")
+    for table in (READOUTS, OBJECTIVES, ATTACKS, DATASETS):
+        with pytest.raises(TypeError, match="'of-another-type' is of type int; entries are"):
+            table.add("of-another-type", 5)
+        assert "of-another-type" not in table
     with pytest.raises(UsageError, match="must be a tuple, and ends"):
         Attack("x", "shift", "", ("recall_at_1", "map_at_r"), "a test")

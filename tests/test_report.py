@@ -3,6 +3,7 @@
 import functools
 import html.parser
 import http.server
+import json
 import re
 import shutil
 import subprocess
@@ -173,6 +174,24 @@ def test_frames_are_what_the_oracle_says(evaluations: list[Evaluation]) -> None:
     assert read(page([Run("hardened", e)])).frames == expected
 
 
+def test_pictures_of_a_network_that_takes_blue_first_have_red_first(evaluations: list[Evaluation]) -> None:
+    def coloured(order: str) -> str:
+        sample = {}
+        for name, images in evaluations[0].sample.items():
+            if images.ndim == 4:
+                images = np.concatenate(
+                    [images, images // 2 if images.dtype == np.uint8 else images / 2, 0 * images], 1
+                )
+                images = images[:, ::-1] if order == "bgr" else images
+            sample[name] = images
+        said = json.loads(sample["closeup/names"].tobytes()) | {"order": order}
+        sample["closeup/names"] = np.frombuffer(json.dumps(said).encode(), np.uint8)
+        return page([Run("run", evaluations[0].model_copy().with_arrays(evaluations[0].arrays, sample))])
+
+    rgb, bgr = (re.findall(r"data:image/png;base64,[^\"]+", coloured(order)) for order in ("rgb", "bgr"))
+    assert rgb == bgr and len(set(rgb)) > 20
+
+
 def test_the_projection_is_the_principal_one() -> None:
     subject = prepare(dmlbench.load_model(MODELS[0]), dmlbench.load_dataset("digits"), limit=20, device="cpu")
     images = subject.images(0, 20).numpy()
@@ -184,7 +203,7 @@ def test_the_projection_is_the_principal_one() -> None:
     theirs = PCA(2).fit(gallery).transform(subject.scene.clean.numpy())
     np.testing.assert_allclose(np.abs(found["closeup/plane"][0]), np.abs(theirs), atol=1e-3)
     np.testing.assert_array_equal(found["closeup/top"][0], found["closeup/top"][1])
-    assert names_of(found) == (["nothing"], {label: str(label) for label in range(5, 10)})
+    assert names_of(found) == (["nothing"], {label: str(label) for label in range(5, 10)}, "rgb")
     assert all(array.dtype.kind in "fiu" for array in found.values())  # what a submission may hold
     assert set(found["closeup/query_label"]) == set(subject.dataset.labels[subject.rows])
 

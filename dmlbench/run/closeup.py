@@ -6,7 +6,7 @@ that a report needs neither the model nor the data set. No score depends on it.
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,8 +39,8 @@ def closeup(subject: Subject, sample: Mapping[str, np.ndarray]) -> dict[str, np.
     Returns:
         With K = min(S, 6) queries, P components and U different retrieved images:
 
-        - ``closeup/names`` (T,) uint8, the UTF-8 text of a JSON object: ``components``, the P names, and
-          ``classes``, the names of the classes below by label (see :func:`names_of`);
+        - ``closeup/names`` (T,) uint8, the UTF-8 text of a JSON object: ``components``, the P names, ``classes``, the names of the
+          classes below by label, and ``order``, that of the colours (see :class:`Names`);
         - ``closeup/place`` (K,) positions of the shown queries in the sample;
         - ``closeup/query`` (K, C, H, W) float16 clean images, ``closeup/query_label`` (K,);
         - ``closeup/top`` (1 + P, K, 5) data set rows retrieved by the clean image, then by each attacked one;
@@ -65,7 +65,13 @@ def closeup(subject: Subject, sample: Mapping[str, np.ndarray]) -> dict[str, np.
     gallery = torch.from_numpy(_spread(len(subject.scene.gallery), PLANE_GALLERY)).to(subject.device)
     labels = subject.dataset.labels
     return {
-        "closeup/names": _text({"components": names, "classes": _class_names(subject, rows, shown_queries)}),
+        "closeup/names": _text(
+            {
+                "components": names,
+                "classes": _class_names(subject, rows, shown_queries),
+                "order": subject.embedder.preprocess.order,
+            }
+        ),
         "closeup/place": some[few],
         "closeup/query": subject.dataset.images[subject.rows[shown_queries]].numpy().astype(np.float16),
         "closeup/query_label": labels[subject.rows[shown_queries]],
@@ -80,17 +86,28 @@ def closeup(subject: Subject, sample: Mapping[str, np.ndarray]) -> dict[str, np.
     }
 
 
-def names_of(sample: Mapping[str, np.ndarray]) -> tuple[list[str], dict[int, str]]:
-    """Names of the components, and of classes by label, in a sample with a close-up; empty without one.
+class Names(NamedTuple):
+    """What a close-up says in words."""
+
+    components: list[str]
+    classes: dict[int, str]
+    """by label"""
+    order: str
+    """"rgb", or "bgr" where the network, and so every array, has blue first"""
+
+
+def names_of(sample: Mapping[str, np.ndarray]) -> Names:
+    """What the close-up in a sample says in words; nothing without one.
 
     Raises:
         DataError: the text is not what :func:`closeup` writes.
     """
     if "closeup/names" not in sample:
-        return [], {}
+        return Names([], {}, "rgb")
     try:
         content = json.loads(sample["closeup/names"].tobytes())
-        return [str(name) for name in content["components"]], {int(k): str(v) for k, v in content["classes"].items()}
+        classes = {int(k): str(v) for k, v in content["classes"].items()}
+        return Names([str(name) for name in content["components"]], classes, str(content.get("order", "rgb")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"the close-up of this run cannot be read: {error!r}") from None
 

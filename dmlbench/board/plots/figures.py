@@ -184,7 +184,7 @@ def classes(runs: Runs, metric: str | None = None, part: str | None = None) -> F
                 float(np.mean([c.mean() for c in columns if len(c)])) if any(map(len, columns)) else np.nan
             )
         recalls.append((name, by_class))
-        titles |= closeup_names(e.sample)[1]
+        titles |= closeup_names(e.sample).classes
     everyone = sorted({c for _, by_class in recalls for c in by_class})
     order = sorted(everyone, key=lambda c: (recalls[0][1].get(c, np.inf), c))
     at = np.arange(len(order), dtype=np.float64)

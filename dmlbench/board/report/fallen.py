@@ -112,7 +112,7 @@ def _outcomes(e: Evaluation) -> Iterator[tuple[str, str, Float[np.ndarray, " Q"]
 
 
 def _names(e: Evaluation) -> dict[int, str]:
-    known = names_of(e.sample)[1]
+    known = names_of(e.sample).classes
     return {int(label): known.get(int(label), str(label)) for label in np.unique(e.arrays["label"])}
 
 

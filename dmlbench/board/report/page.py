@@ -107,7 +107,7 @@ def page(runs: Sequence[Run]) -> str:
         curves=_curves(runs),
         fallen=fallen([run.evaluation for run in runs]),
         first_queries=FIRST,
-        closeups=[_closeup(first, i, name) for i, name in enumerate(names_of(first.sample)[0])],
+        closeups=[_closeup(first, i, name) for i, name in enumerate(names_of(first.sample).components)],
         command=shlex.join(first.environment.argv) if first.environment.argv else "",
     )
 
@@ -193,9 +193,13 @@ def _curves(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
 
 def _closeup(e: Evaluation, index: int, name: str) -> dict[str, Any]:
     """The strips and the projection of one part."""
-    sample, classes = e.sample, names_of(e.sample)[1]
+    sample, (_, classes, order) = e.sample, names_of(e.sample)
     labels = {int(row): int(label) for row, label in zip(sample["closeup/rows"], sample["closeup/labels"], strict=True)}
     pictures = dict(zip(sample["closeup/rows"].tolist(), sample["closeup/images"], strict=True))
+
+    def picture(image: np.ndarray) -> str:
+        return data_uri(image[::-1] if order == "bgr" else image)
+
     strips = []
     for k, (clean, label) in enumerate(
         zip(sample["closeup/query"][:STRIPS], sample["closeup/query_label"].tolist(), strict=False)
@@ -204,7 +208,7 @@ def _closeup(e: Evaluation, index: int, name: str) -> dict[str, Any]:
         def retrieved(rows: np.ndarray, query_label: int = label) -> tuple[Retrieved, ...]:
             return tuple(
                 Retrieved(
-                    data_uri(pictures[row]),
+                    picture(pictures[row]),
                     labels[row] == query_label,
                     f"class {classes.get(labels[row], labels[row])}",
                 )
@@ -217,9 +221,9 @@ def _closeup(e: Evaluation, index: int, name: str) -> dict[str, Any]:
         strips.append(
             Strip(
                 label=f"class {classes.get(label, label)}",
-                query=data_uri(original),
-                attacked=data_uri(attacked),
-                change=data_uri(change),
+                query=picture(original),
+                attacked=picture(attacked),
+                change=picture(change),
                 factor=factor,
                 size=float(np.abs(attacked - original).max()),
                 before=retrieved(sample["closeup/top"][0, k]),

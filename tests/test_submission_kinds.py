@@ -13,6 +13,7 @@ from dmlbench.board import build
 from dmlbench.board.row import shown as cell
 from dmlbench.intervals import PERCENT, VERSION, class_intervals
 from dmlbench.kinds.clustering import search as clustering
+from dmlbench.kinds.clustering.checks import CLEAN, clusters_differ
 from dmlbench.kinds.smallest import within
 from dmlbench.kinds.strict import search as strict
 from dmlbench.protocols import load_protocol
@@ -459,6 +460,21 @@ def test_clustering_images_that_lie(made, bundle, tmp_path, change, field, reaso
     report = bundle(edit_arrays(made["clustering"], SAMPLE, tmp_path, edit), 2)
     assert report.passed == (0, 1)
     refused(report, 2, field, reason, lines)
+
+
+def test_an_attack_on_the_set_as_a_whole_may_end_at_other_images(made, tmp_path):
+    e = check_static(zipped(made["clustering"], tmp_path / "b.zip")).evaluation
+
+    def fields(part, share):
+        again = {key: e.arrays[f"{part}/{key}"].copy() for key in ("clusters", "value")}
+        right = np.flatnonzero(again["value"] == 100)
+        again["value"][right[: int(share * len(again["value"]))]] = 0
+        return [p.field for p in clusters_differ(3, part, e, again, e.arrays["label"])]
+
+    for part in ("joint@40/255", "union@40/255"):
+        assert fields(part, 0.1) == [] and fields(part, 0.2) == [f"{QUERIES} {part}/value"]
+    for part in ("C1@40/255", "U3@10/255", CLEAN):
+        assert fields(part, 0.01) == [] and fields(part, 0.1) == [f"{QUERIES} {part}/value"]
 
 
 # --- level 4 and the board ------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def pack(
 
     Raises:
         DataError: a file is missing, or the weights are not those of the run.
-        UsageError: ``sample`` is below that, or above 0 where it is 0.
+        UsageError: ``sample`` is below that, above 0 where it is 0, or above what the run kept.
     """
     e = load(run)
     files = {"submission.yaml": _read(submission)}
@@ -157,6 +157,8 @@ def pack(
         raise UsageError(
             f"--sample {sample}: pictures of {e.dataset.name} may not be passed on, so a bundle holds none"
         )
+    if sample is not None and sample > (kept := len(e.sample.get("rows", ()))):
+        raise UsageError(f"--sample {sample}: the run kept the images of {kept} queries")
     if with_weights:
         path = weights or packaged_weights(e)
         if not path.is_file():

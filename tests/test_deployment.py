@@ -10,6 +10,7 @@ from bundles import weights_of
 import dmlbench
 from dmlbench.board import from_evaluation
 from dmlbench.checkpoints import checkpoints
+from dmlbench.cli.results import print_evaluation
 from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate
 from dmlbench.kinds import universal
@@ -62,6 +63,14 @@ def digits():
 def done(model, digits):
     """A run of each kind on few queries, by name."""
     return {name: evaluate(model, digits, rules(name, ("10/255", "20/255")), limit=32, device="cpu") for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_without_recall_says_nothing_of_ers(model, digits, name, capsys) -> None:
+    rows = digits.query[:40]
+    nobody = replace(digits, query=rows, gallery=rows, labels=np.arange(len(digits)), class_names=())
+    print_evaluation(evaluate(model, nobody, rules(name), device="cpu"))
+    assert "ERS" not in capsys.readouterr().out
 
 
 def stated(run, name, eps=("10/255", "20/255")):

@@ -459,3 +459,15 @@ def test_as_a_user_types_it(typed, short, tmp_path, name, words) -> None:
     typed("report", run, "--out", str(tmp_path / "report.html"))
     typed("compare", run, whole)
     assert "total" in typed("evaluate", "--model", MODEL, "--protocol", name, "--plan").out
+
+
+def test_merge_asks_for_the_protocol_file_that_the_shards_were_told(typed, tmp_path) -> None:
+    rule, path = rules("universal"), tmp_path / "mine.toml"
+    path.write_text(
+        PROTOCOLS_TEXT.format(name="universal", steps=rule.threat["steps"], settings=settings_text(rule.settings))
+    )
+    shard, whole = str(tmp_path / "shard"), ("--out", str(tmp_path / "whole"))
+    typed("evaluate", "--model", MODEL, "--protocol", path, "--limit", "4", "--out", shard, "--shard", "1/1")
+    refused = typed("merge", shard, *whole, code=3).err
+    assert "protocol_sha256" in refused and "remove" not in refused
+    typed("merge", shard, *whole, "--protocol", path)

@@ -10,6 +10,7 @@ from bundles import weights_of
 import dmlbench
 from dmlbench.board import from_evaluation
 from dmlbench.checkpoints import checkpoints
+from dmlbench.cli.results import print_evaluation
 from dmlbench.errors import DataError, UsageError
 from dmlbench.evaluate import evaluate
 from dmlbench.kinds import universal
@@ -62,6 +63,14 @@ def digits():
 def done(model, digits):
     """A run of each kind on few queries, by name."""
     return {name: evaluate(model, digits, rules(name, ("10/255", "20/255")), limit=32, device="cpu") for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_without_recall_says_nothing_of_ers(model, digits, name, capsys) -> None:
+    rows = digits.query[:40]
+    nobody = replace(digits, query=rows, gallery=rows, labels=np.arange(len(digits)), class_names=())
+    print_evaluation(evaluate(model, nobody, rules(name), device="cpu"))
+    assert "ERS" not in capsys.readouterr().out
 
 
 def stated(run, name, eps=("10/255", "20/255")):
@@ -450,3 +459,15 @@ def test_as_a_user_types_it(typed, short, tmp_path, name, words) -> None:
     typed("report", run, "--out", str(tmp_path / "report.html"))
     typed("compare", run, whole)
     assert "total" in typed("evaluate", "--model", MODEL, "--protocol", name, "--plan").out
+
+
+def test_merge_asks_for_the_protocol_file_that_the_shards_were_told(typed, tmp_path) -> None:
+    rule, path = rules("universal"), tmp_path / "mine.toml"
+    path.write_text(
+        PROTOCOLS_TEXT.format(name="universal", steps=rule.threat["steps"], settings=settings_text(rule.settings))
+    )
+    shard, whole = str(tmp_path / "shard"), ("--out", str(tmp_path / "whole"))
+    typed("evaluate", "--model", MODEL, "--protocol", path, "--limit", "4", "--out", shard, "--shard", "1/1")
+    refused = typed("merge", shard, *whole, code=3).err
+    assert "protocol_sha256" in refused and "remove" not in refused
+    typed("merge", shard, *whole, "--protocol", path)

@@ -89,6 +89,15 @@ def test_other_kinds_of_protocol() -> None:
     assert not any(cell.bold for cell in one.rows[0][1])  # nothing to be better than
 
 
+def test_a_part_that_no_run_has_a_value_of_is_an_empty_column() -> None:
+    e = bundled(MODELS[0], "sides")
+    empty = e.model_copy(
+        update={"measurements": tuple(m.model_copy(update={"value": None, "score": None}) for m in e.measurements)}
+    )
+    for twice in ([("x", empty)], [("x", empty.with_arrays(e.arrays)), ("y", empty.with_arrays(e.arrays))]):
+        assert [cell.value for cell in table(twice, ["both@20/255"]).rows[0][1]] == [None]
+
+
 def test_doubts_stand_in_the_caption(runs: list[tuple[str, Evaluation]]) -> None:
     partial = runs[0][1].model_copy(update={"partial": ("--limit 9",)}).with_arrays(runs[0][1].arrays)
     said = table([("a", partial), runs[1]]).caption

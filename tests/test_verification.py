@@ -260,6 +260,17 @@ def test_neither_batch_nor_the_other_queries_matter(model, done) -> None:
             assert (a[at] != b).mean() <= 0.05, "but for float rounding in long searches"
 
 
+def test_queries_may_be_named_in_any_order(model, digits) -> None:
+    rows = np.random.default_rng(0).permutation(digits.query)[:40]
+    some = [
+        evaluate(model, replace(digits, query=query), shortened(steps=(), threshold=None), device="cpu")
+        for query in (rows, np.sort(rows))
+    ]
+    a, b = (e.arrays["query"].argsort() for e in some)
+    for name in ("verification/fold", *(f"{side}/{key}" for side in SIDES for key in ("partner", "distance", "clean"))):
+        np.testing.assert_array_equal(some[0].arrays[name][a], some[1].arrays[name][b])
+
+
 class Killed(Exception):
     pass
 

@@ -168,6 +168,9 @@ def _bold(
     bold: dict[str, set[int]] = {}
     for column in columns:
         there = [r for r, values in enumerate(given) if values.get(column) is not None]
+        if not there:
+            bold[column] = set()
+            continue
         best = max(there, key=lambda r: float(given[r][column] or 0.0))
         near = {best}
         sure = 0

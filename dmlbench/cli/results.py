@@ -126,7 +126,7 @@ def print_evaluation(e: "Evaluation") -> None:
     elif e.partial:
         score = "" if kind.run else "ERS –  "
         out.print(f"{score}(partial: {', '.join(e.partial)})")
-    elif any(m.value is None for m in e.measurements):
+    elif kind.mean and any(m.value is None for m in e.measurements):
         out.print("ERS –  (a part has no value)")
     for warning in e.warnings:
         out.print(f"[yellow]warning[/yellow] {warning.flag}: {warning.message}")

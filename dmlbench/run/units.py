@@ -202,7 +202,8 @@ class Work:
             if stored is None:
                 self.units.begin(configuration)
             else:
-                refuse_other(stored, configuration, self.units.folder.parent, self.units.mend)
+                told = "tell merge the model, the data set and the protocol that the shards were told"
+                refuse_other(stored, configuration, self.units.folder.parent, told if self.gather else self.units.mend)
                 if not (resume or self.shard or self.gather):
                     raise UsageError(
                         f"{self.units.folder.parent} holds an unfinished run: add --resume to go on with it, "

@@ -196,7 +196,8 @@ def run(
     distance = clean_distances(subject, pairs)
     edges = thresholds(distance, pairs.fold, settings.far)
     everyone = dataset.query[measured_queries(len(dataset.query), rules.queries)]
-    here = np.searchsorted(everyone, subject.rows)
+    order = everyone.argsort()
+    here = order[np.searchsorted(everyone, subject.rows, sorter=order)]
     pairs, distance = pairs.at(here), distance[here]
     edge = edges[pairs.fold]
     right = right_by(margins(distance, edge))

@@ -87,6 +87,24 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, cache: Path) -> None:
     assert [p.name for p in path.parent.iterdir() if p.name.endswith(".part")] == []
 
 
+def test_pictures_that_change_while_they_are_decoded_are_kept_under_no_hash(tmp_path: Path, cache: Path) -> None:
+    tree = class_tree(tmp_path / "mine", classes=2, each=BLOCK)
+    last = sorted(tree.rglob("*.png"))[-1]
+    whole, row = last.read_bytes(), np.array([2 * BLOCK - 1])
+
+    def meanwhile(done: int, total: int) -> None:
+        if done == 1:
+            picture(last, seed=99)
+
+    with pytest.raises(DataError, match="changed"):
+        images(tree).decode(meanwhile)
+    other = images(tree)[row].clone()
+    last.write_bytes(whole)
+    expected = torch.from_numpy(SMALL(Image.open(last))[None]).float() / 255.0
+    torch.testing.assert_close(images(tree)[row], expected, rtol=0, atol=0)
+    assert not torch.equal(other, expected)
+
+
 def _decode(root: str, cache: str, ready, out) -> None:  # type: ignore[no-untyped-def]
     os.environ["DMLBENCH_CACHE"] = cache
     plain, count = Files.picture, []

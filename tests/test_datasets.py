@@ -611,11 +611,15 @@ def test_whole_numbers_in_a_csv_are_numbers_however_they_are_written(labels, cla
 
 @pytest.mark.parametrize("word", ["NA", "nan", "NULL", "<NA>", "None", "N/A", ""])
 def test_cells_without_a_value_in_a_csv(word: str, tmp_path: Path, root: Path) -> None:
-    """As pandas, R and databases write them: of no camera, no sequence and no box; as a label it is said."""
+    """As pandas, R and databases write them: of no camera, no sequence and no box, and neither query nor gallery; as a label it
+    is said."""
     given = [",".join([word] * 6)] * 4
     got = load_dataset(f"csv:{rows_of(tmp_path / 'a', 4, ',camera,sequence,x_1,x_2,y_1,y_2', given)}", preprocess=SMALL)
     assert (got.groups == -1).all() and not got.notes
     assert got.images[np.arange(4)].shape == (4, 3, 14, 14)
+    flags = [f"{i % 2},{i}.png,test,{'1' if i < 2 else word},1" for i in range(4)]
+    file = csv(tmp_path / "a" / "flags.csv", "label,path,split,is_query,is_gallery", *flags)
+    assert load_dataset(f"csv:{file}", preprocess=SMALL).query.tolist() == [0, 1]
     if word:
         file = rows_of(tmp_path / "b")
         file.write_text(file.read_text().replace("\n1,", f"\n{word},"))
@@ -798,6 +802,13 @@ def test_pictures_are_known_by_content_and_what_is_passed_over_is_counted(tmp_pa
     (mine / "c" / "IMG_2.HEIC").write_bytes(bytes(99))
     with pytest.raises(DataError, match=r"class folder .*/c holds no picture that can be read here: 1 \.heic"):
         load_dataset(f"folder:{mine}", preprocess=SMALL)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("name", ["pipe", "pipe.jpg"])
+def test_pipes_are_not_waited_for(name: str, tmp_path: Path, root: Path) -> None:
+    os.mkfifo(class_tree(tmp_path / "mine") / "class0" / name)
+    assert len(load_dataset(f"folder:{tmp_path / 'mine'}", preprocess=SMALL)) == 12
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs links")

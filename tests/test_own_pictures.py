@@ -305,6 +305,15 @@ def test_rows_of_no_class_and_of_short_classes_are_not_learnt_from() -> None:
         assert ("2 images of no class" in notes[0]) and (any("fewer than" in n for n in notes) == (needed == 2))
 
 
+def test_copies_that_are_learnt_from_are_counted() -> None:
+    contents, labels = [0, 0, 0, 1, 2, 2, 3, 3], [0, 0, 0, 0, 1, 1, 1, 2]  # the last two of two classes, one too short
+    images = ArrayImages(np.array(contents, np.uint8)[:, None, None, None])
+    (note,) = (n for n in learnable(RetrievalDataset("mine", "train", images, labels), 2)[1] if "copies" in n)
+    assert note.startswith("3 images")
+    field = RetrievalDataset("field", "train", images, labels, copies_count=True)
+    assert not any("copies" in n for n in learnable(field, 2)[1])
+
+
 def test_the_quick_check_is_the_same_in_parts(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, preprocess = settled(table(photos, eps="2/255"))
     learner, _ = loop.make_learner(recipe, preprocess, 4)

@@ -74,7 +74,7 @@ class CachedImages:
         """Make the cache now, if it is not there; ``progress`` hears of every image.
 
         Raises:
-            DataError: an image cannot be decoded, or the disk has no room.
+            DataError: an image cannot be decoded, files changed meanwhile, or the disk has no room.
         """
         path = self.path
         if not _is_complete(path, self._expected):
@@ -101,9 +101,14 @@ class CachedImages:
         return (len(self), *self.shape)
 
     @cached_property
+    def _state(self) -> bytes:
+        """The source's state before its content was hashed."""
+        return self.source.state()
+
+    @cached_property
     def _digests(self) -> np.ndarray:
         """(N, 32) of the source, remembered on disk for as long as no file's size or time changes."""
-        remembered = cache_folder() / "digests" / f"{self.source.state().hex()[:32]}.npy"
+        remembered = cache_folder() / "digests" / f"{self._state.hex()[:32]}.npy"
         if isinstance(self.source, Arrays):
             return self.source.digests()
         with contextlib.suppress(OSError, ValueError, EOFError):
@@ -140,6 +145,8 @@ class CachedImages:
                     progress(done, len(self))
                 pixels.flush()
                 del pixels
+                if self.source.state() != self._state:  # the hash that names the array may be that of other content
+                    raise DataError("picture files changed while they were decoded: give the command again")
         except OSError as error:
             raise _unwritable(path.parent, error) from None
         except Undecodable as error:

@@ -259,7 +259,7 @@ def _files(folder: Path, above: tuple[str, ...], listing: Listing) -> Iterator[P
         listing.notes.append(f"{shown(folder)} is a link to a folder that it lies in, and not followed")
         return
     entries = sorted((e for e in folder.iterdir() if not e.name.startswith(".")), key=os.fsencode)
-    yield from (e for e in entries if not e.is_dir())
+    yield from (e for e in entries if e.is_file() or not e.exists())  # pipes are none, links to nothing are missing
     for entry in entries:
         if entry.is_dir() and entry.name not in _MADE_BY_SYSTEMS:
             yield from _files(entry, (*above, real), listing)

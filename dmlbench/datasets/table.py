@@ -22,13 +22,16 @@ from dmlbench.errors import DataError, UsageError
 from dmlbench.preprocess import Preprocess
 
 _SPLITS = {"train": ("train",), "test": ("validation", "test", "val")}
-_TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "": False}
 _BOX = ("x_1", "y_1", "x_2", "y_2")
 _KNOWN = {"label", "path", "split", "is_query", "is_gallery", "camera", "sequence", *_BOX}
 _CAMERA = ("camid", "cam_id", "camera_id")
 """Other names of the column ``camera``, where it has none of that name."""
 _EMPTY = ("", "nan", "none", "na", "<na>", "n/a", "null")
 """An optional cell without a value, in lower case, as pandas, R and databases write it."""
+_TRUTH = {
+    **{"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False},
+    **dict.fromkeys(_EMPTY, False),
+}
 _JUNK = r"-0*1(?:\.0*)?"
 _NUMBER = re.compile(r"([+-]?)0*([0-9]+)(?:\.0*)?")
 

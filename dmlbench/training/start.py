@@ -142,7 +142,7 @@ def settled(recipe: Recipe) -> tuple[Recipe, Preprocess]:
 
 
 def learnable(dataset: RetrievalDataset, per_class: int) -> tuple[np.ndarray, list[str]]:
-    """(N,) the rows to learn from, and a sentence on each kind of row that is left out.
+    """(N,) the rows to learn from, and a sentence on each kind of row that is left out, and on copies, which are not.
 
     Left out are images of no class, and classes with fewer than ``per_class`` images where two others remain.
     """
@@ -160,6 +160,9 @@ def learnable(dataset: RetrievalDataset, per_class: int) -> tuple[np.ndarray, li
             f"learnt from: {listed(names)}"
         )
         rows = rows[~np.isin(labels[rows], short)]
+    contents = np.empty(0) if dataset.copies_count else dataset.copies[rows]
+    if copies := int((contents >= 0).sum()) - len(np.unique(contents[contents >= 0])):
+        notes.append(f"{copies:,} images are copies of others, and learnt from: a copy is an easy positive")
     return rows, notes
 
 

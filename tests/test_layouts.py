@@ -11,6 +11,7 @@ import pickle
 import re
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import timm
 import torch
 import torchvision
 from networks import clip_names
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -232,6 +234,33 @@ def test_the_hubs_file_is_fed_as_its_folder_says(door: str, first_form: bool, ti
     ):
         assert embedder.input_shape == SHAPE and embedder.preprocess.interpolation == "bicubic"
         torch.testing.assert_close(embedder.mean.flatten(), torch.tensor(fed["mean"]))
+
+
+@pytest.mark.parametrize("mode", ["center", "squash"])
+@pytest.mark.parametrize("size", [(160, 160), (160, 128)])
+def test_the_hubs_crop_is_timms(mode: str, size: tuple[int, int], tiny: nn.Module, tmp_path: Path) -> None:
+    """Against timm's own transform, which cuts after a squash too; of no square, timm's ``center`` has no words here."""
+    given = {"input_size": [3, *size], "crop_pct": 0.8, "crop_mode": mode, "interpolation": "bicubic"}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_resnet", "pretrained_cfg": given}))
+    save_file(tiny.state_dict(), tmp_path / "model.safetensors")
+    if mode == "center" and size[0] != size[1]:
+        with pytest.raises(DataError, match="how it is fed is not understood"):
+            open_model(str(tmp_path))
+        told = {
+            "arch": {"builder": TINY, "embed_dim": 24},
+            "input": {"size": list(size), "channels": 3},
+            "normalize": {},
+        }
+        (tmp_path / "spec.json").write_text(json.dumps(told))
+        assert open_model(str(tmp_path), ModelOptions(spec=tmp_path / "spec.json")).input_shape == (3, *size)
+        return
+    transform = timm.data.create_transform(
+        tuple(given["input_size"]), crop_pct=0.8, crop_mode=mode, interpolation="bicubic", mean=(0,) * 3, std=(1,) * 3
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels).resize((350, 271))
+    ours = open_model(str(tmp_path)).preprocess(picture)
+    np.testing.assert_array_equal(ours, (transform(picture) * 255).round().byte().numpy())
 
 
 @pytest.mark.parametrize("door", ["", "open_clip_model.safetensors"])
@@ -489,6 +518,95 @@ def test_a_layer_of_another_shape_is_no_copy_of_the_network(tmp_path: Path) -> N
     content = {"model": network.state_dict(), "embedder": nn.Linear(3, 2).state_dict()}
     torch.save({**content, "embedder": {f"0.{k}": v for k, v in content["embedder"].items()}}, tmp_path / "x.pth")
     assert list(read_file(tmp_path / "x.pth").further) == ["embedder.0.weight", "embedder.0.bias"]
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [("gap.p", (1,)), ("pixel_mean", (3, 1, 1)), ("attention.g.weight", (8, 96, 1, 1)), ("cameras", (6, 1, 96))],
+)
+def test_the_features_alone_are_not_without_what_comes_before_them(
+    name, shape, tiny: nn.Module, tmp_path: Path
+) -> None:
+    """--embed-dim 0 leaves out linear layers and norms; a learned pooling is none."""
+    after = {
+        "bottleneck.weight": torch.ones(96),
+        "bottleneck.bias": torch.ones(96),
+        "classifier.weight": torch.ones(7, 96),
+    }
+    state = {f"base.{k}": v for k, v in tiny.state_dict().items()} | after
+    torch.save(state, tmp_path / "x.pth")
+    alone = ModelOptions(weights=str(tmp_path / "x.pth"), embed_dim=0, input_size=SIZE)
+    features = seeded(timm.create_model("test_resnet", num_classes=24))
+    features.reset_classifier(0)
+    images = probe_images(SHAPE, 2)
+    torch.testing.assert_close(open_model(TINY, alone)(images), unit(features, images))
+    torch.save({**state, name: torch.full(shape, 3.0)}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=re.escape(name)):
+        open_model(TINY, alone)
+    without = replace(alone, leave_out=name.removesuffix(".weight"))
+    torch.testing.assert_close(open_model(TINY, without)(images), unit(features, images))
+
+
+def test_only_what_is_left_is_left_out(tiny: nn.Module, tmp_path: Path) -> None:
+    torch.save({**tiny.state_dict(), "neck.weight": torch.ones(24, 24)}, tmp_path / "x.pth")
+    for layers, said in (("neck,nek", "nek.*no such layer"), ("neck,fc", "fc.*the network has that layer")):
+        with pytest.raises(UsageError, match=said):
+            open_model(TINY, ModelOptions(weights=str(tmp_path / "x.pth"), leave_out=layers))
+
+
+def test_a_file_with_a_layer_too_many_is_told_which_without_a_name_too(tmp_path: Path) -> None:
+    state = torchvision.models.resnet18().state_dict()
+    torch.save({**state, "neck.weight": torch.ones(9, 1000)}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"resnet18 would leave out: neck.weight .*--head neck"):
+        open_model(str(tmp_path / "x.pth"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_windows_of_another_size_are_another_network(tmp_path: Path) -> None:
+    """timm resizes their tables without a word."""
+    other = timm.create_model("swin_tiny_patch4_window7_224", num_classes=4, window_size=8, img_size=256)
+    torch.save(other.state_dict(), tmp_path / "x.pth")
+    with pytest.raises(DataError, match="relative_position_bias_table"):
+        open_model("timm:swin_tiny_patch4_window7_224", ModelOptions(weights=str(tmp_path / "x.pth")))
+
+
+def test_swin_under_its_authors_names(tmp_path: Path) -> None:
+    """Where two layers change places: a name of the one is then the other's in another shape."""
+    network = seeded(timm.create_model("swin_tiny_patch4_window7_224", num_classes=4))
+    state = {k.replace("head.fc.", "head."): v for k, v in network.state_dict().items()}
+    state = {re.sub(r"(\d)\.down", lambda m: f"{int(m[1]) - 1}.down", k): v for k, v in state.items()}
+    torch.save({"model": state}, tmp_path / "x.pth")
+    embedder = open_model("timm:swin_tiny_patch4_window7_224", ModelOptions(weights=str(tmp_path / "x.pth")))
+    images = probe_images((3, 224, 224), 1)
+    torch.testing.assert_close(embedder(images), unit(network, images, embedder.mean, embedder.std))
+
+
+@pytest.mark.parametrize("size, asked", [((224, 224), None), ((256, 256), None), ((256, 256), (224, 224))])
+def test_position_embeddings_behind_a_convolutional_stem(size, asked, tmp_path: Path) -> None:
+    """Its patches are cut from feature maps, and their side is not that of the last convolution."""
+    name = "vit_small_r26_s32_224"
+    torch.save(timm.create_model(name, num_classes=4, img_size=size).state_dict(), tmp_path / "x.pth")
+    embedder = open_model(f"timm:{name}", ModelOptions(weights=str(tmp_path / "x.pth"), input_size=asked))
+    theirs = timm.create_model(name, num_classes=4, img_size=asked or size).eval()
+    theirs.load_state_dict(
+        sys.modules[type(theirs).__module__].checkpoint_filter_fn(
+            torch.load(tmp_path / "x.pth", weights_only=True), theirs
+        )
+    )
+    images = probe_images((3, *(asked or size)), 2)
+    torch.testing.assert_close(embedder(images), unit(theirs, images, embedder.mean, embedder.std))
+
+
+@pytest.mark.parametrize("size", [(96, 64), (128, 32)])
+def test_a_folder_says_how_position_embeddings_of_no_square_lie(size: tuple[int, int], tmp_path: Path) -> None:
+    """As many of them as a square has, or not."""
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=4, img_size=size).eval()
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    told = {"input_size": [3, *size], "crop_pct": 1.0, "crop_mode": "squash"}
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": {"img_size": size}, "pretrained_cfg": told}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    embedder, images = open_model(str(tmp_path)), probe_images((3, *size), 2)
+    torch.testing.assert_close(embedder(images), unit(network, images))
 
 
 def test_a_layer_is_put_where_its_width_fits(tiny: nn.Module, tmp_path: Path) -> None:

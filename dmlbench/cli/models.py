@@ -158,7 +158,7 @@ def inspect_file(file: Path, checkpoint_key: str | None, arch: tuple[str, ...], 
                 ("missing", f.missing),
                 ("unexpected", f.unexpected),
                 ("other shape", f.other_shape),
-                ("fits, but would leave out", f.left),
+                (f"{'fits, but ' if f.but_for_layers else ''}would leave out", f.left),
             )
             if names
         ]

@@ -11,7 +11,7 @@ from dmlbench.errors import UsageError
 from dmlbench.models.architectures import Built, build_network
 from dmlbench.models.files import WeightsFile, listed
 from dmlbench.models.heads import HEADS, head_of, head_width, last_widths, layer_of, with_head, with_layer
-from dmlbench.models.layouts import Match, adapted, among, match, renamed
+from dmlbench.models.layouts import Match, adapted, among, left_out, match, renamed
 from dmlbench.models.published import PUBLISHED
 from dmlbench.models.weights import fill, fill_from
 
@@ -23,7 +23,8 @@ class Chosen:
     Attributes:
         embed_dim: width of the last layer, 0 to leave it out, None for the file's own.
         head: the file's layer that is put in place of the network's last one.
-        without: the file's layers that are left out on purpose; None for whatever is left.
+        without: the file's layers that are left out on purpose, besides those after the last one that ``embed_dim`` 0 leaves
+            out; None for whatever is left.
         prefix: what stands before the network's names.
         size: (H, W) of the images, None for that of the file's position embeddings.
     """
@@ -125,6 +126,8 @@ def load(
     network, matched = assembled.built.network, assembled.matched
     head: tuple[nn.Module, str, dict[str, Tensor]] | None = None
     without = chosen.without
+    for name in without or ():
+        _require_left_out(name, file, matched, network)
     if chosen.head is not None:
         head = _head(file, matched, chosen.head)
         replaced = () if assembled.after else _built_head(network, matched, head[1])
@@ -138,13 +141,29 @@ def load(
             )
     if assembled.features is not None:
         _refuse_other_head(network, matched, file)
-    notes = fill_from(network, file, matched, architecture, without, used=head and head[1])
+    notes = fill_from(network, file, matched, architecture, without, head and head[1], chosen.embed_dim == 0)
     if head is not None:
         layer, name, tensors = head
         fill(layer, tensors, f"weights file {file.path}, layer {name},")
         notes.append(f"{file.name}: layer {name!r} is put {'after' if assembled.after else 'in place of'} the last one")
         network = with_layer(network, layer)
     return replace(assembled.built, network=network), [*notes, *assembled.notes]
+
+
+def _require_left_out(layer: str, file: WeightsFile, matched: Match, network: nn.Module) -> None:
+    """Refuse to leave out a layer that nothing would be left out with.
+
+    Raises:
+        UsageError: the file has no such layer, or the network is made of it.
+    """
+    if not any(among(name, (layer,), matched.prefix) for name in left_out(file, matched, network)):
+        held = any(among(name, (layer,), matched.prefix) for name in file.tensors)
+        why = (
+            "the network has that layer; --embed-dim 0 leaves its last one out"
+            if held
+            else f"{file.path} has no such layer"
+        )
+        raise UsageError(f"--leave-out {layer!r}: {why}")
 
 
 def _refuse_other_head(network: nn.Module, matched: Match, file: WeightsFile) -> None:
@@ -212,13 +231,15 @@ def _image_size(built: Built, matched: Match, size_asked: tuple[int, int] | None
     state = network.state_dict()
     for name, argument in (("pos_embed", "img_size"), ("encoder.pos_embedding", "image_size")):
         mine, theirs = state.get(name), matched.tensors.get(name)
-        patch = next((k for k in ("patch_embed.proj.weight", "conv_proj.weight") if k in state), None)
-        if mine is None or theirs is None or patch is None or mine.dim() != 3 or theirs.dim() != 3:
+        if mine is None or theirs is None or built.input_shape is None or mine.dim() != 3 or theirs.dim() != 3:
             continue
+        if theirs.shape == mine.shape and size_asked in (None, built.input_shape[1:]):
+            return None
         grid = getattr(getattr(network, "patch_embed", None), "grid_size", None) or (round(mine.shape[1] ** 0.5),) * 2
         extra = mine.shape[1] - grid[0] * grid[1]
         tokens = theirs.shape[1] - (1 if extra == 0 and theirs.shape[1] != mine.shape[1] and _odd(theirs) else extra)
-        side, (down, right) = round(tokens**0.5), state[patch].shape[-2:]
+        side = round(tokens**0.5)
+        down, right = built.input_shape[1] // grid[0], built.input_shape[2] // grid[1]
         square = side * side == tokens
         trained = f"{side * down}x{side * right}" if square else f"{tokens} patches"
         if not square and size_asked is None:

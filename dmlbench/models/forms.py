@@ -39,7 +39,7 @@ from dmlbench.models.behaviour import probe_images, settle
 from dmlbench.models.defended import FORM, defended, split
 from dmlbench.models.files import WeightsFile, is_weights, read_file
 from dmlbench.models.heads import head_of, last_widths
-from dmlbench.models.inspection import TWINS, best_fit, clip_names, width_of
+from dmlbench.models.inspection import TWINS, best_fit, clip_names, fits, width_of
 from dmlbench.models.layouts import match
 from dmlbench.models.recognised import fed_by_record, feeding, on_record
 from dmlbench.models.records import build, check_probe, only_the_record, registered, space_of, trained
@@ -52,14 +52,14 @@ __all__ = ["FORMS", "build", "check_probe", "open_model", "space_of"]
 
 
 def _chosen(options: ModelOptions) -> Chosen:
-    """What the options say of a file's layers; whoever wants the features alone leaves out all that follows them."""
+    """What the options say of a file's layers."""
     named = tuple(part for part in (options.leave_out or "").split(",") if part)
     if options.head is not None and options.embed_dim is not None:
         raise UsageError("--head takes a layer of the file, --embed-dim makes another: only one of them")
     return Chosen(
         embed_dim=options.embed_dim,
         head=options.head,
-        without=None if options.embed_dim == 0 else named,
+        without=named,
         prefix=options.prefix,
         size=options.input_size,
     )
@@ -190,7 +190,8 @@ def _file(path: Path, options: ModelOptions) -> Embedder:
     if "architecture" in file.config:
         arguments = file.config.get("model_args") or {}
         return _filled(f"timm:{file.config['architecture']}", arguments, file, options, name)
-    fit = best_fit(file, _chosen(options))
+    chosen = _chosen(options)
+    fit = best_fit(file, chosen) or next((f for f in fits(file, chosen=chosen) if f.but_for_layers), None)
     if fit is None:
         raise UsageError(f"no known architecture fits {path}: {_advice(path, file)}")
     if twin := TWINS.get(fit.builder):
@@ -225,11 +226,11 @@ def _specified(path: Path, spec: Spec, options: ModelOptions) -> Embedder:
     width = width if options.embed_dim is None else options.embed_dim
     chosen = replace(_chosen(options), size=options.input_size or spec.preprocess().size)
     if chosen.head is None:
-        chosen = replace(chosen, embed_dim=width, without=None if width == 0 else chosen.without)
+        chosen = replace(chosen, embed_dim=width)
     made = assemble(spec.arch.builder, spec.arch.kwargs, file, chosen, most=MOST_PARAMETERS)
     built, notes = load(made, file, spec.arch.builder, chosen)
     preprocess = options.fed(spec.preprocess(), stated=True)
-    recorded = fed_by_record(file, built)
+    recorded = built if spec.normalize else fed_by_record(file, built)
     stated = spec.normalize.of_unit() if spec.normalize else (recorded.mean, recorded.std)
     mean, std = options.normalisation(*stated, preprocess.channels)
     letter = space_of(spec.embedding) if spec.embedding else built.fed.space if built.fed else "N"

@@ -18,7 +18,7 @@ from dmlbench.models.architectures import build_network
 from dmlbench.models.assembly import AS_IT_IS, Chosen, assemble
 from dmlbench.models.files import WeightsFile
 from dmlbench.models.heads import HEADS
-from dmlbench.models.layouts import among, clip_prefix, left_out, match, renamed, strip, unknown, unwrapped
+from dmlbench.models.layouts import clip_prefix, left_out, match, renamed, strip, unknown, unwrapped
 from dmlbench.models.published import PUBLISHED
 
 CANDIDATES = {
@@ -114,6 +114,11 @@ class Fit:
         return not (self.missing or self.unexpected or self.other_shape or self.left)
 
     @property
+    def but_for_layers(self) -> bool:
+        """Does it fit, were it not for trained layers that the network would leave out?"""
+        return not (self.missing or self.unexpected or self.other_shape)
+
+    @property
     def share(self) -> float:
         """Matched names among all of both, 0 to 1."""
         wrong = len(self.missing) + len(self.unexpected) + len(self.other_shape) + len(self.left)
@@ -145,7 +150,8 @@ def _compare(file: WeightsFile, builder: str, kwargs: Mapping[str, Any], chosen:
     left = left_out(file, matched, network)
     inside = {k: v for k, v in matched.tensors.items() if matched.prefix + k not in left}
     other = tuple(k for k in state if k in inside and inside[k].shape != state[k].shape)
-    stray = () if chosen.without is None else tuple(unknown(left, matched, network))
+    without = (*(chosen.without or ()), *([chosen.head] if chosen.head else ()))
+    stray = () if chosen.without is None else tuple(unknown(left, matched, network, without, chosen.embed_dim == 0))
     return Fit(
         builder=builder,
         kwargs=dict(kwargs),
@@ -155,11 +161,7 @@ def _compare(file: WeightsFile, builder: str, kwargs: Mapping[str, Any], chosen:
         missing=tuple(k for k in state if k not in inside and not k.endswith("num_batches_tracked")),
         unexpected=tuple(matched.prefix + k for k in inside if k not in state),
         other_shape=other,
-        left=tuple(
-            n
-            for n in stray
-            if not among(n, (*(chosen.without or ()), *([chosen.head] if chosen.head else ())), matched.prefix)
-        ),
+        left=stray,
     )
 
 

@@ -253,9 +253,14 @@ def adapted(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tens
         return weights
     try:
         floating = {k: v.float() if k == "pos_embed" else v for k, v in weights.items()}
-        return dict(read(floating, network))
+        made = dict(read(floating, network))
     except Exception:  # a file of another network, which it was not made for; what does not fit is told by name
         return weights
+    given = {id(v) for v in floating.values()}
+    resized = {k for k, v in made.items() if k in weights and id(v) not in given and v.numel() != weights[k].numel()}
+    return made | {
+        k: weights[k] for k in resized - {"pos_embed"}
+    }  # windows of another size are those of another network
 
 
 def left_out(file: WeightsFile, matched: Match, network: nn.Module) -> dict[str, Tensor]:
@@ -274,12 +279,31 @@ def left_out(file: WeightsFile, matched: Match, network: nn.Module) -> dict[str,
     return {**matched.outside, **inside, **file.further}
 
 
+def _after_features(name: str, tensor: Tensor, matched: Match, network: nn.Module) -> bool:
+    """Whether a tensor that the network does not use is of a layer that follows features: of its last one, linear, or a norm.
+
+    The power of a pooling, an embedding of cameras or a convolution may have its place before them.
+    """
+    if name not in matched.outside and _in_head(name.removeprefix(matched.prefix), network):
+        return True
+    return tensor.dim() < 3 and name.rpartition(".")[2] in ("weight", "bias", "running_mean", "running_var")
+
+
 def _in_head(name: str, network: nn.Module) -> bool:
     return name.partition(".")[0] == head_of(network)
 
 
-def unknown(left: Mapping[str, Tensor], matched: Match, network: nn.Module) -> Iterator[str]:
-    """Of what is left out, the names that no loss, copy or other half explains: trained layers of the embedding."""
+def unknown(
+    left: Mapping[str, Tensor],
+    matched: Match,
+    network: nn.Module,
+    without: Sequence[str] = (),
+    features: bool = False,
+) -> Iterator[str]:
+    """Of what is left out, the names that no loss, copy or other half explains: trained layers of the embedding.
+
+    Those of the layers ``without`` are left out on purpose, and for ``features`` alone those that follow them.
+    """
     state = network.state_dict()
     unused = tuple(getattr(network, "unused", ()))
     visual = "visual" in matched.prefix
@@ -291,6 +315,8 @@ def unknown(left: Mapping[str, Tensor], matched: Match, network: nn.Module) -> I
             or (unused and plain.removeprefix(matched.prefix).startswith(unused))
             or (matched.copy is not None and plain.removeprefix(matched.copy) in state)
             or (matched.copy is not None and plain.startswith(_branch(matched.copy, matched.prefix)))
+            or among(name, without, matched.prefix)
+            or (features and _after_features(name, tensor, matched, network))
             or (visual and _OF_TEXT.search(plain.removeprefix(matched.prefix.partition("visual")[0])))
         )
         if not known:

@@ -93,14 +93,21 @@ def fed_by_record(file: WeightsFile, built: Built) -> Built:
         plain = Preprocess.standard((channels, height, width), interpolation)
         if (mode := config.get("crop_mode") or "center") not in ("center", "squash"):
             raise ValueError(f"crop_mode {mode!r}")
-        if mode == "squash":
-            plain = Preprocess((height, width), interpolation=interpolation, channels=channels)
-        elif config.get("crop_pct"):
-            short = int(min(height, width) / float(config["crop_pct"]))
-            plain = Preprocess((height, width), shorter=short, interpolation=interpolation, channels=channels)
+        if config.get("crop_pct"):
+            if mode == "center" and height != width:
+                raise ValueError(f"the centre {height}x{width}, of no square, from a picture scaled to cover it")
+            down, right = (int(side / float(config["crop_pct"])) for side in (height, width))
+            plain = Preprocess(
+                (height, width),
+                resize=(down, right) if mode == "squash" and (down, right) != (height, width) else None,
+                shorter=None if mode == "squash" else min(down, right),
+                interpolation=interpolation,
+                channels=channels,
+            )
     except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, UsageError) as error:
         raise DataError(
-            f"{file.path}: what its configuration says of how it is fed is not understood: {described(error)}"
+            f"{file.path}: what its configuration says of how it is fed is not understood: {described(error)}; a spec "
+            "whose input and normalize say it is read in its place (--model FILE --spec spec.json)"
         ) from None
     return replace(built, input_shape=plain.shape, mean=mean, std=std, interpolation=interpolation, stated=plain)
 

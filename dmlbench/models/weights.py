@@ -85,6 +85,7 @@ def fill_from(
     architecture: str,
     without: Sequence[str] | None = (),
     used: str | None = None,
+    features: bool = False,
 ) -> list[str]:
     """Load the tensors that :func:`~dmlbench.models.layouts.match` recognised into a network; sentences about what was done.
 
@@ -95,6 +96,7 @@ def fill_from(
         architecture: what errors call the network.
         without: layers of the file that are left out on purpose; None for whatever is left.
         used: the layer of the file that is put after the network.
+        features: whether layers after the network's features are left out on purpose.
 
     Raises:
         DataError: something of the network is missing, of another shape, or the file has more of a part
@@ -107,7 +109,7 @@ def fill_from(
     inside |= {k: v for k, v in state.items() if k.endswith("num_batches_tracked") and k not in inside}
     fill(network, inside, f"weights file {file.path}")
     if without is not None:
-        stray = [n for n in unknown(left, matched, network) if not among(n, without, matched.prefix)]
+        stray = list(unknown(left, matched, network, without, features))
         refuse_unknown(file, stray, left, architecture)
     notes = [f"{file.name}: {len(state)} tensors loaded" + (f" from {file.key!r}" if file.key else "")]
     if matched.prefix:

@@ -22,7 +22,7 @@ from dmlbench.models.assembly import Chosen, assemble, load
 from dmlbench.models.fetching import weights_path
 from dmlbench.models.files import WeightsFile, is_weights
 from dmlbench.models.heads import HEADS, head_of, head_width
-from dmlbench.models.layouts import among, left_out, unknown
+from dmlbench.models.layouts import left_out, unknown
 from dmlbench.models.registration import read_entry
 from dmlbench.models.weights import listed
 from dmlbench.preprocess import Preprocess
@@ -215,9 +215,7 @@ def _source(
         made = assemble(builder, kwargs, file, Chosen(embed_dim=0, size=sides))
         without += HEADS
     left = left_out(file, made.matched, made.built.network)
-    if stray := [
-        n for n in unknown(left, made.matched, made.built.network) if not among(n, without, made.matched.prefix)
-    ]:
+    if stray := list(unknown(left, made.matched, made.built.network, without)):
         layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in stray))
         raise UsageError(
             f"{file.path} holds trained layers that {builder} would leave out: {listed(stray, 3)}; "

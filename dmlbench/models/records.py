@@ -12,7 +12,6 @@ from dmlbench.models.assembly import Chosen, assemble, load
 from dmlbench.models.behaviour import probe_images
 from dmlbench.models.fetching import weights_path
 from dmlbench.models.files import read_file
-from dmlbench.models.heads import HEADS
 from dmlbench.models.registration import read_entry
 from dmlbench.models.spec import ModelOptions, preprocess_of
 from dmlbench.models.weights import fill, read_weights
@@ -93,7 +92,7 @@ def registered(name: str, options: ModelOptions) -> Embedder:
         file = read_file(path, options.checkpoint_key)
         chosen = Chosen(
             embed_dim=entry.arch.embed_dim if entry.arch.head else 0,
-            without=((*HEADS,) if not entry.arch.head else ()) + _named(options.leave_out),
+            without=_named(options.leave_out),
             prefix=options.prefix,
             size=embedder.preprocess.size,
         )

@@ -784,7 +784,7 @@ def test_from_a_run_to_a_verified_bundle(typed, made, tmp_path):
     done = typed("validate", out / "b.zip", "--level", "2", "--device", "cpu")
     assert done.out.rstrip().endswith("b.zip: accepted")
     assert "at least 32" in typed(*packing, "--sample", "31", "--out", out / "short.zip", code=2).err
-    assert "kept the images of 256 queries" in typed(*packing, "--sample", "300", "--out", out / "long.zip", code=2).err
+    assert "kept the images of 32 queries" in typed(*packing, "--sample", "300", "--out", out / "long.zip", code=2).err
 
     done = typed("validate", out / "b.zip", "--level", "3", "--seed", "1", "--device", "cpu")
     assert [line[:14] for line in done.out.splitlines()[:4]] == [f"level {i} passed" for i in range(4)]

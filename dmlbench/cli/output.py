@@ -193,6 +193,7 @@ class Bar:
             self._bars = Bars(*_columns(), console=err, disable=not err.is_terminal)
             self._bars.start()
             self._shown = RichProgress(self._bars)
+            self._done = 0
         if done <= self._done or not self._done:
             self._shown.start(self._title, total)
             self._done = 0

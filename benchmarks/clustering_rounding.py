@@ -2,7 +2,7 @@
 
     python benchmarks/clustering_rounding.py digits-smallcnn-triplet-hm-lga-ics@40/255 --copies 5
 
-Each CELL is MODEL@EPS. The protocol's attacks are run on copies of the model, whose weights (but for the first copy's) are
+Each CELL is MODEL@EPS, a registered model and an eps of the protocol's grid. The protocol's attacks are run on copies of the model, whose weights (but for the first copy's) are
 multiplied by 1 + u, with u normal of a standard deviation of one float32 epsilon: as far as other hardware rounds otherwise. The
 table gives the lowest and the highest of each number over the copies.
 """
@@ -30,6 +30,8 @@ def copy_of(model: str, eps: str, seed: int) -> dict[str, dict[str, float]]:
     with torch.no_grad():
         for p in embedder.network.parameters():
             p.mul_(1 + (EPSILON if seed else 0.0) * torch.randn(p.shape, generator=generator))
+    if eps not in (grid := rules.eps_for(dataset.images.shape)):
+        raise SystemExit(f"{eps} is not on the grid of {model}'s data set: {', '.join(grid)}")
     subject = prepare(embedder, dataset, limit=rules.measured(len(dataset.query)), device="cpu")
     labels, image_groups = subject.scene.labels.numpy(), groups(subject, rules)
     found, given = [], {}

@@ -465,14 +465,15 @@ def test_clustering_images_that_lie(made, bundle, tmp_path, change, field, reaso
 def test_an_attack_on_the_set_as_a_whole_may_end_at_other_images(made, tmp_path):
     e = check_static(zipped(made["clustering"], tmp_path / "b.zip")).evaluation
 
-    def fields(part, share):
+    def fields(part, share, way="alone"):
         again = {key: e.arrays[f"{part}/{key}"].copy() for key in ("clusters", "value")}
         right = np.flatnonzero(again["value"] == 100)
         again["value"][right[: int(share * len(again["value"]))]] = 0
-        return [p.field for p in clusters_differ(3, part, e, again, e.arrays["label"])]
+        return [p.field for p in clusters_differ(3, part, e, again, e.arrays["label"], way)]
 
-    for part in ("joint@40/255", "union@40/255"):
-        assert fields(part, 0.1) == [] and fields(part, 0.2) == [f"{QUERIES} {part}/value"]
+    for way in ("joint", "union"):
+        part = f"{way}@40/255"
+        assert fields(part, 0.1, way) == [] and fields(part, 0.2, way) == [f"{QUERIES} {part}/value"]
     for part in ("C1@40/255", "U3@10/255", CLEAN):
         assert fields(part, 0.01) == [] and fields(part, 0.1) == [f"{QUERIES} {part}/value"]
 

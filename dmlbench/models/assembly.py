@@ -157,12 +157,9 @@ def _require_left_out(layer: str, file: WeightsFile, matched: Match, network: nn
         UsageError: the file has no such layer, or the network is made of it.
     """
     if not any(among(name, (layer,), matched.prefix) for name in left_out(file, matched, network)):
-        held = any(among(name, (layer,), matched.prefix) for name in file.tensors)
-        why = (
-            "the network has that layer; --embed-dim 0 leaves its last one out"
-            if held
-            else f"{file.path} has no such layer"
-        )
+        why = f"{file.path} has no such layer"
+        if any(among(name, (layer,), matched.prefix) for name in file.tensors):
+            why = "the network has that layer; --embed-dim 0 leaves its last one out"
         raise UsageError(f"--leave-out {layer!r}: {why}")
 
 

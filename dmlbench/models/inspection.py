@@ -111,7 +111,7 @@ class Fit:
     @property
     def complete(self) -> bool:
         """Does the file have all tensors of the network, and no further ones of its parts or of other trained layers?"""
-        return not (self.missing or self.unexpected or self.other_shape or self.left)
+        return self.but_for_layers and not self.left
 
     @property
     def but_for_layers(self) -> bool:

@@ -258,9 +258,8 @@ def adapted(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tens
         return weights
     given = {id(v) for v in floating.values()}
     resized = {k for k, v in made.items() if k in weights and id(v) not in given and v.numel() != weights[k].numel()}
-    return made | {
-        k: weights[k] for k in resized - {"pos_embed"}
-    }  # windows of another size are those of another network
+    # windows of another size are those of another network
+    return made | {k: weights[k] for k in resized - {"pos_embed"}}
 
 
 def left_out(file: WeightsFile, matched: Match, network: nn.Module) -> dict[str, Tensor]:

@@ -104,28 +104,29 @@ def share(
         progress.start(part.name, len(labels) * rules.threat_of(part).steps * restarts(rules, part))
         return measured(subject, rules, part, image_groups, rules.seed, partial(progress.advance, part.name))[1]
 
-    problems = [*clusters_differ(3, part.name, stated.evaluation, again(part), labels)]
+    way = CLUSTER_ATTACKS[part.attack].way
+    problems = [*clusters_differ(3, part.name, stated.evaluation, again(part), labels, way)]
     return f"attacked all {len(labels)} images again by {part.name}", problems
 
 
 def disagree(stated: Stated, rerun: Evaluation, at: np.ndarray, level: int) -> Iterator[Problem]:
     """Attacks whose clusters are not the stated ones within the tolerance."""
-    for name in (CLEAN, *(c.name for c in stated.parts)):
+    ways = {CLEAN: "alone", **{c.name: CLUSTER_ATTACKS[c.attack].way for c in stated.parts}}
+    for name, way in ways.items():
         again = {key: rerun.arrays[f"{name}/{key}"] for key in ("clusters", "value")}
-        yield from clusters_differ(level, name, stated.evaluation, again, stated.evaluation.arrays["label"][at])
+        yield from clusters_differ(level, name, stated.evaluation, again, stated.evaluation.arrays["label"][at], way)
 
 
 def clusters_differ(
-    level: int, name: str, e: Evaluation, recomputed: Mapping[str, np.ndarray], labels: np.ndarray
+    level: int, name: str, e: Evaluation, recomputed: Mapping[str, np.ndarray], labels: np.ndarray, way: str = "alone"
 ) -> Iterator[Problem]:
-    """Numbers of one set of clusters that are not the stated ones within the tolerance."""
+    """Numbers of one set of clusters that are not the stated ones within the tolerance of the attack's way."""
     stated, again = (
         numbers(labels, arrays["clusters"], arrays["value"])
         for arrays in ({k: e.arrays[f"{name}/{k}"] for k in ("clusters", "value")}, recomputed)
     )
-    agree = AGREE["alone" if name == CLEAN else CLUSTER_ATTACKS[name.partition("@")[0]].way]
     for key, of in (("nmi", "clusters"), ("ami", "clusters"), ("f1", "clusters"), ("recall_at_1", "value")):
-        allowed = agree[of]
+        allowed = AGREE[way][of]
         if not abs(again[key] - stated[key]) <= allowed:
             file = f"{QUERIES} {name}/{of}"
             text = (

@@ -124,6 +124,13 @@ def test_what_a_run_says_comes_out_of_its_arrays_again(model, digits, done, name
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_gallery_in_no_order_comes_out_again_too(model, digits, name) -> None:
+    mixed = replace(digits, gallery=np.random.default_rng(0).permutation(digits.gallery))
+    run = evaluate(model, mixed, rules(name), limit=32, device="cpu")
+    assert not list(KINDS[name].replay(stated(run, name, ("20/255",)), kept(model, mixed, run)))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_edited_number_or_outcome_is_told(done, name) -> None:
     run, kind = done[name], KINDS[name]
     part = stated(run, name).parts[-1].name

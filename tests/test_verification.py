@@ -379,6 +379,9 @@ def test_both_layouts_name_the_same_pairs(model, faces, tmp_path) -> None:
     assert (found.partner[:, 0] >= 0).tolist() == [True, True, False, False] * 2
     subject = prepare(model, a, device="cpu")
     alone = prepare(model, people, device="cpu")
+    mixed = drawn(replace(a, gallery=a.gallery[::-1]), shortened(), 0)
+    for place, entries in ((found.partner, a.gallery), (mixed.partner, a.gallery[::-1])):
+        assert entries[place.max(1)].tolist() == a.pairs.partner.tolist()
     for query, probe in enumerate(a.images.rows[a.query]):  # its own picture is not what it finds
         torch.testing.assert_close(subject.scene.clean[query], alone.scene.clean[probe])
         assert bool(subject.scene.left_out[query, probe])

@@ -250,11 +250,16 @@ class RetrievalDataset:
         )
 
     @cached_property
+    def positions(self) -> np.ndarray:
+        """(N,) each row's position in the gallery, -1 where it is not there."""
+        positions = np.full(len(self), -1, dtype=np.int64)
+        positions[self.gallery] = np.arange(len(self.gallery))
+        return positions
+
+    @property
     def position_in_gallery(self) -> np.ndarray:
         """(Q,) each query's own position in the gallery, -1 where it is not there."""
-        position = np.full(len(self), -1, dtype=np.int64)
-        position[self.gallery] = np.arange(len(self.gallery))
-        return position[self.query]
+        return self.positions[self.query]
 
     @cached_property
     def copies(self) -> np.ndarray:

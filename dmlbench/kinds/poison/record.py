@@ -259,7 +259,7 @@ def replay(stated: Stated, stored: StoredSample) -> Iterator[Problem]:
                     2, f"{SAMPLE} {name}", f"pictures are outside the {rules.norm} ball of {eps} or outside [0, 1]"
                 )
                 continue
-            place = np.searchsorted(entries, rows)
+            place = subject.dataset.positions[rows]
             for c in parts:
                 with torch.no_grad():
                     free, right = read(subject, place[: count_of(c)], moved[: count_of(c)])

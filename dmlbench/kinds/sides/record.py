@@ -177,7 +177,7 @@ def replay(stated: Stated, stored: StoredSample) -> Iterator[Problem]:
     e, subject, at = stated.evaluation, stored.subject, stored.positions
     for c in stated.parts:
         rows = e.arrays[f"{c.name}/candidate"][at]
-        place = np.searchsorted(subject.dataset.gallery, rows).clip(max=len(subject.dataset.gallery) - 1)
+        place = subject.dataset.positions[rows.clip(0, len(subject.dataset) - 1)].clip(min=0)
         scene = subject.scene[torch.from_numpy(at).to(subject.device)].aimed(
             torch.from_numpy(place[:, None]).to(subject.device)
         )

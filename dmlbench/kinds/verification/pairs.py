@@ -94,7 +94,7 @@ def drawn(dataset: RetrievalDataset, rules: Protocol, seed: int) -> Drawn:
     chosen = np.concatenate([_block(dataset, at, fold, positions, part_of, seed) for at in blocks])
     partner, other = chosen[:, :2], chosen[:, 2]
     if pairs is not None:
-        named = np.searchsorted(dataset.gallery, pairs.partner[positions])
+        named = dataset.positions[pairs.partner[positions]]
         genuine = dataset.labels[dataset.query[positions]] == dataset.labels[pairs.partner[positions]]
         partner = np.stack([np.where(genuine, named, -1), np.where(genuine, -1, named)], axis=1)
     pairs_drawn = Drawn(partner, np.where(partner[:, 1] >= 0, partner[:, 1], other), fold)

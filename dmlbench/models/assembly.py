@@ -127,7 +127,7 @@ def load(
     head: tuple[nn.Module, str, dict[str, Tensor]] | None = None
     without = chosen.without
     for name in without or ():
-        _require_left_out(name, file, matched, network)
+        require_left_out("--leave-out", name, file, matched, network)
     if chosen.head is not None:
         head = _head(file, matched, chosen.head)
         replaced = () if assembled.after else _built_head(network, matched, head[1])
@@ -150,8 +150,8 @@ def load(
     return replace(assembled.built, network=network), [*notes, *assembled.notes]
 
 
-def _require_left_out(layer: str, file: WeightsFile, matched: Match, network: nn.Module) -> None:
-    """Refuse to leave out a layer that nothing would be left out with.
+def require_left_out(option: str, layer: str, file: WeightsFile, matched: Match, network: nn.Module) -> None:
+    """Refuse to leave out a layer, as ``option`` says, that nothing would be left out with.
 
     Raises:
         UsageError: the file has no such layer, or the network is made of it.
@@ -159,8 +159,8 @@ def _require_left_out(layer: str, file: WeightsFile, matched: Match, network: nn
     if not any(among(name, (layer,), matched.prefix) for name in left_out(file, matched, network)):
         why = f"{file.path} has no such layer"
         if any(among(name, (layer,), matched.prefix) for name in file.tensors):
-            why = "the network has that layer; --embed-dim 0 leaves its last one out"
-        raise UsageError(f"--leave-out {layer!r}: {why}")
+            why = "the network has that layer; an embed-dim of 0 leaves its last one out"
+        raise UsageError(f"{option} {layer!r}: {why}")
 
 
 def _refuse_other_head(network: nn.Module, matched: Match, file: WeightsFile) -> None:

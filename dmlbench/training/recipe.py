@@ -168,8 +168,8 @@ class Recipe(BaseModel):
         entry, given = DEFENSES[self.defense], self.defense_params
         params = entry.parameters(given)
         out = []
-        if self.init is None and self.init_without:
-            out.append("init_without is of the weights that init names: without init it would do nothing")
+        if self.init in (None, PUBLISHER) and self.init_without:
+            out.append("init_without is of the file that init names: without one it would do nothing")
         if self.init is None and self.batch_norm == "frozen":
             out.append("batch_norm 'frozen' keeps the statistics of given weights: name these with init")
         if self.init is not None and self.embed_dim == 0 and self.first_weights == "seed":

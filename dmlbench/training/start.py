@@ -18,7 +18,7 @@ from dmlbench.embedding import Embedder, digest_of
 from dmlbench.errors import UsageError
 from dmlbench.models import fill, read_file
 from dmlbench.models.architectures import build_network, sized
-from dmlbench.models.assembly import Chosen, assemble, load
+from dmlbench.models.assembly import Chosen, assemble, load, require_left_out
 from dmlbench.models.fetching import weights_path
 from dmlbench.models.files import WeightsFile, is_weights
 from dmlbench.models.heads import HEADS, head_of, head_width
@@ -210,10 +210,12 @@ def _source(
     """A network with all of a file in it: without its last layer where that has another width than the recipe's."""
     sides = (size[0], size[1])
     made = assemble(builder, kwargs, file, Chosen(size=sides))
-    without = tuple(part for part in recipe.init_without.split(",") if part)
+    without = named = tuple(part for part in recipe.init_without.split(",") if part)
     if ":" in builder and head_width(made.built.network, made.matched.tensors) != recipe.embed_dim:
         made = assemble(builder, kwargs, file, Chosen(embed_dim=0, size=sides))
         without += HEADS
+    for layer in named:
+        require_left_out("init_without", layer, file, made.matched, made.built.network)
     left = left_out(file, made.matched, made.built.network)
     if stray := list(unknown(left, made.matched, made.built.network, without)):
         layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in stray))

@@ -259,6 +259,28 @@ def test_a_collapsed_model_is_not_robust(short) -> None:
     assert e.warnings[0].flag == "collapsed" and e.part("LTM").value == 0
 
 
+class Offset(torch.nn.Module):
+    """The pixels, beside a constant in every number."""
+
+    def __init__(self, constant: float) -> None:
+        super().__init__()
+        self.constant = constant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) + self.constant
+
+
+@pytest.mark.parametrize("space", ["N", "C", "E"])
+def test_embeddings_whose_distances_float32_cannot_tell_are_flagged(short, space: str) -> None:
+    def flags(constant: float) -> set[str]:
+        found = dmlbench.load_model(Offset(constant), input_shape=(1, 8, 8), distance=dmlbench.DISTANCES[space])
+        return {w.flag for w in evaluate(found, "digits", short, attacks=["ES:R"], limit=16).warnings}
+
+    assert "rounded-distances" not in flags(8.0)
+    assert "rounded-distances" in flags(250.0)  # R@1 is 81.3 in space N, 99.0 from distances in float64
+    assert not {"rounded-distances"} & flags(2000.0) and "collapsed" in flags(2000.0)
+
+
 def test_nan_embeddings_are_refused(short) -> None:
     with pytest.raises(DataError, match="NaN or infinite embeddings for 120 of 120"):
         evaluate(dmlbench.load_model(Fixed(float("nan")), input_shape=(1, 8, 8)), tiny(), short)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from dmlbench.results import Flag, Measurement
 from dmlbench.run.subject import Subject
@@ -12,8 +13,10 @@ COLLAPSE = 1e-3
 
 NARROW = 0.05
 """Median distance of the gallery's entries, relative to their root mean square length, under which shifts say little."""
+ROUNDED = 1e-2
+"""Median error of a float32 distance between two entries of the gallery, relative to the distance, above which ranks are partly rounding."""
 SAMPLED = 512
-"""Entries that the median is of, at most."""
+"""Entries that the medians are of, at most."""
 FLAGS = {
     "randomised": "Two passes of one batch differ: attack scores are too high unless the attack averages over them.",
     "naive-attack": "A defence at test time was attacked as if nobody knew it: attack scores are too high.",
@@ -27,6 +30,8 @@ FLAGS = {
     "nonfinite-gradients": "Some gradients were NaN or infinite and taken as zero: searches stood still there, so "
     "attack scores are too high.",
     "no-attacks": "No attack was run.",
+    "rounded-distances": "The gallery's entries are so near one another for their length that float32 cannot tell their distances "
+    "apart: recall, clean and under attack, is partly rounding.",
 }
 """What each flag means, those of the audit apart (:data:`dmlbench.doubts.audit.FLAGS`)."""
 
@@ -44,14 +49,29 @@ def between(subject: Subject) -> float:
     Unlike :func:`spread` it does not change where a few entries are long. Of :data:`SAMPLED` entries at the most,
     evenly spread over the gallery.
     """
-    gallery = subject.scene.gallery
-    count = len(gallery)
-    if count < 2:
+    if len(subject.scene.gallery) < 2:
         return float("nan")
-    rows = torch.linspace(0, count - 1, min(SAMPLED, count), dtype=torch.float64).long().to(gallery.labels.device)
-    entries = gallery.embeddings[rows]
+    entries = _some(subject)
     apart = torch.nn.functional.pdist(entries - entries.mean(0))
-    return float(apart.median() / gallery.scale.clamp_min(1e-30))
+    return float(apart.median() / subject.scene.gallery.scale.clamp_min(1e-30))
+
+
+def rounding(subject: Subject) -> float:
+    """Median error of the distances that rankings are read from, relative to the distance, between :data:`SAMPLED` entries of the
+    gallery at the most; NaN where no two of them differ."""
+    entries, distance = _some(subject), subject.scene.distance
+    exact = torch.pdist(entries.double())
+    exact = exact.square() / 2 if distance.metric == "cosine" else exact
+    first, second = torch.triu_indices(len(entries), len(entries), 1, device=entries.device)
+    off = (distance.pairwise(entries, entries)[first, second] - exact).abs() / exact
+    return float(off[exact > 0].median())
+
+
+def _some(subject: Subject) -> Tensor:
+    """Entries of the gallery, evenly spread over it: :data:`SAMPLED` at the most."""
+    gallery = subject.scene.gallery
+    rows = torch.linspace(0, len(gallery) - 1, min(SAMPLED, len(gallery)), dtype=torch.float64).long()
+    return gallery.embeddings[rows.to(gallery.labels.device)]
 
 
 def _outside(m: Measurement, score: float) -> bool:
@@ -70,6 +90,12 @@ def doubts_about(subject: Subject, measurements: Sequence[Measurement], nonfinit
             flag="collapsed",
             message=f"embeddings are (nearly) constant: spread {width:.1e} of their length. "
             "Nothing can be moved, so attack scores look high; they say nothing about robustness.",
+        )
+    elif (off := rounding(subject)) > ROUNDED:
+        yield Flag(
+            flag="rounded-distances",
+            message=f"float32 distances between two entries of the gallery are off by {off:.1e} of themselves (median), as the entries "
+            f"differ by {width:.1e} of their length only: ranks, and so recall, are partly rounding.",
         )
     if any(m.readout == "embedding_shift" for m in measurements) and (apart := between(subject)) < NARROW:
         yield Flag(

@@ -5,7 +5,8 @@ its gradient, or its determinism, as the literature has seen in published defenc
 2018). Cheats know the benchmark: its test images, its gradients, its pixels, its units.
 
 The limits of the checks were set with :data:`MASKS` and :data:`CHEATS` in view. :data:`APART` was written afterwards
-and sets no limit; docs/audit.md says what was changed after a first try.
+and sets no limit; docs/audit.md says what was changed after a first try. :data:`JUMPS` came last: most of these passed the
+short look until A1 followed whole ways between images.
 """
 
 import copy
@@ -195,6 +196,15 @@ def after(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Embedder], Em
     return cheat
 
 
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(1)
+
+
+def _coarse(x: Tensor) -> Tensor:
+    """Means of 2 x 2 pixels."""
+    return F.avg_pool2d(x, 2).flatten(1)
+
+
 class Memory(nn.Module):
     """A network that answers with what it stored of the nearest image, wherever that is within ``reach``.
 
@@ -202,6 +212,8 @@ class Memory(nn.Module):
         norm: of the distance of images.
         labels: whether it stored what the test images' classes are, in place of their embeddings.
         warmth: above 0, an average of what it stored, weighted by exp(-distance / warmth).
+        look: of images (b, 1, 8, 8), what (b, k) their distance is of.
+        trained: whether it stored images of the training split instead.
     """
 
     def __init__(
@@ -211,23 +223,25 @@ class Memory(nn.Module):
         norm: float = math.inf,
         labels: bool = False,
         warmth: float = 0.0,
+        look: Callable[[Tensor], Tensor] = _flat,
+        trained: bool = False,
     ) -> None:
         super().__init__()
-        self.network, self.reach, self.norm, self.warmth = network, reach, norm, warmth
-        digits = dmlbench.load_dataset("digits")
+        self.network, self.reach, self.norm, self.warmth, self.look = network, reach, norm, warmth, look
+        digits = dmlbench.load_dataset("digits", split="train" if trained else "test")
         images = digits.images[digits.gallery]
         with torch.no_grad():
             values = F.normalize(network(images))
         if labels:
             classes = torch.from_numpy(digits.labels[digits.gallery])
             values = F.one_hot(classes, values.shape[1]).float()
-        self.register_buffer("keys", images.flatten(1))
+        self.register_buffer("keys", look(images))
         self.register_buffer("values", values)
 
     def forward(self, images: Tensor) -> Tensor:
         own = F.normalize(self.network(images))
         with torch.no_grad():
-            d = torch.cdist(images.flatten(1), self.keys, p=self.norm)
+            d = torch.cdist(self.look(images), self.keys, p=self.norm)
             stored = self.values[d.argmin(1)]
             if self.warmth:
                 stored = (-d / self.warmth).softmax(1) @ self.values
@@ -448,5 +462,95 @@ APART: Registry[tuple[Callable[[Embedder], Embedder], str]] = Registry(
         "resized at random": (before(_resized), "random"),
         "shared direction": (after(lambda x, e: e + 60.0 * F.normalize(_drawn(1, e.shape[1]))), "small-spread"),
         "offset in one dimension": (unnormalised(lambda x, e: e + 40.0 * torch.eye(1, e.shape[1])), "small-spread"),
+    },
+)
+
+
+class Prototypes(nn.Module):
+    """A network that answers with the mean of the class which its embedding is nearest to, and a bit of that embedding."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        digits = dmlbench.load_dataset("digits")
+        labels = torch.from_numpy(digits.labels[digits.gallery])
+        with torch.no_grad():
+            own = F.normalize(network(digits.images[digits.gallery]))
+        self.register_buffer("means", F.normalize(torch.stack([own[labels == c].mean(0) for c in labels.unique()])))
+
+    def forward(self, images: Tensor) -> Tensor:
+        own = F.normalize(self.network(images))
+        return self.means[(own @ self.means.t()).argmax(1)] + 0.03 * own
+
+
+class Borrowed(nn.Module):
+    """The values of a network with the gradient of another that was trained for the same."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.other = network, dmlbench.load_model("digits-smallcnn-triplet-act").network.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        other = self.other(images)
+        return F.normalize(self.network(images)).detach() + other - other.detach()
+
+
+def robust_features(reach: float, labels: bool) -> Callable[[Embedder], Embedder]:
+    """A cheat that knows the test images by the features of a robust model."""
+
+    def cheat(embedder: Embedder) -> Embedder:
+        robust = dmlbench.load_model("digits-smallcnn-triplet-hm-lga-ics").eval().requires_grad_(False)
+        return stored(reach=reach, norm=2.0, labels=labels, look=robust)(embedder)
+
+    return cheat
+
+
+def around(make: type[nn.Module]) -> Callable[[Embedder], Embedder]:
+    """A cheat that is a module around the network."""
+
+    def cheat(embedder: Embedder) -> Embedder:
+        twin = copy.deepcopy(embedder)
+        twin.network = make(twin.network.eval())
+        return twin
+
+    return cheat
+
+
+def _by_ink(x: Tensor, e: Tensor) -> Tensor:
+    """Three places far apart, chosen by the ink, and a bit of the embedding."""
+    ink = x.flatten(1).mean(1)
+    return torch.eye(3, e.shape[1])[(ink > 0.27).long() + (ink > 0.33).long()] + 0.03 * e
+
+
+def _rounded_straight_through(x: Tensor, e: Tensor) -> Tensor:
+    return e + ((e * 4).round() / 4 - e).detach()
+
+
+def _dark_cut(x: Tensor) -> Tensor:
+    return _Spoilt.apply(x, lambda g: torch.where(x < 0.3, 0.0, g))  # type: ignore[no-any-return]
+
+
+def _blurred_gradient(x: Tensor) -> Tensor:
+    return _Spoilt.apply(x, lambda g: F.avg_pool2d(g, 3, 1, 1))  # type: ignore[no-any-return]
+
+
+JUMPS: Registry[tuple[Callable[[Embedder], Embedder], str]] = Registry(
+    "cheat",
+    {
+        "labels by a coarse look": (stored(labels=True, norm=2.0, look=_coarse), "misleading-gradients"),
+        "labels near a coarse look": (stored(labels=True, norm=2.0, look=_coarse, reach=0.4), "misleading-gradients"),
+        "nearest label": (stored(labels=True, norm=2.0), "misleading-gradients"),
+        "average of labels": (stored(labels=True, norm=2.0, warmth=0.05), "misleading-gradients"),
+        "labels by robust features": (robust_features(math.inf, labels=True), "misleading-gradients"),
+        "test images by robust features": (robust_features(0.1, labels=False), "misleading-gradients"),
+        "nearest training image": (stored(norm=2.0, trained=True), "misleading-gradients"),
+        "average of training images": (stored(norm=2.0, trained=True, warmth=0.05), "misleading-gradients"),
+        "class means": (around(Prototypes), "misleading-gradients"),
+        "borrowed gradient": (around(Borrowed), "misleading-gradients"),
+        "places by ink": (after(_by_ink), "misleading-gradients"),
+        "rounded, straight through": (after(_rounded_straight_through), "misleading-gradients"),
+        "roots": (after(lambda x, e: e.sign() * e.abs() ** 0.05), "misleading-gradients"),
+        "no gradient in the dark": (before(_dark_cut), "misleading-gradients"),
+        "blurred gradient": (before(_blurred_gradient), "misleading-gradients"),
     },
 )

@@ -19,6 +19,7 @@ from dmlbench.datasets import RetrievalDataset
 from dmlbench.doubts.audit import examine, glance
 from dmlbench.doubts.checks import doubts_about
 from dmlbench.doubts.evidence import Finding
+from dmlbench.doubts.unseen import Beginning
 from dmlbench.embedding import Embedder, modes_kept
 from dmlbench.errors import ShardDone, UsageError
 from dmlbench.fast.compiled import Steps
@@ -26,6 +27,7 @@ from dmlbench.fast.exact import true_float32
 from dmlbench.intervals import VERSION, Ends, Intervals
 from dmlbench.kinds.base import Outcome
 from dmlbench.metrics import CLEAN_METRICS, OF_THE_GALLERY, RECALL_AT, agreement, assignments, mean, retrieval
+from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Component, Protocol, ers_of, score_intervals
 from dmlbench.results import Evaluation, Flag, Measurement, finite
 from dmlbench.run.closeup import closeup
@@ -102,6 +104,7 @@ def measured(
     task.check_targets()
     clock.done("loading")
     subject = embedded(task, progress, work)
+    beginning = Beginning.of(subject.surrogate or subject, size) if follows(task) else None
     clock.done("embedding")
     attacked = partial(
         run_searches, planned=task.planned, seed=task.seed, batch_size=size, progress=progress, work=work,
@@ -121,13 +124,24 @@ def measured(
         raise ShardDone("; ".join([*notes_of(subject, task), finished]))
     clock.done("attacks")
     found = Measured(task, subject, clean, attacked_parts, outcome, looked)
-    doubts, audit = found.doubts(size) if work.world.leads else ((), [])
+    doubts, audit = found.doubts(size, beginning) if work.world.leads else ((), [])
     evaluation = found.evaluation(doubts, audit)
     clock.done("checks")
     stages = {**({"before": earlier} if earlier else {}), **clock.seconds}
     return evaluation.model_copy(update={"seconds": sum(stages.values()), "stages": stages}).with_arrays(
         found.arrays, found.sample
     )
+
+
+def searched_with(task: Task) -> set[str]:
+    """Names of the optimizers that a task searches with."""
+    own = task.kind.run and task.chosen.runner
+    return {s.optimizer for s in task.planned} | (task.kind.optimizers(task.rules) if own else set())
+
+
+def follows(task: Task) -> bool:
+    """Whether a search of the task follows the gradient."""
+    return any(OPTIMIZERS[name].needs_gradients for name in searched_with(task))
 
 
 def embedded(task: Task, progress: Progress, work: Work) -> Subject:
@@ -247,16 +261,15 @@ class Measured:
         extra = scores(task.chosen.extra, self.arrays, self.seconds, complete=False)[0]
         self.measurements = (*listed, *extra)
 
-    def doubts(self, batch_size: int) -> tuple[tuple[Flag, ...], list[Finding]]:
+    def doubts(self, batch_size: int, beginning: Beginning | None) -> tuple[tuple[Flag, ...], list[Finding]]:
         """Flags of doubtful numbers: the audit's findings if the protocol has one, else those of a short check of the model."""
-        task, rules = self.task, self.task.rules
-        used = {s.optimizer for s in task.planned} | (task.kind.optimizers(rules) if self.outcome else set())
+        rules, used = self.task.rules, searched_with(self.task)
         if self.outcome and rules.audit:
-            audit = examine(self.subject, rules, self.outcome.broken_by, task.seed, rules.audit)
+            audit = examine(self.subject, rules, self.outcome.broken_by, self.task.seed, rules.audit, beginning)
             return tuple(f.flag() for f in audit if f.verdict in ("warn", "fail")), audit
         if not used:
             return (), []
-        return tuple(glance(self.subject, self.arrays["benign/recall_at_1"], used, batch_size)), []
+        return tuple(glance(self.subject, self.arrays["benign/recall_at_1"], used, batch_size, beginning)), []
 
     def extras(self, audit: Sequence[Finding]) -> dict[str, Any]:
         """The ``extras`` of the record; entries that would be empty are left out."""

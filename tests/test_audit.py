@@ -21,6 +21,7 @@ from dmlbench.checkpoints import PACKAGE, checkpoint, packaged
 from dmlbench.doubts.audit import CHECKS, examine
 from dmlbench.doubts.evidence import Evidence
 from dmlbench.doubts.questions import _broken_beyond, black_beats_white
+from dmlbench.doubts.unseen import Beginning
 from dmlbench.embedding import DISTANCES, Embedder
 from dmlbench.evaluate import evaluate
 from dmlbench.kinds.strict.search import run
@@ -114,7 +115,9 @@ def test_a_rugged_loss_is_no_hidden_gradient() -> None:
     code[np.flatnonzero(code == 2 + steps.index("W1"))[:10]] = 2 + steps.index("SQ")  # as if W1 had missed them
     by, few = {"5/255": code}, np.arange(16)
     scene = subject.scene[torch.from_numpy(few)]
-    evidence = Evidence(subject, dmlbench.load_protocol("strict"), by, few, subject.images(0, 16), scene, 0)
+    evidence = Evidence(
+        subject, dmlbench.load_protocol("strict"), by, few, subject.images(0, 16), scene, 0, Beginning.of(subject, 16)
+    )
     finding = black_beats_white(evidence)
     assert finding.verdict == "warn" and finding.value is not None and finding.value > 1
     assert "the loss is rugged" in finding.message
@@ -124,7 +127,7 @@ def test_a_ball_is_widened_no_further_than_the_pixels() -> None:
     subject = prepare(dmlbench.load_model(TRAINED[0]), dmlbench.load_dataset("digits"), limit=4)
     few, protocol = np.arange(4), shortened(steps=2)
     scene = subject.scene[torch.from_numpy(few)]
-    evidence = Evidence(subject, protocol, {}, few, subject.images(0, 4), scene, 0)
+    evidence = Evidence(subject, protocol, {}, few, subject.images(0, 4), scene, 0, Beginning.of(subject, 4))
     assert 0 <= _broken_beyond(evidence, "0.9", few) <= 1
 
 

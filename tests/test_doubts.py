@@ -14,7 +14,7 @@ from dmlbench.checkpoints import packaged
 from dmlbench.doubts.audit import CHECKS, FLAGS, SURVEYED, glance
 from dmlbench.doubts.checks import doubts_about
 from dmlbench.doubts.questions import PASSES, direction
-from dmlbench.doubts.unseen import STEPS
+from dmlbench.doubts.unseen import ASKED, STEPS
 from dmlbench.errors import DataError
 from dmlbench.evaluate import evaluate
 from dmlbench.metrics import retrieval
@@ -156,7 +156,7 @@ def test_a_glance_does_not_depend_on_the_batch_size_and_takes_no_more_than_it_sa
     passes = (
         2 * (PASSES - 2) + 3 + 2 + 3 + 3 * (1 + STEPS + 1)
     )  # of history; of altered; of nearness and least bits; of each start of the searches
-    assert max(seen) == 60 and sum(seen) == 3 * 256 + min(SURVEYED, few) * passes
+    assert max(seen) == 60 and sum(seen) == 3 * 256 + min(SURVEYED, few) * passes + 60 + ASKED
     assert small == list(glance(subject, recall, {"pgd"}, 1000)) and [f.flag for f in small] == ["zero-gradients"]
     assert list(glance(subject, np.zeros_like(recall), {"pgd"}, 7)) == []
 
@@ -170,6 +170,27 @@ def test_the_gradients_check_does_not_depend_on_the_batches() -> None:
     assert whole.verdict == parts.verdict == small.verdict == "warn" and "correlate" in whole.message
     assert parts.value == pytest.approx(whole.value, abs=1e-5)
     assert small.value == pytest.approx(whole.value, abs=1e-4)  # below 16 rows some CPUs add up in another order
+
+
+def turned_at_first(x, network):
+    """The gradient is another one until so many were asked for."""
+    if x.requires_grad:
+        network.asked = getattr(network, "asked", 0) + 1
+        if network.asked <= 3:
+            x = 2 * x.detach() - x
+    return network(x)
+
+
+def turned_in_large_batches(x, network):
+    return network(2 * x.detach() - x if len(x) > 128 else x)
+
+
+@pytest.mark.parametrize("kind", ["ers-digits", "strict-fast", "strict", "universal"])
+@pytest.mark.parametrize("cheat", [turned_at_first, turned_in_large_batches])
+def test_searches_that_are_shown_another_gradient_than_the_look_afterwards_are_told(cheat, kind: str) -> None:
+    found = flags(evaluate(spoilt(cheat), "digits", short(kind), limit=160, device="cpu"))
+    (message,) = (found[flag] for flag in ("remembers", "audit-F5") if flag in found)
+    assert "of its length from what it was before the searches" in message
 
 
 def doubted(subject: Subject) -> set[str]:

@@ -36,7 +36,7 @@ from dmlbench.doubts.questions import (
     useful_gradient,
     zero_gradients,
 )
-from dmlbench.doubts.unseen import altered, history, joined, survey
+from dmlbench.doubts.unseen import Beginning, altered, history, joined, survey
 from dmlbench.kinds.strict.search import CLEAN_WRONG
 from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Protocol
@@ -127,12 +127,29 @@ FLAGS = {
 
 
 def examine(
-    subject: Subject, protocol: Protocol, broken_by: dict[str, np.ndarray], seed: int, queries: int
+    subject: Subject,
+    protocol: Protocol,
+    broken_by: dict[str, np.ndarray],
+    seed: int,
+    queries: int,
+    beginning: Beginning | None = None,
 ) -> list[Finding]:
-    """Every check, on up to ``queries`` of the queries that are right when clean, spread evenly over all."""
+    """Every check, on up to ``queries`` of the queries that are right when clean, spread evenly over all.
+
+    Args:
+        beginning: the gradient before the searches; None: as it is now.
+    """
     right = np.flatnonzero(next(iter(broken_by.values())) != CLEAN_WRONG)
     positions = _evenly(right, queries)
-    evidence = Evidence(subject, protocol, broken_by, positions, *shown(subject, positions), seed)
+    evidence = Evidence(
+        subject,
+        protocol,
+        broken_by,
+        positions,
+        *shown(subject, positions),
+        seed,
+        beginning or Beginning.of(subject, queries),
+    )
     if not len(positions):
         message = "no query is right when clean, so nothing can be attacked"
         skipped = [Finding(name, "skip", None, 0.0, message) for name in CHECKS if name != "H3"]
@@ -148,7 +165,11 @@ def _evenly(positions: np.ndarray, most: int) -> np.ndarray:
 
 
 def glance(
-    subject: Subject, recall: Float[np.ndarray, " Q"], optimizers: Collection[str], batch_size: int
+    subject: Subject,
+    recall: Float[np.ndarray, " Q"],
+    optimizers: Collection[str],
+    batch_size: int,
+    beginning: Beginning | None = None,
 ) -> Iterator[Flag]:
     """The checks with a ``flag``, on some of the queries that are right when clean: what every result can afford.
 
@@ -160,6 +181,7 @@ def glance(
     Args:
         recall: clean R@1 of each query, percent, NaN without positives.
         optimizers: names of what the run searched with.
+        beginning: the gradient before the searches; None: as it is now.
     """
     right = np.flatnonzero(recall == 100.0)
     if not len(right):
@@ -174,7 +196,8 @@ def glance(
     few = _batches(_evenly(right, min(SURVEYED, -(-len(right) // 4))), batch_size)
     if not random:
         gap, change = (max(measured(subject, part) for part in few) for measured in (history, altered))
-        findings.append(judged_function(gap, change))
+        turned = (beginning or Beginning.of(source, batch_size)).turned() if followed else 0.0
+        findings.append(judged_function(gap, change, turned))
     blind = False
     if followed:
         missing = [no_gradient(source, *shown(source, part)) for part in batches]

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from dmlbench.attacks import AttackLoss
-from dmlbench.doubts.unseen import Survey, survey
+from dmlbench.doubts.unseen import Beginning, Survey, survey
 from dmlbench.kinds.strict.search import SURVIVED, attempt
 from dmlbench.kinds.strict.transfer import Transfer
 from dmlbench.objectives import margin
@@ -82,6 +82,7 @@ class Evidence:
         images: (B, C, H, W) their clean images.
         scene: the same queries.
         seed: of the run.
+        beginning: the gradient before the searches.
     """
 
     subject: Subject
@@ -91,6 +92,7 @@ class Evidence:
     images: Tensor
     scene: Scene
     seed: int
+    beginning: Beginning
 
     def loss(self) -> AttackLoss:
         """The margin of R@1 of each image."""

@@ -47,6 +47,8 @@ KNOWN = 40.0
 """Percent of the queries that are right when clean and have to be right near the test images too."""
 ALTERED = 1e-3
 """F5: how far the embedding of an image may be from what it was in another batch: float rounding is much less."""
+TURNED = 0.25
+"""F5: how far the gradient may be from what it was before the searches, over its length: passes in bfloat16 are nearer."""
 MISSED, PLACES = 0.15, 16
 """How much of an embedding's way the gradient may miss (mean over the queries, each at most 1), summed at so many places, before A1
 warns: 0.042 is the most of 63 honest models."""
@@ -292,21 +294,29 @@ def noise_is_no_rival(evidence: Evidence) -> Finding:
 
 def forgets(evidence: Evidence) -> Finding:
     """F5: does a copy that has just seen images 1/255 away embed new images as the model does, to 1e-5? And does the
-    model embed an image, to 1e-3, as at the start of the run, as in another batch, and as where a gradient is asked for?"""
+    model embed an image, to 1e-3, as at the start of the run, as in another batch, and as where a gradient is asked for? Is
+    the gradient of 16 queries, to 0.25 of its length, what it was before the searches, in a batch as large as theirs?"""
     if randomness(evidence).verdict == "fail":
         return Finding("F5", "skip", None, STEADY, "two passes differ anyway, since the model is random")
     at = evidence.subject, evidence.positions
-    return judged_function(history(*at), altered(*at))
+    return judged_function(history(*at), altered(*at), evidence.beginning.turned())
 
 
-def judged_function(gap: float, change: float) -> Finding:
-    """Of :func:`~dmlbench.doubts.unseen.history` and of :func:`~dmlbench.doubts.unseen.altered`."""
+def judged_function(gap: float, change: float, turned: float) -> Finding:
+    """Of :func:`~dmlbench.doubts.unseen.history`, :func:`~dmlbench.doubts.unseen.altered` and
+    :meth:`~dmlbench.doubts.unseen.Beginning.turned`."""
     if not change <= ALTERED:
         message = (
             f"embeddings of the same images differ by {change:.1e} from those at the start of the run, in another batch or "
             "where a gradient is asked for: the model is not one function of the image, and attacks on it prove nothing"
         )
         return Finding("F5", "fail", change, ALTERED, message)
+    if turned > TURNED:
+        message = (
+            f"the gradient of the same images differs by {turned:.2f} of its length from what it was before the searches, in a "
+            "batch as large as theirs: searches followed another gradient than the model's"
+        )
+        return Finding("F5", "fail", turned, TURNED, message)
     if math.isnan(gap):
         return Finding("F5", "skip", None, STEADY, "the model cannot be copied")
     if gap > STEADY:

@@ -16,13 +16,15 @@ from torch import Tensor
 from dmlbench.attacks import AttackLoss
 from dmlbench.embedding import Embedder, disagreement
 from dmlbench.objectives import margin, right_by
-from dmlbench.optimizers import OPTIMIZERS
+from dmlbench.optimizers import OPTIMIZERS, autograd
 from dmlbench.run.subject import Subject
 from dmlbench.threat import Threat
 
 BIT = 1 / 255
 STEPS = 20
 """Of PGD, from each start."""
+ASKED = 16
+"""Queries whose gradient is asked for before and after the searches."""
 
 
 def near_by(side: int) -> str:
@@ -130,6 +132,35 @@ def altered(subject: Subject, positions: np.ndarray) -> float:
     with torch.enable_grad():
         followed = embedder(fresh.requires_grad_()).detach()
     return max(disagreement([first, again], scale), disagreement([plain, followed], scale))
+
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """The gradient of a few queries before any search, asked for in a batch as large as the searches'.
+
+    Attributes:
+        subject: these queries.
+        gradient: (n, C, H, W) of the margin of R@1.
+    """
+
+    subject: Subject
+    gradient: Tensor
+
+    @staticmethod
+    def of(subject: Subject, batch_size: int) -> "Beginning":
+        """Of the first queries, in one batch with those that follow."""
+        return Beginning(subject[:ASKED], _gradient(subject[:batch_size])[:ASKED])
+
+    def turned(self) -> float:
+        """How far the gradient of these queries alone is from what it was, over the longer of the two."""
+        now, then = _gradient(self.subject), self.gradient
+        return float((now - then).norm() / torch.maximum(now.norm(), then.norm()).clamp_min(1e-30))
+
+
+def _gradient(subject: Subject) -> Tensor:
+    """(Q, C, H, W) of the margin of R@1 at every query."""
+    images = clean_images(subject, np.arange(len(subject.rows)))
+    return autograd(AttackLoss(subject.embedder, margin, subject.scene), images, subject.rng("beginning"))[1]
 
 
 def copied(embedder: Embedder) -> Embedder:

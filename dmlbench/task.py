@@ -144,7 +144,7 @@ class Task:
             options = replace(options, attacks=user_attacks(options.attacks))
         embedder = as_embedder(model)
         if not isinstance(dataset, RetrievalDataset):
-            dataset = load_dataset(dataset or default_dataset(embedder), preprocess=embedder.preprocess)
+            dataset = images_for(embedder, dataset)
         if options.pairs is not None and dataset.pairs is None:
             dataset = with_pairs(dataset, options.pairs)
         rules = protocol if isinstance(protocol, Protocol) else load_protocol(protocol or default_protocol(dataset))
@@ -351,6 +351,17 @@ def as_embedder(model: Embedder | torch.nn.Module | str) -> Embedder:
     if shape is None:
         raise UsageError("a plain nn.Module needs an input_shape: dmlbench.load_model(module, input_shape=(C, H, W))")
     return load_model(model, input_shape=tuple(shape))
+
+
+def images_for(embedder: Embedder, name: str | None, split: str = "test") -> RetrievalDataset:
+    """The data set of that name, else the one that the model's checkpoint names, as the model is fed."""
+    if name:
+        return load_dataset(name, split, embedder.preprocess)
+    known = default_dataset(embedder)
+    try:
+        return load_dataset(known, split, embedder.preprocess)
+    except UsageError as error:  # a path, which is of where the model was trained
+        raise UsageError(f"{error}; model {embedder.name!r} was trained on it: name it with --dataset") from None
 
 
 def default_dataset(embedder: Embedder) -> str:

@@ -1,5 +1,6 @@
 """What is imported when: help at once without torch, the package without what only some commands need."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -42,6 +43,16 @@ def test_public_names() -> None:
         code
         + "assert set(dmlbench.__all__) <= set(dir(dmlbench)); dmlbench.evaluate; assert not hasattr(dmlbench, 'x')"
     )
+
+
+def test_what_a_module_lists_it_has() -> None:
+    package = Path(__file__).parents[1] / "dmlbench"
+    for path in package.rglob("*.py"):
+        name = ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
+        if not name.endswith("__main__"):
+            module = importlib.import_module(name)
+            missing = [listed for listed in getattr(module, "__all__", ()) if not hasattr(module, listed)]
+            assert not missing, name
 
 
 PLUGIN = """

@@ -1,6 +1,9 @@
 """What surrounds a run: the encoding of its output, folders that cannot be written, another run in the same place."""
 
 import io
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,6 +35,12 @@ def test_an_evaluation_written_in_another_encoding(run) -> None:  # type: ignore
     assert "CA+" in done.out and done.out.isascii()
 
 
+@pytest.mark.parametrize("more", [(), ("--plan",)])
+def test_no_number_is_cut_in_a_narrow_log(more: tuple[str, ...], run) -> None:  # type: ignore[no-untyped-def]
+    command = ("evaluate", "--model", "digits-smallcnn-triplet-hm-lga-ics", "--limit", "4", "--attacks", "CA+")
+    assert "…" not in run(*command, *more, env={"COLUMNS": "30"}).out
+
+
 @pytest.mark.parametrize("closed", [("stdout",), ("stdout", "stderr")])
 def test_closed_outputs_change_no_exit_code(closed: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in closed:
@@ -42,6 +51,15 @@ def test_closed_outputs_change_no_exit_code(closed: tuple[str, ...], monkeypatch
         assert stop.value.code == code
     for name in closed:
         getattr(sys, name).close()
+
+
+@pytest.mark.parametrize("words", ["models list", "protocols show strict --json", "leaderboard show"])
+def test_a_reader_that_leaves_is_no_gate_that_failed(words: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "dmlbench", *words.split()], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode in (141, -signal.SIGPIPE) and not done.stderr
 
 
 def test_a_data_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

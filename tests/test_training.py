@@ -25,6 +25,7 @@ from dmlbench.models.small import smallcnn
 from dmlbench.preprocess import Preprocess
 from dmlbench.rng import Rng
 from dmlbench.run.parallel import World
+from dmlbench.task import images_for
 from dmlbench.training import loop as training
 from dmlbench.training.defenses import DEFENSES
 from dmlbench.training.loop import TrainingFailed, fitting, learning_rate, train
@@ -574,6 +575,17 @@ def test_a_resume_by_another_number_of_processes_is_refused(tmp_path: Path) -> N
     train(recipe(), tmp_path / "r")
     with pytest.raises(UsageError, match="begun by 1 process"):
         train(recipe(), tmp_path / "r", resume=True, world=World(1, 2))
+
+
+def test_a_run_whose_folder_of_pictures_is_elsewhere_now() -> None:
+    trained = load_model("digits-smallcnn-triplet-none")
+    assert trained.card
+    trained.card = trained.card.model_copy(
+        update={"dataset": trained.card.dataset.model_copy(update={"name": "folder:gone"})}
+    )
+    with pytest.raises(UsageError, match=r"folder:gone .*trained.* --dataset"):
+        images_for(trained, None)
+    assert images_for(trained, "digits", "train").name == "digits"
 
 
 def test_a_run_folder_is_a_model(capsys, tmp_path: Path) -> None:

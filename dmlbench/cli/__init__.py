@@ -28,6 +28,8 @@ from dmlbench.version import __version__
 _BARE: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
 """What click since 8.2 raises for a group without a command; before, it prints the help itself."""
 INTERRUPTED = 130
+LEFT = 141
+"""Nobody reads the output to its end: what a shell says of a process that ``SIGPIPE`` ended."""
 INTERNAL = 70
 """A defect of dmlbench (EX_SOFTWARE of sysexits.h); 1 is the answer no of ``compare``, ``validate`` and others."""
 
@@ -72,6 +74,14 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"unknown command {args[0]!r}{suggest(args[0], VERBS)}")
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # click itself would make exit code 1 of it, which a gate that failed has
+            _silence(sys.stdout)
+            _silence(sys.stderr)
+            raise click.exceptions.Exit(LEFT) from None
+
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         verbs = [
             CompletionItem(verb, help=help_text) for verb, help_text in VERBS.items() if verb.startswith(incomplete)
@@ -94,7 +104,8 @@ def cli(debug: bool) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
+    with contextlib.suppress(BrokenPipeError):
+        click.echo(f"Error: {message}", err=True)
     raise SystemExit(code)
 
 
@@ -168,7 +179,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        raise SystemExit(141) from None
+        raise SystemExit(LEFT) from None
     except (OSError, MemoryError) as error:  # what the surroundings do: a full disk, permissions, no memory
         if debug:
             raise

@@ -114,16 +114,16 @@ def load_subject(
     model: str, options: "ModelOptions", dataset: str | None, split: str, *, ready: bool = True, small: bool = False
 ) -> tuple["Embedder", "RetrievalDataset"]:
     """The model and the images it is measured on, a part if ``small``, decoded if ``ready``; notes about them go to stderr."""
-    from dmlbench.datasets import decode, load_dataset
+    from dmlbench.datasets import decode
     from dmlbench.datasets.preview import preview
     from dmlbench.datasets.remarks import remarks
     from dmlbench.models import open_model
-    from dmlbench.task import default_dataset
+    from dmlbench.task import images_for
 
     embedder = open_model(model, options)
     for note in embedder.notes:
         tell(note)
-    images = load_dataset(dataset or default_dataset(embedder), split, embedder.preprocess)
+    images = images_for(embedder, dataset, split)
     images = preview(images) if small else images
     for note in remarks(images) if ready else images.notes:
         tell(note)

@@ -22,9 +22,23 @@ if TYPE_CHECKING:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
+class _Output(Console):
+    """A console that leaves a pipe without a reader to the command, and does not exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Where data goes."""
-    return Console(file=sys.stdout, highlight=False)
+    return _Output(file=sys.stdout, highlight=False)
+
+
+def print_table(table: Table, out: Console) -> None:
+    """Print it; no number is cut where nobody looks, as the lines of a file or a pipe may be as long as they need."""
+    if not out.is_terminal:
+        out.width = max(out.width, out.measure(table, options=out.options.update(max_width=1000)).maximum)
+    out.print(table)
 
 
 def tell(note: str) -> None:

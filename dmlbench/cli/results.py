@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from dmlbench.cli.output import console
+from dmlbench.cli.output import console, print_table
 
 if TYPE_CHECKING:
     from dmlbench.kinds.base import Line, Sheet
@@ -36,7 +36,7 @@ def print_kind(tables: "Iterable[Sheet | Line]", out: Console) -> None:
         table = _table(shown.title, shown.names, shown.columns)
         for n, row in enumerate(shown.rows):
             table.add_row(*row, style="bold" if n in shown.bold else None)
-        out.print(table)
+        print_table(table, out)
 
 
 def print_findings(findings: Sequence[dict[str, Any]], out: Console) -> None:
@@ -54,7 +54,7 @@ def print_plan(work: list[dict[str, object]], which: str) -> None:
     for row in work:
         shown = [str(row[key] or "") for key in ("id", "optimizer", "eps", "queries", "steps")]
         table.add_row(*shown, _range(row), str(row["peak_mib"] or "–"))
-    console().print(table)
+    print_table(table, console())
 
 
 def _range(row: dict[str, Any]) -> str:
@@ -89,7 +89,7 @@ def print_evaluation(e: "Evaluation") -> None:
     shown = {metric.title: e.benign[name] for name, metric in CLEAN_METRICS.items() if name in e.benign}
     benign = _table("benign, %", (), shown)
     benign.add_row(*map(text_of, shown.values()))
-    out.print(benign)
+    print_table(benign, out)
 
     if attacked := adversary(e):
         what = "under attack" if kind.moved else "against"
@@ -108,10 +108,8 @@ def print_evaluation(e: "Evaluation") -> None:
             str(m.n),
             f"{m.seconds:.1f}",
         )
-    if not out.is_terminal:  # the lines of a file or a pipe may be as long as they need
-        out.width = max(out.width, out.measure(parts, options=out.options.update(max_width=1000)).maximum)
     if len(e.measurements) <= MOST_PARTS or kind.name not in e.extras:  # else the kind's own table says it shorter
-        out.print(parts)
+        print_table(parts, out)
     if kind.name in e.extras:
         print_kind(kind.tables(e.extras[kind.name]), out)
     if "audit" in e.extras:

@@ -38,7 +38,7 @@ from dmlbench.user_code import PREFIX, load_user_code
 
 __all__ = [
     "DATASETS",
-    "OWN",
+    "USER_DATASETS",
     "ArrayImages",
     "CachedImages",
     "DatasetEntry",
@@ -115,7 +115,7 @@ def _held(load: Callable[[str], RetrievalDataset]) -> Loader:
 
 
 def dataset_entry(name: str) -> DatasetEntry:
-    """The entry of an id, or of what :data:`OWN` reads; an unknown id gets a suggestion."""
+    """The entry of an id, or of what :data:`USER_DATASETS` reads; an unknown id gets a suggestion."""
     kind, colon, path = name.partition(":")
     if not colon:
         return DATASETS[name]
@@ -128,7 +128,7 @@ def dataset_entry(name: str) -> DatasetEntry:
 
 
 def load_dataset(name: str, split: str = "test", preprocess: Preprocess | None = None) -> RetrievalDataset:
-    """A data set by id, e.g. ``load_dataset("digits")``, or what :data:`OWN` reads: ``folder:PATH`` or ``csv:PATH``, or what
+    """A data set by id, e.g. ``load_dataset("digits")``, or what :data:`USER_DATASETS` reads: ``folder:PATH`` or ``csv:PATH``, or what
     ``python:FILE.py:FUNCTION`` gives, which runs that code.
 
     Args:

@@ -136,7 +136,7 @@ DEFENSES: Registry[DefenseEntry] = Registry(
         "est": DefenseEntry(est, "EST: the loss on images moved by embedding shift", _RANK, losses=(), outer=True),
         "act": DefenseEntry(act, "ACT: positive and negative drawn together", _RANK),
         "min-max": DefenseEntry(min_max, "Madry's min-max on the triplet loss (collapses)", _PGD),
-        "hm": DefenseEntry(hm, "HM[S,D]: hardness raised to a destination; with ICS where ics > 0", _HM),
+        "hm": DefenseEntry(hm, "HM: hardness raised to a destination; with ICS where ics > 0", _HM),
         "robust": DefenseEntry(
             robust, "robust training on one element of the triplet", _PANUM, losses=("triplet", "contrastive")
         ),

@@ -149,7 +149,8 @@ class Beginning:
     @staticmethod
     def of(subject: Subject, batch_size: int) -> "Beginning":
         """Of the first queries, in one batch with those that follow."""
-        return Beginning(subject[:ASKED], _gradient(subject[:batch_size])[:ASKED])
+        few = min(ASKED, batch_size)
+        return Beginning(subject[:few], _gradient(subject[:batch_size])[:few])
 
     def turned(self) -> float:
         """How far the gradient of these queries alone is from what it was, over the longer of the two."""

@@ -27,7 +27,6 @@ from dmlbench.models import open_model, probe_images
 from dmlbench.models.fetching import addresses, fetch, weights_path
 from dmlbench.models.published import IMAGENET_MEAN, IMAGENET_STD
 
-
 ROOT = Path(__file__).parents[1]
 
 

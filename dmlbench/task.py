@@ -178,9 +178,9 @@ class Task:
         if self.surrogate is not None and self.kind.run and self.chosen.runner:
             raise UsageError(f"protocol {rules.name!r} has no transfer: name attacks, such as WM@apgd, with --attacks")
         if self.dataset.pairs is not None and not (self.kind.pairs and self.chosen.runner):
-            raise UsageError(
-                f"--pairs does nothing under protocol {rules.name!r}, which verifies none as it is asked for"
-            )
+            why = "without the protocol's own run: add all to --attacks"
+            under = f"under protocol {rules.name!r}, which verifies no pairs"
+            raise UsageError(f"--pairs does nothing {why if self.kind.pairs else under}")
         if o.eot is not None and self.chosen.runner and "eot" in self.kind.unread:
             raise UsageError(f"--eot does nothing under protocol {rules.name!r}: nothing there averages passes")
         if self.kind.run and self.chosen.runner:

@@ -107,8 +107,20 @@ def test_the_headline_is_the_mean_over_the_fifteen(done) -> None:
 def test_where_nothing_can_be_found_the_stored_result_is_printed_all_the_same(model, tmp_path) -> None:
     alone = RetrievalDataset("alone", "test", TensorImages(torch.rand(4, 1, 8, 8)), np.arange(4))
     save(evaluate(model, alone, rules(severities=[1]), device="cpu"), tmp_path / "run")
-    sheet, line = record.tables(load(tmp_path / "run").extras["corruptions"])
-    assert {cell for row in sheet.rows for cell in row[1:]} == {"–"} and "–" in line.head
+    *sheets, line = record.tables(load(tmp_path / "run").extras["corruptions"])
+    assert {cell for sheet in sheets for row in sheet.rows for cell in row[1:]} == {"–"} and "–" in line.head
+
+
+def test_every_metric_is_printed_for_each_corruption_and_severity(done) -> None:
+    first, of_clean, precision, _ = record.tables(done.extras["corruptions"])
+    for name, c in CORRUPTIONS.items():
+        if c.colour:
+            continue
+        outcomes = [[np.mean(done.arrays[f"{name}@{s}/{key}"]) for s in (1, 5)] for key in ("value", "map_at_r")]
+        wanted = outcomes[0], np.divide(outcomes[0], done.benign["recall_at_1"] / 100), outcomes[1]
+        for sheet, values in zip((first, of_clean, precision), wanted, strict=True):
+            (row,) = (row for row in sheet.rows if row[0].split()[0] == name)
+            assert row[1:] == tuple(f"{value:.1f}" for value in (*values, np.mean(values)))
 
 
 def test_grey_pictures_have_no_colours_to_saturate() -> None:

@@ -10,6 +10,7 @@ from email.message import Message
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -25,6 +26,8 @@ from dmlbench.errors import DataError
 from dmlbench.models import open_model, probe_images
 from dmlbench.models.fetching import addresses, fetch, weights_path
 from dmlbench.models.published import IMAGENET_MEAN, IMAGENET_STD
+
+ROOT = Path(__file__).parents[1]
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -176,6 +179,15 @@ def test_a_file_of_any_address_may_lie_in_the_base_if_a_hash_tells_it(served, mo
     assert list(addresses(file)) == [file.url]
 
 
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Message, dict[str, str]]:
+    """A package without a checkout around it, whose metadata and files of metadata are those that are returned."""
+    monkeypatch.setattr("dmlbench.models.fetching.PACKAGE", tmp_path / "site-packages" / "dmlbench")
+    links, files = Message(), dict[str, str]()
+    found = SimpleNamespace(metadata=links, read_text=files.get)
+    monkeypatch.setattr("dmlbench.models.fetching.distribution", lambda _: found)
+    return links, files
+
+
 @pytest.mark.parametrize(
     "name", [n for n, c in checkpoints().items() if any((f.url or "")[:1] == "{" and not f.mirrors for f in c.files)]
 )
@@ -184,9 +196,7 @@ def test_an_installed_copy_fetches_from_its_source_or_says_which_file_it_lacks(
 ) -> None:
     monkeypatch.setenv("DMLBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DMLBENCH_CHECKPOINT_BASE", raising=False)
-    monkeypatch.setattr("dmlbench.models.fetching.PACKAGE", tmp_path / "site-packages" / "dmlbench")
-    links = Message()
-    monkeypatch.setattr("dmlbench.models.fetching.metadata", lambda _: links)
+    links, origin = installed(tmp_path, monkeypatch)
     with pytest.raises(DataError) as failed:
         weights_path(name, checkpoint(name))
     said = str(failed.value)
@@ -194,6 +204,14 @@ def test_an_installed_copy_fetches_from_its_source_or_says_which_file_it_lacks(
     links["Project-URL"] = "Issues, https://example.org/dmlbench/issues"
     links["Project-URL"] = "Source, https://example.org/dmlbench"
     expected = [f"https://example.org/dmlbench/raw/HEAD/checkpoints/{name}.safetensors"]
+    assert list(addresses(checkpoint(name).files[0])) == expected
+    checkout = tmp_path / "a checkout"
+    origin["direct_url.json"] = json.dumps({"url": checkout.as_uri(), "dir_info": {}})
+    assert list(addresses(checkpoint(name).files[0])) == expected  # it is gone
+    checkout.mkdir()
+    (checkout / "checkpoints").symlink_to(ROOT / "checkpoints")
+    assert weights_path(name, checkpoint(name))[0] == checkout / "checkpoints" / f"{name}.safetensors"
+    origin["direct_url.json"] = json.dumps({"url": "https://example.org/dmlbench.git", "vcs_info": {"vcs": "git"}})
     assert list(addresses(checkpoint(name).files[0])) == expected
 
 

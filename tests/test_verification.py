@@ -425,7 +425,7 @@ def test_a_run_of_a_file_as_a_user_types_it(typed, faces, tmp_path) -> None:
         ("probe,partner,same\nP_0_0001,P_0_0002,1\nP_0_0001,P_0_0003,1\n", "pictures of a single class"),
         ("probe,partner,same\nP_0_0001,P_0_0002,1\nP_1_0001,P_1_0003,1\n", "has no impostor pair"),
         ("probe,partner,same\nP_0_0001,P_1_0002,0\n", "has no genuine pair"),
-        (CSV.replace("P_0_0001,P_1_0002,0,0\n", "").replace("P_2_0001,P_3_0001,0,0\n", ""), "the threshold of fold 7 needs impostor pairs"),
+        (CSV.replace("P_0_0001,P_1_0002,0,0\n", "").replace("P_2_0001,P_3_0001,0,0\n", ""), "the pairs of the file: the threshold of fold 7 needs impostor pairs"),
     ],
 )  # fmt: skip
 def test_a_bad_file_ends_before_anything_is_computed(typed, faces, tmp_path, monkeypatch, text, words) -> None:
@@ -440,8 +440,9 @@ def test_a_bad_file_ends_before_anything_is_computed(typed, faces, tmp_path, mon
 def test_pairs_do_nothing_elsewhere(typed, faces, tmp_path) -> None:
     (tmp_path / "pairs.txt").write_text(LFW)
     base = ["evaluate", "--model", MODEL, "--dataset", faces, "--pairs", str(tmp_path / "pairs.txt")]
-    assert "--pairs does nothing" in typed(*base, "--protocol", "strict-fast", code=2).err
-    assert "--pairs does nothing" in typed(*base, "--protocol", "verification", "--attacks", "WM@pgd", code=2).err
+    assert "--pairs does nothing under protocol 'strict-fast'" in typed(*base, "--protocol", "strict-fast", code=2).err
+    named = typed(*base, "--protocol", "verification", "--attacks", "WM@pgd", code=2).err
+    assert "--pairs does nothing" in named and "add all to --attacks" in named
     assert "cannot be read" in typed(*base[:-1], "nowhere.txt", "--protocol", "verification", code=4).err
 
 

@@ -7,11 +7,12 @@ Where the registry has no whole sha256 of a file (its publisher says the first d
 that is fetched is trusted: its sha256 is stored with it and printed, and every later copy must have the same.
 """
 
+import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, metadata
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -30,8 +31,8 @@ PLACEHOLDER = "{base}/"
 def addresses(file: File) -> Iterator[str]:
     """Where to look, in order: the address, then the mirrors, ``{base}`` filled in.
 
-    ``{base}`` is what ``DMLBENCH_CHECKPOINT_BASE`` names, then the checkout's ``checkpoints`` folder, else that folder of the
-    repository that the installed release names as its source; an address with none of them is left out. A file of another
+    ``{base}`` is what ``DMLBENCH_CHECKPOINT_BASE`` names, then the ``checkpoints`` folder of the checkout that this is or was
+    installed from, else that folder of the repository that the installed release names as its source; an address with none of them is left out. A file of another
     address is looked for under what the variable names, too, by its last part, if the registry has a hash to tell it by.
     """
     named, ours = os.environ.get(BASE), _checkpoints()
@@ -46,13 +47,18 @@ def addresses(file: File) -> Iterator[str]:
 
 
 def _checkpoints() -> str | None:
-    """The repository's ``checkpoints`` folder: the checkout's, or its address where a release says it (``setup.py``)."""
+    """The repository's ``checkpoints`` folder: that of the checkout that this is or was installed from (which pip notes down,
+    PEP 610), or its address where a release says it (``setup.py``)."""
     if (folder := PACKAGE.parent / "checkpoints").is_dir():
         return str(folder)
     try:
-        links = metadata("dmlbench").get_all("Project-URL") or []
+        installed = distribution("dmlbench")
     except PackageNotFoundError:
         return None
+    origin = urlsplit(json.loads(installed.read_text("direct_url.json") or "{}").get("url", ""))
+    if origin.scheme == "file" and (folder := Path(url2pathname(origin.path)) / "checkpoints").is_dir():
+        return str(folder)
+    links = installed.metadata.get_all("Project-URL") or []
     source = next((link.removeprefix("Source, ") for link in links if link.startswith("Source, https://")), None)
     return source and f"{source}/raw/HEAD/checkpoints"
 

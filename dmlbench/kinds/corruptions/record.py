@@ -162,16 +162,22 @@ def check(p: Protocol) -> None:
 
 
 def tables(extras: dict[str, Any]) -> Iterator[Sheet | Line]:
-    """R@1 by corruption and severity, and the means."""
-    severities = list(dict.fromkeys(row["severity"] for row in extras["table"]))
-    rows = []
-    for name in dict.fromkeys(row["corruption"] for row in extras["table"]):
-        rows_of_name = [row for row in extras["table"] if row["corruption"] == name]
-        title = f"{name} (extra)" if rows_of_name[0]["extra"] else name
-        values = [row["recall_at_1"] for row in rows_of_name]
-        rows.append((title, *map(text_of, values), text_of(None if None in values else float(np.mean(values)))))
-    columns = (*(f"severity {s}" for s in severities), "mean")
-    yield Sheet("R@1 under corruptions, %", ("corruption",), columns, tuple(rows))
+    """R@1, what that is of the clean R@1, and MAP@R by corruption and severity; the means."""
+    clean = extras["clean"]["recall_at_1"]
+    table = [
+        row | {"retained": 100.0 * row["recall_at_1"] / clean if clean and row["recall_at_1"] is not None else None}
+        for row in extras["table"]
+    ]
+    columns = (*(f"severity {s}" for s in dict.fromkeys(row["severity"] for row in table)), "mean")
+    titles = {"recall_at_1": "R@1 under corruptions, %", "retained": "of the clean R@1, %", "map_at_r": "MAP@R, %"}
+    for key, title in titles.items():
+        rows = []
+        for name in dict.fromkeys(row["corruption"] for row in table):
+            of_name = [row for row in table if row["corruption"] == name]
+            values = [row[key] for row in of_name]
+            mean = None if None in values else float(np.mean(values))
+            rows.append((f"{name} (extra)" if of_name[0]["extra"] else name, *map(text_of, [*values, mean])))
+        yield Sheet(title, ("corruption",), columns, tuple(rows))
     yield Line(
         f"of clean {text_of(extras['clean']['recall_at_1'])}: {text_of(extras['retention'])} % retained. "
         f"MAP@R {text_of(extras['mean']['map_at_r'])} (clean {text_of(extras['clean']['map_at_r'])}). "

@@ -98,7 +98,7 @@ def drawn(dataset: RetrievalDataset, rules: Protocol, seed: int) -> Drawn:
         genuine = dataset.labels[dataset.query[positions]] == dataset.labels[pairs.partner[positions]]
         partner = np.stack([np.where(genuine, named, -1), np.where(genuine, -1, named)], axis=1)
     pairs_drawn = Drawn(partner, np.where(partner[:, 1] >= 0, partner[:, 1], other), fold)
-    _require_thresholds(pairs_drawn, called, dataset.name)
+    _require_thresholds(pairs_drawn, called, f"data set {dataset.name!r}" if pairs is None else "the pairs of the file")
     return pairs_drawn
 
 
@@ -120,17 +120,18 @@ def _one_of(choice: Bool[Tensor, "b N"], rng: Rng) -> Int[Tensor, " b"]:
     return torch.where(count > 0, (choice.long().cumsum(1) == place[:, None] + 1).long().argmax(1), -1)
 
 
-def _require_thresholds(pairs: Drawn, called: np.ndarray, name: str) -> None:
-    """Raise unless the folds other than each one that has pairs hold genuine and impostor pairs; ``called`` are the user's numbers of folds."""
+def _require_thresholds(pairs: Drawn, called: np.ndarray, where: str) -> None:
+    """Raise unless the folds other than each one that has pairs hold genuine and impostor pairs; ``called`` are the user's numbers of folds,
+    ``where`` says what has the pairs."""
     there = pairs.partner >= 0
     used = np.unique(pairs.fold[there.any(1)])
     for fold in used:
         for side, kind in enumerate(("genuine", "impostor")):
             if not there[pairs.fold != fold, side].any():
-                text = f"data set {name!r}: the threshold of fold {called[fold]} needs {kind} pairs in other folds, and there are none"
+                text = f"{where}: the threshold of fold {called[fold]} needs {kind} pairs in other folds, and there are none"
                 raise UsageError(text)
     if not len(used):
-        raise UsageError(f"data set {name!r} has no pair to verify")
+        raise UsageError(f"{where}: there is no pair to verify")
 
 
 def threshold(distance: Float[np.ndarray, " n"], genuine: Bool[np.ndarray, " n"], far: float | None = None) -> float:

@@ -17,6 +17,10 @@ class UsageError(DmlbenchError):
     """The request itself is wrong: an unknown name, an option out of range. Exit code 2."""
 
 
+class NoSplit(UsageError):
+    """A data set of the user's own has the other split alone."""
+
+
 class NotComparable(DmlbenchError):
     """Two results cannot be set side by side (other protocol, data set, queries). Exit code 3."""
 

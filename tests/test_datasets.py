@@ -407,9 +407,8 @@ def test_a_csv_with_boxes(tmp_path: Path, root: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (["label,path,split"], "no column is_query, is_gallery"),
+        (["label,path,split", "1,0.png,test"], "no column is_query, is_gallery"),
         (["label,path,split,is_query,is_gallery", "1,0.png,dev,1,1"], "line 2: split 'dev'"),
-        (["label,path,split,is_query,is_gallery", "1,0.png,train,,"], "no row of the test split"),
         (["label,path,split,is_query,is_gallery", "1,,test,1,1"], "line 2: path is empty"),
         (["label,path,split,is_query,is_gallery", "1,0.png,test,maybe,1"], "line 2: is_query 'maybe'"),
         (["label,path,split,is_query,is_gallery", "1,0.png,test,1,0"], "marks no gallery row"),
@@ -638,9 +637,44 @@ def test_what_a_csv_is_forgiven(tmp_path: Path, root: Path) -> None:
     assert [r.split for r in verify(f"csv:{file}")] == ["test"] and verify(f"csv:{file}")[0].complete
     with pytest.raises(UsageError, match="no row of the train split"):
         load_dataset(f"csv:{file}", "train")
+    with pytest.raises(UsageError, match="no row of the test split"):
+        load_dataset(f"csv:{csv(tmp_path / 'learn.csv', 'label,path,split', '0,0.png,train')}")
     only = csv(tmp_path / "junk.csv", "label,path,split,is_query,is_gallery", "-1,0.png,test,1,1")
     with pytest.raises(DataError, match="only junk"):
         load_dataset(f"csv:{only}")
+
+
+def test_a_part_to_learn_from_alone_is_whole(tmp_path: Path, root: Path) -> None:
+    class_tree(tmp_path / "a", parts=("train",))
+    class_tree(tmp_path / "b", parts=("query", "train"))
+    learn = csv(rows_of(tmp_path / "c").with_name("learn.csv"), "label,path,split", "0,0.png,train", "1,1.png,train")
+    for name in (f"folder:{tmp_path / 'a'}", f"csv:{learn}"):
+        (report,) = verify(name)
+        assert report.split == "train" and report.complete and "the test split" in report.notes[-1]
+    with pytest.raises(UsageError, match="nothing for the test split"):  # queries without a gallery are a slip
+        verify(f"folder:{tmp_path / 'b'}")
+
+
+def test_a_csv_as_spreadsheets_write_it(tmp_path: Path, root: Path) -> None:
+    file = rows_of(tmp_path / "mine")
+    plain, text = load_dataset(f"csv:{file}", preprocess=SMALL), file.read_text()
+    for encoding in ("utf-16", "utf-8-sig"):
+        file.write_text(text, encoding=encoding)
+        got = load_dataset(f"csv:{file}", preprocess=SMALL)
+        assert got.labels.tolist() == plain.labels.tolist() and got.class_names == plain.class_names
+    for mark in ";\t":
+        file.write_text(text.replace(",", mark))
+        with pytest.raises(DataError, match="not by commas"):
+            load_dataset(f"csv:{file}", preprocess=SMALL)
+
+
+def test_a_class_folder_without_a_file_is_named(tmp_path: Path, root: Path) -> None:
+    tree = class_tree(tmp_path / "mine", classes=2)
+    (tree / "failed").mkdir()
+    (tree / "hidden").mkdir()
+    (tree / "hidden" / ".DS_Store").touch()
+    got = load_dataset(f"folder:{tree}", preprocess=SMALL)
+    assert got.class_names == ["class0", "class1"] and any("failed, hidden" in note for note in got.notes)
 
 
 def test_a_folder_of_people_by_camera(tmp_path: Path, root: Path) -> None:

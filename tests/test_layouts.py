@@ -2,14 +2,20 @@
 
 import argparse
 import collections
+import configparser
 import datetime
 import functools
 import hashlib
+import itertools
 import json
+import math
+import operator
+import optparse
 import os
 import pickle
 import re
 import sys
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +108,9 @@ HARMLESS = {
     "config": Config(),
     "options": Options(a=1, b=Options(c=2)),
     "log": Log([1, 2]),
+    "constants": (..., NotImplemented),
+    "functions": (torch.relu, "a".join, len, math.sqrt, operator.itemgetter(0), iter([1])),
+    "settings": (optparse.Values({"lr": 0.1}), configparser.ConfigParser(), time.gmtime(0), itertools.count()),
 }
 
 

@@ -101,6 +101,9 @@ def test_the_list_says_what_a_person_looks_for(typed) -> None:
     section = lines[lines.index("trained on cub:") :]
     row = next(line for line in section if line.startswith("oml-vits16-cub"))
     assert row.split() == ["oml-vits16-cub", "ViT-S/16", "22M", "83.7"]
+    elsewhere = next(line for line in lines if line.startswith("mobilefacenet")).split()
+    assert elsewhere[:3] == ["mobilefacenet", "mobilefacenet", "1.0M"] and float(elsewhere[3].removesuffix("*")) > 95
+    assert lines[-2].startswith("* claimed on ") and "measured on grocery or lfw" in lines[-2]
     ours = next(line for line in lines if line.startswith("digits-smallcnn-triplet-none")).split()
     assert ours[1:3] == ["smallcnn", "40k"] and float(ours[3]) == 88.8
     assert "mnist-conv3-triplet-act " not in text and "mnist-conv3-triplet-act " in typed("models", "list", "--all").out

@@ -27,7 +27,7 @@ def models() -> None:
 def list_models(trained_on: str | None, everything: bool, as_json: bool) -> None:
     """Every registered model: its family and size, what it was trained on, R@1 as claimed and as measured.
 
-    R@1, in percent, is of clean pictures of the data set that the model was trained on, else of the first one stated.
+    R@1, in percent, is of clean pictures of the data set that the model was trained on, else (*) of another one.
     """
     measured = _measured()
     items: list[dict[str, Any]] = [
@@ -36,9 +36,10 @@ def list_models(trained_on: str | None, everything: bool, as_json: bool) -> None
             "family": c.family,
             "size": _size(c.arch.n_params),
             "trained on": c.dataset.name,
-            "claimed": _claimed(c)[0],
-            "claimed on": _claimed(c)[1],
-            "measured": measured.get((name, c.dataset.name)),
+            "claimed": (claimed := _chosen(_claimed(c), c.dataset.name))[0],
+            "claimed on": claimed[1],
+            "measured": (found := _chosen(measured.get(name, {}), c.dataset.name))[0],
+            "measured on": found[1],
             "loss": c.train.loss,
             "defense": c.defense.name,
             "status": c.status,
@@ -55,7 +56,7 @@ def list_models(trained_on: str | None, everything: bool, as_json: bool) -> None
         print_list(items, (), as_json)
         return
     columns = ("id", "family", "size", "claimed", "measured")
-    rows = [[i["id"], i["family"], i["size"] or "", _elsewhere(i), _percent(i["measured"])] for i in items]
+    rows = [[i["id"], i["family"], i["size"] or "", *(_elsewhere(i, c) for c in columns[3:])] for i in items]
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -68,8 +69,10 @@ def list_models(trained_on: str | None, everything: bool, as_json: bool) -> None
         for item, row in zip(items, rows, strict=True):
             if item["trained on"] == data:
                 click.echo(line(row))
-    if others := sorted({i["claimed on"] for i in items if _elsewhere(i).endswith("*")}):
-        click.echo(f"* on {', '.join(others)}; dmlbench models show ID lists every claim")
+    others = {c: sorted({i[f"{c} on"] for i in items if _elsewhere(i, c).endswith("*")}) for c in columns[3:]}
+    if any(others.values()):
+        text = ", ".join(f"{column} on {' or '.join(data)}" for column, data in others.items() if data)
+        click.echo(f"* {text}\ndmlbench models show ID lists every claim")
 
 
 def _size(count: int | None) -> str | None:
@@ -85,30 +88,36 @@ def _size(count: int | None) -> str | None:
     )
 
 
-def _elsewhere(item: Mapping[str, Any]) -> str:
-    """The claimed R@1, marked where it is of another data set than the model was trained on."""
-    return _percent(item["claimed"]) + ("*" if item["claimed on"] not in (None, item["trained on"]) else "")
+def _elsewhere(item: Mapping[str, Any], column: str) -> str:
+    """R@1 claimed or measured, marked where it is of another data set than the model was trained on."""
+    if item[column] is None:
+        return ""
+    return f"{item[column]:.1f}" + ("*" if item[f"{column} on"] != item["trained on"] else "")
 
 
-def _percent(value: object) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else ""
+def _chosen(recalls: Mapping[str, float], trained_on: str) -> tuple[float | None, str | None]:
+    """Of R@1 by data set that of the one trained on, else the first, and which data set that is."""
+    dataset = trained_on if trained_on in recalls else next(iter(recalls), None)
+    return (None, None) if dataset is None else (recalls[dataset], dataset)
 
 
-def _claimed(entry: Checkpoint) -> tuple[float | None, str | None]:
-    """R@1 on clean pictures as somebody else states it, percent, and on which data set."""
-    stated = [(c.value, c.dataset or entry.dataset.name) for c in entry.claims if c.metric == "recall_at_1"]
-    of_dataset = [claim for claim in stated if claim[1] == entry.dataset.name]
-    return next(iter((*of_dataset, *stated)), (None, None))
+def _claimed(entry: Checkpoint) -> dict[str, float]:
+    """R@1 on clean pictures by data set as somebody else states it, percent."""
+    recalls: dict[str, float] = {}
+    for claim in entry.claims:
+        if claim.metric == "recall_at_1":
+            recalls.setdefault(claim.dataset or entry.dataset.name, claim.value)
+    return recalls
 
 
-def _measured() -> dict[tuple[str, str], float]:
-    """R@1 on clean pictures by (model, data set) as the boards have it, percent; the boards of an attack on it alike."""
-    recalls: dict[tuple[str, str], float] = {}
+def _measured() -> dict[str, dict[str, float]]:
+    """R@1 on clean pictures by model and data set as the boards have it, percent; the boards of an attack on it alike."""
+    recalls: dict[str, dict[str, float]] = {}
     for path in sorted(packaged("leaderboard").glob("*/*.csv")):
         with path.open(encoding="utf-8", newline="") as stream:
             for row in csv.DictReader(stream):
                 if row.get("recall_at_1") and row.get("status") != "claimed":
-                    recalls.setdefault((row["model"], row["dataset"]), float(row["recall_at_1"]))
+                    recalls.setdefault(row["model"], {}).setdefault(row["dataset"], float(row["recall_at_1"]))
     return recalls
 
 

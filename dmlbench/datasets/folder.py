@@ -22,7 +22,7 @@ from PIL import Image
 from dmlbench.datasets.base import JUNK, RetrievalDataset, numbered
 from dmlbench.datasets.cache import CachedImages
 from dmlbench.datasets.pictures import Files, shown
-from dmlbench.errors import DataError, UsageError
+from dmlbench.errors import DataError, NoSplit, UsageError
 from dmlbench.preprocess import Preprocess
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jpe", ".jp2")
@@ -63,7 +63,7 @@ def class_folder(path: str, split: str, preprocess: Preprocess) -> RetrievalData
     """The pictures of a folder of class folders; a class is a folder, its name the folder's.
 
     Raises:
-        UsageError: PATH is no folder, or has no such split.
+        UsageError: PATH is no folder, or has no such split (NoSplit where it has nothing for it).
         DataError: it holds no pictures in class folders, or none that can be read in one of them.
     """
     named = Path(path).expanduser()
@@ -82,9 +82,8 @@ def class_folder(path: str, split: str, preprocess: Preprocess) -> RetrievalData
     apart: list[str] = [part for part in ("query", "gallery") if part in here]
     parts_read = ["train"] if split == "train" else apart or ["test"]
     if parts and (not set(parts_read) & here or parts_read in (["query"], ["gallery"])):
-        raise UsageError(
-            f"folder:{path} has {', '.join(shown(f.name) for _, f in parts)}, but nothing for the {split} split"
-        )
+        kind = UsageError if set(parts_read) & here else NoSplit
+        raise kind(f"folder:{path} has {', '.join(shown(f.name) for _, f in parts)}, but nothing for the {split} split")
     if not parts and split == "train":
         raise UsageError(
             f"folder:{path} has no folder 'train': all its classes are the test split; the classes to learn belong into "
@@ -233,6 +232,7 @@ def _gather(root: Path, part: str, top: Path, listing: Listing) -> None:
         listing.notes.append(f"{loose:,} pictures right in {shown(top)} are in no class folder and passed over")
     right_in = deeper = 0
     above = tuple(map(str, (top.resolve(), *top.resolve().parents)))
+    empty = []
     for folder in _folders(top):
         before, passed = len(listing.pictures), Counter[str]()
         for file in _files(folder, above, listing):
@@ -245,6 +245,9 @@ def _gather(root: Path, part: str, top: Path, listing: Listing) -> None:
         if len(listing.pictures) == before and passed:
             counts = ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(passed.items()))
             raise DataError(f"class folder {shown(folder)} holds no picture that can be read here: {counts}")
+        if len(listing.pictures) == before:
+            empty.append(shown(folder.name))
+    _note(listing, f"folders without a file in {shown(top)}, no classes", empty)
     if deeper and not right_in:
         listing.notes.append(
             f"no picture lies right in a class folder: classes are the {len(_folders(top))} folders in {shown(top)}, "

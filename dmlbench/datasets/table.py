@@ -7,6 +7,7 @@ Rows of one ``sequence`` do not count for each other, and neither do rows of one
 none. A camera may be called ``camid``, ``cam_id`` or ``camera_id`` too. The label -1 is junk, which is left out. Any other column is ignored, with a note.
 """
 
+import codecs
 import os
 import re
 from pathlib import Path
@@ -18,7 +19,7 @@ from dmlbench.datasets.base import RetrievalDataset, numbered
 from dmlbench.datasets.cache import CachedImages
 from dmlbench.datasets.folder import one_name
 from dmlbench.datasets.pictures import Files, shown
-from dmlbench.errors import DataError, UsageError
+from dmlbench.errors import DataError, NoSplit, UsageError
 from dmlbench.preprocess import Preprocess
 
 _SPLITS = {"train": ("train",), "test": ("validation", "test", "val")}
@@ -40,15 +41,18 @@ def table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
     """The rows of the split; a class is a distinct value of ``label``.
 
     Raises:
-        UsageError: PATH is no file, or has no training rows.
+        UsageError: PATH is no file.
+        NoSplit: it has no row of this split.
         DataError: a column, a value or a picture is missing or cannot be understood; the row is named.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise UsageError(f"csv:{path} is not a file")
     try:
+        with file.open("rb") as stream:
+            encoding = "utf-16" if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8"
         rows = pd.read_csv(
-            file, dtype=str, keep_default_na=False, encoding="utf-8", encoding_errors="surrogateescape", skip_blank_lines=False
+            file, dtype=str, keep_default_na=False, encoding=encoding, encoding_errors="surrogateescape", skip_blank_lines=False
         )  # fmt: skip
     except (ValueError, OSError) as error:
         raise DataError(f"{shown(file)} is not a readable CSV: {error}") from None
@@ -57,9 +61,9 @@ def table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
     rows = rows[(rows != "").any(axis=1)]
     if "camera" not in rows.columns and (named := next((c for c in _CAMERA if c in rows.columns), None)):
         rows = rows.rename(columns={named: "camera"})
-    required = ["label", "path", "split"] + (["is_query", "is_gallery"] if split == "test" else [])
-    if lacking := [c for c in required if c not in rows.columns]:
-        raise DataError(f"{shown(file)} has no column {', '.join(lacking)}; it has {', '.join(map(str, rows.columns))}")
+    if len(rows.columns) == 1 and (mark := re.search("[;\t|]", str(rows.columns[0]))):
+        raise DataError(f"{shown(file)} has its cells separated by {mark[0]!r}, not by commas")
+    _need(rows, ("label", "path", "split"), file)
     known = {s for group in _SPLITS.values() for s in group}
     strange = rows.index[~rows["split"].isin(known)]
     if len(strange):
@@ -68,8 +72,9 @@ def table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
         )
     rows = rows[rows["split"].isin(_SPLITS[split])]
     if rows.empty:
-        kind = UsageError if split == "train" else DataError
-        raise kind(f"{shown(file)} has no row of the {split} split")
+        raise NoSplit(f"{shown(file)} has no row of the {split} split")
+    if split == "test":
+        _need(rows, ("is_query", "is_gallery"), file)
     notes = []
     if strange := [str(column) for column in rows.columns if column not in _KNOWN]:
         notes.append(f"columns that are not used: {', '.join(map(shown, strange))}")
@@ -112,6 +117,11 @@ def table(path: str, split: str, preprocess: Preprocess) -> RetrievalDataset:
         groups=_groups(rows, labels, notes),
         notes=notes,
     )
+
+
+def _need(rows: pd.DataFrame, columns: tuple[str, ...], file: Path) -> None:
+    if lacking := [c for c in columns if c not in rows.columns]:
+        raise DataError(f"{shown(file)} has no column {', '.join(lacking)}; it has {', '.join(map(str, rows.columns))}")
 
 
 def _slashes(path: str, root: Path) -> str:

@@ -1,6 +1,6 @@
 """Is a data set whole? Counts against the published ones, and every image decoded."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from dmlbench.datasets.base import Counts, counts_of
 from dmlbench.datasets.cache import Progress
 from dmlbench.datasets.pictures import Files, Undecodable, each
 from dmlbench.datasets.remarks import remarks
-from dmlbench.errors import DataError, UsageError
+from dmlbench.errors import DataError, NoSplit, UsageError
 from dmlbench.preprocess import Preprocess
 
 
@@ -41,7 +41,7 @@ class SplitReport:
 
 
 def verify(name: str, progress: Progress = lambda done, total: None) -> list[SplitReport]:
-    """Both splits of a data set; a user's own may lack the training split.
+    """Both splits of a data set; a user's own may lack one of them.
 
     Raises:
         UsageError: no such data set, or nothing in it.
@@ -54,9 +54,12 @@ def verify(name: str, progress: Progress = lambda done, total: None) -> list[Spl
         except DataError as error:
             reports.append(SplitReport(split, expected=entry.counts.get(split), problem=str(error)))
             continue
-        except UsageError:
-            if split == "test" or split in entry.counts:
+        except UsageError as error:
+            alone = bool(reports) and isinstance(error, NoSplit)
+            if (split == "test" and not alone) or split in entry.counts:
                 raise
+            if alone:
+                reports[-1] = replace(reports[-1], notes=(*reports[-1].notes, f"{error}: to learn from alone"))
             continue
         if ":" in name and split == "train" and not len(dataset):
             continue

@@ -30,10 +30,16 @@ from dmlbench.errors import DataError
 from dmlbench.files import first_line
 
 _DATA_MODULES = (
-    "_codecs", "argparse", "array", "collections", "copyreg", "datetime", "decimal", "enum", "fractions", "functools",
-    "ipaddress", "logging", "pathlib", "random", "re", "typing", "uuid", "zoneinfo",
+    "_codecs", "argparse", "array", "cmath", "collections", "configparser", "copyreg", "dataclasses", "datetime", "decimal",
+    "enum", "fractions", "functools", "ipaddress", "itertools", "json", "logging", "math", "numbers", "operator", "optparse",
+    "pathlib", "random", "re", "string", "time", "typing", "uuid", "zoneinfo",
 )  # fmt: skip
 """Of Python itself: what they define are values (or, as a logger, nothing that a number needs)."""
+_DATA_BUILTINS = (
+    "Ellipsis", "NotImplemented", "abs", "all", "any", "getattr", "iter", "len", "max", "min", "repr", "round", "sorted",
+    "sum",
+)  # fmt: skip
+"""Constants and functions that a configuration names; ``getattr`` is how pickle writes a method, ``torch.relu`` too."""
 _MOST_TYPES = 100
 """Types of other packages in one file."""
 _MOST_STEPS = 3_000_000
@@ -98,10 +104,10 @@ def _numpy_types() -> list[tuple[Any, str]]:
 
 
 def _runs_code(name: str) -> bool:
-    """Whether a name that a file refers to belongs to Python itself and is no plain type of value."""
-    module = name.partition(".")[0]
+    """Whether a name that a file refers to belongs to Python itself and neither is nor makes a plain value."""
+    module, _, rest = name.partition(".")
     if module == "builtins":
-        return not isinstance(getattr(builtins, name.removeprefix("builtins."), None), type)
+        return rest not in _DATA_BUILTINS and not isinstance(getattr(builtins, rest, None), type)
     return module in sys.stdlib_module_names and module not in _DATA_MODULES and name != "types.SimpleNamespace"
 
 

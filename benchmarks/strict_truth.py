@@ -333,6 +333,17 @@ def absorb(bench: Bench, cell: Cell, threat: Threat, q: Tensor, found: Found) ->
             cell.by[position], cell.images[position] = cell.search, found.images[i].cpu().numpy()
 
 
+def held(about: dict[str, Any], broken: int) -> bool | None:
+    """Does the bound hold, which is of all queries of the run? None where too few of them were attacked to tell, or none is stated.
+    Cells that earlier versions wrote do not know how many those are."""
+    bound, of = about["bound"], about.get("of")
+    if bound is None or of is None:
+        return None
+    if 100.0 * broken / max(1, of) > bound:
+        return False
+    return True if about["counted"] == of else None
+
+
 def row_of(cell: Cell) -> dict[str, Any]:
     """What the table says of a cell."""
     about, survivors, broken = cell.about, int(cell.survivors.sum()), int((cell.by >= 0).sum())
@@ -347,7 +358,7 @@ def row_of(cell: Cell) -> dict[str, Any]:
         "broken_by": {name: count for name, count in by.items() if count},
         "strict": 100.0 * survivors / counted,
         "truth": 100.0 * (survivors - broken) / counted,
-        "bound_holds": None if about["bound"] is None else 100.0 * broken / counted <= about["bound"],
+        "bound_holds": held(about, broken),
         "passes": {s.name: int(n) for s, n in zip(SEARCHES, cell.passes, strict=True)},
         "gradients": [about["spent"], gradients / max(1, survivors)],
         "refused": cell.refused,
@@ -357,7 +368,8 @@ def row_of(cell: Cell) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; "gradients" are the run's for each query that a step attacked and this script's for each survivor."""
+    """Markdown; "gradients" are the run's for each query that a step attacked and this script's for each survivor. A bound is "open"
+    where it is of more queries than were attacked, and these do not refute it."""
     head = (
         "| model | eps | queries | right | survivors | broken | by | % of right | R@1 strict → truth | stated: at most "
     )
@@ -365,7 +377,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [head, "|" + " --- |" * (head.count("|") - 1)]
     for r in rows:
         by = ", ".join(f"{name} {count}" for name, count in r["broken_by"].items()) or "–"
-        bound = "–" if r["bound"] is None else f"{r['bound']:.1f} {'holds' if r['bound_holds'] else '**fails**'}"
+        word = {True: "holds", False: "**fails**", None: "open"}[r["bound_holds"]]
+        bound = "–" if r["bound"] is None else f"{r['bound']:.1f} {word}"
         share = f"{r['share_of_right']:.2f}" + ("" if r["finished"] else " so far")
         cells = [r["model"], r["eps"], r["queries"], r["right"], r["survivors"], r["broken"], by, share]
         cells += [f"{r['strict']:.1f} → {r['truth']:.1f}", bound]
@@ -443,6 +456,7 @@ def verified(run: Evaluation, options: argparse.Namespace) -> None:
             "eps": eps,
             "queries": len(rows),
             "counted": int((~np.isnan(clean)).sum()),
+            "of": int((~np.isnan(run.arrays["benign/recall_at_1"])).sum()),
             "right": int((clean == 100).sum()),
             "bound": stated.get("missed_at_most"),
             "spent": sum(step["gradients"] / max(1, step["attacked"]) for step in stated.get("steps", ())),

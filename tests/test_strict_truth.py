@@ -225,6 +225,26 @@ def test_false_claims_are_found_and_true_ones_left(claims, quick, tmp_path, caps
     assert said == (tmp_path / "strict_truth.md").read_text() and "**fails**" in said
 
 
+@pytest.mark.parametrize(("broken", "holds", "word"), [(0, None, "open"), (1, None, "open"), (2, False, "**fails**")])
+def test_a_bound_is_of_all_queries_of_the_run(broken, holds, word) -> None:
+    few = {"bound": 1.0, "counted": 10, "of": 100}
+    assert strict_truth.held(few, broken) is holds
+    assert strict_truth.held(few | {"counted": 100}, broken) is (broken < 2)
+    assert strict_truth.held(few | {"bound": None}, broken) is None
+    assert strict_truth.held({"bound": 1.0, "counted": 10}, broken) is None
+    about = (
+        few
+        | dict.fromkeys(("model", "dataset", "protocol", "eps", "effort"), "x")
+        | {"queries": 10, "right": 10, "spent": 1}
+    )
+    by = np.array([0] * broken + [-1] * (10 - broken))
+    passes = np.zeros(len(strict_truth.SEARCHES), dtype=np.int64)
+    cell = strict_truth.Cell(
+        about, np.ones(10, bool), by, {}, np.zeros(10), 0, 0, np.zeros(0, dtype=np.int64), passes, 0, 0.0
+    )
+    assert f"| 1.0 {word} |" in strict_truth.table([strict_truth.row_of(cell)])
+
+
 def test_a_defended_model_falls_to_images_of_the_undefended_one(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(strict_truth, "SEARCHES", [search for search in QUICK if search.kind == "undefended"])
     run = claiming(f"defended:bits(3,naive):{MODEL}", tmp_path / "run")

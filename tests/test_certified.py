@@ -224,6 +224,15 @@ def test_the_fewest_samples_are_those_that_prove_anything(alpha, queries) -> Non
     assert largest(0.25, least, alpha, queries) > 0
 
 
+def test_a_radius_that_the_samples_cannot_prove_is_refused_before_the_run(digits) -> None:
+    most = largest(0.25, 200, 0.9, 24)
+    record.require(rules(radius=0.99 * most), digits, 0)
+    with pytest.raises(
+        UsageError, match=r"radius 0\.\d+ is beyond what 200 samples at sigma 0\.25 can prove of 24 queries"
+    ):
+        record.require(rules(radius=most), digits, 0)
+
+
 def test_a_change_as_long_as_the_radius_is_not_certified() -> None:
     """It may bring about a tie, which is wrong; and a margin of 0 is one."""
     radius = np.array([0.5, np.nextafter(0.5, 1), np.nextafter(0.5, 0), np.inf, 0.0, np.nan])

@@ -34,7 +34,7 @@ from dmlbench.kinds.base import (
     text_of,
 )
 from dmlbench.kinds.certified import lipschitz
-from dmlbench.kinds.certified.bound import fewest
+from dmlbench.kinds.certified.bound import fewest, largest
 from dmlbench.kinds.certified.measure import (
     CLEAN,
     LENGTH,
@@ -221,7 +221,7 @@ def check(p: Protocol) -> None:
 
 
 def require(rules: Protocol, dataset: RetrievalDataset, seed: int) -> None:
-    """That there are samples enough for a certificate.
+    """That there are samples enough for a certificate, and for the radius that models are ranked at.
 
     Raises:
         UsageError: there are not.
@@ -232,6 +232,12 @@ def require(rules: Protocol, dataset: RetrievalDataset, seed: int) -> None:
         raise UsageError(
             f"[settings] samples {settings.samples} prove nothing of {queries} queries at alpha {settings.alpha:g}: it takes "
             f"{least} at the least, and far more for radii of use"
+        )
+    most = largest(settings.sigma, settings.samples, settings.alpha, queries)
+    if settings.radius >= most:
+        raise UsageError(
+            f"[settings] radius {settings.radius:g} is beyond what {settings.samples} samples at sigma {settings.sigma:g} can prove "
+            f"of {queries} queries: {written(most, 'l2')} at the most"
         )
 
 

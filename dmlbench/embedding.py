@@ -195,7 +195,7 @@ class Embedder(nn.Module):
         """As of any module; but no part stays in training mode after :meth:`eval`, whatever its own ``train`` does."""
         super().train(mode)
         for part in () if mode else self.modules():
-            if part.training:
+            if trains(part):
                 part.training = False
         return self
 
@@ -289,12 +289,18 @@ class Embedder(nn.Module):
 @contextmanager
 def modes_kept(*modules: object) -> Iterator[None]:
     """Within it modules may be put into eval mode; after it each of their parts is in the mode that it had."""
-    before = [(part, part.training) for module in modules if isinstance(module, nn.Module) for part in module.modules()]
+    parts = [part for module in modules if isinstance(module, nn.Module) for part in module.modules()]
+    before = [(part, part.training) for part in parts if hasattr(part, "training")]
     try:
         yield
     finally:
         for part, mode in before:
             part.training = mode
+
+
+def trains(part: nn.Module) -> bool:
+    """Is it in training mode? A script that was frozen (torch.jit.freeze) has no modes."""
+    return getattr(part, "training", False)
 
 
 def _image_shape(given: Iterable[int]) -> tuple[int, int, int]:

@@ -927,13 +927,19 @@ def test_networks_that_do_not_copy_are_attacked_as_they_are() -> None:
     locked.net.load_state_dict(plain.state_dict())
     images = probe_images((1, 8, 8), 2)
     traced = torch.jit.trace(plain, images)
-    for module in (traced, locked, torch.jit.script(plain)):
+    for module in (traced, locked, torch.jit.script(plain), torch.jit.freeze(torch.jit.script(plain.eval()))):
         twin = load_model(module, input_shape=(1, 8, 8)).frozen()
         x = images.clone().requires_grad_()
         twin(x)[:, 0].sum().backward()
         expected = images.clone().requires_grad_()
         nn.functional.normalize(plain(expected), dim=1)[:, 0].sum().backward()
         torch.testing.assert_close(x.grad, expected.grad)
+
+
+def test_a_program_of_one_mode_is_refused() -> None:
+    program = torch.export.export(nn.Flatten(), (torch.zeros(2, 1, 8, 8),)).module()
+    with pytest.raises(DataError, match="cannot be put into eval mode"):
+        load_model(program, input_shape=(1, 8, 8))
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"])

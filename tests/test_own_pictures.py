@@ -254,6 +254,7 @@ def test_published_weights_are_asked_for_by_their_network(photos: Path, monkeypa
     ("changes", "error", "message"),
     [
         ({"arch": "resnet18"}, UsageError, "did you mean 'timm:resnet18'"),
+        ({"arch": "qqq"}, UsageError, "known: smallcnn, .*, timm:NAME, torchvision:NAME"),
         ({"arch": "tim:resnet18"}, UsageError, "did you mean 'timm'"),
         ({"arch": "timm:resnet81"}, UsageError, "timm has no model 'resnet81'"),
         ({"dataset": "foldr:x"}, UsageError, "did you mean 'folder'"),

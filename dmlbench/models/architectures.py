@@ -316,8 +316,10 @@ def require_known(builder: str) -> None:
         )
     if not colon and builder not in ARCHITECTURES and (also := known_as(builder)):
         raise UsageError(f"unknown architecture {builder!r}; did you mean {also!r}?")
-    if not colon:
-        ARCHITECTURES[builder]
+    if not colon and builder not in ARCHITECTURES:
+        raise UsageError(
+            f"unknown architecture {builder!r}{suggest(builder, [*ARCHITECTURES, *(f'{lib}:NAME' for lib in LIBRARIES)])}"
+        )
 
 
 def sized(built: Built, size: tuple[int, int]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmlbench.embedding import STEADY, Embedder, disagreement
+from dmlbench.embedding import STEADY, Embedder, disagreement, trains
 from dmlbench.errors import DataError, UsageError
 from dmlbench.files import first_line
 
@@ -124,8 +124,11 @@ def settle(embedder: Embedder, output_key: str | None = None) -> None:
     """
     notes = list(embedder.notes)
     doubts = list(embedder.doubts)
-    modules = embedder.network.eval().named_modules()
-    stuck = [name or type(module).__name__ for name, module in modules if module.training]
+    try:
+        modules = embedder.network.eval().named_modules()
+    except Exception as error:  # anybody's code, and a program of torch.export, which is exported in one mode for good
+        raise DataError(f"model {embedder.name!r} cannot be put into eval mode: {first_line(error)}") from error
+    stuck = [name or type(module).__name__ for name, module in modules if trains(module)]
     embedder.eval()
     if stuck:
         notes.append(f"kept training after eval(), put right: {', '.join(stuck[:3])}{' ...' if len(stuck) > 3 else ''}")

@@ -144,11 +144,13 @@ def eight_bit(picture: Image.Image) -> Image.Image:
     """The picture with 8 bits per channel; 16-bit greys are scaled (Pillow's own conversion would cut them off).
 
     Raises:
-        ValueError: floating-point pixels, whose range nobody knows.
+        ValueError: floating-point pixels, or integers beyond 16 bits, whose range nobody knows.
     """
     if picture.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if picture.mode == "I" or picture.mode.startswith("I;16"):
         deep = np.asarray(picture).astype(np.int64)
-        return Image.fromarray((deep >> 8 if deep.max(initial=0) > 255 else deep).clip(0, 255).astype(np.uint8))
+        if deep.size and not 0 <= deep.min() <= deep.max() < 1 << 16:
+            raise ValueError(f"pixels from {deep.min()} to {deep.max()} have no known range")
+        return Image.fromarray((deep >> 8 if deep.max(initial=0) > 255 else deep).astype(np.uint8))
     return picture

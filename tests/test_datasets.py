@@ -861,8 +861,13 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path, root: Path) -> No
 def test_a_picture_that_cannot_be_taken_is_named(tmp_path: Path, root: Path) -> None:
     mine = class_tree(tmp_path / "mine", classes=2, each=1)
     Image.fromarray(np.zeros((8, 8), np.float32)).save(mine / "class1" / "float.tif")
-    (line,) = verify(f"folder:{mine}")[0].broken
-    assert line == f"{mine}/class1/float.tif: floating-point pixels have no known range"
+    for name, value in (("deep", 65_535), ("deeper", 65_536), ("below", -1)):
+        Image.fromarray(np.full((8, 8), value, np.int32)).save(mine / "class1" / f"{name}.tif")
+    assert verify(f"folder:{mine}")[0].broken == (
+        f"{mine}/class1/below.tif: pixels from -1 to -1 have no known range",
+        f"{mine}/class1/deeper.tif: pixels from 65536 to 65536 have no known range",
+        f"{mine}/class1/float.tif: floating-point pixels have no known range",
+    )
 
 
 def test_what_is_said_before_anything_is_measured(tmp_path: Path, root: Path) -> None:

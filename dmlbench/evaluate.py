@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dmlbench.datasets import RetrievalDataset
-from dmlbench.doubts.audit import examine, glance
+from dmlbench.doubts.audit import examine, follow_gradients, glance
 from dmlbench.doubts.checks import doubts_about
 from dmlbench.doubts.evidence import Finding
 from dmlbench.doubts.unseen import Beginning
@@ -27,7 +27,6 @@ from dmlbench.fast.exact import true_float32
 from dmlbench.intervals import VERSION, Ends, Intervals
 from dmlbench.kinds.base import Outcome
 from dmlbench.metrics import CLEAN_METRICS, OF_THE_GALLERY, RECALL_AT, agreement, assignments, mean, retrieval
-from dmlbench.optimizers import OPTIMIZERS
 from dmlbench.protocol import Component, Protocol, ers_of, score_intervals
 from dmlbench.results import Evaluation, Flag, Measurement, finite
 from dmlbench.run.closeup import closeup
@@ -104,7 +103,7 @@ def measured(
     task.check_targets()
     clock.done("loading")
     subject = embedded(task, progress, work)
-    beginning = Beginning.of(subject.surrogate or subject, size) if follows(task) else None
+    beginning = Beginning.of(subject.surrogate or subject, size) if follow_gradients(searched_with(task)) else None
     clock.done("embedding")
     attacked = partial(
         run_searches, planned=task.planned, seed=task.seed, batch_size=size, progress=progress, work=work,
@@ -137,11 +136,6 @@ def searched_with(task: Task) -> set[str]:
     """Names of the optimizers that a task searches with."""
     own = task.kind.run and task.chosen.runner
     return {s.optimizer for s in task.planned} | (task.kind.optimizers(task.rules) if own else set())
-
-
-def follows(task: Task) -> bool:
-    """Whether a search of the task follows the gradient."""
-    return any(OPTIMIZERS[name].needs_gradients for name in searched_with(task))
 
 
 def embedded(task: Task, progress: Progress, work: Work) -> Subject:

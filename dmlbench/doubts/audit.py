@@ -88,13 +88,14 @@ CHECKS: Registry[Check] = Registry(
         ),
         "F5": Check(
             forgets,
-            "An image's embedding depends on which images were embedded before or with it, or on whether a gradient is asked for: "
-            "attacks prove nothing.",
+            "An image's embedding or gradient depends on which images were embedded before or with it, or on whether a gradient is asked "
+            "for: attacks prove nothing.",
             "remembers",
         ),
         "A1": Check(
             useful_gradient,
-            "A small step along the gradient is often no better than random ones: searches along it may be misled.",
+            "A small step along the gradient is often no better than random ones, or the embedding moves in jumps that are in no gradient: "
+            "searches along it may be misled.",
             "misleading-gradients",
         ),
         "A2": Check(noise_is_no_rival, "A search breaks hardly more queries than a few random images do."),
@@ -164,6 +165,11 @@ def _evenly(positions: np.ndarray, most: int) -> np.ndarray:
     return positions[np.unique(np.linspace(0, len(positions) - 1, min(most, len(positions))).astype(int))]
 
 
+def follow_gradients(optimizers: Collection[str]) -> bool:
+    """Whether one of these optimizers follows the gradient."""
+    return any(OPTIMIZERS[name].needs_gradients for name in optimizers)
+
+
 def glance(
     subject: Subject,
     recall: Float[np.ndarray, " Q"],
@@ -174,7 +180,7 @@ def glance(
     """The checks with a ``flag``, on some of the queries that are right when clean: what every result can afford.
 
     F1 and F2 are made on up to :data:`GLANCED` queries, the others on up to :data:`SURVEYED`; if none of
-    ``optimizers`` follows the gradient, F1, F5 and A4 alone. F2 and A1 are made on the model that the searches are
+    ``optimizers`` follows the gradient, F1, F5 and A4 alone. F2, A1 and F5's gradient are made on the model that the searches are
     made on, the surrogate where there is one. Their gradient is the margin's, as in the audit: unlike that of the
     shift it has no reason to vanish at the clean image. For a model that is known to be random F2 alone is made.
 
@@ -186,7 +192,7 @@ def glance(
     right = np.flatnonzero(recall == 100.0)
     if not len(right):
         return
-    followed, source = any(OPTIMIZERS[name].needs_gradients for name in optimizers), subject.surrogate or subject
+    followed, source = follow_gradients(optimizers), subject.surrogate or subject
     batches = _batches(_evenly(right, GLANCED), batch_size)
     random = any(flag == "randomised" for flag, _ in subject.embedder.doubts)
     findings = []

@@ -48,10 +48,10 @@ KNOWN = 40.0
 ALTERED = 1e-3
 """F5: how far the embedding of an image may be from what it was in another batch: float rounding is much less."""
 TURNED = 0.25
-"""F5: how far the gradient may be from what it was before the searches, over its length: passes in bfloat16 are nearer."""
+"""F5: how far the gradient may be from what it was before the searches, over its length: float rounding is much less (on a CPU; CUDA was not tried)."""
 MISSED, PLACES = 0.15, 16
 """How much of an embedding's way the gradient may miss (mean over the queries, each at most 1), summed at so many places, before A1
-warns: 0.042 is the most of 63 honest models."""
+warns: honest models (benchmarks/audit_sweep.py) miss far less."""
 PASSES = 5
 """How often F1 looks: a model that draws once a batch from few choices gives the same twice by accident."""
 LANDED = 0.3
